@@ -1,0 +1,65 @@
+"""One family of exceptions. Each message says what was wrong, where, what was found, and what to do.
+
+The exit code of the command line follows from the class: 2 when the user's input is wrong, 1 when the
+work itself failed. Input errors are also ``ValueError`` and failures ``RuntimeError``, so that code written
+against those keeps working.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoraloomError(Exception):
+    """Base of everything that loraloom raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(LoraloomError, ValueError):
+    """What the user gave cannot be used."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A field of ``LoraConfig`` or an option is unknown, of the wrong type, or out of range."""
+
+
+class TargetError(ConfigError):
+    """A pattern matches no module, or a module that cannot carry LoRA."""
+
+
+class AdapterError(InputError):
+    """An adapter directory, file or name cannot be used with this model."""
+
+
+class DataError(InputError):
+    """A data file cannot be read or does not hold what the task needs."""
+
+
+class ModelError(InputError):
+    """A model folder or name cannot be loaded, or does not fit the task."""
+
+
+class FailureError(LoraloomError, RuntimeError):
+    """The input was right, and the work still failed."""
+
+
+class MergeError(FailureError):
+    """A merge that cannot be done exactly. Nothing was changed."""
+
+
+class SaveError(FailureError):
+    """Writing failed. What was there before is still there."""
+
+
+class TrainingError(FailureError):
+    """Training cannot go on, for example because the loss is not finite."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'q_proj'?"``, or the empty string when nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

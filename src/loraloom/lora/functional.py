@@ -1,0 +1,47 @@
+"""The maths of the low-rank update, over plain tensors: no modules, no slots, no state.
+
+Every function returns the update alone, to be added to the frozen layer's output. Factors are computed in the
+input's dtype, so that a bf16 model stays in bf16 while ``A`` and ``B`` may be kept in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lora_linear(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale · (x Aᵀ) Bᵀ``. Shapes: x [..., in], a [r, in], b [out, r] → [..., out]. (Hu et al. 2021, eq. 3)"""
+    return F.linear(F.linear(x, a.to(x.dtype)) * scale, b.to(x.dtype))
+
+
+def lora_embedding(
+    ids: Tensor, a: Tensor, b: Tensor, scale: float, padding_idx: int | None = None, by_frequency: bool = False
+) -> Tensor:
+    """``scale · B A[:, ids]``. Shapes: ids [...] whole numbers, a [r, vocabulary], b [dim, r] → [..., dim].
+
+    The column of ``padding_idx`` gets no gradient, as in the frozen table. No norm is clipped here: ``max_norm``
+    is a property of the table, not of the update.
+    """
+    return F.linear(F.embedding(ids, a.T, padding_idx, scale_grad_by_freq=by_frequency) * scale, b)
+
+
+def lora_conv(x: Tensor, a: Tensor, b: Tensor, scale: float, convolve: Callable[[Tensor, Tensor], Tensor],
+              groups: int) -> Tensor:
+    """``scale · B(A(x))``: ``A`` with the frozen layer's window, ``B`` of width one.
+
+    Shapes: x [rows, in, *space], a [r, in, *kernel], b [out, r / groups, 1...] → [rows, out, *space'].
+    ``convolve(x, a)`` is the frozen layer's own convolution: its stride, dilation and padding mode, ungrouped.
+    """
+    hidden = convolve(x, a.to(x.dtype)) * scale
+    pointwise = (F.conv1d, F.conv2d, F.conv3d)[a.dim() - 3]
+    return pointwise(hidden, b.to(x.dtype), groups=groups)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``B A`` in at least float32: a [r, ...in], b [out, r, 1...] → [out, ...in]."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return torch.tensordot(b.to(dtype).flatten(1), a.to(dtype), dims=1)

@@ -1,0 +1,323 @@
+"""LoRA around one frozen layer: Linear, transformers' Conv1D, Embedding, Conv1d, Conv2d, Conv3d.
+
+A layer holds numbers (rank, scale, dropout) and factors for each slot, never a config. It reads the route from the
+model's router and adds the update of the slots that the route names. In-memory names are PEFT's
+(``base_layer``, ``lora_A.<slot>.weight``, ...), so state dicts look the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loraloom.lora import functional
+from loraloom.lora.route import BASE, Router
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Factor(nn.Module):
+    """One factor of one slot: ``weight`` is A [r, in, ...] or B [out, r, ...]."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.weight.shape)}"
+
+
+class LoraLayer(nn.Module):
+    """A frozen ``base_layer`` and, for each slot that adapts it, factors ``A`` and ``B``."""
+
+    kind = ""
+
+    def __init__(self, base_layer: nn.Module, router: Router) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.router = router
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        #: The slots whose update the weight holds now, and the frozen weight that waits aside meanwhile.
+        self.merged: tuple[str, ...] = ()
+        self._frozen: nn.Parameter | None = None
+        self.training = base_layer.training
+
+    # -- shapes and slots ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    def shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B of rank ``r`` around ``base``."""
+        raise NotImplementedError
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return tuple(self.r)
+
+    def factors(self, slot: str) -> tuple[nn.Parameter, nn.Parameter]:
+        a, b = self.lora_A[slot], self.lora_B[slot]
+        assert isinstance(a, Factor)
+        assert isinstance(b, Factor)
+        return a.weight, b.weight
+
+    def add_slot(self, slot: str, a: nn.Parameter, b: nn.Parameter, r: int, scale: float, dropout: float) -> None:
+        self.r[slot], self.scaling[slot], self.lora_dropout[slot] = r, scale, dropout
+        self._place(slot, a, b)
+
+    def _place(self, slot: str, a: nn.Parameter, b: nn.Parameter) -> None:
+        self.lora_A[slot], self.lora_B[slot] = Factor(a), Factor(b)
+
+    def remove_slot(self, slot: str) -> None:
+        for table in (self.r, self.scaling, self.lora_dropout, self.lora_A, self.lora_B):
+            del table[slot]
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def update(self, slot: str, x: Tensor) -> Tensor:
+        """The low-rank update of one slot for its rows ``x``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return y
+        route = self.router.route
+        if not route.blocks:
+            for slot in route.active:
+                if slot in self.r:
+                    y = y + self.update(slot, x).to(y.dtype)
+            return y
+        if not any(block.slot in self.r for block in route.blocks):
+            return y
+        if x.shape[0] == 1:  # broadcast over the batch
+            x = x.expand(route.rows, *x.shape[1:])
+
+        def one(slot: str, rows: Tensor, where: slice | Tensor) -> Tensor:
+            return rows if slot not in self.r else rows + self.update(slot, x[where]).to(rows.dtype)
+
+        return route.apply(y, one)
+
+    def drop(self, slot: str, x: Tensor) -> Tensor:
+        return F.dropout(x, self.lora_dropout[slot]) if self.training and self.lora_dropout[slot] else x
+
+    # -- merging: see lora.merge, which alone calls these -------------------------------------------------------
+
+    def get_delta_weight(self, slot: str) -> Tensor:
+        """``scale · B A`` in the shape of the frozen weight, in at least float32."""
+        a, b = self.factors(slot)
+        return functional.product(a.detach(), b.detach()) * self.scaling[slot]
+
+    def merge_obstacle(self) -> str | None:
+        """Why no weight of this layer could do what its slots do, or None."""
+        return None
+
+    def swap_weight(self, weight: nn.Parameter, slots: tuple[str, ...]) -> None:
+        """Put a merged weight in place. The frozen one waits aside, so its return is exact to the bit."""
+        if self._frozen is None:
+            self._frozen = self.weight
+        self.base_layer.weight = weight
+        self.merged = slots
+
+    def restore_weight(self) -> None:
+        if self._frozen is not None:
+            self.base_layer.weight = self._frozen
+        self.merged, self._frozen = (), None
+
+    @property
+    def frozen_weight(self) -> nn.Parameter:
+        return self.weight if self._frozen is None else self._frozen
+
+    # -- the face that models expect of the layer they had ------------------------------------------------------
+
+    @property
+    def weight(self) -> nn.Parameter:
+        weight = self.base_layer.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
+        super()._apply(fn, recurse)
+        if self._frozen is not None:
+            self._frozen.data = fn(self._frozen.data)
+        return self
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{slot}: r={self.r[slot]}, scale={self.scaling[slot]:g}" for slot in self.r)
+
+
+class LoraLinear(LoraLayer):
+    """Weight [out, in]."""
+
+    kind = "Linear"
+
+    @staticmethod
+    def shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        assert isinstance(base, nn.Linear)
+        return (r, base.in_features), (base.out_features, r)
+
+    def update(self, slot: str, x: Tensor) -> Tensor:
+        return functional.lora_linear(self.drop(slot, x), *self.factors(slot), self.scaling[slot])
+
+
+class LoraConv1D(LoraLinear):
+    """transformers' Conv1D, a linear layer whose weight is stored [in, out] (GPT-2)."""
+
+    kind = "Conv1D"
+
+    @staticmethod
+    def shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        return (r, weight.shape[0]), (weight.shape[1], r)
+
+    def get_delta_weight(self, slot: str) -> Tensor:
+        return super().get_delta_weight(slot).T
+
+
+class LoraEmbedding(LoraLayer):
+    """Weight [vocabulary, dim], A [r, vocabulary], B [dim, r]. Dropout does not apply to whole numbers."""
+
+    kind = "Embedding"
+
+    def __init__(self, base_layer: nn.Module, router: Router) -> None:
+        super().__init__(base_layer, router)
+        del self.lora_A, self.lora_B  # PEFT's names for these two, kept in state dicts and files
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self._max_norm: float | None = None
+
+    @staticmethod
+    def shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        assert isinstance(base, nn.Embedding)
+        return (r, base.num_embeddings), (base.embedding_dim, r)
+
+    def factors(self, slot: str) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.lora_embedding_A[slot], self.lora_embedding_B[slot]
+
+    def _place(self, slot: str, a: nn.Parameter, b: nn.Parameter) -> None:
+        self.lora_embedding_A[slot], self.lora_embedding_B[slot] = a, b
+
+    def remove_slot(self, slot: str) -> None:
+        for table in (self.r, self.scaling, self.lora_dropout, self.lora_embedding_A, self.lora_embedding_B):
+            del table[slot]
+
+    def update(self, slot: str, x: Tensor) -> Tensor:
+        base = self.base_layer
+        assert isinstance(base, nn.Embedding)
+        a, b = self.factors(slot)
+        update = functional.lora_embedding(x, a, b, self.scaling[slot], base.padding_idx, base.scale_grad_by_freq)
+        # Scaled embeddings (Gemma, M2M100, ...) multiply the looked-up row, and so the update too.
+        scale = getattr(base, "embed_scale", None)
+        return update if scale is None else update * torch.as_tensor(scale, device=update.device).to(update.dtype)
+
+    def get_delta_weight(self, slot: str) -> Tensor:
+        return super().get_delta_weight(slot).T
+
+    def swap_weight(self, weight: nn.Parameter, slots: tuple[str, ...]) -> None:
+        # max_norm clips the frozen row, not the sum: lora.merge clipped before it added.
+        if self._frozen is None:
+            self._max_norm = self.base_layer.max_norm  # type: ignore[assignment]
+        super().swap_weight(weight, slots)
+        self.base_layer.max_norm = None  # type: ignore[assignment]
+
+    def restore_weight(self) -> None:
+        if self._frozen is not None:
+            self.base_layer.max_norm = self._max_norm  # type: ignore[assignment]
+        super().restore_weight()
+
+    @property
+    def table(self) -> Tensor:
+        """The frozen rows as a lookup returns them: clipped to ``max_norm`` where there is one."""
+        base, weight = self.base_layer, self.frozen_weight.detach()
+        limit = self._max_norm if self._frozen is not None else base.max_norm
+        if limit is None:
+            return weight
+        norm = weight.norm(p=float(base.norm_type), dim=1, keepdim=True)  # type: ignore[arg-type]
+        return torch.where(norm > limit, weight * (limit / (norm + 1e-7)), weight)  # type: ignore[operator]
+
+
+class LoraConv(LoraLayer):
+    """Weight [out, in / groups, *kernel], A [r, in, *kernel], B [out, r / groups, 1...].
+
+    A sees every input channel and B is grouped like the frozen layer: PEFT's shapes. Stride, dilation and padding
+    mode are the frozen layer's own.
+    """
+
+    kind = "Conv"
+
+    @staticmethod
+    def shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        assert isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        ones = (1,) * len(base.kernel_size)
+        return (r, base.in_channels, *base.kernel_size), (base.out_channels, r // base.groups, *ones)
+
+    def update(self, slot: str, x: Tensor) -> Tensor:
+        base = self.base_layer
+        assert isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        a, b = self.factors(slot)
+        return functional.lora_conv(self.drop(slot, x), a, b, self.scaling[slot], self._convolve, base.groups)
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        base: Any = self.base_layer
+        convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(base.kernel_size) - 1]
+        if base.padding_mode == "zeros":
+            return convolve(x, weight, None, base.stride, base.padding, base.dilation)
+        x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+        return convolve(x, weight, None, base.stride, 0, base.dilation)
+
+    def merge_obstacle(self) -> str | None:
+        if self.base_layer.groups == 1:
+            return None
+        return (
+            f"a convolution with groups={self.base_layer.groups}: its weight has no place for an update that "
+            "reads every input channel"
+        )
+
+
+#: The exact layer type → the class that adapts it. Subclasses count too, unless named in ``unsupported``.
+KINDS: tuple[tuple[type[nn.Module], type[LoraLayer]], ...] = (
+    (nn.Linear, LoraLinear),
+    (nn.Embedding, LoraEmbedding),
+    (nn.Conv1d, LoraConv),
+    (nn.Conv2d, LoraConv),
+    (nn.Conv3d, LoraConv),
+)
+
+
+def layer_class(module: nn.Module) -> type[LoraLayer] | None:
+    """The class that adapts ``module``, or None when LoRA around it would not be used or is not known."""
+    # MultiheadAttention reads its projection's weight and never calls it, so an adapter would do nothing.
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
+    for base, cls in KINDS:
+        if isinstance(module, base):
+            return cls
+    # Not imported for its own sake: a model can hold a Conv1D only if transformers is loaded already.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return LoraConv1D if conv1d is not None and isinstance(module, conv1d) else None
+
+
+__all__ = ["BASE", "HALF", "Factor", "LoraConv", "LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "layer_class"]

@@ -1,0 +1,82 @@
+"""A module that a slot trains in full (``modules_to_save``): each slot has its own copy, the original stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.errors import AdapterError
+from loraloom.lora.route import Router
+
+
+class SavedModule(nn.Module):
+    """Calls the copy of the slot that the route names, or the original for slots without one.
+
+    A copy of a half-precision module is kept in float32: its optimizer needs the digits. Inputs are cast to it,
+    outputs back to the original's dtype. Names in memory are PEFT's.
+    """
+
+    def __init__(self, original: nn.Module, router: Router) -> None:
+        super().__init__()
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict()
+        self.router = router
+        self.training = original.training
+
+    def new_copy(self, dtype: torch.dtype | None) -> nn.Module:
+        """A trainable copy of the original, floating tensors in ``dtype`` (None: as they are)."""
+        module = copy.deepcopy(self.original_module)
+        module.requires_grad_(True)
+        return module if dtype is None else module.to(dtype)
+
+    def current(self) -> nn.Module:
+        copies = [slot for slot in self.router.route.active if slot in self.modules_to_save]
+        if len(copies) > 1:
+            raise AdapterError(
+                f"set_adapter: {' and '.join(map(repr, copies))} each train their own copy of this module, "
+                "so they cannot be active together; set one of them, or route rows by adapter_names"
+            )
+        return self.modules_to_save[copies[0]] if copies else self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        route = self.router.route
+        if not route.blocks:
+            return self._call(self.current(), *args, **kwargs)
+        if not any(block.slot in self.modules_to_save for block in route.blocks):
+            return self.original_module(*args, **kwargs)
+        x, *rest = args
+
+        def one(slot: str, rows: Tensor, where: slice | Tensor) -> Tensor:
+            module = self.modules_to_save[slot] if slot in self.modules_to_save else self.original_module
+            out: Tensor = self._call(module, rows, *rest, **kwargs)
+            return out
+
+        return route.apply(x, one)
+
+    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inside, outside = _dtype(module), _dtype(self.original_module)
+        if module is self.original_module or inside == outside:
+            return module(*args, **kwargs)
+        out = module(*(_cast(a, inside) for a in args), **{k: _cast(v, inside) for k, v in kwargs.items()})
+        return _cast(out, outside)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(self.current(), name)
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return value
