@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraloom.lora import functional
-from loraloom.lora.route import BASE, Router
+from loraloom.lora.route import Router
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -48,7 +48,7 @@ class LoraLayer(nn.Module):
         self.lora_B = nn.ModuleDict()
         #: The slots whose update the weight holds now, and the frozen weight that waits aside meanwhile.
         self.merged: tuple[str, ...] = ()
-        self._frozen: nn.Parameter | None = None
+        self._frozen: tuple[nn.Parameter, ...] = ()  # in a tuple, so that it is no parameter of this module
         self.training = base_layer.training
 
     # -- shapes and slots ---------------------------------------------------------------------------------------
@@ -121,19 +121,19 @@ class LoraLayer(nn.Module):
 
     def swap_weight(self, weight: nn.Parameter, slots: tuple[str, ...]) -> None:
         """Put a merged weight in place. The frozen one waits aside, so its return is exact to the bit."""
-        if self._frozen is None:
-            self._frozen = self.weight
+        if not self._frozen:
+            self._frozen = (self.weight,)
         self.base_layer.weight = weight
         self.merged = slots
 
     def restore_weight(self) -> None:
-        if self._frozen is not None:
-            self.base_layer.weight = self._frozen
-        self.merged, self._frozen = (), None
+        if self._frozen:
+            (self.base_layer.weight,) = self._frozen
+        self.merged, self._frozen = (), ()
 
     @property
     def frozen_weight(self) -> nn.Parameter:
-        return self.weight if self._frozen is None else self._frozen
+        return self._frozen[0] if self._frozen else self.weight
 
     # -- the face that models expect of the layer they had ------------------------------------------------------
 
@@ -160,8 +160,8 @@ class LoraLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
         super()._apply(fn, recurse)
-        if self._frozen is not None:
-            self._frozen.data = fn(self._frozen.data)
+        for weight in self._frozen:
+            weight.data = fn(weight.data)
         return self
 
     def extra_repr(self) -> str:
@@ -238,13 +238,13 @@ class LoraEmbedding(LoraLayer):
 
     def swap_weight(self, weight: nn.Parameter, slots: tuple[str, ...]) -> None:
         # max_norm clips the frozen row, not the sum: lora.merge clipped before it added.
-        if self._frozen is None:
+        if not self._frozen:
             self._max_norm = self.base_layer.max_norm  # type: ignore[assignment]
         super().swap_weight(weight, slots)
         self.base_layer.max_norm = None  # type: ignore[assignment]
 
     def restore_weight(self) -> None:
-        if self._frozen is not None:
+        if self._frozen:
             self.base_layer.max_norm = self._max_norm  # type: ignore[assignment]
         super().restore_weight()
 
@@ -252,7 +252,7 @@ class LoraEmbedding(LoraLayer):
     def table(self) -> Tensor:
         """The frozen rows as a lookup returns them: clipped to ``max_norm`` where there is one."""
         base, weight = self.base_layer, self.frozen_weight.detach()
-        limit = self._max_norm if self._frozen is not None else base.max_norm
+        limit = self._max_norm if self._frozen else base.max_norm
         if limit is None:
             return weight
         norm = weight.norm(p=float(base.norm_type), dim=1, keepdim=True)  # type: ignore[arg-type]
@@ -318,6 +318,3 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     # Not imported for its own sake: a model can hold a Conv1D only if transformers is loaded already.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return LoraConv1D if conv1d is not None and isinstance(module, conv1d) else None
-
-
-__all__ = ["BASE", "HALF", "Factor", "LoraConv", "LoraConv1D", "LoraEmbedding", "LoraLayer", "LoraLinear", "layer_class"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
+from loraloom.lora.layers import LoraLayer
 from loraloom.lora.route import Router
 
 
@@ -27,8 +28,12 @@ class SavedModule(nn.Module):
         self.training = original.training
 
     def new_copy(self, dtype: torch.dtype | None) -> nn.Module:
-        """A trainable copy of the original, floating tensors in ``dtype`` (None: as they are)."""
-        module = copy.deepcopy(self.original_module)
+        """A trainable copy of the original without adapters, floating tensors in ``dtype`` (None: as they are)."""
+        module = copy.deepcopy(unwrap(self.original_module))
+        for parent in module.modules():
+            for key, child in parent._modules.items():
+                if child is not None:
+                    parent._modules[key] = unwrap(child)
         module.requires_grad_(True)
         return module if dtype is None else module.to(dtype)
 
@@ -70,6 +75,13 @@ class SavedModule(nn.Module):
             if name in ("original_module", "modules_to_save"):
                 raise
             return getattr(self.current(), name)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module under LoRA wrappers, itself where there are none."""
+    while isinstance(module, LoraLayer | SavedModule):
+        module = module.base_layer if isinstance(module, LoraLayer) else module.original_module
+    return module
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:

@@ -1,0 +1,105 @@
+"""From examples to batches: which rows go together, and the padded tensors that a model takes.
+
+This file knows lengths, order and padding. It does not know texts, tokenizers or models, and it never reads
+or moves the global random generators: an order follows from its arguments alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraloom.config import TaskType
+from loraloom.data.encode import IGNORE, Example
+from loraloom.data.rows import as_task
+
+#: Batches whose rows are sorted by length together. More means less padding, fewer means more shuffling.
+CHUNK = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward of a pack takes.
+
+    ``inputs`` are the model's keyword arguments (see ``collate``); ``slots`` names the slot of each row, the
+    rows of one slot being contiguous; ``rows`` and ``tokens`` count what is there, padding left out.
+    """
+
+    inputs: dict[str, Tensor]
+    slots: list[str]
+    rows: int
+    tokens: int
+
+
+def bucketed(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch as row indices, each row exactly once, rows of a batch of similar length.
+
+    Rows are shuffled, then sorted by length within stretches of ``CHUNK`` batches, then the order of the
+    batches is shuffled. All batches have ``batch_size`` rows but one, which holds what is left over. The
+    result depends on the four arguments alone.
+    """
+    # A text seed mixes both numbers whole; a sum would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
+    generator = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    batches = []
+    for start in range(0, len(order), batch_size * CHUNK):
+        stretch = sorted(order[start : start + batch_size * CHUNK], key=lengths.__getitem__)
+        batches += _cut(stretch, batch_size)
+    generator.shuffle(batches)
+    return batches
+
+
+def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """All rows in batches by length, longest first: the least padding, and the most memory at once."""
+    return _cut(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True), batch_size)
+
+
+def _cut(order: list[int], batch_size: int) -> list[list[int]]:
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
+    """The share, 0 to 1, of the positions in ``batches`` that is padding."""
+    places = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    tokens = sum(lengths[row] for batch in batches for row in batch)
+    return 1 - tokens / places if places else 0.0
+
+
+def collate(examples: Sequence[Example], pad_id: int, task: TaskType | str) -> dict[str, Tensor]:
+    """Tensors of one batch (at least one example), padded on the right to its longest example.
+
+    All are int64: ``input_ids`` [rows, longest] filled with ``pad_id``, ``attention_mask`` [rows, longest]
+    with 1 on tokens and 0 on padding, and ``labels``: [rows] for seq-cls; [rows, longest] for causal-lm,
+    with ``IGNORE`` on padding.
+    """
+    width = max(len(example.input_ids) for example in examples)
+    # Not ids == pad_id: many tokenizers pad with the end-of-text token, which is a real token at the end.
+    mask = [[1] * len(example.input_ids) for example in examples]
+    labels = [example.labels for example in examples]
+    if as_task(task) is TaskType.CAUSAL_LM:
+        labels = [_padded(row, width, IGNORE) for row in labels if isinstance(row, list)]
+    return {
+        "input_ids": torch.tensor([_padded(example.input_ids, width, pad_id) for example in examples]),
+        "attention_mask": torch.tensor([_padded(row, width, 0) for row in mask]),
+        "labels": torch.tensor(labels),
+    }
+
+
+def _padded(values: list[int], width: int, filler: int) -> list[int]:
+    return values + [filler] * (width - len(values))
+
+
+def join(parts: Sequence[tuple[str, Sequence[Example]]], pad_id: int, task: TaskType | str) -> Batch:
+    """One batch of a pack: the examples of each (slot name, examples) in order, padded to one width."""
+    examples = [example for _, part in parts for example in part]
+    return Batch(
+        inputs=collate(examples, pad_id, task),
+        slots=[slot for slot, part in parts for _ in part],
+        rows=len(examples),
+        tokens=sum(len(example.input_ids) for example in examples),
+    )

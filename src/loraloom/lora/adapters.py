@@ -1,0 +1,457 @@
+"""The life of adapters on one base: add, set, disable, delete. ``LoraModel`` owns the slots and the route.
+
+The layers are indexed once, so that switching is setting a route and costs the same for any number of layers.
+Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.config import LoraConfig
+from loraloom.errors import AdapterError, ConfigError, nearest
+from loraloom.lora import merge
+from loraloom.lora.biases import Biases
+from loraloom.lora.initialize import factors, seed_of
+from loraloom.lora.layers import HALF, LoraLayer, layer_class
+from loraloom.lora.route import BASE, Route, Router
+from loraloom.lora.saved import SavedModule, unwrap
+from loraloom.lora.targets import Plan, base_modules, plan
+
+PREFIX = "base_model.model."
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+class LoraModel(nn.Module):
+    """A frozen model and the adapters on it. ``model`` is changed in place: targets are wrapped, nothing is copied.
+
+    Every parameter of ``model`` stops requiring gradients. Adapters train from the moment they are added; which of
+    them are active is another matter (``set_adapter``), and inactive ones simply get no gradient.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if any(isinstance(module, LoraLayer | SavedModule | LoraModel) for module in model.modules()):
+            raise ConfigError(
+                "model: it carries adapters already; use add_adapter or load_adapter on the PeftModel that you have, "
+                "or unload() it first"
+            )
+        self._thawed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.model = model.requires_grad_(False)
+        self.peft_config: dict[str, LoraConfig] = {}
+        self.router = Router()
+        self.training = model.training
+        self._layers: dict[str, LoraLayer] = {}
+        self._saved: dict[str, SavedModule] = {}
+        self._biases = Biases()
+        self._active: tuple[str, ...] = ()
+        self._enabled = True
+
+    # -- add and delete -----------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: LoraConfig,
+        *,
+        seed: int | None = None,
+        strict: bool = True,
+        autocast_adapter_dtype: bool = True,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> Plan:
+        """Give ``adapter_name`` its slot in every layer that ``config`` targets. The active adapters stay active.
+
+        Args:
+            seed: of the initialisation; by default it follows from ``adapter_name``.
+            strict: as in ``plan``.
+            autocast_adapter_dtype: keep factors in float32 where the base is float16 or bfloat16.
+            tensors: an adapter's tensors under PEFT's keys; the factors are taken from here, not initialised.
+
+        Raises:
+            AdapterError: the name is taken or cannot be a name, or adapters are merged.
+            TargetError: as ``plan``. Nothing was changed.
+        """
+        self._check_new_name(adapter_name)
+        self._check_unmerged("add_adapter")
+        made = plan(
+            self.model,
+            config,
+            strict=strict,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            follow_ties=tensors is None,
+        )
+        seed = seed_of(adapter_name) if seed is None else seed
+        places = _places(self.model)
+        modules = dict(base_modules(self.model))
+        for target in made.targets:
+            module = modules[target.name]
+            layer = self._layers.get(target.name)
+            if layer is None:
+                cls = layer_class(module)
+                assert cls is not None
+                layer = cls(module, self.router)
+                _replace(places, module, layer)
+                self._layers[target.name] = layer
+            a, b = self._new_factors(layer, target.name, target.r, made.config, seed, autocast_adapter_dtype, tensors)
+            layer.add_slot(adapter_name, a, b, target.r, target.scale, made.config.lora_dropout)
+        self._add_saved(adapter_name, [extra.name for extra in made.saved], modules, places, autocast_adapter_dtype)
+        self._biases.add(adapter_name, {extra.name: modules[extra.name[: -len(".bias")]] for extra in made.biases})
+        self.peft_config[adapter_name] = made.config
+        if made.config.inference_mode:
+            self.set_requires_grad(adapter_name, False)
+        return made
+
+    def _new_factors(
+        self,
+        layer: LoraLayer,
+        name: str,
+        r: int,
+        config: LoraConfig,
+        seed: int,
+        autocast: bool,
+        tensors: Mapping[str, Tensor] | None,
+    ) -> tuple[nn.Parameter, nn.Parameter]:
+        weight, embedding = layer.frozen_weight, layer.kind == "Embedding"
+        dtype = torch.float32 if autocast and weight.dtype in HALF else weight.dtype
+        if not dtype.is_floating_point:
+            dtype = torch.float32
+        key_a, key_b = _factor_keys(layer, name)
+        if tensors is not None and key_a in tensors and key_b in tensors:
+            # A copy: the file may be mapped into memory, and the caller keeps what is theirs.
+            a, b = tensors[key_a].clone(), tensors[key_b].clone()
+        else:
+            a_shape, b_shape = layer.shapes(layer.base_layer, r)
+            a, b = factors(
+                a_shape, b_shape, init=config.init_lora_weights, seed=seed_of(seed, name), embedding=embedding
+            )
+        return nn.Parameter(a.to(weight.device, dtype)), nn.Parameter(b.to(weight.device, dtype))
+
+    def _add_saved(
+        self,
+        slot: str,
+        names: Iterable[str],
+        modules: dict[str, nn.Module],
+        places: dict[int, list[tuple[nn.Module, str]]],
+        autocast: bool,
+    ) -> None:
+        twins: dict[int, nn.Parameter] = {}
+        for name in names:
+            wrapper = self._saved.get(name)
+            if wrapper is None:
+                wrapper = SavedModule(modules[name], self.router)
+                _replace(places, modules[name], wrapper)
+                self._saved[name] = wrapper
+            half = any(p.dtype in HALF for p in modules[name].parameters())
+            module = wrapper.new_copy(torch.float32 if autocast and half else None)
+            # Modules that share storage in the base share their copies too, so that they stay tied.
+            for leaf, original in modules[name]._parameters.items():
+                mine = module._parameters[leaf]
+                if original is not None and mine is not None:
+                    module._parameters[leaf] = twins.setdefault(original.data_ptr(), mine)
+            wrapper.modules_to_save[slot] = module
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter away. Layers that carry no other adapter become what they were before.
+
+        If it was the only active one, the first that remains becomes active, with a warning, as in PEFT.
+        """
+        self._check_names([adapter_name])
+        self._check_unmerged("delete_adapter")
+        active = tuple(name for name in self._active if name != adapter_name)
+        remaining = [name for name in self.peft_config if name != adapter_name]
+        if self._active and not active and remaining:
+            active = (remaining[0],)
+            warnings.warn(
+                f"adapter {adapter_name!r} was active and is deleted; {active[0]!r} is active now, "
+                "call set_adapter for another",
+                stacklevel=2,
+            )
+        self._set(active)
+        for layer in self._layers.values():
+            if adapter_name in layer.slots:
+                layer.remove_slot(adapter_name)
+        for wrapper in self._saved.values():
+            if adapter_name in wrapper.modules_to_save:
+                del wrapper.modules_to_save[adapter_name]
+        self._biases.remove(adapter_name)
+        del self.peft_config[adapter_name]
+        _strip(self.model, only_empty=True)
+        self._layers = {name: layer for name, layer in self._layers.items() if layer.slots}
+        self._saved = {name: wrapper for name, wrapper in self._saved.items() if len(wrapper.modules_to_save)}
+
+    # -- which adapters are active --------------------------------------------------------------------------------
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name when one is active, else the list."""
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, or several whose updates add up. ``requires_grad`` stays as it is.
+
+        ``inference_mode=True`` freezes the named adapters as well.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_names(names)
+        if self.merged_adapters and set(names) != set(self.merged_adapters):
+            raise AdapterError(f"set_adapter: {_list(self.merged_adapters)} are merged; call unmerge_adapter() first")
+        for what, owners in (("biases", self._biases.slots), *((n, w.modules_to_save) for n, w in self._saved.items())):
+            clash = [name for name in dict.fromkeys(names) if name in owners]
+            if len(clash) > 1:
+                raise AdapterError(
+                    f"set_adapter: {_list(clash)} each train their own {what}, so they cannot be active together"
+                )
+        self._set(tuple(dict.fromkeys(names)))
+        if inference_mode:
+            self.set_requires_grad(names, False)
+
+    def _set(self, active: tuple[str, ...]) -> None:
+        self._active = active
+        self.router.route = Route(active=active if self._enabled else ())
+        self._biases.install(self.router.route.active)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_names(names)
+        for name in names:
+            for parameter in self.parameters_of(name).values():
+                parameter.requires_grad_(requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        self._enabled = True
+        self._set(self._active)
+
+    def disable_adapter_layers(self) -> None:
+        """Every row goes through the frozen model alone, until ``enable_adapter_layers``."""
+        self._check_unmerged("disable_adapter_layers")
+        self._enabled = False
+        self._set(self._active)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The frozen model alone, merged or not, for the length of a ``with`` block, whatever happens in it."""
+        merged, enabled = self.merged_adapters, self._enabled
+        self.unmerge_adapter()
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self._enabled = enabled
+            self._set(self._active)
+            if merged:
+                self.merge_adapter(merged)
+
+    @contextmanager
+    def routed(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """Row ``i`` of the next batches goes through adapter ``adapter_names[i]``; ``"__base__"`` means none."""
+        if adapter_names is None:
+            yield
+            return
+        names = list(adapter_names)
+        self._check_names([name for name in dict.fromkeys(names) if name != BASE])
+        self._check_unmerged("adapter_names")
+        route = Route.of_rows(names)
+        if route.blocks and (owners := [name for name in route.slots() if name in self._biases.slots]):
+            raise AdapterError(f"adapter_names: {_list(owners)} train biases, which cannot be routed row by row")
+        self._biases.install(route.active)
+        try:
+            with self.router.using(route):
+                yield
+        finally:
+            self._biases.install(self.router.route.active)
+
+    # -- what an adapter consists of --------------------------------------------------------------------------------
+
+    def tensors_of(self, adapter_name: str) -> dict[str, Tensor]:
+        """Every tensor of one adapter, live, under PEFT's key for it in a file (with ``base_model.model.``)."""
+        self._check_names([adapter_name])
+        out: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            if adapter_name in layer.slots:
+                out.update(zip(_factor_keys(layer, name), layer.factors(adapter_name), strict=True))
+        for name, wrapper in self._saved.items():
+            if adapter_name in wrapper.modules_to_save:
+                state = wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True)
+                out.update({file_key(f"{name}.{key}"): value for key, value in state.items()})
+        for name, bias in self._biases.slots.get(adapter_name, {}).items():
+            owner = name[: -len(".bias")]
+            targeted = owner in self._layers and adapter_name in self._layers[owner].slots
+            out[file_key(f"{owner}{'.base_layer' if targeted else ''}.bias")] = bias
+        return out
+
+    def parameters_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The trainable part of ``tensors_of``; tied parameters once."""
+        unique: dict[int, tuple[str, nn.Parameter]] = {}
+        for key, tensor in self.tensors_of(adapter_name).items():
+            if isinstance(tensor, nn.Parameter):
+                unique.setdefault(id(tensor), (key, tensor))
+        return dict(unique.values())
+
+    @property
+    def layers(self) -> Mapping[str, LoraLayer]:
+        """The adapted layers by the name of the module that they wrap."""
+        return self._layers
+
+    # -- merging --------------------------------------------------------------------------------------------------
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return list(dict.fromkeys(name for layer in self._layers.values() for name in layer.merged))
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
+        """Fold updates into the weights: all of them or, on any obstacle or non-finite result, none.
+
+        ``adapter_names`` are the active ones by default and are added to those merged before. The frozen weights
+        wait aside until ``unmerge_adapter``. Merging is always safe; ``safe_merge`` is here for PEFT's signature.
+        """
+        names = list(self._active) if adapter_names is None else list(adapter_names)
+        self._check_names(names)
+        merge.merge(self._layers, list(dict.fromkeys([*self.merged_adapters, *names])))
+
+    def unmerge_adapter(self) -> None:
+        """Bring back the frozen weights, bit for bit."""
+        merge.unmerge(self._layers)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The plain model with the adapters folded in: weights, heads and biases. This object is empty afterwards."""
+        names = list(self._active) if adapter_names is None else list(adapter_names)
+        self.unmerge_adapter()
+        self.set_adapter(names)
+        self.merge_adapter(names)
+        untied = merge.untied(self.model, self._layers)
+        _strip(self.model, keep_copies=True)
+        if untied and getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
+            # Else saving and loading would tie the two weights again and lose one of them.
+            self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        return self._emptied()
+
+    def unload(self) -> nn.Module:
+        """The plain model as it was, bit for bit. This object is empty afterwards."""
+        self.unmerge_adapter()
+        self._biases.install(())
+        _strip(self.model)
+        return self._emptied()
+
+    def thaw(self) -> None:
+        """Let the base's parameters require gradients again where they did before the first adapter."""
+        for parameter in self._thawed:
+            parameter.requires_grad_(True)
+
+    def _emptied(self) -> nn.Module:
+        self.thaw()
+        self._layers, self._saved, self._biases = {}, {}, Biases()
+        self.peft_config, self._active, self.router.route = {}, (), Route()
+        return self.model
+
+    # -- checks and plumbing ----------------------------------------------------------------------------------------
+
+    def _check_new_name(self, name: str) -> None:
+        if not isinstance(name, str) or not name or "." in name or "/" in name or name == BASE:
+            raise AdapterError(
+                f"adapter_name: {name!r} cannot be a name; use letters, digits, '-' and '_', without '.' or '/'"
+            )
+        if name in self.peft_config:
+            raise AdapterError(f"adapter_name: {name!r} exists already; delete_adapter it first or choose another name")
+        if hasattr(nn.ModuleDict(), name):
+            raise AdapterError(f"adapter_name: {name!r} is an attribute of torch's ModuleDict; choose another name")
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise AdapterError(
+                    f"adapter {name!r} does not exist{nearest(str(name), self.peft_config)}; "
+                    f"there are: {_list(self.peft_config) or 'none'}"
+                )
+
+    def _check_unmerged(self, what: str) -> None:
+        if self.merged_adapters:
+            raise AdapterError(f"{what}: {_list(self.merged_adapters)} are merged; call unmerge_adapter() first")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraModel:
+        super()._apply(fn, recurse)
+        self._biases.apply(fn)
+        return self
+
+
+def file_key(name: str) -> str:
+    """PEFT's key for a tensor of the model: without the segments that torch.compile and FSDP put into names."""
+    return PREFIX + _WRAPPERS.sub("", name)
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _factor_keys(layer: LoraLayer, name: str) -> tuple[str, str]:
+    if layer.kind == "Embedding":
+        return file_key(f"{name}.lora_embedding_A"), file_key(f"{name}.lora_embedding_B")
+    return file_key(f"{name}.lora_A.weight"), file_key(f"{name}.lora_B.weight")
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Base module → every (parent, attribute) that holds it, wrapped or not."""
+    out: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        if isinstance(parent, LoraLayer | SavedModule | nn.ModuleDict):
+            continue
+        for key, child in parent._modules.items():
+            if child is not None:
+                out.setdefault(id(unwrap(child)), []).append((parent, key))
+    return out
+
+
+def _replace(places: dict[int, list[tuple[nn.Module, str]]], module: nn.Module, wrapper: nn.Module) -> None:
+    """Put ``wrapper`` around ``module`` wherever it hangs. A ``SavedModule`` stays outside a ``LoraLayer``."""
+    if not places.get(id(module)):
+        raise AdapterError("target_modules: the model itself cannot be wrapped; put it inside another module")
+    for parent, key in places[id(module)]:
+        held = parent._modules[key]
+        if isinstance(held, SavedModule):
+            held.original_module = wrapper
+        else:
+            if isinstance(wrapper, SavedModule) and held is not None:
+                wrapper.original_module = held
+            parent._modules[key] = wrapper
+
+
+def _strip(model: nn.Module, *, only_empty: bool = False, keep_copies: bool = False) -> None:
+    """Take wrappers off: all, or those without a slot. ``keep_copies`` leaves the active copy of saved modules."""
+    for parent in list(model.modules()):
+        if isinstance(parent, LoraLayer | SavedModule) and not only_empty:
+            continue
+        for key, child in list(parent._modules.items()):
+            while isinstance(child, LoraLayer | SavedModule):
+                if isinstance(child, LoraLayer):
+                    inner: nn.Module = child.base_layer
+                    keep = bool(child.slots)
+                else:
+                    inner = child.current() if keep_copies else child.original_module
+                    keep = len(child.modules_to_save) > 0
+                if only_empty and keep:
+                    break
+                inner.train(child.training) if isinstance(child, LoraLayer) else None
+                parent._modules[key] = child = inner

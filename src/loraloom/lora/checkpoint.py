@@ -1,0 +1,258 @@
+"""PEFT's adapter folder: read, verify, write. safetensors and JSON alone, no pickle, no network.
+
+Reading is one direction: folder → tensors under PEFT's keys → checked against the plan → slots. Nothing of the model
+changes before every tensor was checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+
+from loraloom.config import CONFIG_NAME, LoraConfig
+from loraloom.errors import AdapterError, nearest
+from loraloom.lora.adapters import PREFIX, LoraModel, file_key
+from loraloom.lora.atomic import recover, write_files
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_NAME = "adapter_model.bin"
+
+
+@dataclass
+class LoadReport:
+    """What became of each tensor of a file. Keys are PEFT's."""
+
+    used: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    #: key → (dtype in the file, dtype in the model)
+    dtypes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    #: key in the file → key that it was read as
+    renamed: dict[str, str] = field(default_factory=dict)
+    #: embeddings of the base that the file carries along and that were put into the base, as PEFT does
+    base_replaced: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    # PEFT's names for the two lists.
+    @property
+    def missing_keys(self) -> list[str]:
+        return self.missing
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        return self.unexpected
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.used)} tensors used"]
+        for words, entries in (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("converted to another dtype", self.dtypes),
+            ("renamed", self.renamed),
+            ("put into the base", self.base_replaced),
+        ):
+            if entries:
+                parts.append(f"{len(entries)} {words}")
+        return ", ".join(parts)
+
+
+# -- write ------------------------------------------------------------------------------------------------------------
+
+
+def save(model: LoraModel, folder: str | Path, adapters: Sequence[str] | None = None) -> None:
+    """Write adapters (all by default) into ``folder`` as PEFT lays them out, in one atomic step."""
+    files: dict[str, bytes] = {}
+    for name in model.peft_config if adapters is None else adapters:
+        place = "" if name == "default" else f"{name}/"
+        tensors = model.tensors_of(name)
+        # Sorted and unshared: the same adapter gives the same bytes.
+        plain = {key: tensors[key].detach().cpu().clone().contiguous() for key in sorted(tensors)}
+        files[place + WEIGHTS_NAME] = save_bytes(plain, metadata={"format": "pt"})
+        files[place + CONFIG_NAME] = model.peft_config[name].copy(inference_mode=True).to_json().encode()
+    write_files(folder, files)
+
+
+# -- read -------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, under the keys of the file.
+
+    Raises:
+        AdapterError: no folder, no adapter in it, a pickled one, or a file that is cut off or damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AdapterError(
+            f"{folder}: no such folder. loraloom reads adapters from disk alone; fetch one from a hub first "
+            "(for example with `hf download NAME --local-dir FOLDER`)"
+        )
+    recover(folder)
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        if (folder / PICKLED_NAME).exists():
+            raise AdapterError(
+                f"{folder / PICKLED_NAME}: a pickled adapter can run code when it is loaded, so loraloom does not "
+                "read it. Convert it once where you trust it: tensors = torch.load(path, weights_only=True); "
+                f"safetensors.torch.save_file(tensors, {WEIGHTS_NAME!r})"
+            )
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{WEIGHTS_NAME}"))
+        hint = f"; there are adapters below it: {', '.join(inside)}" if inside else ""
+        raise AdapterError(f"{folder}: holds no {WEIGHTS_NAME}{hint}")
+    try:
+        return load_bytes(path.read_bytes())
+    except SafetensorError as error:
+        raise AdapterError(f"{path}: cut off or damaged ({error}); copy it again") from None
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def load(
+    model: LoraModel,
+    folder: str | Path,
+    adapter_name: str,
+    *,
+    config: LoraConfig | None = None,
+    is_trainable: bool = False,
+    strict: bool = True,
+    autocast_adapter_dtype: bool = True,
+) -> LoadReport:
+    """Put the adapter of ``folder`` on ``model`` as ``adapter_name``, after checking all of it."""
+    tensors = read_tensors(folder)
+    config = LoraConfig.from_pretrained(folder) if config is None else config
+    config = config.copy(inference_mode=not is_trainable)
+    report = LoadReport()
+    renamed = _normalise(tensors, report)
+    base = _take_base_tensors(model, renamed, config)
+    model.add_adapter(
+        adapter_name,
+        config,
+        strict=strict,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        tensors=renamed,
+    )
+    try:
+        _fill(model, adapter_name, renamed, report, strict=strict, source=f"{folder}: ")
+        _check_base(model, base, f"{folder}: ")
+    except Exception:
+        model.delete_adapter(adapter_name)
+        raise
+    for key, (live, tensor) in base.items():
+        if live.shape == tensor.shape and not torch.equal(live.detach(), tensor.to(live)):
+            live.data.copy_(tensor)
+            report.base_replaced.append(key)
+        report.used.append(key)
+    return report
+
+
+def fill(model: LoraModel, adapter_name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
+    """Copy ``tensors`` into an adapter that exists, after checking all of them."""
+    report = LoadReport()
+    _fill(model, adapter_name, _normalise(tensors, report), report, strict=strict)
+    return report
+
+
+def _fill(
+    model: LoraModel,
+    adapter_name: str,
+    tensors: Mapping[str, Tensor],
+    report: LoadReport,
+    *,
+    strict: bool,
+    source: str = "",
+) -> None:
+    """Check every tensor against the slot, then copy. The slot's own parameters stay the same objects."""
+    live = model.tensors_of(adapter_name)
+    report.missing = sorted(live.keys() - tensors.keys())
+    report.unexpected = sorted(tensors.keys() - live.keys())
+    wrong: list[str] = []
+    for key in sorted(live.keys() & tensors.keys()):
+        found, wanted = tensors[key], live[key]
+        if found.shape != wanted.shape:
+            wrong.append(f"{key} has shape {tuple(found.shape)} and the model needs {tuple(wanted.shape)}")
+        elif not torch.isfinite(found).all():
+            wrong.append(f"{key} holds values that are not finite")
+        else:
+            report.used.append(key)
+            if found.dtype != wanted.dtype:
+                report.dtypes[key] = (_dtype(found), _dtype(wanted))
+    report.problems = wrong
+    if wrong:
+        raise AdapterError(
+            f"{source}the adapter does not fit this model: {wrong[0]}{_more(wrong)}. Is it for another base?"
+        )
+    if strict and (report.missing or report.unexpected):
+        lines = []
+        if report.missing:
+            lines.append(f"{len(report.missing)} tensors are missing, such as {report.missing[0]}")
+        if report.unexpected:
+            close = nearest(report.unexpected[0], live)
+            lines.append(f"{len(report.unexpected)} are unexpected, such as {report.unexpected[0]}{close}")
+        raise AdapterError(
+            f"{source}the adapter and this model fit only in part ({len(report.used)} tensors): {'; '.join(lines)}. "
+            "Is it for another base? strict=False loads what fits"
+        )
+    if not report.used:
+        raise AdapterError(f"{source}no tensor of the adapter fits this model")
+    with torch.no_grad():
+        for key in report.used:
+            live[key].copy_(tensors[key])
+
+
+def _normalise(tensors: Mapping[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
+    """Keys as PEFT writes them, whichever tool wrote these."""
+    out: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        new = file_key(key.removeprefix(PREFIX))
+        if new != key:
+            report.renamed[key] = new
+        out[new] = tensor
+    return out
+
+
+def _take_base_tensors(
+    model: LoraModel, tensors: dict[str, Tensor], config: LoraConfig
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Take out copies of the base's embeddings, which PEFT adds when it adapts them or the vocabulary was resized."""
+    out: dict[str, tuple[Tensor, Tensor]] = {}
+    saved = config.modules_to_save or []
+    get = model.model
+    tables = [
+        getter()
+        for getter in (getattr(get, "get_input_embeddings", None), getattr(get, "get_output_embeddings", None))
+        if getter is not None
+    ]
+    for name, module in get.named_modules():
+        if not any(module is table for table in tables) or any(name == s or name.endswith("." + s) for s in saved):
+            continue
+        for middle in (".base_layer.", "."):
+            key = file_key(f"{name}{middle}weight")
+            if key in tensors:
+                weight = module.weight
+                assert isinstance(weight, Tensor)
+                out[key] = (weight, tensors.pop(key))
+    return out
+
+
+def _check_base(model: LoraModel, base: Mapping[str, tuple[Tensor, Tensor]], source: str) -> None:
+    for key, (live, tensor) in base.items():
+        if live.shape != tensor.shape:
+            raise AdapterError(
+                f"{source}it carries the base's {key} with shape {tuple(tensor.shape)}, this base has "
+                f"{tuple(live.shape)}; resize the base's embeddings first (resize_token_embeddings({tensor.shape[0]}))"
+            )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _more(items: Sequence[str]) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

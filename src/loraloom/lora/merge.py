@@ -1,0 +1,61 @@
+"""Merge and unmerge: all or nothing, and exact on the way back.
+
+Every merged weight is computed and checked before the first one is put in place, as a new parameter. The frozen
+parameter waits aside untouched, so unmerging restores the same bytes in any dtype, and another module that shares
+it (a tied head) never sees the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.errors import MergeError
+from loraloom.lora.layers import LoraEmbedding, LoraLayer
+
+
+def merge(layers: Mapping[str, LoraLayer], slots: Sequence[str]) -> None:
+    """Make every layer's weight the frozen one plus the updates of ``slots``.
+
+    Raises:
+        MergeError: a layer that cannot represent the update, or a result that is not finite. Nothing was changed.
+    """
+    ready: list[tuple[LoraLayer, nn.Parameter, tuple[str, ...]]] = []
+    for name, layer in layers.items():
+        mine = tuple(slot for slot in slots if slot in layer.slots)
+        if not mine:
+            continue
+        if (obstacle := layer.merge_obstacle()) is not None:
+            raise MergeError(f"{name}: cannot be merged, because it is {obstacle}; keep the adapter beside it")
+        ready.append((layer, nn.Parameter(_merged(name, layer, mine), requires_grad=False), mine))
+    for layer, weight, mine in ready:
+        layer.swap_weight(weight, mine)
+
+
+def _merged(name: str, layer: LoraLayer, slots: tuple[str, ...]) -> Tensor:
+    frozen = layer.table if isinstance(layer, LoraEmbedding) else layer.frozen_weight.detach()
+    total = layer.get_delta_weight(slots[0])
+    for slot in slots[1:]:
+        total = total + layer.get_delta_weight(slot)
+    # One rounding to the weight's dtype, after the sum.
+    merged = total.add_(frozen).to(layer.frozen_weight.dtype)
+    if not torch.isfinite(merged).all():
+        culprits = [slot for slot in slots if not torch.isfinite(layer.get_delta_weight(slot)).all()] or list(slots)
+        raise MergeError(
+            f"{name}: merging {', '.join(map(repr, culprits))} gives values that are not finite in "
+            f"{str(merged.dtype).removeprefix('torch.')}; nothing was merged. Check the adapter's training for divergence"
+        )
+    return merged.contiguous()
+
+
+def unmerge(layers: Mapping[str, LoraLayer]) -> None:
+    for layer in layers.values():
+        layer.restore_weight()
+
+
+def untied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> bool:
+    """Whether a merge gave a module its own weight where the frozen one is shared with another module."""
+    held = {id(p) for m in model.modules() for p in m._parameters.values() if p is not None}
+    return any(layer.merged and id(layer.frozen_weight) in held for layer in layers.values())

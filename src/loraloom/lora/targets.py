@@ -1,0 +1,389 @@
+"""From a config and a model to a ``Plan``: which modules get which rank, alpha and scale, and what that costs.
+
+Nothing here touches the model. Strict: a pattern that matches nothing is an error that names the closest match.
+The grammar is PEFT's: a list holds exact names or suffixes after a dot, a string is a regular expression over whole
+names, and the keys of ``rank_pattern`` and ``alpha_pattern`` match the end of a name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from loraloom.config import TASK_HEADS, LoraConfig
+from loraloom.errors import TargetError
+from loraloom.lora.layers import HALF, LoraConv, LoraConv1D, LoraLayer, LoraLinear, layer_class
+from loraloom.lora.presets import preset
+from loraloom.lora.saved import unwrap
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that would be adapted. ``parameters`` counts A and B; ``bytes`` is what they take in memory."""
+
+    name: str
+    kind: str
+    r: int
+    alpha: float
+    scale: float
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Something trained in full beside the factors: a module, or one bias."""
+
+    name: str
+    kind: str
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter would be on a model. ``str(plan)`` is the table that a person reads."""
+
+    config: LoraConfig
+    targets: tuple[Target, ...]
+    saved: tuple[Extra, ...]
+    biases: tuple[Extra, ...]
+    base_parameters: int
+    base_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.parameters for row in (*self.targets, *self.saved, *self.biases))
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in (*self.targets, *self.saved, *self.biases))
+
+    def __str__(self) -> str:
+        head = ("module", "kind", "r", "alpha", "scale", "parameters", "bytes")
+        rows = [
+            (t.name, t.kind, str(t.r), f"{t.alpha:g}", f"{t.scale:g}", f"{t.parameters:,}", f"{t.bytes:,}")
+            for t in self.targets
+        ]
+        rows += [
+            (e.name, e.kind, "", "", "", f"{e.parameters:,}", f"{e.bytes:,}") for e in (*self.saved, *self.biases)
+        ]
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            for row in [head, *rows]
+        ]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        share = 100 * self.parameters / max(self.base_parameters + self.parameters, 1)
+        lines.append(
+            f"total: {len(self.targets)} modules adapted, {len(self.saved)} trained in full, {len(self.biases)} biases; "
+            f"{self.parameters:,} of {self.base_parameters + self.parameters:,} parameters train ({share:.4f}%), "
+            f"{self.bytes:,} bytes beside a base of {self.base_bytes:,}"
+        )
+        return "\n".join(lines)
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules as they were before any adapter: wrappers are looked through. Each module once."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        module = unwrap(module)
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if name:
+            yield name, module
+        children = [(f"{name}.{key}" if name else key, child) for key, child in module._modules.items() if child]
+        stack.extend(reversed(children))
+
+
+def plan(
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    strict: bool = True,
+    autocast_adapter_dtype: bool = True,
+    follow_ties: bool = True,
+) -> Plan:
+    """What ``get_peft_model(model, config)`` would adapt and train, without touching ``model``.
+
+    Args:
+        strict: a pattern in ``target_modules``, ``exclude_modules``, ``modules_to_save``, ``rank_pattern`` or
+            ``alpha_pattern`` that matches nothing is an error; False turns that off.
+        autocast_adapter_dtype: factors of a half-precision base are kept in float32.
+        follow_ties: a module that shares its weight with one in ``modules_to_save`` is trained with it, as one
+            tensor. False takes ``modules_to_save`` to the letter, as for an adapter that was written elsewhere.
+
+    Raises:
+        TargetError: a pattern matches nothing, or a module that cannot carry LoRA; nothing would be trained.
+    """
+    model = getattr(model, "get_base_model", lambda: model)()
+    modules = dict(base_modules(model))
+    saved = _saved_modules(modules, config, strict, follow_ties)
+    inside_saved = {name for name in modules if any(name == s or name.startswith(s + ".") for s in saved)}
+    config = config.copy(
+        target_modules=_resolve(model, modules, config),
+        modules_to_save=_names_of_saved(config, saved),
+    )
+    excluded = _excluded(modules, config, strict)
+    names = _matches(modules, config, strict and config.target_modules is not None, excluded, inside_saved)
+
+    targets = []
+    used: set[str] = set()
+    for name in names:
+        module = modules[name]
+        cls = layer_class(module)
+        assert cls is not None
+        r_key, alpha_key = _pattern_key(config.rank_pattern, name), _pattern_key(config.alpha_pattern, name)
+        used |= {key for key in (r_key, alpha_key) if key is not None}
+        r = config.r if r_key is None else config.rank_pattern[r_key]
+        alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
+        if issubclass(cls, LoraConv) and r % module.groups:  # type: ignore[operator]
+            raise TargetError(
+                f"r: {name} is a convolution with groups={module.groups}, so its rank must be a multiple of that, "
+                f"found {r}; set rank_pattern={{{name!r}: ...}} or leave the module out"
+            )
+        parameters = sum(math.prod(shape) for shape in cls.shapes(module, r))
+        size = adapter_itemsize(module, autocast_adapter_dtype)
+        targets.append(Target(name, _kind(module, cls), r, alpha, config.scale(r, alpha), parameters, parameters * size))
+    if strict:
+        _check_pattern_keys(config, [t.name for t in targets], used)
+
+    extras = tuple(
+        Extra(name, "trained in full", count := sum(p.numel() for p in modules[name].parameters()),
+              count * adapter_itemsize(modules[name], autocast_adapter_dtype))
+        for name in saved
+    )  # fmt: skip
+    biases = tuple(_biases(modules, config, {t.name for t in targets}, inside_saved))
+    if not (targets or extras or biases):
+        raise TargetError("target_modules: nothing would be trained; " + _offer(modules))
+    return Plan(
+        config,
+        tuple(targets),
+        extras,
+        biases,
+        sum(p.numel() for p in _base_parameters(modules)),
+        sum(p.numel() * p.element_size() for p in _base_parameters(modules)),
+    )
+
+
+def adapter_itemsize(module: nn.Module, autocast_adapter_dtype: bool) -> int:
+    """Bytes of one adapter number beside ``module``: float32 for a half-precision base, else the base's own."""
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if weight is None or (autocast_adapter_dtype and weight.dtype in HALF):
+        return 4
+    return weight.element_size()
+
+
+def _kind(module: nn.Module, cls: type[LoraLayer]) -> str:
+    return type(module).__name__ if issubclass(cls, LoraConv) else cls.kind
+
+
+def _base_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
+    unique = {id(p): p for m in modules.values() for p in m._parameters.values() if p is not None}
+    return list(unique.values())
+
+
+# -- matching -----------------------------------------------------------------------------------------------------
+
+
+def matches_name(pattern: str, name: str) -> bool:
+    """A list's entry: the whole name, or its end after a dot."""
+    return name == pattern or name.endswith("." + pattern)
+
+
+def _matches_any(patterns: Iterable[str] | str | None, name: str) -> bool:
+    if not patterns:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(matches_name(pattern, name) for pattern in patterns)
+
+
+def _resolve(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str] | str:
+    """``target_modules`` with "all-linear" and the model type's preset written out."""
+    wanted = config.target_modules
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        linear = [name for name, m in modules.items() if layer_class(m) in (LoraLinear, LoraConv1D)]
+        heads = _output_heads(model, modules, config)
+        chosen = [name for name in linear if name not in heads]
+        return _suffixes(chosen, modules, among=[name for name, m in modules.items() if layer_class(m)])
+    if wanted is not None:
+        return wanted
+    model_type = _model_type(model)
+    found = preset(model_type)
+    if found is None:
+        what = f"model type {model_type!r} has no preset" if model_type else "this model has no model type"
+        raise TargetError(f"target_modules: not given, and {what}; {_offer(modules)}")
+    return found if isinstance(found, str) else list(found)
+
+
+def _model_type(model: nn.Module) -> str | None:
+    config = getattr(model, "config", None)
+    found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return found if isinstance(found, str) else None
+
+
+def _output_heads(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> set[str]:
+    """The output layer that "all-linear" leaves out: the language-model head, or the classifier."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = unwrap(out) if get is not None and (out := get()) is not None else None
+    if head is not None:
+        return {name for name, module in modules.items() if module is head}
+    heads = TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
+    return {name for name in modules if name in heads}
+
+
+def _suffixes(names: Iterable[str], modules: dict[str, nn.Module], among: Iterable[str] | None = None) -> list[str]:
+    """The shortest list of suffixes that matches exactly ``names`` among ``among``; full names where none would."""
+    chosen = set(names)
+    others = [name for name in (modules if among is None else among) if name not in chosen]
+    out: set[str] = set()
+    for name in chosen:
+        parts = name.split(".")
+        tails = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+        # A number is a place in a list, which says nothing by itself.
+        fitting = (t for t in tails if not t[0].isdigit() and not any(matches_name(t, other) for other in others))
+        out.add(next(fitting, name))
+    return sorted(out)
+
+
+def _excluded(modules: dict[str, nn.Module], config: LoraConfig, strict: bool) -> set[str]:
+    patterns = config.exclude_modules
+    if strict:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+            if not any(_matches_any(patterns if isinstance(patterns, str) else [pattern], name) for name in modules):
+                raise TargetError(f"exclude_modules: {pattern!r} matches no module{_closest(pattern, modules)}")
+    return {name for name in modules if _matches_any(patterns, name)}
+
+
+def _matches(
+    modules: dict[str, nn.Module], config: LoraConfig, strict: bool, excluded: set[str], inside_saved: set[str]
+) -> list[str]:
+    wanted = config.target_modules or []
+    in_layers = [name for name in modules if _in_layers(name, config)]
+    matched = [name for name in in_layers if _matches_any(wanted, name)]
+    names = [name for name in matched if name not in excluded and name not in inside_saved]
+    if strict:
+        for pattern in [wanted] if isinstance(wanted, str) else wanted:
+            hits = [n for n in modules if _matches_any(wanted if isinstance(wanted, str) else [pattern], n)]
+            if not hits:
+                raise TargetError(
+                    f"target_modules: {pattern!r} matches no module{_closest(pattern, modules)}; {_offer(modules)}"
+                )
+            if not set(hits) & set(names):
+                why = (
+                    "exclude_modules takes all of them out"
+                    if set(hits) & excluded
+                    else "modules_to_save trains all of them in full"
+                    if set(hits) & inside_saved
+                    else f"none is in layers_to_transform={config.layers_to_transform}"
+                )
+                raise TargetError(f"target_modules: {pattern!r} matches {len(hits)} modules, but {why}")
+    elif wanted and not names:
+        raise TargetError(f"target_modules: {wanted!r} matches no module; {_offer(modules)}")
+    for name in names:
+        if layer_class(modules[name]) is None:
+            raise TargetError(
+                f"target_modules: {name} is a {type(modules[name]).__name__}, which LoRA cannot wrap; "
+                f"name layers of kind Linear, Conv1D, Embedding, Conv1d, Conv2d or Conv3d; {_offer(modules)}"
+            )
+    return names
+
+
+def _in_layers(name: str, config: LoraConfig) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return True
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    # The first number is the layer's; later ones count experts and the like.
+    expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns or ()] or [r"(?:.*?\.)?[^.]*\.(\d+)\."]
+    found = next((m for e in expressions if (m := re.match(e, name))), None)
+    return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _pattern_key(patterns: dict[str, int] | dict[str, float], name: str) -> str | None:
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def _check_pattern_keys(config: LoraConfig, targets: list[str], used: set[str]) -> None:
+    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in patterns:
+            if key in used:
+                continue
+            if any(_pattern_key({key: 1}, name) for name in targets):
+                raise TargetError(f"{field}: {key!r} never applies, because an earlier key matches the same modules")
+            raise TargetError(f"{field}: {key!r} matches no adapted module{_closest(key, dict.fromkeys(targets))}")
+
+
+# -- what is trained in full ----------------------------------------------------------------------------------------
+
+
+def _names_of_saved(config: LoraConfig, saved: list[str]) -> list[str] | None:
+    asked = config.modules_to_save or []
+    return [*asked, *(name for name in saved if not _matches_any(asked, name))] or None
+
+
+def _saved_modules(
+    modules: dict[str, nn.Module], config: LoraConfig, strict: bool, follow_ties: bool
+) -> list[str]:
+    asked = config.modules_to_save or []
+    heads = TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
+    if strict:
+        for pattern in asked:
+            # A task's usual head is asked for by habit; models that call it otherwise are no mistake.
+            if pattern not in heads and not any(matches_name(pattern, name) for name in modules):
+                raise TargetError(f"modules_to_save: {pattern!r} matches no module{_closest(pattern, modules)}")
+    names = [name for name in modules if _matches_any([*asked, *heads], name)]
+    if follow_ties:
+        chosen = [modules[name] for name in names]
+        names = [name for name in modules if name in names or _shares(modules[name], chosen)]
+    return [name for name in names if not any(name.startswith(other + ".") for other in names)]
+
+
+def _shares(module: nn.Module, others: list[nn.Module]) -> bool:
+    """Whether ``module`` itself (not its children) holds a weight that one of ``others`` holds: tied by storage."""
+    mine = {p.data_ptr() for p in module._parameters.values() if p is not None and p.numel() and not p.is_meta}
+    return any(p.data_ptr() in mine for other in others for p in other._parameters.values() if p is not None)
+
+
+def _biases(
+    modules: dict[str, nn.Module], config: LoraConfig, targets: set[str], inside_saved: set[str]
+) -> Iterator[Extra]:
+    if config.bias == "none":
+        return
+    for name, module in modules.items():
+        bias = module._parameters.get("bias")
+        if bias is not None and name not in inside_saved and (config.bias == "all" or name in targets):
+            size = adapter_itemsize(module, False)
+            yield Extra(f"{name}.bias", "bias", bias.numel(), bias.numel() * size)
+
+
+# -- words for errors -------------------------------------------------------------------------------------------------
+
+
+def _closest(pattern: str, modules: dict[str, nn.Module] | dict[str, None]) -> str:
+    """``"; did you mean 'q_proj' (22 modules)?"``"""
+    counts = Counter(name.rsplit(".", 1)[-1] for name in modules if not name.rsplit(".", 1)[-1].isdigit())
+    close = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], list(counts), n=1, cutoff=0.5)
+    if not close:
+        return ""
+    count = counts[close[0]]
+    return f"; did you mean {close[0]!r} ({count} module{'s' if count > 1 else ''})?"
+
+
+def _offer(modules: dict[str, nn.Module]) -> str:
+    """The names that could be targeted, with counts."""
+    counts = Counter(name.rsplit(".", 1)[-1] for name, module in modules.items() if layer_class(module))
+    listed = ", ".join(f"{name} ({count})" for name, count in counts.most_common(30))
+    return f"modules that can be adapted: {listed}" if listed else "this model has no module that LoRA can wrap"
