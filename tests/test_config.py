@@ -49,7 +49,10 @@ def test_names_and_defaults_are_those_of_peft() -> None:
         ({"rank_pattern": ["q"]}, "rank_pattern: must map"),
         ({"alpha_pattern": {"q": math.inf}}, "alpha_pattern['q']: must be finite"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '(' is not a regular expression"),
-        ({"layers_to_transform": [0], "target_modules": "q"}, "layers_to_transform: needs target_modules as a list"),
+        (
+            {"layers_to_transform": [0], "target_modules": "q"},
+            "layers_to_transform: needs target_modules as a list",
+        ),
         ({"layers_to_transform": -1}, "layers_to_transform: must be at least 0"),
         ({"layers_to_transform": []}, "layers_to_transform: the list is empty"),
         ({"layers_pattern": "h"}, "layers_pattern: has no effect without layers_to_transform"),
@@ -74,7 +77,12 @@ def test_every_field_that_peft_writes_at_its_default_is_read(name: str) -> None:
 
 def test_what_peft_writes_is_read_and_written_again_the_same(tmp_path) -> None:
     theirs = peft.LoraConfig(
-        r=4, lora_alpha=7, target_modules=["v", "q"], task_type="SEQ_CLS", rank_pattern={"q": 2}, bias="lora_only"
+        r=4,
+        lora_alpha=7,
+        target_modules=["v", "q"],
+        task_type="SEQ_CLS",
+        rank_pattern={"q": 2},
+        bias="lora_only",
     )
     theirs.save_pretrained(tmp_path / "theirs")
     ours = LoraConfig.from_pretrained(tmp_path / "theirs")
@@ -119,7 +127,12 @@ def test_json_and_back_is_the_same_config_and_equal_configs_give_equal_bytes(
 ) -> None:
     def make(order: list[str] | None) -> LoraConfig:
         return LoraConfig(
-            r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=order, task_type=task, use_rslora=rslora
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=order,
+            task_type=task,
+            use_rslora=rslora,
         )
 
     order = None if targets is None else sorted(targets)

@@ -35,7 +35,7 @@ _WHERE = {
     "plan": "loraloom.lora.targets",
 }
 
-__all__ = ["__version__", *_WHERE]  # noqa: PLE0604
+__all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:

@@ -253,9 +253,7 @@ class LoraConfig:
 def _not_implemented() -> dict[str, Any]:
     specs = fields(LoraConfig)
     start = next(i for i, spec in enumerate(specs) if spec.name == "megatron_config")
-    return {
-        spec.name: spec.default if spec.default is not dataclasses.MISSING else {} for spec in specs[start:]
-    }
+    return {spec.name: spec.default if spec.default is not dataclasses.MISSING else {} for spec in specs[start:]}
 
 
 def _check_names(cls: type[LoraConfig], given: Iterable[str]) -> None:
@@ -334,7 +332,7 @@ def _regular_expression(name: str, pattern: str) -> None:
 
 
 def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices or isinstance(value, int) and not isinstance(value, bool):
+    if value not in choices or (isinstance(value, int) and not isinstance(value, bool)):
         hint = nearest(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
         raise ConfigError(f"{name}: must be one of {', '.join(map(repr, choices))}, found {value!r}{hint}")
 

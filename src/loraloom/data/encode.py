@@ -122,11 +122,7 @@ def _completed(
     texts = [prompt + row.fields[columns[-1]] for prompt, row in zip(prompts, rows, strict=True)]
     for row, prompt, tokens in zip(rows, prompts, _tokens(tokenizer, texts, None), strict=True):
         ids, targets = _targets(tokens, len(prompt))
-        body = [
-            span
-            for span, special in zip(tokens.offsets, tokens.special_tokens_mask, strict=True)
-            if not special
-        ]
+        body = [span for span, special in zip(tokens.offsets, tokens.special_tokens_mask, strict=True) if not special]
         merged += any(start < len(prompt) < end for start, end in body)
         if not any(start >= len(prompt) for start, _ in body):
             swallowed.append(row.line)
@@ -165,9 +161,7 @@ def _targets(tokens: Any, boundary: int) -> tuple[list[int], list[int]]:
     return ids, targets
 
 
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None
-) -> Iterator[Any]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None) -> Iterator[Any]:
     """One ``tokenizers.Encoding`` per text, cut to ``max_length`` unless that is None."""
     for start in range(0, len(texts), CHUNK):
         yield from tokenizer(

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import reprlib
@@ -64,12 +65,12 @@ def data_hash(path: str | Path) -> str:
 
 
 def _bytes(path: Path) -> bytes:
-    if path.is_dir():
-        raise DataError(f"{path}: a directory, where a data file (.jsonl or .csv) is needed")
     try:
+        if path.is_dir():
+            raise DataError(f"{path}: a directory, where a data file (.jsonl or .csv) is needed")
         return path.read_bytes()
     except FileNotFoundError:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
         raise DataError(f"{path}: no such file{nearest(path.name, siblings)}") from None
     except OSError as exc:
         raise DataError(f"{path}: cannot be read: {exc.strerror}") from exc
@@ -85,8 +86,7 @@ def _decode(raw: bytes, path: Path) -> str:
         line = raw.count(b"\n", 0, exc.start) + 1
         byte = exc.start - raw.rfind(b"\n", 0, exc.start)
         raise DataError(
-            f"{path}, line {line}: not UTF-8: byte {byte} of the line is 0x{raw[exc.start]:02x}; "
-            f"save the file as UTF-8"
+            f"{path}, line {line}: not UTF-8: byte {byte} of the line is 0x{raw[exc.start]:02x}; save the file as UTF-8"
         ) from None
 
 
@@ -102,9 +102,7 @@ def _jsonl(text: str, path: Path) -> Iterator[Row]:
         except (ValueError, RecursionError) as exc:
             raise DataError(f"{path}, line {number}: JSON that cannot be read: {exc}") from None
         if not isinstance(value, dict):
-            raise DataError(
-                f"{path}, line {number}: a JSON object is needed on every line, found {_shown(value)}"
-            )
+            raise DataError(f"{path}, line {number}: a JSON object is needed on every line, found {_shown(value)}")
         yield Row(value, number)
 
 
@@ -186,9 +184,7 @@ def _check_text(column: str, value: object, where: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as exc:
-        raise DataError(
-            f"{where}: {column!r} holds half of a surrogate pair (character {exc.start + 1})"
-        ) from None
+        raise DataError(f"{where}: {column!r} holds half of a surrogate pair (character {exc.start + 1})") from None
 
 
 def _check_label(value: object, where: str) -> None:
@@ -217,9 +213,7 @@ def label_names(rows: Sequence[Row], path: str | Path) -> list[str]:
     names = {label_name(row) for row in rows}
     if len(names) < 2:
         only = next(iter(names), "none")
-        raise DataError(
-            f"{path}: a classifier needs two classes or more; all {len(rows)} rows are labelled {only!r}"
-        )
+        raise DataError(f"{path}: a classifier needs two classes or more; all {len(rows)} rows are labelled {only!r}")
     numbers = all(WHOLE_NUMBER.fullmatch(name) for name in names)
     return sorted(names, key=int) if numbers else sorted(names)
 
@@ -242,9 +236,7 @@ def check_labels(train: Sequence[Row], evaluation: Sequence[Row], path: str | Pa
     label_ids(evaluation, sorted({label_name(row) for row in train}), path)
 
 
-def split(
-    rows: Sequence[Row], amount: float, seed: int, keep_labels: bool = False
-) -> tuple[list[Row], list[Row]]:
+def split(rows: Sequence[Row], amount: float, seed: int, keep_labels: bool = False) -> tuple[list[Row], list[Row]]:
     """Hold out rows at random: (training rows, evaluation rows), both in the order of the file.
 
     ``amount`` is a share (a float between 0 and 1, at least one row) or a number of rows (an int). The choice
@@ -255,9 +247,7 @@ def split(
     if isinstance(amount, bool) or not (
         0 < amount < 1 if isinstance(amount, float) else isinstance(amount, int) and amount >= 1
     ):
-        raise ConfigError(
-            f"rows to hold out: a share between 0 and 1 or a whole number of rows, not {amount!r}"
-        )
+        raise ConfigError(f"rows to hold out: a share between 0 and 1 or a whole number of rows, not {amount!r}")
     count = max(1, round(amount * len(rows))) if isinstance(amount, float) else amount
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
@@ -270,9 +260,7 @@ def split(
         kept.add(name)
     if count > len(free):
         reason = f" with one row of each of {len(kept)} labels kept for training" if keep_labels else ""
-        raise DataError(
-            f"{count} of {len(rows)} rows cannot be held out{reason}; give more rows or hold out fewer"
-        )
+        raise DataError(f"{count} of {len(rows)} rows cannot be held out{reason}; give more rows or hold out fewer")
     held = set(free[:count])
     train = [row for index, row in enumerate(rows) if index not in held]
     return train, [rows[index] for index in sorted(held)]

@@ -206,7 +206,8 @@ class LoraModel(nn.Module):
         self._check_names(names)
         if self.merged_adapters and set(names) != set(self.merged_adapters):
             raise AdapterError(f"set_adapter: {_list(self.merged_adapters)} are merged; call unmerge_adapter() first")
-        for what, owners in (("biases", self._biases.slots), *((n, w.modules_to_save) for n, w in self._saved.items())):
+        copies = {name: set(wrapper.modules_to_save) for name, wrapper in self._saved.items()}
+        for what, owners in {"biases": set(self._biases.slots), **copies}.items():
             clash = [name for name in dict.fromkeys(names) if name in owners]
             if len(clash) > 1:
                 raise AdapterError(
@@ -392,7 +393,7 @@ class LoraModel(nn.Module):
             return getattr(self.model, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraModel:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._biases.apply(fn)
         return self
 

@@ -107,7 +107,8 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
         hint = f"; there are adapters below it: {', '.join(inside)}" if inside else ""
         raise AdapterError(f"{folder}: holds no {WEIGHTS_NAME}{hint}")
     try:
-        return load_bytes(path.read_bytes())
+        tensors: dict[str, Tensor] = load_bytes(path.read_bytes())
+        return tensors
     except SafetensorError as error:
         raise AdapterError(f"{path}: cut off or damaged ({error}); copy it again") from None
     except OSError as error:
@@ -226,7 +227,10 @@ def _take_base_tensors(
     get = model.model
     tables = [
         getter()
-        for getter in (getattr(get, "get_input_embeddings", None), getattr(get, "get_output_embeddings", None))
+        for getter in (
+            getattr(get, "get_input_embeddings", None),
+            getattr(get, "get_output_embeddings", None),
+        )
         if getter is not None
     ]
     for name, module in get.named_modules():

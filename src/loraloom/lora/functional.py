@@ -19,7 +19,12 @@ def lora_linear(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def lora_embedding(
-    ids: Tensor, a: Tensor, b: Tensor, scale: float, padding_idx: int | None = None, by_frequency: bool = False
+    ids: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    padding_idx: int | None = None,
+    by_frequency: bool = False,
 ) -> Tensor:
     """``scale · B A[:, ids]``. Shapes: ids [...] whole numbers, a [r, vocabulary], b [dim, r] → [..., dim].
 
@@ -29,16 +34,18 @@ def lora_embedding(
     return F.linear(F.embedding(ids, a.T, padding_idx, scale_grad_by_freq=by_frequency) * scale, b)
 
 
-def lora_conv(x: Tensor, a: Tensor, b: Tensor, scale: float, convolve: Callable[[Tensor, Tensor], Tensor],
-              groups: int) -> Tensor:
+def lora_conv(
+    x: Tensor, a: Tensor, b: Tensor, scale: float, convolve: Callable[[Tensor, Tensor], Tensor], groups: int
+) -> Tensor:
     """``scale · B(A(x))``: ``A`` with the frozen layer's window, ``B`` of width one.
 
     Shapes: x [rows, in, *space], a [r, in, *kernel], b [out, r / groups, 1...] → [rows, out, *space'].
     ``convolve(x, a)`` is the frozen layer's own convolution: its stride, dilation and padding mode, ungrouped.
     """
     hidden = convolve(x, a.to(x.dtype)) * scale
-    pointwise = (F.conv1d, F.conv2d, F.conv3d)[a.dim() - 3]
-    return pointwise(hidden, b.to(x.dtype), groups=groups)
+    pointwise: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[a.dim() - 3]
+    update: Tensor = pointwise(hidden, b.to(x.dtype), groups=groups)
+    return update
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

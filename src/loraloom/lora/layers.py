@@ -49,7 +49,7 @@ class LoraLayer(nn.Module):
         #: The slots whose update the weight holds now, and the frozen weight that waits aside meanwhile.
         self.merged: tuple[str, ...] = ()
         self._frozen: tuple[nn.Parameter, ...] = ()  # in a tuple, so that it is no parameter of this module
-        self.training = base_layer.training
+        self.training = self.lora_A.training = self.lora_B.training = base_layer.training
 
     # -- shapes and slots ---------------------------------------------------------------------------------------
 
@@ -73,7 +73,9 @@ class LoraLayer(nn.Module):
         self._place(slot, a, b)
 
     def _place(self, slot: str, a: nn.Parameter, b: nn.Parameter) -> None:
-        self.lora_A[slot], self.lora_B[slot] = Factor(a), Factor(b)
+        for factors, weight in ((self.lora_A, a), (self.lora_B, b)):
+            factors[slot] = Factor(weight)
+            factors[slot].training = self.training
 
     def remove_slot(self, slot: str) -> None:
         for table in (self.r, self.scaling, self.lora_dropout, self.lora_A, self.lora_B):
@@ -159,7 +161,7 @@ class LoraLayer(nn.Module):
             return getattr(self.base_layer, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for weight in self._frozen:
             weight.data = fn(weight.data)
         return self
@@ -207,6 +209,7 @@ class LoraEmbedding(LoraLayer):
         del self.lora_A, self.lora_B  # PEFT's names for these two, kept in state dicts and files
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
+        self.lora_embedding_A.training = self.lora_embedding_B.training = self.training
         self._max_norm: float | None = None
 
     @staticmethod
@@ -256,7 +259,7 @@ class LoraEmbedding(LoraLayer):
         if limit is None:
             return weight
         norm = weight.norm(p=float(base.norm_type), dim=1, keepdim=True)  # type: ignore[arg-type]
-        return torch.where(norm > limit, weight * (limit / (norm + 1e-7)), weight)  # type: ignore[operator]
+        return torch.where(norm > limit, weight * (limit / (norm + 1e-7)), weight)
 
 
 class LoraConv(LoraLayer):

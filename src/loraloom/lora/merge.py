@@ -45,7 +45,7 @@ def _merged(name: str, layer: LoraLayer, slots: tuple[str, ...]) -> Tensor:
         culprits = [slot for slot in slots if not torch.isfinite(layer.get_delta_weight(slot)).all()] or list(slots)
         raise MergeError(
             f"{name}: merging {', '.join(map(repr, culprits))} gives values that are not finite in "
-            f"{str(merged.dtype).removeprefix('torch.')}; nothing was merged. Check the adapter's training for divergence"
+            f"{str(merged.dtype).removeprefix('torch.')}; nothing was merged. Did the adapter's training diverge?"
         )
     return merged.contiguous()
 

@@ -78,7 +78,10 @@ class Route:
                 f"adapter_names: {self.rows} names for a batch in which a layer sees {x.shape[0]} rows; "
                 "give one name for each row (layers that reorder rows cannot be routed)"
             )
-        order, inverse = self._spread(self.order, times, x.device), self._spread(self.inverse, times, x.device)
+        order, inverse = (
+            self._spread(self.order, times, x.device),
+            self._spread(self.inverse, times, x.device),
+        )
         if order is not None:
             x = x.index_select(0, order)
         parts = []

@@ -1,4 +1,4 @@
-"""A module that a slot trains in full (``modules_to_save``): each slot has its own copy, the original stays as it is."""
+"""A module that a slot trains in full (``modules_to_save``): each slot has its own copy, the original stays."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SavedModule(nn.Module):
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
         self.router = router
-        self.training = original.training
+        self.training = self.modules_to_save.training = original.training
 
     def new_copy(self, dtype: torch.dtype | None) -> nn.Module:
         """A trainable copy of the original without adapters, floating tensors in ``dtype`` (None: as they are)."""
@@ -55,7 +55,7 @@ class SavedModule(nn.Module):
         x, *rest = args
 
         def one(slot: str, rows: Tensor, where: slice | Tensor) -> Tensor:
-            module = self.modules_to_save[slot] if slot in self.modules_to_save else self.original_module
+            module = self.modules_to_save[slot] if slot in self.modules_to_save else self.original_module  # noqa: SIM401
             out: Tensor = self._call(module, rows, *rest, **kwargs)
             return out
 

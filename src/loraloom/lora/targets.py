@@ -60,12 +60,16 @@ class Plan:
     base_bytes: int
 
     @property
+    def rows(self) -> list[Target | Extra]:
+        return [*self.targets, *self.saved, *self.biases]
+
+    @property
     def parameters(self) -> int:
-        return sum(row.parameters for row in (*self.targets, *self.saved, *self.biases))
+        return sum(row.parameters for row in self.rows)
 
     @property
     def bytes(self) -> int:
-        return sum(row.bytes for row in (*self.targets, *self.saved, *self.biases))
+        return sum(row.bytes for row in self.rows)
 
     def __str__(self) -> str:
         head = ("module", "kind", "r", "alpha", "scale", "parameters", "bytes")
@@ -73,9 +77,7 @@ class Plan:
             (t.name, t.kind, str(t.r), f"{t.alpha:g}", f"{t.scale:g}", f"{t.parameters:,}", f"{t.bytes:,}")
             for t in self.targets
         ]
-        rows += [
-            (e.name, e.kind, "", "", "", f"{e.parameters:,}", f"{e.bytes:,}") for e in (*self.saved, *self.biases)
-        ]
+        rows += [(e.name, e.kind, "", "", "", f"{e.parameters:,}", f"{e.bytes:,}") for e in (*self.saved, *self.biases)]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = [
             "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
@@ -84,7 +86,8 @@ class Plan:
         lines.insert(1, "  ".join("-" * w for w in widths))
         share = 100 * self.parameters / max(self.base_parameters + self.parameters, 1)
         lines.append(
-            f"total: {len(self.targets)} modules adapted, {len(self.saved)} trained in full, {len(self.biases)} biases; "
+            f"total: {len(self.targets)} modules adapted, {len(self.saved)} trained in full, "
+            f"{len(self.biases)} biases; "
             f"{self.parameters:,} of {self.base_parameters + self.parameters:,} parameters train ({share:.4f}%), "
             f"{self.bytes:,} bytes beside a base of {self.base_bytes:,}"
         )
@@ -103,7 +106,9 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         seen.add(id(module))
         if name:
             yield name, module
-        children = [(f"{name}.{key}" if name else key, child) for key, child in module._modules.items() if child]
+        children = [
+            (f"{name}.{key}" if name else key, child) for key, child in module._modules.items() if child is not None
+        ]
         stack.extend(reversed(children))
 
 
@@ -131,12 +136,13 @@ def plan(
     modules = dict(base_modules(model))
     saved = _saved_modules(modules, config, strict, follow_ties)
     inside_saved = {name for name in modules if any(name == s or name.startswith(s + ".") for s in saved)}
+    given = config.target_modules is not None  # a preset names what models of a type may have, not what they must
     config = config.copy(
         target_modules=_resolve(model, modules, config),
         modules_to_save=_names_of_saved(config, saved),
     )
     excluded = _excluded(modules, config, strict)
-    names = _matches(modules, config, strict and config.target_modules is not None, excluded, inside_saved)
+    names = _matches(modules, config, strict and given, excluded, inside_saved)
 
     targets = []
     used: set[str] = set()
@@ -155,7 +161,9 @@ def plan(
             )
         parameters = sum(math.prod(shape) for shape in cls.shapes(module, r))
         size = adapter_itemsize(module, autocast_adapter_dtype)
-        targets.append(Target(name, _kind(module, cls), r, alpha, config.scale(r, alpha), parameters, parameters * size))
+        targets.append(
+            Target(name, _kind(module, cls), r, alpha, config.scale(r, alpha), parameters, parameters * size)
+        )
     if strict:
         _check_pattern_keys(config, [t.name for t in targets], used)
 
@@ -268,7 +276,11 @@ def _excluded(modules: dict[str, nn.Module], config: LoraConfig, strict: bool) -
 
 
 def _matches(
-    modules: dict[str, nn.Module], config: LoraConfig, strict: bool, excluded: set[str], inside_saved: set[str]
+    modules: dict[str, nn.Module],
+    config: LoraConfig,
+    strict: bool,
+    excluded: set[str],
+    inside_saved: set[str],
 ) -> list[str]:
     wanted = config.target_modules or []
     in_layers = [name for name in modules if _in_layers(name, config)]
@@ -334,9 +346,7 @@ def _names_of_saved(config: LoraConfig, saved: list[str]) -> list[str] | None:
     return [*asked, *(name for name in saved if not _matches_any(asked, name))] or None
 
 
-def _saved_modules(
-    modules: dict[str, nn.Module], config: LoraConfig, strict: bool, follow_ties: bool
-) -> list[str]:
+def _saved_modules(modules: dict[str, nn.Module], config: LoraConfig, strict: bool, follow_ties: bool) -> list[str]:
     asked = config.modules_to_save or []
     heads = TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
     if strict:
