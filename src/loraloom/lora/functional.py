@@ -51,4 +51,5 @@ def lora_conv(
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``B A`` in at least float32: a [r, ...in], b [out, r, 1...] → [out, ...in]."""
     dtype = torch.promote_types(a.dtype, torch.float32)
-    return torch.tensordot(b.to(dtype).flatten(1), a.to(dtype), dims=1)
+    delta: Tensor = torch.tensordot(b.to(dtype).flatten(1), a.to(dtype), dims=1)
+    return delta
