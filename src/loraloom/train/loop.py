@@ -1,0 +1,114 @@
+"""The one training loop: a pack of slots, of which a single run is a pack of one.
+
+A step takes each running slot's next rows, runs them through the frozen model in one forward with one route, takes
+each slot's own loss on its own rows, and lets each slot update itself. Rows of different slots never meet: the
+gradient of a sum of losses is each slot's own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraloom.config import TaskType
+from loraloom.data.batches import collate, evaluation_batches, join
+from loraloom.data.encode import Example
+from loraloom.errors import TrainingError
+from loraloom.lora.model import PeftModel
+from loraloom.train import tasks
+from loraloom.train.slot import Slot
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a watcher sees after each step."""
+
+    slot: Slot
+    tokens: int
+    seconds: float
+
+
+def train_pack(
+    model: PeftModel,
+    slots: Sequence[Slot],
+    task: TaskType,
+    pad_id: int,
+    *,
+    evaluate_every: int,
+    evaluate: Callable[[Slot], dict[str, float]],
+    watch: Callable[[Progress], None] = lambda progress: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> int:
+    """Train every slot to its last step and evaluate it every ``evaluate_every`` steps and at its end.
+
+    Returns the number of tokens seen. ``stopped`` is asked between steps and ends the loop early.
+
+    Raises:
+        TrainingError: a slot's loss is not finite. Its weights are those from before that step.
+    """
+    model.train()
+    started, tokens = time.perf_counter(), 0
+    while (running := [slot for slot in slots if not slot.done]) and not stopped():
+        batch = join([(slot.name, slot.next_examples()) for slot in running], pad_id, task)
+        losses = _losses(model, task, batch.inputs, batch.slots)
+        for slot in running:
+            if not math.isfinite(float(losses[slot.name].detach())):
+                raise TrainingError(
+                    f"step {slot.step + 1}: the loss is {float(losses[slot.name].detach())}, so training cannot go on; "
+                    "lower the learning rate or lora_alpha, or use dtype bfloat16 or float32 instead of float16"
+                )
+        torch.stack(list(losses.values())).sum().backward()
+        tokens += batch.tokens
+        for slot in running:
+            slot.update(losses[slot.name])
+            if slot.done or slot.step % evaluate_every == 0:
+                slot.curve.evaluations.append({"step": slot.step, **evaluate(slot)})
+            watch(Progress(slot, tokens, time.perf_counter() - started))
+    return tokens
+
+
+def _losses(model: PeftModel, task: TaskType, inputs: dict[str, Tensor], slots: Sequence[str]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in inputs.items()}
+    labels = inputs.pop("labels")
+    logits = model(**inputs, adapter_names=slots).logits
+    out: dict[str, Tensor] = {}
+    start = 0
+    for name in dict.fromkeys(slots):
+        stop = start + sum(slot == name for slot in slots)
+        out[name] = tasks.loss(task, logits[start:stop], labels[start:stop])
+        start = stop
+    return out
+
+
+def evaluate(
+    model: PeftModel, name: str, task: TaskType, examples: Sequence[Example], pad_id: int, batch_size: int
+) -> dict[str, float]:
+    """``{"loss", metric}`` of one adapter over all ``examples``. The model's mode is as it was afterwards."""
+    device = next(model.parameters()).device
+    parts = []
+    with _evaluating(model):
+        for rows in evaluation_batches([len(e.input_ids) for e in examples], batch_size):
+            inputs = collate([examples[row] for row in rows], pad_id, task)
+            inputs = {key: value.to(device) for key, value in inputs.items()}
+            labels = inputs.pop("labels")
+            parts.append(tasks.score(task, model(**inputs, adapter_names=[name] * len(rows)).logits, labels))
+    scores = tasks.total(parts)
+    return {"loss": scores.loss, tasks.metric_name(task): tasks.metric(task, scores)}
+
+
+@contextmanager
+def _evaluating(model: PeftModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
