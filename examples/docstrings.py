@@ -87,9 +87,7 @@ def _docstrings(path: Path) -> Iterator[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some old modules hold invalid escapes
         tree = ast.parse(path.read_bytes())
-    nodes = [
-        n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-    ]
+    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
     for node in sorted(nodes, key=lambda node: node.lineno):
         text = " ".join((ast.get_docstring(node) or "").split())
         if len(text) >= SHORTEST:

@@ -6,12 +6,11 @@ import csv
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraloom.config import TaskType
@@ -27,6 +26,8 @@ from loraloom.data.rows import (
     split,
 )
 from loraloom.errors import ConfigError, DataError
+
+CALM = settings(max_examples=60, deadline=None)  # two cores are shared: a slow example is no failure
 
 
 def saved(folder: Path, name: str, content: str | bytes) -> Path:
@@ -67,6 +68,7 @@ def test_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path, end: str
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
 
+@CALM
 @given(st.lists(st.dictionaries(TEXTS, TEXTS | st.integers(-(10**20), 10**20) | st.none()), min_size=1))
 def test_any_json_objects_come_back_as_they_were_written(
     tmp_path_factory: pytest.TempPathFactory, objects: list[dict[str, object]]
@@ -79,6 +81,7 @@ def test_any_json_objects_come_back_as_they_were_written(
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 
 
+@CALM
 @given(st.lists(st.tuples(CELLS, CELLS), min_size=1))
 def test_any_csv_cells_come_back_as_they_were_written(
     tmp_path_factory: pytest.TempPathFactory, cells: list[tuple[str, str]]
@@ -122,11 +125,9 @@ def test_a_directory_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "a directory")
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path, "a.jsonl", "{}")
-    path.chmod(0)
-    refused(path, "Permission denied")
+def test_what_the_system_says_of_a_file_it_cannot_open_is_passed_on(tmp_path: Path) -> None:
+    refused(tmp_path / ("a" * 300 + ".jsonl"), "cannot be read: File name too long")
+    refused(saved(tmp_path, "a.jsonl", "{}") / "b.jsonl", "cannot be read: Not a directory")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
@@ -189,6 +190,7 @@ def test_a_csv_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     refused(saved(tmp_path, "a.csv", "text,label,text\na,b,c\n"), "line 1", "'text'")
 
 
+@CALM
 @given(st.binary(max_size=200))
 def test_no_bytes_at_all_raise_anything_but_a_data_error(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
@@ -247,7 +249,14 @@ def test_rows_of_another_form_than_the_first_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [(None, "null"), (3, "int 3"), (["a"], "list"), ("", "empty"), (" \n", "empty"), ("a\ud800", "surrogate")],
+    [
+        (None, "null"),
+        (3, "int 3"),
+        (["a"], "list"),
+        ("", "empty"),
+        (" \n", "empty"),
+        ("a\ud800", "surrogate"),
+    ],
 )
 def test_a_text_that_is_no_text_is_refused(text: object, found: str) -> None:
     rows = [Row({"text": "a", "label": 1}, 1), Row({"text": text, "label": 1}, 2)]
@@ -280,6 +289,7 @@ def test_a_number_is_the_same_label_in_csv_and_in_json() -> None:
     assert label_ids(labelled(10, 2, 2.0, "10"), labels, "eval.jsonl") == [1, 0, 0, 1]
 
 
+@CALM
 @given(st.lists(st.integers() | TEXTS.filter(str.strip), min_size=2))
 def test_label_ids_depend_on_the_set_of_labels_and_not_on_their_order(labels: list[object]) -> None:
     if len({str(label) for label in labels}) < 2:
@@ -306,6 +316,7 @@ def test_a_label_never_seen_in_training_is_named_with_line_and_nearest() -> None
 # Split ----------------------------------------------------------------------------------------------------
 
 
+@CALM
 @given(st.integers(2, 200), st.floats(0.001, 0.999) | st.integers(1, 199), st.integers(0, 2**64))
 def test_a_split_gives_every_row_once_in_the_order_of_the_file(n: int, amount: float, seed: int) -> None:
     rows = labelled(*range(n))
@@ -331,12 +342,10 @@ def test_a_split_depends_on_its_seed_alone_and_leaves_torch_alone() -> None:
     assert split(rows, 0.2, seed=7) == first
     assert split(rows, 0.2, seed=8) != first
     # The same rows on every Python: a resumed run must hold out what the first one did.
-    assert [row.line for row in split(rows[:10], 3, seed=7)[1]] == PINNED
+    assert [row.line for row in split(rows[:10], 3, seed=7)[1]] == [2, 4, 5]
 
 
-PINNED: list[int] = []
-
-
+@CALM
 @given(st.lists(st.sampled_from("abcd"), min_size=12), st.integers(0, 99))
 def test_a_split_can_keep_a_row_of_every_label_for_training(labels: list[str], seed: int) -> None:
     train, _ = split(labelled(*labels), len(labels) - len(set(labels)), seed, keep_labels=True)

@@ -46,14 +46,13 @@ def read_rows(path: str | Path) -> list[Row]:
     Blank lines are skipped and still counted. The values of a CSV file are all strings. Raises ``DataError``,
     with file and line, for whatever cannot be read as it stands; nothing is repaired or left out in silence.
     """
-    path = Path(path)
+    path = _file(path)
     readers = {".jsonl": _jsonl, ".csv": _csv}
-    raw = _bytes(path)
     reader = readers.get(path.suffix.lower())
     if reader is None:
         found = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
         raise DataError(f"{path}: {found}; a data file is .jsonl (one JSON object per line) or .csv")
-    rows = list(reader(_decode(raw, path), path))
+    rows = list(reader(_decode(_bytes(path), path), path))
     if not rows:
         raise DataError(f"{path}: the file is empty: no rows were found")
     return rows
@@ -61,13 +60,18 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def data_hash(path: str | Path) -> str:
     """The SHA-256 of the file's bytes, in hexadecimal."""
-    return hashlib.sha256(_bytes(Path(path))).hexdigest()
+    return hashlib.sha256(_bytes(_file(path))).hexdigest()
+
+
+def _file(path: str | Path) -> Path:
+    # Not Path.is_dir(): it raises for a name that the system cannot hold.
+    if os.path.isdir(path):
+        raise DataError(f"{path}: a directory, where a data file (.jsonl or .csv) is needed")
+    return Path(path)
 
 
 def _bytes(path: Path) -> bytes:
     try:
-        if path.is_dir():
-            raise DataError(f"{path}: a directory, where a data file (.jsonl or .csv) is needed")
         return path.read_bytes()
     except FileNotFoundError:
         siblings = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []

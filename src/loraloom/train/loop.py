@@ -63,7 +63,7 @@ def train_pack(
                     f"step {slot.step + 1}: the loss is {float(losses[slot.name].detach())}, so training cannot go on; "
                     "lower the learning rate or lora_alpha, or use dtype bfloat16 or float32 instead of float16"
                 )
-        torch.stack(list(losses.values())).sum().backward()
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         tokens += batch.tokens
         for slot in running:
             slot.update(losses[slot.name])

@@ -108,6 +108,5 @@ class TrainOptions:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for ``run.json``."""
         return {
-            spec.name: self.lora.to_dict() if spec.name == "lora" else getattr(self, spec.name)
-            for spec in fields(self)
+            spec.name: self.lora.to_dict() if spec.name == "lora" else getattr(self, spec.name) for spec in fields(self)
         }

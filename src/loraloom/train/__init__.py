@@ -1,0 +1,1 @@
+"""ONE loop, for a pack of one or of many."""

@@ -1,0 +1,73 @@
+"""What a training step will need, before it starts: counted from shapes, nothing computed.
+
+The activations are what autograd would keep, found by running the real model on the meta device with a hook on every
+saved tensor. So the figure follows the model's own code, not a formula for its family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.config import LoraConfig
+from loraloom.lora.model import get_peft_model
+from loraloom.lora.targets import Plan, plan
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. ``activations`` is None where the model's forward cannot run without numbers."""
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapter + self.gradients + self.optimizer + (self.activations or 0)
+
+
+def estimate(model: nn.Module, config: LoraConfig, *, rows: int, length: int, dtype: str) -> tuple[Plan, Memory]:
+    """Plan ``config`` on ``model`` (which lies on the meta device and is changed) and count a step's memory.
+
+    ``rows`` × ``length`` tokens go through at once; the base is held in ``dtype``; AdamW keeps two numbers for each
+    trained one.
+    """
+    model = model.to(getattr(torch, dtype))
+    made = plan(model, config)
+    peft = get_peft_model(model, config)
+    return made, Memory(
+        base=made.base_bytes,
+        adapter=made.bytes,
+        gradients=made.bytes,
+        optimizer=2 * made.bytes,
+        activations=_saved_bytes(peft, rows, length),
+    )
+
+
+def _saved_bytes(model: nn.Module, rows: int, length: int) -> int | None:
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        # Held until the end: a freed storage's address could come back and be taken for the same one.
+        if tensor.untyped_storage()._cdata not in weights:
+            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    model.train()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out: Any = model(input_ids=ids)
+            logits = out.logits
+        # The loss works on a float32 copy of the logits and its gradient.
+        extra = 2 * logits.numel() * 4
+    except Exception:  # models that look at values in their forward cannot be counted this way
+        return None
+    return int(extra + sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
