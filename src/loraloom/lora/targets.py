@@ -150,7 +150,7 @@ def plan(
         module = modules[name]
         cls = layer_class(module)
         assert cls is not None
-        r_key, alpha_key = _pattern_key(config.rank_pattern, name), _pattern_key(config.alpha_pattern, name)
+        r_key, alpha_key = pattern_key(config.rank_pattern, name), pattern_key(config.alpha_pattern, name)
         used |= {key for key in (r_key, alpha_key) if key is not None}
         r = config.r if r_key is None else config.rank_pattern[r_key]
         alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
@@ -324,7 +324,7 @@ def _in_layers(name: str, config: LoraConfig) -> bool:
     return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
-def _pattern_key(patterns: dict[str, int] | dict[str, float], name: str) -> str | None:
+def pattern_key(patterns: dict[str, int] | dict[str, float], name: str) -> str | None:
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
@@ -333,7 +333,7 @@ def _check_pattern_keys(config: LoraConfig, targets: list[str], used: set[str]) 
         for key in patterns:
             if key in used:
                 continue
-            if any(_pattern_key({key: 1}, name) for name in targets):
+            if any(pattern_key({key: 1}, name) for name in targets):
                 raise TargetError(f"{field}: {key!r} never applies, because an earlier key matches the same modules")
             raise TargetError(f"{field}: {key!r} matches no adapted module{_closest(key, dict.fromkeys(targets))}")
 

@@ -1,0 +1,99 @@
+"""What an adapter folder holds, read without its base model: config, sizes, norms, and the rank really used.
+
+Everything is computed from the factors: the singular values of ``scale · BA`` are those of the small matrix
+``R_B R_Aᵀ`` of two QR decompositions, so no [out, in] product is ever made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraloom.config import LoraConfig
+from loraloom.lora.adapters import PREFIX
+from loraloom.lora.checkpoint import read_tensors
+from loraloom.lora.targets import pattern_key
+
+#: The rank used is the fewest singular directions that hold this share of the update's squared norm.
+ENERGY = 0.99
+
+
+@dataclass(frozen=True)
+class ModuleUpdate:
+    """One module's update ``scale · BA``: Frobenius ``norm``, singular values (falling), directions in use."""
+
+    name: str
+    r: int
+    scale: float
+    norm: float
+    used_rank: int
+    singular_values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    config: LoraConfig
+    updates: tuple[ModuleUpdate, ...]
+    #: other tensors (heads, biases) → shape
+    others: dict[str, tuple[int, ...]]
+    parameters: int
+    bytes: int
+    dtypes: tuple[str, ...]
+
+
+def inspect(folder: str | Path) -> Inspection:
+    """Read the adapter in ``folder``.
+
+    Raises:
+        AdapterError, ConfigError: the folder holds no adapter, or a damaged one.
+    """
+    tensors = read_tensors(folder)
+    config = LoraConfig.from_pretrained(folder)
+    updates, others = [], {}
+    for key, a in sorted(tensors.items()):
+        name = key.removeprefix(PREFIX)
+        if ".lora_A." in name or name.endswith(".lora_embedding_A"):
+            b = tensors.get(key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B"))
+            if b is not None:
+                updates.append(_update(name.rpartition(".lora_")[0], a, b, config))
+                continue
+        elif ".lora_B." in name or name.endswith(".lora_embedding_B"):
+            continue
+        others[name] = tuple(a.shape)
+    return Inspection(
+        config,
+        tuple(updates),
+        others,
+        sum(t.numel() for t in tensors.values()),
+        sum(t.numel() * t.element_size() for t in tensors.values()),
+        tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
+    )
+
+
+def _update(name: str, a: Tensor, b: Tensor, config: LoraConfig) -> ModuleUpdate:
+    r = a.shape[0]
+    key = pattern_key(config.alpha_pattern, name)
+    scale = config.scale(r, config.lora_alpha if key is None else config.alpha_pattern[key])
+    values = singular_values(a, b) * abs(scale)
+    energy = values.square()
+    total = float(energy.sum())
+    used = 0 if total == 0 else int((energy.cumsum(0) < ENERGY * total).sum()) + 1
+    return ModuleUpdate(name, r, scale, total**0.5, used, tuple(values.tolist()))
+
+
+def singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """The singular values of ``B A``, falling, in float64: a [r, ...], b [out, r, ...] → at most r numbers.
+
+    For a grouped convolution, whose B is narrower than r, they are those of its widened form: each group of outputs
+    reads its own share of the r.
+    """
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    if b.shape[1] != a.shape[0]:
+        groups = a.shape[0] // b.shape[1]
+        b = torch.block_diag(*b.chunk(groups))
+    r_a = torch.linalg.qr(a.T, mode="r").R
+    r_b = torch.linalg.qr(b, mode="r").R
+    return torch.linalg.svdvals(r_b @ r_a.T)

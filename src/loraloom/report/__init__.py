@@ -1,0 +1,1 @@
+"""Figures in, pictures and pages out."""

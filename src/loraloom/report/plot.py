@@ -1,0 +1,55 @@
+"""The picture of one run: training and validation loss, and the metric, over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PLOT_NAME = "curves.png"
+
+
+def plot_run(record: Mapping[str, Any], path: str | Path) -> None:
+    """Draw ``run.json``'s contents to a PNG.
+
+    The thin line is each step's loss, the thick one its moving average; dots are evaluations.
+    """
+    from matplotlib.figure import Figure  # the figure alone: no window system, no global state
+
+    curve = record["curve"]
+    losses, evaluations, metric = curve["loss"], curve["evaluations"], record["metric"]
+    steps = range(1, len(losses) + 1)
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=120)
+    left, right = figure.subplots(1, 2)
+    left.plot(steps, losses, color="#b9c7e4", linewidth=0.8, label="each step")
+    left.plot(steps, _smooth(losses), color="#2f5aa8", linewidth=2, label="training")
+    at = [entry["step"] for entry in evaluations]
+    left.plot(at, [entry["loss"] for entry in evaluations], "o-", color="#d1622b", label="validation")
+    left.set(title="loss", xlabel="step")
+    left.legend(frameon=False)
+    right.plot(at, [entry[metric] for entry in evaluations], "o-", color="#d1622b")
+    if evaluations:
+        last = evaluations[-1]
+        text = f"{last[metric]:.3f}"
+        right.annotate(text, (last["step"], last[metric]), textcoords="offset points", xytext=(-8, 8), ha="right")
+    right.set(title=f"{metric} on held-out rows", xlabel="step")
+    right.margins(y=0.15)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    lora = record["options"]["lora"]
+    figure.suptitle(
+        f"{Path(record['options']['model']).name}: r={lora['r']}, alpha={lora['lora_alpha']:g}, "
+        f"dropout={lora['lora_dropout']:g}, learning rate {record['options']['learning_rate']:g}"
+    )
+    figure.savefig(path)
+
+
+def _smooth(values: list[float], share: float = 0.95) -> list[float]:
+    """An exponential moving average without the bias towards its start."""
+    out, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean = share * mean + (1 - share) * value
+        weight = share * weight + (1 - share)
+        out.append(mean / weight)
+    return out
