@@ -93,7 +93,8 @@ def singular_values(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.double().flatten(1), b.double().flatten(1)
     if b.shape[1] != a.shape[0]:
         groups = a.shape[0] // b.shape[1]
-        b = torch.block_diag(*b.chunk(groups))
+        b = torch.block_diag(*b.chunk(groups))  # type: ignore[no-untyped-call]
     r_a = torch.linalg.qr(a.T, mode="r").R
     r_b = torch.linalg.qr(b, mode="r").R
-    return torch.linalg.svdvals(r_b @ r_a.T)
+    values: Tensor = torch.linalg.svdvals(r_b @ r_a.T)
+    return values
