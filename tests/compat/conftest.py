@@ -147,7 +147,7 @@ def _knobs(family: Family) -> dict[str, dict[str, Any]]:
         "regular expression": {"target_modules": rf".*\.{at}\.1\..*({either})"},
         "biases all": {"bias": "all"},
         "biases of targets": {"bias": "lora_only"},
-        "module to save": {"modules_to_save": [family.saved},
+        "module to save": {"modules_to_save": family.saved},
         "one layer": {"layers_to_transform": 1},
         "layers by name": {"layers_to_transform": [0], "layers_pattern": at},
         "excluded names": {"target_modules": "all-linear", "exclude_modules": [last]},
