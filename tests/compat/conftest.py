@@ -127,8 +127,10 @@ def _families() -> dict[str, Family]:
         "distilbert": _text("DistilBertConfig", classes, "q_lin v_lin", "layer", ["pre_classifier"], words,
                             preset=False, seq_classif_dropout=0.0, **distil),
         "t5": _text("T5Config", "SEQ_2_SEQ_LM", "q v", "block", ["final_layer_norm"], "embed_tokens", tied=True, **t5),
-        "vit": Family("ViTConfig", vit, None, qv.split(), "layers", ["classifier", "layernorm"], "projection", preset=False),
-        "resnet": Family("ResNetConfig", resnet, None, ["convolution"], "stages", ["classifier", "embedder.normalization"], preset=False),
+        "vit": Family("ViTConfig", vit, None, qv.split(), "layers", ["classifier", "layernorm"], "projection",
+                      preset=False),
+        "resnet": Family("ResNetConfig", resnet, None, ["convolution"], "stages",
+                         ["classifier", "embedder.normalization"], preset=False),
     }  # fmt: skip
 
 

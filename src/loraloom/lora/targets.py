@@ -136,7 +136,8 @@ def plan(
     modules = dict(base_modules(model))
     saved = _saved_modules(modules, config, strict, follow_ties)
     inside_saved = {name for name in modules if any(name == s or name.startswith(s + ".") for s in saved)}
-    given = config.target_modules is not None  # a preset names what models of a type may have, not what they must
+    # A preset names what models of a type may have, and "all-linear" what this one has: neither is a demand.
+    given = config.target_modules is not None and not _is_all_linear(config.target_modules)
     config = config.copy(
         target_modules=_resolve(model, modules, config),
         modules_to_save=_names_of_saved(config, saved),
@@ -218,10 +219,14 @@ def _matches_any(patterns: Iterable[str] | str | None, name: str) -> bool:
     return any(matches_name(pattern, name) for pattern in patterns)
 
 
+def _is_all_linear(wanted: object) -> bool:
+    return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+
+
 def _resolve(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str] | str:
     """``target_modules`` with "all-linear" and the model type's preset written out."""
     wanted = config.target_modules
-    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+    if _is_all_linear(wanted):
         linear = [name for name, m in modules.items() if layer_class(m) in (LoraLinear, LoraConv1D)]
         heads = _output_heads(model, modules, config)
         chosen = [name for name in linear if name not in heads]
