@@ -111,7 +111,15 @@ def _families() -> dict[str, Family]:
     gpt2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     opt = {"ffn_dim": 64, "word_embed_proj_dim": 16, "dropout": 0.0, "init_std": 0.2, "pad_token_id": 1}
     distil = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0}
-    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    t5 = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+        "decoder_start_token_id": 0,
+    }
     vit = {**TINY, **NO_DROPOUT, "image_size": 16, "patch_size": 4, "initializer_range": 0.2}
     resnet = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
     return {
@@ -144,7 +152,10 @@ def _knobs(family: Family) -> dict[str, dict[str, Any]]:
     knobs: dict[str, dict[str, Any]] = {
         "plain": {},
         "rslora": {"use_rslora": True, "lora_alpha": 3},
-        "patterns": {"rank_pattern": {rf"{at}\.0\..*": 2, first: 6}, "alpha_pattern": {rf"{at}\.1\..*{last}": 5}},
+        "patterns": {
+            "rank_pattern": {rf"{at}\.0\..*": 2, rf"{at}\.1\..*{first}": 6},
+            "alpha_pattern": {rf"{at}\.1\..*{last}": 5},
+        },
         "all-linear": {"target_modules": "all-linear"},
         "regular expression": {"target_modules": rf".*\.{at}\.1\..*({either})"},
         "biases all": {"bias": "all"},

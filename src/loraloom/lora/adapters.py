@@ -123,11 +123,12 @@ class LoraModel(nn.Module):
         if not dtype.is_floating_point:
             dtype = torch.float32
         key_a, key_b = _factor_keys(layer, name)
-        if tensors is not None and key_a in tensors and key_b in tensors:
+        a_shape, b_shape = layer.shapes(layer.base_layer, r)
+        given = [tensors[key] for key in (key_a, key_b) if tensors and key in tensors]
+        if [tuple(tensor.shape) for tensor in given] == [a_shape, b_shape]:
             # A copy: the file may be mapped into memory, and the caller keeps what is theirs.
-            a, b = tensors[key_a].clone(), tensors[key_b].clone()
-        else:
-            a_shape, b_shape = layer.shapes(layer.base_layer, r)
+            a, b = (tensor.clone() for tensor in given)
+        else:  # what does not fit is for the caller to report
             a, b = factors(
                 a_shape, b_shape, init=config.init_lora_weights, seed=seed_of(seed, name), embedding=embedding
             )

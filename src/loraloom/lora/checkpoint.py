@@ -6,6 +6,7 @@ changes before every tensor was checked.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ class LoadReport:
     dtypes: dict[str, tuple[str, str]] = field(default_factory=dict)
     #: key in the file → key that it was read as
     renamed: dict[str, str] = field(default_factory=dict)
+    #: repeats of other tensors and of the base's biases, which PEFT writes for bias="all"; left out
+    repeated: list[str] = field(default_factory=list)
     #: embeddings of the base that the file carries along and that were put into the base, as PEFT does
     base_replaced: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -56,6 +59,7 @@ class LoadReport:
             ("unexpected", self.unexpected),
             ("converted to another dtype", self.dtypes),
             ("renamed", self.renamed),
+            ("repeated", self.repeated),
             ("put into the base", self.base_replaced),
         ):
             if entries:
@@ -135,7 +139,7 @@ def load(
     model.add_adapter(
         adapter_name,
         config,
-        strict=strict,
+        strict=False,  # every tensor is checked below, which says more than the patterns do
         autocast_adapter_dtype=autocast_adapter_dtype,
         tensors=renamed,
     )
@@ -212,9 +216,20 @@ def _normalise(tensors: Mapping[str, Tensor], report: LoadReport) -> dict[str, T
     out: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         new = file_key(key.removeprefix(PREFIX))
+        if ".original_module." in new:
+            report.repeated.append(key)
+            continue
         if new != key:
             report.renamed[key] = new
         out[new] = tensor
+    for key in [key for key in out if ".modules_to_save." in key]:
+        module, _, leaf = key.partition(".modules_to_save.")
+        # The adapter's name may or may not stand between.
+        for plain in (f"{module}.{leaf}", f"{module}.{leaf.partition('.')[2]}"):
+            if plain in out and torch.equal(out[plain], out[key]):
+                report.repeated.append(key)
+                del out[key]
+                break
     return out
 
 
@@ -225,14 +240,10 @@ def _take_base_tensors(
     out: dict[str, tuple[Tensor, Tensor]] = {}
     saved = config.modules_to_save or []
     get = model.model
-    tables = [
-        getter()
-        for getter in (
-            getattr(get, "get_input_embeddings", None),
-            getattr(get, "get_output_embeddings", None),
-        )
-        if getter is not None
-    ]
+    tables = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):  # not every model has a table of words
+            tables.append(getattr(get, getter)())
     for name, module in get.named_modules():
         if not any(module is table for table in tables) or any(name == s or name.endswith("." + s) for s in saved):
             continue

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -139,7 +140,7 @@ def plan(
     # A preset names what models of a type may have, and "all-linear" what this one has: neither is a demand.
     given = config.target_modules is not None and not _is_all_linear(config.target_modules)
     config = config.copy(
-        target_modules=_resolve(model, modules, config),
+        target_modules=_resolve(model, modules, config, inside_saved),
         modules_to_save=_names_of_saved(config, saved),
     )
     excluded = _excluded(modules, config, strict)
@@ -168,6 +169,9 @@ def plan(
     if strict:
         _check_pattern_keys(config, [t.name for t in targets], used)
 
+    config = config.copy(
+        rank_pattern=_order_free(config.rank_pattern, names), alpha_pattern=_order_free(config.alpha_pattern, names)
+    )
     extras = tuple(
         Extra(name, "trained in full", count := sum(p.numel() for p in modules[name].parameters()),
               count * adapter_itemsize(modules[name], autocast_adapter_dtype))
@@ -211,6 +215,11 @@ def matches_name(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith("." + pattern)
 
 
+def _ends_as(patterns: Iterable[str], name: str) -> bool:
+    """``modules_to_save`` and heads: a bare ending, as in PEFT, so that "classifier" takes "pre_classifier" along."""
+    return any(name.endswith(pattern) for pattern in patterns)
+
+
 def _matches_any(patterns: Iterable[str] | str | None, name: str) -> bool:
     if not patterns:
         return False
@@ -223,13 +232,15 @@ def _is_all_linear(wanted: object) -> bool:
     return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
 
 
-def _resolve(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> list[str] | str:
+def _resolve(
+    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, inside_saved: set[str]
+) -> list[str] | str:
     """``target_modules`` with "all-linear" and the model type's preset written out."""
     wanted = config.target_modules
     if _is_all_linear(wanted):
         linear = [name for name, m in modules.items() if layer_class(m) in (LoraLinear, LoraConv1D)]
-        heads = _output_heads(model, modules, config)
-        chosen = [name for name in linear if name not in heads]
+        left_out = _output_heads(model, modules, config) | inside_saved
+        chosen = [name for name in linear if name not in left_out]
         return _suffixes(chosen, modules, among=[name for name, m in modules.items() if layer_class(m)])
     if wanted is not None:
         return wanted
@@ -333,6 +344,14 @@ def pattern_key(patterns: dict[str, int] | dict[str, float], name: str) -> str |
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
+def _order_free(patterns: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The same patterns whatever their order, which an adapter folder's sorted JSON loses: name by name if need be."""
+    in_file = dict(sorted(patterns.items()))
+    if all(pattern_key(patterns, name) == pattern_key(in_file, name) for name in names):
+        return patterns
+    return {name: patterns[key] for name in names if (key := pattern_key(patterns, name)) is not None}
+
+
 def _check_pattern_keys(config: LoraConfig, targets: list[str], used: set[str]) -> None:
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
@@ -348,7 +367,7 @@ def _check_pattern_keys(config: LoraConfig, targets: list[str], used: set[str]) 
 
 def _names_of_saved(config: LoraConfig, saved: list[str]) -> list[str] | None:
     asked = config.modules_to_save or []
-    return [*asked, *(name for name in saved if not _matches_any(asked, name))] or None
+    return [*asked, *(name for name in saved if not _ends_as(asked, name))] or None
 
 
 def _saved_modules(modules: dict[str, nn.Module], config: LoraConfig, strict: bool, follow_ties: bool) -> list[str]:
@@ -357,9 +376,9 @@ def _saved_modules(modules: dict[str, nn.Module], config: LoraConfig, strict: bo
     if strict:
         for pattern in asked:
             # A task's usual head is asked for by habit; models that call it otherwise are no mistake.
-            if pattern not in heads and not any(matches_name(pattern, name) for name in modules):
+            if pattern not in heads and not any(_ends_as([pattern], name) for name in modules):
                 raise TargetError(f"modules_to_save: {pattern!r} matches no module{_closest(pattern, modules)}")
-    names = [name for name in modules if _matches_any([*asked, *heads], name)]
+    names = [name for name in modules if _ends_as([*asked, *heads], name)]
     if follow_ties:
         chosen = [modules[name] for name in names]
         names = [name for name in modules if name in names or _shares(modules[name], chosen)]
