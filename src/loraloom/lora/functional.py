@@ -48,6 +48,20 @@ def lora_conv(
     return update
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """``x`` with each number zero with probability ``p`` and the rest scaled by ``1 / (1 - p)``.
+
+    On the CPU torch draws one float for each number, which costs as much as the layer itself. Sixteen random bits
+    for each do, at a quarter of the time: ``p`` is then a multiple of 2⁻¹⁶, and the scale is exact for that.
+    """
+    dropped = round(p * 2**16)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or dropped in (0, 2**16):
+        return F.dropout(x, p)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+    return torch.where(kept, x * (2**16 / (2**16 - dropped)), 0.0)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``B A`` in at least float32: a [r, ...in], b [out, r, 1...] → [out, ...in]."""
     dtype = torch.promote_types(a.dtype, torch.float32)

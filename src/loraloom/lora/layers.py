@@ -108,7 +108,8 @@ class LoraLayer(nn.Module):
         return route.apply(y, one)
 
     def drop(self, slot: str, x: Tensor) -> Tensor:
-        return F.dropout(x, self.lora_dropout[slot]) if self.training and self.lora_dropout[slot] else x
+        p = self.lora_dropout[slot]
+        return functional.dropout(x, p) if self.training and p else x
 
     # -- merging: see lora.merge, which alone calls these -------------------------------------------------------
 
