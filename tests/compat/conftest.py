@@ -62,7 +62,8 @@ class Family:
         auto = getattr(transformers, AUTO[task])
         if task not in self.folders:
             torch.manual_seed(0)
-            config = getattr(transformers, self.config)(**self.fields, num_labels=LABELS)
+            labels = 2 if task == "QUESTION_ANS" else LABELS  # a start and an end
+            config = getattr(transformers, self.config)(**self.fields, num_labels=labels)
             model = auto.from_config(config)
             with torch.no_grad():
                 for parameter in model.parameters():  # biases and norms start at 0 and 1, where mistakes would hide
@@ -224,7 +225,7 @@ class Library:
 
     def create(self, base: nn.Module, fields: dict[str, Any]) -> Any:
         """A model with a new adapter, every trainable tensor of which is random and not zero."""
-        model = self.module.get_peft_model(base, self.module.LoraConfig(**fields)).eval()
+        model = self.module.get_peft_model(base, self.module.LoraConfig(**copy.deepcopy(fields))).eval()
         mine = {tensor.data_ptr() for tensor in self.tensors(model).values()}
         make = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -257,6 +258,12 @@ def reader(writer: Library) -> Library:
     """The library that did not write."""
     (other,) = set(LIBRARIES) - {str(writer)}
     return Library(importlib.import_module(other))
+
+
+@pytest.fixture
+def libraries() -> tuple[Library, Library]:
+    ours, theirs = (Library(importlib.import_module(name)) for name in LIBRARIES)
+    return ours, theirs
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,11 @@ def save(model: LoraModel, folder: str | Path, adapters: Sequence[str] | None = 
         # Sorted and unshared: the same adapter gives the same bytes.
         plain = {key: tensors[key].detach().cpu().clone().contiguous() for key in sorted(tensors)}
         files[place + WEIGHTS_NAME] = save_bytes(plain, metadata={"format": "pt"})
-        files[place + CONFIG_NAME] = model.peft_config[name].copy(inference_mode=True).to_json().encode()
+        config = model.peft_config[name].copy(inference_mode=True)
+        if config.task_type is None:  # what PEFT needs to find the base by itself
+            base = type(model.model)
+            config = config.copy(auto_mapping={"base_model_class": base.__name__, "parent_library": base.__module__})
+        files[place + CONFIG_NAME] = config.to_json().encode()
     write_files(folder, files)
 
 

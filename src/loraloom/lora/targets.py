@@ -170,7 +170,9 @@ def plan(
         _check_pattern_keys(config, [t.name for t in targets], used)
 
     config = config.copy(
-        rank_pattern=_order_free(config.rank_pattern, names), alpha_pattern=_order_free(config.alpha_pattern, names)
+        rank_pattern=_order_free(config.rank_pattern, names),
+        alpha_pattern=_order_free(config.alpha_pattern, names),
+        fan_in_fan_out=any(target.kind == LoraConv1D.kind for target in targets),
     )
     extras = tuple(
         Extra(name, "trained in full", count := sum(p.numel() for p in modules[name].parameters()),
@@ -264,8 +266,7 @@ def _output_heads(model: nn.Module, modules: dict[str, nn.Module], config: LoraC
     head = unwrap(out) if get is not None and (out := get()) is not None else None
     if head is not None:
         return {name for name, module in modules.items() if module is head}
-    heads = TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
-    return {name for name in modules if name in heads}
+    return {name for name in modules if name in _task_heads(config)}
 
 
 def _suffixes(names: Iterable[str], modules: dict[str, nn.Module], among: Iterable[str] | None = None) -> list[str]:
@@ -366,13 +367,19 @@ def _check_pattern_keys(config: LoraConfig, targets: list[str], used: set[str]) 
 
 
 def _names_of_saved(config: LoraConfig, saved: list[str]) -> list[str] | None:
+    """As PEFT writes them: what was asked for, then the task's usual heads, then what is tied to them."""
     asked = config.modules_to_save or []
-    return [*asked, *(name for name in saved if not _ends_as(asked, name))] or None
+    asked = [*asked, *(head for head in _task_heads(config) if head not in asked)]
+    return [*asked, *(name for name in saved if not _ends_as(asked, name))] or config.modules_to_save
+
+
+def _task_heads(config: LoraConfig) -> tuple[str, ...]:
+    return TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
 
 
 def _saved_modules(modules: dict[str, nn.Module], config: LoraConfig, strict: bool, follow_ties: bool) -> list[str]:
     asked = config.modules_to_save or []
-    heads = TASK_HEADS.get(config.task_type, ()) if config.task_type else ()
+    heads = _task_heads(config)
     if strict:
         for pattern in asked:
             # A task's usual head is asked for by habit; models that call it otherwise are no mistake.
