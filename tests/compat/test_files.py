@@ -31,7 +31,7 @@ def written(library, base, fields: dict[str, Any], folder: Path) -> tuple[dict[s
     options = {"save_embedding_layers": False} if str(library) == "peft" else {}
     library.create(base, fields).save_pretrained(str(folder), **options)
     config = json.loads((folder / "adapter_config.json").read_text())
-    for name in ("target_modules", "exclude_modules"):
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(config[name], list):
             config[name] = sorted(config[name])  # PEFT's order depends on the process
     tensors = load_file(folder / "adapter_model.safetensors")
