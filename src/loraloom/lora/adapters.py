@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from loraloom.lora.initialize import factors, seed_of
 from loraloom.lora.layers import HALF, LoraLayer, layer_class
 from loraloom.lora.route import BASE, Route, Router
 from loraloom.lora.saved import SavedModule, unwrap
-from loraloom.lora.targets import Plan, base_modules, plan
+from loraloom.lora.targets import Plan, base_modules, plan_on
 
 PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -72,7 +73,8 @@ class LoraModel(nn.Module):
             seed: of the initialisation; by default it follows from ``adapter_name``.
             strict: as in ``plan``.
             autocast_adapter_dtype: keep factors in float32 where the base is float16 or bfloat16.
-            tensors: an adapter's tensors under PEFT's keys; the factors are taken from here, not initialised.
+            tensors: an adapter's tensors under PEFT's keys, which the caller will copy into the slot once they are
+                checked; factors that they hold are left without numbers until then.
 
         Raises:
             AdapterError: the name is taken or cannot be a name, or adapters are merged.
@@ -80,16 +82,10 @@ class LoraModel(nn.Module):
         """
         self._check_new_name(adapter_name)
         self._check_unmerged("add_adapter")
-        made = plan(
-            self.model,
-            config,
-            strict=strict,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            follow_ties=tensors is None,
-        )
-        seed = seed_of(adapter_name) if seed is None else seed
-        places = _places(self.model)
         modules = dict(base_modules(self.model))
+        made = plan_on(self.model, modules, config, strict, autocast_adapter_dtype, follow_ties=tensors is None)
+        seed = seed_of(adapter_name) if seed is None else seed
+        places = _Places(self.model)
         for target in made.targets:
             module = modules[target.name]
             layer = self._layers.get(target.name)
@@ -97,14 +93,14 @@ class LoraModel(nn.Module):
                 cls = layer_class(module)
                 assert cls is not None
                 layer = cls(module, self.router)
-                _replace(places, module, layer)
+                places.replace(module, layer)
                 self._layers[target.name] = layer
             a, b = self._new_factors(layer, target.name, target.r, made.config, seed, autocast_adapter_dtype, tensors)
             layer.add_slot(adapter_name, a, b, target.r, target.scale, made.config.lora_dropout)
         self._add_saved(adapter_name, [extra.name for extra in made.saved], modules, places, autocast_adapter_dtype)
         self._biases.add(adapter_name, {extra.name: modules[extra.name[: -len(".bias")]] for extra in made.biases})
         self.peft_config[adapter_name] = made.config
-        if made.config.inference_mode:
+        if made.config.inference_mode and (made.saved or made.biases):
             self.set_requires_grad(adapter_name, False)
         return made
 
@@ -126,20 +122,20 @@ class LoraModel(nn.Module):
         a_shape, b_shape = layer.shapes(layer.base_layer, r)
         given = [tensors[key] for key in (key_a, key_b) if tensors and key in tensors]
         if [tuple(tensor.shape) for tensor in given] == [a_shape, b_shape]:
-            # A copy: the file may be mapped into memory, and the caller keeps what is theirs.
-            a, b = (tensor.clone() for tensor in given)
+            a, b = torch.empty(a_shape), torch.empty(b_shape)
         else:  # what does not fit is for the caller to report
             a, b = factors(
                 a_shape, b_shape, init=config.init_lora_weights, seed=seed_of(seed, name), embedding=embedding
             )
-        return nn.Parameter(a.to(weight.device, dtype)), nn.Parameter(b.to(weight.device, dtype))
+        trained = not config.inference_mode
+        return nn.Parameter(a.to(weight.device, dtype), trained), nn.Parameter(b.to(weight.device, dtype), trained)
 
     def _add_saved(
         self,
         slot: str,
         names: Iterable[str],
         modules: dict[str, nn.Module],
-        places: dict[int, list[tuple[nn.Module, str]]],
+        places: _Places,
         autocast: bool,
     ) -> None:
         twins: dict[int, nn.Parameter] = {}
@@ -147,7 +143,7 @@ class LoraModel(nn.Module):
             wrapper = self._saved.get(name)
             if wrapper is None:
                 wrapper = SavedModule(modules[name], self.router)
-                _replace(places, modules[name], wrapper)
+                places.replace(modules[name], wrapper)
                 self._saved[name] = wrapper
             half = any(p.dtype in HALF for p in modules[name].parameters())
             module = wrapper.new_copy(torch.float32 if autocast and half else None)
@@ -399,6 +395,7 @@ class LoraModel(nn.Module):
         return self
 
 
+@lru_cache(1 << 16)
 def file_key(name: str) -> str:
     """PEFT's key for a tensor of the model: without the segments that torch.compile and FSDP put into names."""
     return PREFIX + _WRAPPERS.sub("", name)
@@ -414,30 +411,36 @@ def _factor_keys(layer: LoraLayer, name: str) -> tuple[str, str]:
     return file_key(f"{name}.lora_A.weight"), file_key(f"{name}.lora_B.weight")
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Base module → every (parent, attribute) that holds it, wrapped or not."""
-    out: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        if isinstance(parent, LoraLayer | SavedModule | nn.ModuleDict):
-            continue
-        for key, child in parent._modules.items():
-            if child is not None:
-                out.setdefault(id(unwrap(child)), []).append((parent, key))
-    return out
+class _Places:
+    """Where every base module hangs in a model, found when the first wrapper is placed: later adapters need none."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._held: dict[int, list[tuple[nn.Module, str]]] = {}
 
-def _replace(places: dict[int, list[tuple[nn.Module, str]]], module: nn.Module, wrapper: nn.Module) -> None:
-    """Put ``wrapper`` around ``module`` wherever it hangs. A ``SavedModule`` stays outside a ``LoraLayer``."""
-    if not places.get(id(module)):
-        raise AdapterError("target_modules: the model itself cannot be wrapped; put it inside another module")
-    for parent, key in places[id(module)]:
-        held = parent._modules[key]
-        if isinstance(held, SavedModule):
-            held.original_module = wrapper
-        else:
-            if isinstance(wrapper, SavedModule) and held is not None:
-                wrapper.original_module = held
-            parent._modules[key] = wrapper
+    def replace(self, module: nn.Module, wrapper: nn.Module) -> None:
+        """Put ``wrapper`` around ``module`` wherever it hangs. A ``SavedModule`` stays outside a ``LoraLayer``."""
+        if not self._held:
+            self._find()
+        if not self._held.get(id(module)):
+            raise AdapterError("target_modules: the model itself cannot be wrapped; put it inside another module")
+        for parent, key in self._held[id(module)]:
+            held = parent._modules[key]
+            if isinstance(held, SavedModule):
+                held.original_module = wrapper
+            else:
+                if isinstance(wrapper, SavedModule) and held is not None:
+                    wrapper.original_module = held
+                parent._modules[key] = wrapper
+
+    def _find(self) -> None:
+        """Base module → every (parent, attribute) that holds it, wrapped or not."""
+        for parent in self._model.modules():
+            if isinstance(parent, LoraLayer | SavedModule | nn.ModuleDict):
+                continue
+            for key, child in parent._modules.items():
+                if child is not None:
+                    self._held.setdefault(id(unwrap(child)), []).append((parent, key))
 
 
 def _strip(model: nn.Module, *, only_empty: bool = False, keep_copies: bool = False) -> None:

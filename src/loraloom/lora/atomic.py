@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from loraloom.errors import SaveError
@@ -18,8 +18,8 @@ from loraloom.errors import SaveError
 JOURNAL = ".loraloom-commit.json"
 
 
-def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
-    """Replace ``folder``'s files (relative path → contents) together. Others in the folder stay.
+def write_files(folder: str | Path, files: Mapping[str, bytes | Callable[[Path], None]]) -> None:
+    """Replace ``folder``'s files (relative path → contents, or what writes them to a path) together. Others stay.
 
     Raises:
         SaveError: the folder cannot be written or the disk is full; the old files are as they were.
@@ -69,10 +69,13 @@ def _aside(name: str, mark: str) -> str:
     return str(path.with_name(f".{path.name}.{mark}"))
 
 
-def _write(path: Path, contents: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(contents)
-        file.flush()
+def _write(path: Path, contents: bytes | Callable[[Path], None]) -> None:
+    if callable(contents):
+        contents(path)
+    with open(path, "ab") as file:
+        if isinstance(contents, bytes):
+            file.write(contents)
+            file.flush()
         os.fsync(file.fileno())
 
 

@@ -7,14 +7,14 @@ changes before every tensor was checked.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_bytes
-from safetensors.torch import save as save_bytes
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraloom.config import CONFIG_NAME, LoraConfig
@@ -72,19 +72,31 @@ class LoadReport:
 
 def save(model: LoraModel, folder: str | Path, adapters: Sequence[str] | None = None) -> None:
     """Write adapters (all by default) into ``folder`` as PEFT lays them out, in one atomic step."""
-    files: dict[str, bytes] = {}
+    files: dict[str, bytes | Callable[[Path], None]] = {}
     for name in model.peft_config if adapters is None else adapters:
         place = "" if name == "default" else f"{name}/"
-        tensors = model.tensors_of(name)
-        # Sorted and unshared: the same adapter gives the same bytes.
-        plain = {key: tensors[key].detach().cpu().clone().contiguous() for key in sorted(tensors)}
-        files[place + WEIGHTS_NAME] = save_bytes(plain, metadata={"format": "pt"})
+        files[place + WEIGHTS_NAME] = partial(_write_tensors, model.tensors_of(name))
         config = model.peft_config[name].copy(inference_mode=True)
         if config.task_type is None:  # what PEFT needs to find the base by itself
             base = type(model.model)
             config = config.copy(auto_mapping={"base_model_class": base.__name__, "parent_library": base.__module__})
         files[place + CONFIG_NAME] = config.to_json().encode()
     write_files(folder, files)
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Straight from the tensors to the file. Sorted and unshared: the same adapter gives the same bytes."""
+    seen: set[int] = set()
+    plain: dict[str, Tensor] = {}
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    try:
+        save_file(plain, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its own class for what the system said
+        raise OSError(None, str(error), str(path)) from None
 
 
 # -- read -------------------------------------------------------------------------------------------------------------
@@ -115,7 +127,7 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
         hint = f"; there are adapters below it: {', '.join(inside)}" if inside else ""
         raise AdapterError(f"{folder}: holds no {WEIGHTS_NAME}{hint}")
     try:
-        tensors: dict[str, Tensor] = load_bytes(path.read_bytes())
+        tensors: dict[str, Tensor] = load_file(path)
         return tensors
     except SafetensorError as error:
         raise AdapterError(f"{path}: cut off or damaged ({error}); copy it again") from None
@@ -182,11 +194,14 @@ def _fill(
     report.missing = sorted(live.keys() - tensors.keys())
     report.unexpected = sorted(tensors.keys() - live.keys())
     wrong: list[str] = []
+    # A sum of finite numbers is finite unless it overflows: one look at all sums spares a look at every number.
+    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors.values()]
+    finite = not sums or bool(torch.isfinite(torch.stack(sums)).all())
     for key in sorted(live.keys() & tensors.keys()):
         found, wanted = tensors[key], live[key]
         if found.shape != wanted.shape:
             wrong.append(f"{key} has shape {tuple(found.shape)} and the model needs {tuple(wanted.shape)}")
-        elif not torch.isfinite(found).all():
+        elif not finite and not torch.isfinite(found).all():
             wrong.append(f"{key} holds values that are not finite")
         else:
             report.used.append(key)
@@ -242,6 +257,8 @@ def _take_base_tensors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Take out copies of the base's embeddings, which PEFT adds when it adapts them or the vocabulary was resized."""
     out: dict[str, tuple[Tensor, Tensor]] = {}
+    if all(".lora_" in key for key in tensors):
+        return out
     saved = config.modules_to_save or []
     get = model.model
     tables = []

@@ -24,9 +24,13 @@ HALF = (torch.float16, torch.bfloat16)
 class Factor(nn.Module):
     """One factor of one slot: ``weight`` is A [r, in, ...] or B [out, r, ...]."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    weight: nn.Parameter
+
+    def __init__(self, weight: nn.Parameter, training: bool) -> None:
         super().__init__()
-        self.weight = weight
+        # Hundreds are made at once, and the checks of Module.__setattr__ would cost more than all the rest.
+        self._parameters["weight"] = weight
+        vars(self)["training"] = training
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}"
@@ -36,20 +40,25 @@ class LoraLayer(nn.Module):
     """A frozen ``base_layer`` and, for each slot that adapts it, factors ``A`` and ``B``."""
 
     kind = ""
+    base_layer: nn.Module
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    router: Router
+    r: dict[str, int]
+    scaling: dict[str, float]
+    lora_dropout: dict[str, float]
+    #: The slots whose update the weight holds now, and the frozen weight that waits aside meanwhile (in a tuple, so
+    #: that it is no parameter of this module).
+    merged: tuple[str, ...]
+    _frozen: tuple[nn.Parameter, ...]
 
     def __init__(self, base_layer: nn.Module, router: Router) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.router = router
-        self.r: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        #: The slots whose update the weight holds now, and the frozen weight that waits aside meanwhile.
-        self.merged: tuple[str, ...] = ()
-        self._frozen: tuple[nn.Parameter, ...] = ()  # in a tuple, so that it is no parameter of this module
-        self.training = self.lora_A.training = self.lora_B.training = base_layer.training
+        # Straight into the tables, as in Factor.
+        self._modules.update(base_layer=base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
+        vars(self).update(router=router, r={}, scaling={}, lora_dropout={}, merged=(), _frozen=())
+        for module in (self, self.lora_A, self.lora_B):
+            vars(module)["training"] = base_layer.training
 
     # -- shapes and slots ---------------------------------------------------------------------------------------
 
@@ -73,9 +82,7 @@ class LoraLayer(nn.Module):
         self._place(slot, a, b)
 
     def _place(self, slot: str, a: nn.Parameter, b: nn.Parameter) -> None:
-        for factors, weight in ((self.lora_A, a), (self.lora_B, b)):
-            factors[slot] = Factor(weight)
-            factors[slot].training = self.training
+        self.lora_A._modules[slot], self.lora_B._modules[slot] = Factor(a, self.training), Factor(b, self.training)
 
     def remove_slot(self, slot: str) -> None:
         for table in (self.r, self.scaling, self.lora_dropout, self.lora_A, self.lora_B):

@@ -134,7 +134,18 @@ def plan(
         TargetError: a pattern matches nothing, or a module that cannot carry LoRA; nothing would be trained.
     """
     model = getattr(model, "get_base_model", lambda: model)()
-    modules = dict(base_modules(model))
+    return plan_on(model, dict(base_modules(model)), config, strict, autocast_adapter_dtype, follow_ties)
+
+
+def plan_on(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    config: LoraConfig,
+    strict: bool,
+    autocast_adapter_dtype: bool,
+    follow_ties: bool,
+) -> Plan:
+    """``plan`` for a model whose ``base_modules`` are known already."""
     saved = _saved_modules(modules, config, strict, follow_ties)
     inside_saved = {name for name in modules if any(name == s or name.startswith(s + ".") for s in saved)}
     # A preset names what models of a type may have, and "all-linear" what this one has: neither is a demand.
@@ -182,19 +193,22 @@ def plan(
     biases = tuple(_biases(modules, config, {t.name for t in targets}, inside_saved))
     if not (targets or extras or biases):
         raise TargetError("target_modules: nothing would be trained; " + _offer(modules))
+    base = _base_parameters(modules)
     return Plan(
         config,
         tuple(targets),
         extras,
         biases,
-        sum(p.numel() for p in _base_parameters(modules)),
-        sum(p.numel() * p.element_size() for p in _base_parameters(modules)),
+        sum(p.numel() for p in base),
+        sum(p.numel() * p.element_size() for p in base),
     )
 
 
 def adapter_itemsize(module: nn.Module, autocast_adapter_dtype: bool) -> int:
     """Bytes of one adapter number beside ``module``: float32 for a half-precision base, else the base's own."""
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point():
+        weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if weight is None or (autocast_adapter_dtype and weight.dtype in HALF):
         return 4
     return weight.element_size()
@@ -342,6 +356,8 @@ def _in_layers(name: str, config: LoraConfig) -> bool:
 
 
 def pattern_key(patterns: dict[str, int] | dict[str, float], name: str) -> str | None:
+    if not patterns:
+        return None
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
