@@ -11,6 +11,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # PEFT would ask the hub when it saves, which is no work of its own
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import sys
@@ -92,7 +93,6 @@ def operations(options: argparse.Namespace, scratch: Path) -> dict[str, dict[str
         models[name] = library.get_peft_model(base(), config(library))
         models[name].save_pretrained(str(scratch / name))
         models[name].add_adapter("second", config(library))
-    turn = 0
 
     def inject(library: ModuleType) -> Callable[[], common.Call]:
         def prepare() -> common.Call:
@@ -112,8 +112,6 @@ def operations(options: argparse.Namespace, scratch: Path) -> dict[str, dict[str
 
     def switch(name: str) -> Callable[[], common.Call]:
         def prepare() -> common.Call:
-            nonlocal turn
-            turn += 1
             model, other = models[name], "second" if models[name].active_adapter == "default" else "default"
             return lambda: model.set_adapter(other)
 
@@ -121,9 +119,9 @@ def operations(options: argparse.Namespace, scratch: Path) -> dict[str, dict[str
 
     def save(name: str) -> Callable[[], common.Call]:
         def prepare() -> common.Call:
-            nonlocal turn
-            turn += 1
-            folder = scratch / f"{name}-{turn}"
+            folder = scratch / f"{name}-saved"
+            # Where nothing was freed, both wait for the system to find memory for the file, which hides their own work.
+            shutil.rmtree(folder, ignore_errors=True)
             os.sync()  # one's own bytes alone wait for the disk: loraloom syncs what it writes, peft does not
             return lambda: models[name].save_pretrained(str(folder), selected_adapters=["default"])
 
