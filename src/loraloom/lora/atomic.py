@@ -7,13 +7,15 @@ files count; the renames that follow can be repeated by whoever reads the folder
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from loraloom.errors import SaveError
+from loraloom.errors import AdapterError, SaveError
 
 JOURNAL = ".loraloom-commit.json"
 
@@ -22,7 +24,8 @@ def write_files(folder: str | Path, files: Mapping[str, bytes | Callable[[Path],
     """Replace ``folder``'s files (relative path → contents, or what writes them to a path) together. Others stay.
 
     Raises:
-        SaveError: the folder cannot be written or the disk is full; the old files are as they were.
+        SaveError: the folder cannot be written or the disk is full; the old files are as they were. If the system
+            fails after the new files count, ``recover`` puts them in place later, and the message says so.
     """
     folder = Path(folder)
     mark = secrets.token_hex(4)
@@ -31,11 +34,17 @@ def write_files(folder: str | Path, files: Mapping[str, bytes | Callable[[Path],
     try:
         folder.mkdir(parents=True, exist_ok=True)
         recover(folder)
-        for name, contents in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            for left in (folder / name).parent.glob(f".{Path(name).name}.{'[0-9a-f]' * 8}"):
+        for path in (folder / JOURNAL, *(folder / name for name in files)):
+            for left in path.parent.glob(f".{path.name}.{'[0-9a-f]' * 8}"):
                 left.unlink()  # a crash before the journal left it
+        for name, contents in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             _write(folder / aside[name], contents)
+        for below in sorted({(folder / name).parent for name in files} - {folder}):
+            _sync(below)
         _write(journal, json.dumps({new: name for name, new in aside.items()}).encode())
         os.replace(journal, folder / JOURNAL)
         _sync(folder)
@@ -51,17 +60,45 @@ def write_files(folder: str | Path, files: Mapping[str, bytes | Callable[[Path],
 
 
 def recover(folder: str | Path) -> None:
-    """Finish a replacement that a crash interrupted after it counted. Nothing happens where none was."""
+    """Finish a replacement that a crash interrupted after it counted. Nothing happens where none was.
+
+    Raises:
+        SaveError: it cannot be finished now, for example because the folder is read-only.
+        AdapterError: the journal is not one of ours. A folder may come from anywhere: no file is moved.
+    """
     folder = Path(folder)
+    journal = folder / JOURNAL
     try:
-        moves = json.loads((folder / JOURNAL).read_bytes())
+        moves = _moves(journal.read_bytes(), journal)
+        for new, name in moves.items():
+            with contextlib.suppress(FileNotFoundError):  # moved before the crash
+                os.replace(folder / new, folder / name)
+        for parent in {(folder / name).parent for name in moves.values()}:
+            _sync(parent)
+        journal.unlink(missing_ok=True)
     except FileNotFoundError:
         return
-    for new, name in moves.items():
-        with contextlib.suppress(FileNotFoundError):  # moved before the crash
-            os.replace(folder / new, folder / name)
-        _sync((folder / name).parent)
-    (folder / JOURNAL).unlink(missing_ok=True)
+    except OSError as error:
+        raise SaveError(
+            f"{folder}: a save that was interrupted cannot be finished ({error.strerror}). Its new files lie there "
+            "complete and are put in place as soon as the folder can be written and is read again"
+        ) from error
+
+
+def _moves(text: bytes, journal: Path) -> dict[str, str]:
+    """The journal's moves, each from the hidden name beside a file to that file, and all inside the folder."""
+    with contextlib.suppress(ValueError):
+        moves = json.loads(text)
+        if isinstance(moves, dict) and all(
+            isinstance(name, str) and _is_aside(new, name) for new, name in moves.items()
+        ):
+            return moves
+    raise AdapterError(f"{journal}: loraloom did not write this, so it moves no file by it; delete it")
+
+
+def _is_aside(new: str, name: str) -> bool:
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and re.fullmatch("[0-9a-f]{8}", new[-8:]) is not None and new == _aside(name, new[-8:])
 
 
 def _aside(name: str, mark: str) -> str:
