@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loraloom.errors import MergeError
 from loraloom.lora.layers import LoraEmbedding, LoraLayer
+from loraloom.lora.saved import SavedModule, unwrap
 
 
 def merge(layers: Mapping[str, LoraLayer], slots: Sequence[str]) -> None:
@@ -56,6 +57,14 @@ def unmerge(layers: Mapping[str, LoraLayer]) -> None:
 
 
 def untied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> bool:
-    """Whether a merge gave a module its own weight where the frozen one is shared with another module."""
-    held = {id(p) for m in model.modules() for p in m._parameters.values() if p is not None}
-    return any(layer.merged and id(layer.frozen_weight) in held for layer in layers.values())
+    """Whether modules that share a weight in the base hold two different ones once the adapters are folded in."""
+    copies = [w for w in model.modules() if isinstance(w, SavedModule) and w.current() is not w.original_module]
+    left = {id(module) for wrapper in copies for module in wrapper.original_module.modules()}
+    pairs = [(layer.frozen_weight, layer.weight) for layer in layers.values() if id(layer.base_layer) not in left]
+    left |= {id(layer.base_layer) for layer in layers.values()}
+    for wrapper in copies:
+        mine = wrapper.current()._parameters
+        pairs += [(p, mine[key]) for key, p in unwrap(wrapper.original_module)._parameters.items()]  # type: ignore[misc]
+    pairs += [(p, p) for m in model.modules() if id(m) not in left for p in m._parameters.values() if p is not None]
+    after: dict[int, nn.Parameter] = {}
+    return any(after.setdefault(id(frozen), weight) is not weight for frozen, weight in pairs if frozen is not None)
