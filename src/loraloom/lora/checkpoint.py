@@ -203,6 +203,8 @@ def _fill(
             wrong.append(f"{key} has shape {tuple(found.shape)} and the model needs {tuple(wanted.shape)}")
         elif not finite and not torch.isfinite(found).all():
             wrong.append(f"{key} holds values that are not finite")
+        elif _overflows(found, wanted.dtype):
+            wrong.append(f"{key} holds values that are not finite in {_dtype(wanted)}")
         else:
             report.used.append(key)
             if found.dtype != wanted.dtype:
@@ -233,14 +235,19 @@ def _fill(
 def _normalise(tensors: Mapping[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
     """Keys as PEFT writes them, whichever tool wrote these."""
     out: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
     for key, tensor in tensors.items():
         new = file_key(key.removeprefix(PREFIX))
+        if not key.startswith(PREFIX):  # absent, or after what another tool put in front
+            new = PREFIX + new.removeprefix(PREFIX).removeprefix(PREFIX)
         if ".original_module." in new:
             report.repeated.append(key)
             continue
+        if new in out:
+            raise AdapterError(f"{names[new]} and {key} are both read as {new}; leave one of them out")
         if new != key:
             report.renamed[key] = new
-        out[new] = tensor
+        out[new], names[new] = tensor, key
     for key in [key for key in out if ".modules_to_save." in key]:
         module, _, leaf = key.partition(".modules_to_save.")
         # The adapter's name may or may not stand between.
@@ -284,6 +291,14 @@ def _check_base(model: LoraModel, base: Mapping[str, tuple[Tensor, Tensor]], sou
                 f"{source}it carries the base's {key} with shape {tuple(tensor.shape)}, this base has "
                 f"{tuple(live.shape)}; resize the base's embeddings first (resize_token_embeddings({tensor.shape[0]}))"
             )
+
+
+def _overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` turns finite numbers of ``tensor`` into infinite ones."""
+    if tensor.dtype == dtype or not (tensor.is_floating_point() and dtype.is_floating_point):
+        return False
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    return narrower and not bool(torch.isfinite(tensor.to(dtype)).all())
 
 
 def _dtype(tensor: Tensor) -> str:
