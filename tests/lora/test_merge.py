@@ -77,8 +77,6 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 
 # -- equal ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("names", [[], ["b"], ["b", "c"]], ids=["one", "two", "three"])
 def test_a_merged_model_answers_as_the_adapters_did(names: list[str]) -> None:
     model = made(torch.float64, *names)
@@ -142,8 +140,6 @@ def test_the_merged_weight_is_rounded_once(dtype: torch.dtype) -> None:
 
 
 # -- back again -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unmerging_gives_the_same_bytes_back(dtype: torch.dtype) -> None:
     model = made(dtype, "b")
@@ -196,8 +192,6 @@ def test_gradients_do_not_reach_a_merged_weight() -> None:
 
 
 # -- all or nothing ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_that_is_not_finite_changes_nothing_and_is_named(value: float, kind: str) -> None:
@@ -274,8 +268,6 @@ def test_a_name_that_does_not_exist_merges_nothing() -> None:
 
 
 # -- while merged -----------------------------------------------------------------------------------------------------
-
-
 def test_disable_adapter_gives_the_base_even_when_merged_and_merges_again() -> None:
     model = made(torch.float32)
     with model.disable_adapter():
@@ -324,8 +316,6 @@ def test_factors_that_train_after_a_merge_count_at_the_next_merge() -> None:
 
 
 # -- a plain model afterwards -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("merged_before", [False, True])
 def test_merge_and_unload_gives_the_plain_model_with_the_same_answers(merged_before: bool) -> None:
     torch.manual_seed(0)
@@ -367,8 +357,6 @@ def test_merge_and_unload_of_some_adapters_leaves_the_others_out() -> None:
 
 
 # -- tied embeddings --------------------------------------------------------------------------------------------------
-
-
 def tied(kind: str, folder: Path) -> nn.Module:
     import transformers
 
