@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,3 +49,100 @@ def logits() -> Callable[..., Tensor]:
             return model(ids, **options).logits
 
     return call
+
+
+# -- folders with a tokenizer, and data that can be learnt: for the run and the command line -----------------------
+
+GOOD, BAD = ("good", "fine", "lovely", "great"), ("bad", "poor", "awful", "weak")
+OTHERS = ("the", "film", "was", "a", "book", "with", "cat", "in", "it", "and", "say", "now", ":")
+
+
+def _words(folder: Path, *, template: str, specials: dict[str, str]) -> int:
+    """A fast tokenizer of whole words in ``folder``; the size of its vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*specials.values(), *GOOD, *BAD, *OTHERS]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=specials["unk_token"]))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(word, words.index(word)) for word in specials.values() if word in template]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=raw, **specials).save_pretrained(folder)
+    return len(words)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT without a head, as encoders are published."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("encoder")
+    specials = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    size = _words(folder, template="[CLS] $A [SEP]", specials=specials)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama whose tokenizer has no padding token, as decoders are published."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("decoder")
+    specials = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    size = _words(folder, template="<s> $A", specials=specials)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def _sentence(source: random.Random, word: str) -> str:
+    words = [source.choice(OTHERS[:-1]) for _ in range(source.randint(2, 12))]
+    words.insert(source.randrange(len(words) + 1), word)
+    return " ".join(words)
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 rows of ``text`` and ``label``: which kind of word is in it?"""
+    source = random.Random(0)
+    path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
+    rows = [
+        {"text": _sentence(source, source.choice(words)), "label": label}
+        for label, words in [("praise", GOOD), ("blame", BAD)] * 60
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 rows of ``prompt`` and ``completion``: say again the one word that counts."""
+    source = random.Random(1)
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    words = [source.choice(GOOD + BAD) for _ in range(80)]
+    rows = [{"prompt": _sentence(source, word) + " now say :", "completion": f" {word}"} for word in words]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

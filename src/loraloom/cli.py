@@ -11,13 +11,11 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import loraloom
 from loraloom.config import LoraConfig
@@ -58,6 +56,27 @@ Layers = Annotated[
 Model = Annotated[str, typer.Option(help="Folder or hub name of the pretrained model.")]
 Task = Annotated[str, typer.Option(help="seq-cls or causal-lm.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: what the frozen model is held in.")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of a row; longer ones are cut, and counted. By default 512, or what the model reads at most."
+    ),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"loraloom {loraloom.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune LoRA adapters on a frozen model."""
 
 
 @app.command()
@@ -78,7 +97,7 @@ def train(
     warmup_ratio: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.05,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
     eval_steps: Annotated[int | None, typer.Option(help="Validate every so many steps; by default each epoch.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens of a row; longer ones are cut, and counted.")] = 512,
+    max_length: Length = None,
     seed: Annotated[int, typer.Option(help="Of the split, the order, the start and the dropout.")] = 0,
     dtype: Dtype = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the output folder.")] = False,
@@ -96,6 +115,7 @@ def train(
     layers_to_transform: Layers = None,
 ) -> None:
     """Fine-tune a model on your data: the adapter, run.json and a plot go to the output folder."""
+    from loraloom.report.session import train_run
     from loraloom.train.options import TrainOptions
 
     lora = _lora(locals())
@@ -124,29 +144,12 @@ def train(
     )
 
 
-def train_run(options: Any, console: Console | None = None) -> Any:
-    """``loraloom train`` as a function: prepare, train with progress, draw, and say what came out."""
-    from loraloom.report.plot import PLOT_NAME, plot_run
-    from loraloom.report.terminal import Meter, outcome, overview
-    from loraloom.train.run import RUN_NAME, prepare, run
-
-    console = console or Console()
-    prepared = prepare(options)
-    console.print(overview(prepared))
-    with Meter(console, prepared.steps) as meter:
-        result = run(prepared, meter)
-    plot = Path(options.output) / PLOT_NAME
-    plot_run(result.record, plot)
-    console.print(outcome(result, options.output, plot, Path(options.output) / RUN_NAME))
-    return result
-
-
 @app.command()
 def plan(
     model: Model,
     task: Task,
     batch_size: Annotated[int, typer.Option(help="Rows in a step, for the estimate.")] = 16,
-    max_length: Annotated[int, typer.Option(help="Tokens of a row, for the estimate.")] = 512,
+    max_length: Length = None,
     labels: Annotated[int, typer.Option(help="Classes of the new head (seq-cls).")] = 2,
     dtype: Dtype = "float32",
     r: Rank = 8,
@@ -163,30 +166,16 @@ def plan(
     layers_to_transform: Layers = None,
 ) -> None:
     """Show what would be adapted and the memory that training needs. Reads the model's config alone."""
-    from loraloom.train.load import build_empty
-    from loraloom.train.memory import estimate
-    from loraloom.train.options import DTYPES, TASKS
+    from loraloom.report.terminal import memory_table
+    from loraloom.train.memory import forecast
 
-    for name, value, known in (("task", task, TASKS), ("dtype", dtype, DTYPES)):
-        if value not in known:
-            raise ConfigError(f"{name}: must be one of {', '.join(known)}, found {value!r}")
-    for name, number in (("batch_size", batch_size), ("max_length", max_length), ("labels", labels)):
-        if number < 1:
-            raise ConfigError(f"{name}: must be at least 1, found {number}")
-    config = _lora(locals()).copy(task_type=TASKS[task])
-    made, memory = estimate(
-        build_empty(model, TASKS[task], labels), config, rows=batch_size, length=max_length, dtype=dtype
+    config = _lora(locals())
+    made, memory, length = forecast(
+        model, task, config, batch_size=batch_size, max_length=max_length, labels=labels, dtype=dtype
     )
     print(made)
-    print(f"memory of a training step with {batch_size} rows of {max_length} tokens in {dtype}:")
-    parts = {"frozen model": memory.base, "adapter": memory.adapter, "its gradients": memory.gradients}
-    parts |= {"AdamW": memory.optimizer}
-    if memory.activations is not None:
-        parts["kept for backward"] = memory.activations
-    for name, size in parts.items():
-        print(f"  {name:18} {_size(size):>10}")
-    note = "" if memory.activations is not None else " and what is kept for backward, which cannot be told beforehand"
-    print(f"  {'in all':18} {_size(memory.total):>10}{note}")
+    print(f"memory of a training step with {batch_size} rows of {length} tokens in {dtype}:")
+    print(memory_table(memory))
 
 
 @app.command()
@@ -197,36 +186,14 @@ def inspect(
     """Show an adapter: its config, size, norms, and the rank that each module really uses."""
     from dataclasses import asdict
 
-    from loraloom.lora.inspection import ENERGY
     from loraloom.lora.inspection import inspect as read
+    from loraloom.report.terminal import inspection
 
     found = read(folder)
     if as_json:
         print(json.dumps(asdict(found) | {"config": found.config.to_dict()}, indent=2, sort_keys=True))
-        return
-    config, defaults = found.config.to_dict(), LoraConfig().to_dict()
-    console = Console()
-    console.print(f"[bold]{escape(folder)}[/]: {found.parameters:,} parameters, {_size(found.bytes)}", highlight=False)
-    print(f"base model: {config['base_model_name_or_path']}; dtype {', '.join(found.dtypes)}")
-    shown = ("r", "lora_alpha", "lora_dropout", "target_modules")
-    more = [key for key in config if config[key] != defaults[key] and key not in (*shown, "base_model_name_or_path")]
-    for key in (*shown, *more):
-        print(f"  {key}: {config[key]}")
-    table = Table("module", box=None, header_style="bold", pad_edge=False)
-    for name in ("r", "scale", "norm", "rank used", "largest singular values"):
-        table.add_column(name, justify="right")
-    for u in found.updates:
-        largest = "  ".join(f"{value:.3g}" for value in u.singular_values[:4])
-        table.add_row(u.name, str(u.r), f"{u.scale:g}", f"{u.norm:.4g}", str(u.used_rank), largest)
-    console.print(table)
-    for name, shape in found.others.items():
-        print(f"{name}: {'×'.join(map(str, shape))}, in full")
-    ranks = sorted(u.used_rank for u in found.updates)
-    if ranks:
-        print(
-            f"rank used = fewest singular directions with {ENERGY:.0%} of the update's squared norm; "
-            f"median {ranks[len(ranks) // 2]}, largest {ranks[-1]}"
-        )
+    else:
+        print(inspection(folder, found))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -235,30 +202,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments == ["--version"]:
-        print(f"loraloom {loraloom.__version__}")
-        return 0
     try:
         code = app(arguments, prog_name="loraloom", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except LoraloomError as error:
+        if os.environ.get("LORALOOM_TRACEBACK"):
+            traceback.print_exc()
         return _fail(str(error), 2 if isinstance(error, InputError) else 1)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped", 1)
     except BrokenPipeError:  # `loraloom plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        return _fail("out of memory; lower --batch-size or --max-length, or use --dtype bfloat16", 1)
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own: an unknown option, a number that is none
             return _fail(error.format_message() or "a command is missing; see loraloom --help", 2)
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            return _fail("out of memory; lower --batch-size or --max-length, or use --dtype bfloat16", 1)
+        from loraloom.train.run import explain
+
         if os.environ.get("LORALOOM_TRACEBACK"):
             traceback.print_exc()
-        lines = str(error).strip().splitlines()
-        what = f"{type(error).__name__}: {lines[0] if lines else ''}"
+        what = explain(error)
+        if what.startswith("out of memory"):
+            return _fail(what, 1)
         return _fail(f"unexpected, please report it: {what} (LORALOOM_TRACEBACK=1 shows where)", 1)
 
 
@@ -273,9 +238,9 @@ def _lora(options: dict[str, Any]) -> LoraConfig:
         r=options["r"],
         lora_alpha=options["lora_alpha"],
         lora_dropout=options["lora_dropout"],
-        target_modules=_names(options["target_modules"]),
-        exclude_modules=_names(options["exclude_modules"]),
-        modules_to_save=options["modules_to_save"].split(",") if options["modules_to_save"] else None,
+        target_modules=_names("target_modules", options["target_modules"]),
+        exclude_modules=_names("exclude_modules", options["exclude_modules"]),
+        modules_to_save=_list("modules_to_save", options["modules_to_save"]),
         bias=options["bias"],
         use_rslora=options["use_rslora"],
         init_lora_weights={"true": True, "false": False}.get(
@@ -287,11 +252,20 @@ def _lora(options: dict[str, Any]) -> LoraConfig:
     )
 
 
-def _names(value: str | None) -> list[str] | str | None:
+def _names(name: str, value: str | None) -> list[str] | str | None:
     """Names with commas between are a list; what holds other signs is a regular expression."""
     if value is None or value.lower() == "all-linear" or not re.fullmatch(r"[\w.,\- ]+", value):
         return value
-    return [name.strip() for name in value.split(",") if name.strip()]
+    return _list(name, value)
+
+
+def _list(name: str, value: str | None) -> list[str] | None:
+    if value is None:
+        return None
+    names = [part.strip() for part in value.split(",") if part.strip()]
+    if not names:
+        raise ConfigError(f"{name}: holds no name, found {value!r}; give names with commas between, or leave it out")
+    return names
 
 
 def _mapping(name: str, value: str | None) -> dict[str, Any]:
@@ -315,14 +289,6 @@ def _indices(value: str | None) -> list[int] | None:
         return [int(index) for index in value.split(",")]
     except ValueError:
         raise ConfigError(f"layers_to_transform: must be whole numbers with commas, found {value!r}") from None
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 if __name__ == "__main__":

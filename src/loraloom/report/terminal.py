@@ -13,8 +13,12 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from loraloom.config import LoraConfig
+from loraloom.lora.inspection import ENERGY, Inspection
+
 if TYPE_CHECKING:
     from loraloom.train.loop import Progress
+    from loraloom.train.memory import Memory
     from loraloom.train.run import Prepared, RunResult
 
 #: Characters of an example's text in the list of predictions.
@@ -53,12 +57,12 @@ class Meter:
         self.console = console
         self.loss: float | None = None
         self.seen = 0
+        # All of it fits in 80 columns; a wider bar would push out the figures.
         self.bar = Bar(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=console,
             transient=True,
@@ -80,15 +84,17 @@ class Meter:
         latest = slot.curve.loss[-1]
         self.loss = latest if self.loss is None else 0.9 * self.loss + 0.1 * latest
         speed = progress.tokens / progress.seconds
-        figures = f"loss {self.loss:.3f}  "
+        figures = [f"loss {self.loss:.3f}"]
         if slot.curve.evaluations:
-            figures += "  ".join(_figures(slot.curve.evaluations[-1])) + "  "
-        self.bar.update(self.task, completed=slot.step, figures=f"{figures}{speed:,.0f} tokens/s")
+            figures += _figures({k: v for k, v in slot.curve.evaluations[-1].items() if k != "loss"})
+        self.bar.update(self.task, completed=slot.step, figures="  ".join([*figures, f"{speed:,.0f} tokens/s"]))
         if len(slot.curve.evaluations) > self.seen:
             self.seen = len(slot.curve.evaluations)
             held_out = ", ".join(_figures(slot.curve.evaluations[-1]))
             self.console.print(
-                f"step {slot.step}: training loss {self.loss:.3f}, {held_out}, {speed:,.0f} tokens/s", highlight=False
+                f"step {slot.step}: training loss {self.loss:.3f}, {held_out}, {speed:,.0f} tokens/s",
+                highlight=False,
+                soft_wrap=True,
             )
 
 
@@ -106,6 +112,55 @@ def outcome(result: RunResult, folder: str | Path, plot: Path, record_path: Path
     head = Text(f"\n{figures} after {record['steps']:,} steps in {record['seconds']:.0f} s", "bold")
     files = Text(f"adapter {folder}\nrecord  {record_path}\ncurves  {plot}\n")
     return Group(head, files, predictions(result.predictions))
+
+
+def memory_table(memory: Memory) -> str:
+    """What a training step needs, part by part."""
+    parts = {"frozen model": memory.base, "adapter": memory.adapter, "its gradients": memory.gradients}
+    parts |= {"AdamW": memory.optimizer}
+    if memory.activations is not None:
+        parts["kept for backward"] = memory.activations
+    lines = [f"  {name:18} {size(count):>10}" for name, count in {**parts, "in all": memory.total}.items()]
+    note = "" if memory.activations is not None else " and what is kept for backward, which cannot be told beforehand"
+    return "\n".join(lines) + note
+
+
+def inspection(folder: str, found: Inspection) -> str:
+    """An adapter: its config as far as it differs from the defaults, its size, and what each module learnt."""
+    config, defaults = found.config.to_dict(), LoraConfig().to_dict()
+    lines = [
+        f"{folder}: {found.parameters:,} parameters, {size(found.bytes)}",
+        f"base model: {config['base_model_name_or_path']}; dtype {', '.join(found.dtypes)}",
+    ]
+    shown = ("r", "lora_alpha", "lora_dropout", "target_modules")
+    more = [key for key in config if config[key] != defaults[key] and key not in (*shown, "base_model_name_or_path")]
+    lines += [f"  {key}: {config[key]}" for key in (*shown, *more)]
+    if found.updates:
+        rows = [("module", "r", "scale", "norm", "rank used", "largest singular values")]
+        for u in found.updates:
+            largest = "  ".join(f"{value:<7.3g}" for value in u.singular_values[:4]).rstrip()
+            rows.append((u.name, str(u.r), f"{u.scale:g}", f"{u.norm:.4g}", str(u.used_rank), largest))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        for name, *numbers, largest in rows:
+            cells = (f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True))
+            lines.append("  ".join([f"{name:{widths[0]}}", *cells, largest]))
+    lines += [f"{name}: {'×'.join(map(str, shape))}, in full" for name, shape in found.others.items()]
+    if found.updates:
+        ranks = sorted(u.used_rank for u in found.updates)
+        lines.append(
+            f"rank used = fewest singular directions with {ENERGY:.0%} of the update's squared norm; "
+            f"median {ranks[len(ranks) // 2]}, largest {ranks[-1]}"
+        )
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``"3.0 MiB"``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
 
 
 def predictions(rows: list[dict[str, Any]]) -> Table:

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.config import LoraConfig
+from loraloom.errors import ConfigError, nearest
 from loraloom.lora.model import get_peft_model
 from loraloom.lora.targets import Plan, plan
+from loraloom.train.load import build_empty, length_within, load_limit
+from loraloom.train.options import DTYPES, TASKS
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,34 @@ def estimate(model: nn.Module, config: LoraConfig, *, rows: int, length: int, dt
         optimizer=2 * made.bytes,
         activations=_saved_bytes(peft, rows, length),
     )
+
+
+def forecast(
+    model: str,
+    task: str,
+    config: LoraConfig,
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    labels: int = 2,
+    dtype: str = "float32",
+) -> tuple[Plan, Memory, int]:
+    """``estimate`` for a model's folder or name, which needs its config alone; and the tokens of a row that it is for.
+
+    Raises:
+        ConfigError: an option out of range.
+        ModelError: no such model, or none for this task.
+    """
+    for name, value, known in (("task", task, TASKS), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise ConfigError(f"{name}: must be one of {', '.join(known)}, found {value!r}{nearest(value, known)}")
+    for name, number in (("batch_size", batch_size), ("max_length", max_length), ("labels", labels)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name}: must be a whole number of at least 1, found {number}")
+    length = length_within(load_limit(model), max_length, model)
+    base = build_empty(model, TASKS[task], labels)
+    made, memory = estimate(base, config.copy(task_type=TASKS[task]), rows=batch_size, length=length, dtype=dtype)
+    return made, memory, length
 
 
 def _saved_bytes(model: nn.Module, rows: int, length: int) -> int | None:

@@ -29,7 +29,7 @@ class TrainOptions:
     output: str
     lora: LoraConfig = field(default_factory=LoraConfig)
     #: Rows to validate on: a share below 1, a count, or a file of their own.
-    eval_split: float | str = 0.1
+    eval_split: float | str | Path = 0.1
     epochs: float = 3
     #: Steps in all; overrides ``epochs``.
     max_steps: int | None = None
@@ -41,7 +41,8 @@ class TrainOptions:
     max_grad_norm: float = 1.0
     #: Evaluate every so many steps; by default once an epoch.
     eval_steps: int | None = None
-    max_length: int = 512
+    #: Tokens of a row; longer ones are cut. By default 512, or what the model reads where that is less.
+    max_length: int | None = None
     seed: int = 0
     dtype: str = "float32"
     overwrite: bool = False
@@ -66,36 +67,43 @@ class TrainOptions:
             raise ConfigError(
                 f"dtype: must be one of {', '.join(DTYPES)}, found {self.dtype!r}{nearest(str(self.dtype), DTYPES)}"
             )
-        for name in ("batch_size", "eval_batch_size", "max_length"):
+        for name in ("batch_size", "eval_batch_size"):
             self._whole(name, 1)
-        for name in ("max_steps", "eval_steps"):
+        for name in ("max_steps", "eval_steps", "max_length"):
             if getattr(self, name) is not None:
                 self._whole(name, 1)
-        self._whole("seed", 0)
+        self._whole("seed", 0, 2**63 - 1)
         self._number("epochs", low=0, open_low=True)
         self._number("learning_rate", low=0, open_low=True)
         self._number("weight_decay", low=0)
         self._number("max_grad_norm", low=0, open_low=True)
         self._number("warmup_ratio", low=0, high=1)
         self._check_eval_split()
+        if not isinstance(self.overwrite, bool):
+            raise ConfigError(f"overwrite: must be true or false, found {self.overwrite!r}")
+        if not isinstance(self.lora, LoraConfig):
+            raise ConfigError(f"lora: must be a LoraConfig, found {type(self.lora).__name__}")
         self.lora = self.lora.copy(task_type=TASKS[self.task])
 
     def _check_eval_split(self) -> None:
         split = self.eval_split
-        if isinstance(split, str):
+        if isinstance(split, str | Path):
             try:
-                split = self.eval_split = float(split)
+                split = float(str(split))
             except ValueError:
+                self.eval_split = str(split)
                 return  # a file; reading it says whether it is one
         if isinstance(split, bool) or not isinstance(split, int | float) or not math.isfinite(split) or split <= 0:
             raise ConfigError(f"eval_split: must be a share below 1, a count of rows, or a file, found {split!r}")
         if split >= 1 and split != int(split):
             raise ConfigError(f"eval_split: a count of rows must be whole, found {split!r}")
+        self.eval_split = split if split < 1 else int(split)
 
-    def _whole(self, name: str, low: int) -> None:
+    def _whole(self, name: str, low: int, high: float = math.inf) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ConfigError(f"{name}: must be a whole number of at least {low}, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or value > high:
+            words = f" and at most {high}" if math.isfinite(high) else ""
+            raise ConfigError(f"{name}: must be a whole number of at least {low}{words}, found {value!r}")
 
     def _number(self, name: str, low: float, high: float = math.inf, open_low: bool = False) -> None:
         value = getattr(self, name)

@@ -5,9 +5,12 @@ The folder gets the adapter in PEFT's format and ``run.json``: every setting, th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -15,24 +18,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 import loraloom
-from loraloom.config import LoraConfig, TaskType
+from loraloom.config import TaskType
 from loraloom.data.batches import bucketed, padding_share
 from loraloom.data.encode import Encoded, Example, encode
 from loraloom.data.rows import Row, check_columns, check_labels, data_hash, label_names, read_rows, split
-from loraloom.errors import ConfigError, FailureError, SaveError
+from loraloom.errors import ConfigError, FailureError, LoraloomError, ModelError, SaveError, TrainingError
 from loraloom.lora.atomic import write_files
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, matches_name, plan
-from loraloom.train.load import load_base, load_tokenizer
+from loraloom.train.load import length_within, load_base, load_limit, load_tokenizer
 from loraloom.train.loop import Progress, evaluate, train_pack
 from loraloom.train.options import TASKS, TrainOptions
 from loraloom.train.slot import Slot
@@ -80,7 +83,11 @@ class RunResult:
 
 
 class Interrupted(FailureError):
-    """Training was stopped by the user; what was there is saved."""
+    """Training was stopped by the user; what was there is saved. ``record`` is what ``run.json`` then holds."""
+
+    def __init__(self, message: str, record: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.record = record
 
 
 def prepare(options: TrainOptions) -> Prepared:
@@ -91,11 +98,14 @@ def prepare(options: TrainOptions) -> Prepared:
     """
     _check_output(options)
     task = TASKS[options.task]
+    rows = _read_rows(options)
+    limit = load_limit(options.model)
+    options = replace(options, max_length=length_within(limit, options.max_length, options.model))
     tokenizer = load_tokenizer(options.model)
-    data = read_data(options, tokenizer)
+    data = _encode_rows(rows, options, tokenizer)
     torch.manual_seed(options.seed)  # the new head's numbers, and the dropout that follows
     base, new = load_base(options.model, task, options.dtype, data.names)
-    _check_length(base, options)
+    _check_vocabulary(base, data, options.model)
     known = [*(options.lora.modules_to_save or ()), "classifier", "score"]
     extra = [name for name in new if not any(matches_name(k, name) or f".{k}." in f".{name}." for k in known)]
     config = options.lora.copy(modules_to_save=[*(options.lora.modules_to_save or ()), *extra] or None)
@@ -106,12 +116,20 @@ def prepare(options: TrainOptions) -> Prepared:
     return Prepared(options, data, tokenizer, model, made, steps, per_epoch, task, new)
 
 
+def explain(error: Exception) -> str:
+    """One line on an error that is not loraloom's own; for the commonest one, what to do."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return "out of memory; lower batch_size or max_length, or use dtype bfloat16"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def run(prepared: Prepared, watch: Callable[[Progress], None] = lambda progress: None) -> RunResult:
-    """Train, evaluate, and write the folder.
+    """Train, evaluate, and write the folder. Whatever ends training early, the adapter as it was then is written.
 
     Raises:
-        Interrupted: Ctrl-C. The adapter as it was then is saved.
-        TrainingError: the loss is not finite.
+        Interrupted: Ctrl-C.
+        TrainingError: the loss is not finite, or the machine's memory was not enough.
         SaveError: the folder cannot be written; the message says where the adapter is instead.
     """
     options, model, task = prepared.options, prepared.model, prepared.task
@@ -133,37 +151,93 @@ def run(prepared: Prepared, watch: Callable[[Progress], None] = lambda progress:
         return evaluate(model, slot.name, task, prepared.data.evaluation.examples, pad_id, options.eval_batch_size)
 
     started = time.perf_counter()
+    tokens, ended = 0, None
+
+    def count(progress: Progress) -> None:
+        nonlocal tokens
+        tokens = progress.tokens
+        watch(progress)
+
     with _ctrl_c() as pressed:
-        tokens = train_pack(
-            model,
-            [slot],
-            task,
-            pad_id,
-            evaluate_every=options.eval_steps or prepared.steps_per_epoch,
-            evaluate=measure,
-            watch=watch,
-            stopped=pressed.is_set,
-        )
-    seconds = time.perf_counter() - started
-    finished = slot.done
-    if not finished and slot.step:
-        slot.curve.evaluations.append({"step": slot.step, **measure(slot)})
-    record = _record(prepared, slot, tokens, seconds, finished)
-    if slot.step or finished:
-        _save(prepared, record)
-    if not finished:
-        raise Interrupted(
-            f"stopped at step {slot.step} of {slot.steps}; the adapter as it was is saved in {options.output}"
-            if slot.step
-            else "stopped before the first step; nothing was written"
-        )
+        try:
+            train_pack(
+                model,
+                [slot],
+                task,
+                pad_id,
+                evaluate_every=options.eval_steps or prepared.steps_per_epoch,
+                evaluate=measure,
+                watch=count,
+                stopped=pressed.is_set,
+            )
+        except BaseException as error:  # saved below, then raised again
+            ended = error
+        seconds = time.perf_counter() - started
+        record = _record(prepared, slot, tokens, seconds, "finished")
+        if slot.done and ended is None:
+            _save(prepared, record)
+    if ended is not None or not slot.done:
+        _end_early(prepared, slot, tokens, seconds, ended, measure)
     return RunResult(record, model, predict(prepared, count=3))
+
+
+def _end_early(
+    prepared: Prepared,
+    slot: Slot,
+    tokens: int,
+    seconds: float,
+    error: BaseException | None,
+    measure: Callable[[Slot], dict[str, float]],
+) -> NoReturn:
+    """Save what is there, then say why training ended. ``error`` is None for a Ctrl-C that was waited for."""
+    stopped = error is None or isinstance(error, KeyboardInterrupt)
+    record = _record(prepared, slot, tokens, seconds, "interrupted" if stopped else "failed")
+    where = "nothing was written"
+    if slot.step:
+        _save(prepared, record)
+        where = (
+            f"the adapter as it was after step {slot.step} is saved in {prepared.options.output}; "
+            f"to see it: loraloom inspect {shlex.quote(prepared.options.output)}"
+        )
+    if stopped:
+        if error is None and slot.step and not any(e["step"] == slot.step for e in slot.curve.evaluations):
+            # After saving: a second Ctrl-C may end this, and nothing is lost.
+            with contextlib.suppress(KeyboardInterrupt):
+                slot.curve.evaluations.append({"step": slot.step, **measure(slot)})
+                record = _record(prepared, slot, tokens, seconds, "interrupted")
+                _save(prepared, record)
+        at = f"stopped at step {slot.step} of {slot.steps}" if slot.step else "stopped before the first step"
+        raise Interrupted(f"{at}; {where}", record if slot.step else None) from None
+    assert error is not None
+    if isinstance(error, Exception) and slot.step:
+        said = str(error) if isinstance(error, LoraloomError) else f"step {slot.step + 1}: {explain(error)}"
+        raise TrainingError(f"{said.rstrip('.')}; {where}") from error
+    raise error
 
 
 # -- data ---------------------------------------------------------------------------------------------------------
 
 
 def read_data(options: TrainOptions, tokenizer: Any) -> Data:
+    """The rows of a run, checked, split and tokenised.
+
+    Raises:
+        DataError: a file that cannot be read or does not hold what the task needs.
+    """
+    return _encode_rows(_read_rows(options), options, tokenizer)
+
+
+@dataclass
+class _Rows:
+    train: list[Row]
+    evaluation: list[Row]
+    #: the file that the held-out rows came from
+    source: str
+    names: list[str]
+    hashes: dict[str, str]
+
+
+def _read_rows(options: TrainOptions) -> _Rows:
     task = TASKS[options.task]
     rows = read_rows(options.data)
     check_columns(rows, task, options.data)
@@ -175,21 +249,34 @@ def read_data(options: TrainOptions, tokenizer: Any) -> Data:
         check_columns(held_out, task, source)
         hashes[source] = data_hash(source)
     else:
+        if task is TaskType.SEQ_CLS:
+            label_names(rows, options.data)  # of one class only, the split would say something else
+        assert isinstance(options.eval_split, int | float)
         rows, held_out = split(rows, options.eval_split, options.seed, keep_labels=task is TaskType.SEQ_CLS)
     names: list[str] = []
     if task is TaskType.SEQ_CLS:
         names = label_names(rows, options.data)
         check_labels(rows, held_out, source)
-    train = encode(rows, tokenizer, task, options.max_length, options.data, names)
-    evaluation = encode(held_out, tokenizer, task, options.max_length, source, names)
+    return _Rows(rows, held_out, source, names, hashes)
+
+
+def _encode_rows(rows: _Rows, options: TrainOptions, tokenizer: Any) -> Data:
+    task, length = TASKS[options.task], length_within(None, options.max_length, options.model)
+    train = encode(rows.train, tokenizer, task, length, options.data, rows.names)
+    evaluation = encode(rows.evaluation, tokenizer, task, length, rows.source, rows.names)
     batches = bucketed(train.lengths, options.batch_size, options.seed, 0)
-    return Data(train, evaluation, held_out, names, padding_share(train.lengths, batches), hashes)
+    padding = padding_share(train.lengths, batches)
+    return Data(train, evaluation, rows.evaluation, rows.names, padding, rows.hashes)
 
 
-def _check_length(model: nn.Module, options: TrainOptions) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and options.max_length > limit:
-        raise ConfigError(f"max_length: {options.model} reads at most {limit} tokens, found {options.max_length}")
+def _check_vocabulary(model: nn.Module, data: Data, name: str) -> None:
+    known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    largest = max(max(e.input_ids) for part in (data.train, data.evaluation) for e in part.examples)
+    if largest >= known:
+        raise ModelError(
+            f"{name}: its tokenizer gives token {largest}, and the model has {known} (numbered from 0), so they do "
+            "not belong together; resize the model's embeddings (resize_token_embeddings) or copy the right tokenizer"
+        )
 
 
 # -- predictions --------------------------------------------------------------------------------------------------
@@ -248,29 +335,38 @@ def _complete(prepared: Prepared, row: Row, example: Example) -> dict[str, str]:
 
 
 def _check_output(options: TrainOptions) -> None:
-    """An output that cannot be used is said before training, not after it."""
+    """An output that cannot be used is said before training, not after it. Leaves no trace."""
     folder = Path(options.output)
-    if (folder / WEIGHTS_NAME).exists() and not options.overwrite:
-        raise ConfigError(f"output: {folder} holds an adapter already; choose another folder, or give --overwrite")
+    made: list[Path] = []
     try:
+        if (folder / WEIGHTS_NAME).exists() and not options.overwrite:
+            raise ConfigError(f"output: {folder} holds an adapter already; choose another folder, or give --overwrite")
+        if (folder / "config.json").exists():
+            # With an adapter in it, transformers would load the folder as model and adapter together.
+            raise ConfigError(f"output: {folder} holds a model; choose another folder")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ConfigError(f"output: {folder} cannot be written ({error.strerror}); choose another folder") from None
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
-def _record(prepared: Prepared, slot: Slot, tokens: int, seconds: float, finished: bool) -> dict[str, Any]:
+def _record(prepared: Prepared, slot: Slot, tokens: int, seconds: float, state: str) -> dict[str, Any]:
     import transformers
 
     last = slot.curve.evaluations[-1] if slot.curve.evaluations else {}
     data = prepared.data
     return {
-        "state": "finished" if finished else "interrupted",
+        "state": state,
         "steps": slot.step,
         "seconds": seconds,
         "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": tokens / max(seconds, 1e-9),
         "metric": metric_name(prepared.task),
         "result": {key: value for key, value in last.items() if key != "step"},
         "options": prepared.options.to_dict(),
@@ -297,19 +393,35 @@ def _record(prepared: Prepared, slot: Slot, tokens: int, seconds: float, finishe
 
 
 def _save(prepared: Prepared, record: dict[str, Any]) -> None:
-    folder = prepared.options.output
-    text = json.dumps(record, indent=2, sort_keys=True).encode()
-    try:
+    text = json.dumps(_finite(record), indent=2, sort_keys=True, allow_nan=False).encode()
+
+    def write(folder: str) -> None:
         prepared.model.save_pretrained(folder)
         write_files(folder, {RUN_NAME: text})
+
+    try:
+        write(prepared.options.output)
     except SaveError as error:
-        rescue = tempfile.mkdtemp(prefix="loraloom-rescued-")
+        rescue = None
         try:
-            prepared.model.save_pretrained(rescue)
-            write_files(rescue, {RUN_NAME: text})
-        except SaveError:
-            raise error from None
-        raise SaveError(f"{error} The trained adapter is saved in {rescue} instead") from None
+            rescue = tempfile.mkdtemp(prefix="loraloom-rescued-")
+            write(rescue)
+        except (SaveError, OSError):
+            if rescue:
+                shutil.rmtree(rescue, ignore_errors=True)
+            raise SaveError(
+                f"{error}. The trained adapter could not be saved in {tempfile.gettempdir()} either"
+            ) from None
+        raise SaveError(f"{error}. The trained adapter is saved in {rescue} instead") from None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list) else value
 
 
 @contextmanager
@@ -332,4 +444,4 @@ def _ctrl_c() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-__all__ = ["Interrupted", "LoraConfig", "Prepared", "RunResult", "predict", "prepare", "read_data", "run"]
+__all__ = ["Interrupted", "Prepared", "RunResult", "explain", "predict", "prepare", "read_data", "run"]
