@@ -25,8 +25,8 @@ WORDS = {
         "import": "Importing the library's names takes {times:.2f} times as long as `import torch` "
         "({ours:.2f} s, {torch:.2f} s).",
         "note": "Medians of {n} turns, both libraries in one process, {shape}. Command: `{command}`.",
-        "machine": "Machine: {processor}, {threads} threads; Python {python}, torch {torch}, transformers {transformers}, "
-        "peft {peft}; {date}.",
+        "machine": "Machine: {processor}, {threads} threads; Python {python}, torch {torch}, "
+        "transformers {transformers}, peft {peft}; {date}.",
     },
     "README.zh-CN.md": {
         "head": ("24 层 Llama", "peft", "loraloom", "快多少倍", "波动范围"),
