@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+
+# Read when transformers is first imported: a name that is no folder must not make a test ask the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +92,9 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
+        initializer_range=0.1,  # words differ enough for a few steps to tell them apart
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     BertModel(config).save_pretrained(folder)
     return folder
@@ -110,6 +117,7 @@ def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
+        initializer_range=0.3,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
@@ -119,19 +127,19 @@ def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _sentence(source: random.Random, word: str) -> str:
-    words = [source.choice(OTHERS[:-1]) for _ in range(source.randint(2, 12))]
+    words = [source.choice(OTHERS[:-1]) for _ in range(source.randint(1, 8))]
     words.insert(source.randrange(len(words) + 1), word)
     return " ".join(words)
 
 
 @pytest.fixture(scope="session")
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 rows of ``text`` and ``label``: which kind of word is in it?"""
+    """200 rows of ``text`` and ``label``: which kind of word is in it?"""
     source = random.Random(0)
     path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
     rows = [
         {"text": _sentence(source, source.choice(words)), "label": label}
-        for label, words in [("praise", GOOD), ("blame", BAD)] * 60
+        for label, words in [("praise", GOOD), ("blame", BAD)] * 100
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -139,10 +147,10 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 rows of ``prompt`` and ``completion``: say again the one word that counts."""
+    """100 rows of ``prompt`` and ``completion``: say again the one word that counts."""
     source = random.Random(1)
     path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    words = [source.choice(GOOD + BAD) for _ in range(80)]
+    words = [source.choice(GOOD + BAD) for _ in range(100)]
     rows = [{"prompt": _sentence(source, word) + " now say :", "completion": f" {word}"} for word in words]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

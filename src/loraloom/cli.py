@@ -204,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="loraloom", standalone_mode=False)
+        if code == 130:  # how the parser says Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except LoraloomError as error:
         if os.environ.get("LORALOOM_TRACEBACK"):
@@ -211,9 +213,6 @@ def _run(arguments: list[str]) -> int:
         return _fail(str(error), 2 if isinstance(error, InputError) else 1)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped", 1)
-    except BrokenPipeError:  # `loraloom plan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own: an unknown option, a number that is none
             return _fail(error.format_message() or "a command is missing; see loraloom --help", 2)
