@@ -158,13 +158,14 @@ def plan_on(
     names = _matches(modules, config, strict and given, excluded, inside_saved)
 
     targets = []
-    used: set[str] = set()
+    used: dict[str, set[str | None]] = {"rank_pattern": set(), "alpha_pattern": set()}
     for name in names:
         module = modules[name]
         cls = layer_class(module)
         assert cls is not None
         r_key, alpha_key = pattern_key(config.rank_pattern, name), pattern_key(config.alpha_pattern, name)
-        used |= {key for key in (r_key, alpha_key) if key is not None}
+        used["rank_pattern"].add(r_key)
+        used["alpha_pattern"].add(alpha_key)
         r = config.r if r_key is None else config.rank_pattern[r_key]
         alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
         if issubclass(cls, LoraConv) and r % module.groups:  # type: ignore[operator]
@@ -185,11 +186,7 @@ def plan_on(
         alpha_pattern=_order_free(config.alpha_pattern, names),
         fan_in_fan_out=any(target.kind == LoraConv1D.kind for target in targets),
     )
-    extras = tuple(
-        Extra(name, "trained in full", count := sum(p.numel() for p in modules[name].parameters()),
-              count * adapter_itemsize(modules[name], autocast_adapter_dtype))
-        for name in saved
-    )  # fmt: skip
+    extras = tuple(_extras(modules, saved, autocast_adapter_dtype))
     biases = tuple(_biases(modules, config, {t.name for t in targets}, inside_saved))
     if not (targets or extras or biases):
         raise TargetError("target_modules: nothing would be trained; " + _offer(modules))
@@ -257,7 +254,7 @@ def _resolve(
         linear = [name for name, m in modules.items() if layer_class(m) in (LoraLinear, LoraConv1D)]
         left_out = _output_heads(model, modules, config) | inside_saved
         chosen = [name for name in linear if name not in left_out]
-        return _suffixes(chosen, modules, among=[name for name, m in modules.items() if layer_class(m)])
+        return _suffixes(chosen, modules)
     if wanted is not None:
         return wanted
     model_type = _model_type(model)
@@ -283,10 +280,10 @@ def _output_heads(model: nn.Module, modules: dict[str, nn.Module], config: LoraC
     return {name for name in modules if name in _task_heads(config)}
 
 
-def _suffixes(names: Iterable[str], modules: dict[str, nn.Module], among: Iterable[str] | None = None) -> list[str]:
-    """The shortest list of suffixes that matches exactly ``names`` among ``among``; full names where none would."""
+def _suffixes(names: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
+    """The shortest list of suffixes that matches exactly ``names`` among ``modules``; full names where none would."""
     chosen = set(names)
-    others = [name for name in (modules if among is None else among) if name not in chosen]
+    others = [name for name in modules if name not in chosen]
     out: set[str] = set()
     for name in chosen:
         parts = name.split(".")
@@ -333,6 +330,7 @@ def _matches(
                     else f"none is in layers_to_transform={config.layers_to_transform}"
                 )
                 raise TargetError(f"target_modules: {pattern!r} matches {len(hits)} modules, but {why}")
+        _check_layers(modules, config)
     elif wanted and not names:
         raise TargetError(f"target_modules: {wanted!r} matches no module; {_offer(modules)}")
     for name in names:
@@ -346,13 +344,26 @@ def _matches(
 
 def _in_layers(name: str, config: LoraConfig) -> bool:
     wanted = config.layers_to_transform
-    if wanted is None:
-        return True
+    return wanted is None or _layer(name, config) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _layer(name: str, config: LoraConfig) -> int | None:
+    """The number of the layer that a module lies in."""
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     # The first number is the layer's; later ones count experts and the like.
     expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns or ()] or [r"(?:.*?\.)?[^.]*\.(\d+)\."]
     found = next((m for e in expressions if (m := re.match(e, name))), None)
-    return found is not None and int(found[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+    return None if found is None else int(found[1])
+
+
+def _check_layers(modules: dict[str, nn.Module], config: LoraConfig) -> None:
+    if not isinstance(config.layers_to_transform, list):
+        return
+    layers = {_layer(name, config) for name in modules if _matches_any(config.target_modules, name)} - {None}
+    for index in config.layers_to_transform:
+        if index not in layers:
+            there = ", ".join(str(layer) for layer in sorted(layers, key=int))  # type: ignore[arg-type]
+            raise TargetError(f"layers_to_transform: no targeted module is in layer {index}; their layers are {there}")
 
 
 def pattern_key(patterns: dict[str, int] | dict[str, float], name: str) -> str | None:
@@ -369,10 +380,10 @@ def _order_free(patterns: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return {name: patterns[key] for name in names if (key := pattern_key(patterns, name)) is not None}
 
 
-def _check_pattern_keys(config: LoraConfig, targets: list[str], used: set[str]) -> None:
+def _check_pattern_keys(config: LoraConfig, targets: list[str], used: dict[str, set[str | None]]) -> None:
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
-            if key in used:
+            if key in used[field]:
                 continue
             if any(pattern_key({key: 1}, name) for name in targets):
                 raise TargetError(f"{field}: {key!r} never applies, because an earlier key matches the same modules")
@@ -408,10 +419,29 @@ def _saved_modules(modules: dict[str, nn.Module], config: LoraConfig, strict: bo
     return [name for name in names if not any(name.startswith(other + ".") for other in names)]
 
 
+def _extras(modules: dict[str, nn.Module], saved: list[str], autocast_adapter_dtype: bool) -> Iterator[Extra]:
+    """What is trained in full. Tied weights are one tensor, counted where it is met first."""
+    seen: set[int] = set()
+    for name in saved:
+        module = modules[name]
+        twins = sum(p.numel() for p in module._parameters.values() if p is not None and _storage(p) in seen)
+        seen |= _storages(module)
+        count = sum(p.numel() for p in module.parameters()) - twins
+        yield Extra(name, "trained in full", count, count * adapter_itemsize(module, autocast_adapter_dtype))
+
+
+def _storage(parameter: nn.Parameter) -> int:
+    return id(parameter) if parameter.is_meta else parameter.data_ptr()
+
+
+def _storages(module: nn.Module) -> set[int]:
+    return {_storage(p) for p in module._parameters.values() if p is not None and p.numel()}
+
+
 def _shares(module: nn.Module, others: list[nn.Module]) -> bool:
     """Whether ``module`` itself (not its children) holds a weight that one of ``others`` holds: tied by storage."""
-    mine = {p.data_ptr() for p in module._parameters.values() if p is not None and p.numel() and not p.is_meta}
-    return any(p.data_ptr() in mine for other in others for p in other._parameters.values() if p is not None)
+    mine = _storages(module)
+    return any(not mine.isdisjoint(_storages(other)) for other in others)
 
 
 def _biases(
