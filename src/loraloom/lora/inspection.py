@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loraloom.config import LoraConfig
+from loraloom.errors import AdapterError
 from loraloom.lora.adapters import PREFIX
 from loraloom.lora.checkpoint import read_tensors
 from loraloom.lora.targets import pattern_key
@@ -48,7 +49,7 @@ def inspect(folder: str | Path) -> Inspection:
     """Read the adapter in ``folder``.
 
     Raises:
-        AdapterError, ConfigError: the folder holds no adapter, or a damaged one.
+        AdapterError, ConfigError: the folder holds no adapter, or a damaged one; a factor is not finite.
     """
     tensors = read_tensors(folder)
     config = LoraConfig.from_pretrained(folder)
@@ -74,6 +75,13 @@ def inspect(folder: str | Path) -> Inspection:
 
 
 def _update(name: str, a: Tensor, b: Tensor, config: LoraConfig) -> ModuleUpdate:
+    if not _fit(a, b):
+        raise AdapterError(f"{name}: its factors A {tuple(a.shape)} and B {tuple(b.shape)} do not fit each other")
+    for factor, tensor in (("A", a), ("B", b)):
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{name}: {factor} holds values that are not finite. Did the adapter's training diverge?"
+            )
     r = a.shape[0]
     key = pattern_key(config.alpha_pattern, name)
     scale = config.scale(r, config.lora_alpha if key is None else config.alpha_pattern[key])
@@ -82,6 +90,13 @@ def _update(name: str, a: Tensor, b: Tensor, config: LoraConfig) -> ModuleUpdate
     total = float(energy.sum())
     used = 0 if total == 0 else int((energy.cumsum(0) < ENERGY * total).sum()) + 1
     return ModuleUpdate(name, r, scale, total**0.5, used, tuple(values.tolist()))
+
+
+def _fit(a: Tensor, b: Tensor) -> bool:
+    if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or not b.numel():
+        return False
+    groups, rest = divmod(a.shape[0], b.shape[1])
+    return rest == 0 and b.shape[0] % groups == 0 and (groups == 1 or a.dim() > 2)
 
 
 def singular_values(a: Tensor, b: Tensor) -> Tensor:
