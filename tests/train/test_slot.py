@@ -1,0 +1,85 @@
+"""Promises of a slot: its schedule, its optimizer and its order of rows follow from its own arguments alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from loraloom.data import Example, bucketed
+from loraloom.train.slot import Slot
+
+ROWS = [Example([1] * (1 + i % 5), i) for i in range(10)]
+
+
+def slot(*parameters: nn.Parameter, **changes: Any) -> Slot:
+    given = {str(i): p for i, p in enumerate(parameters or [nn.Parameter(torch.zeros(1))])}
+    return Slot("s", given, ROWS, **{"steps": 10, "batch_size": 4, "learning_rate": 1.0, **changes})
+
+
+@pytest.mark.parametrize(
+    ("warmup", "rates"),
+    [
+        (0.0, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+        (0.2, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        (0.11, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),  # a share of a step is a step
+        (1.0, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]),
+    ],
+)
+def test_the_rate_rises_linearly_and_falls_linearly_and_no_step_is_wasted_on_zero(
+    warmup: float, rates: list[float]
+) -> None:
+    one = slot(warmup_ratio=warmup)
+    while not one.done:
+        one.update(torch.tensor(0.0))
+    assert one.curve.learning_rate == pytest.approx(rates)
+
+
+def test_a_single_step_has_the_whole_rate() -> None:
+    assert slot(steps=1, warmup_ratio=0.05).rate(0) == 1.0
+
+
+def test_an_update_is_adamw_with_decay_and_one_norm_for_all_gradients() -> None:
+    source = torch.Generator().manual_seed(0)
+    start = [torch.randn(3, 2, generator=source, dtype=torch.float64) for _ in range(2)]
+    mine, theirs = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    one = slot(*mine, weight_decay=0.1, max_grad_norm=0.5, warmup_ratio=0.3, steps=6)
+    reference = torch.optim.AdamW(theirs, weight_decay=0.1, fused=False)
+    for step in range(6):
+        gradients = [torch.randn(3, 2, generator=source, dtype=torch.float64) for _ in range(2)]
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        for a, b, g in zip(mine, theirs, gradients, strict=True):
+            a.grad, b.grad = g.clone(), g * min(1.0, 0.5 / float(norm))
+        reference.param_groups[0]["lr"] = one.rate(step)
+        reference.step()
+        one.update(torch.tensor(float(step)))
+        assert all(p.grad is None for p in mine)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert one.curve.loss == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert one.done
+
+
+def test_a_parameter_without_a_gradient_stays() -> None:
+    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    one = slot(used, unused, weight_decay=0.5)
+    used.grad = torch.ones(2)
+    one.update(torch.tensor(0.0))
+    assert torch.equal(unused, torch.ones(2))
+    assert not torch.equal(used, torch.ones(2))
+
+
+def test_rows_come_in_the_order_of_the_seed_whatever_the_global_generator_says() -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    one, twin, other = slot(seed=3), slot(seed=3), slot(seed=4)
+    first = [[e.labels for e in one.next_examples()] for _ in range(6)]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert [[e.labels for e in twin.next_examples()] for _ in range(6)] == first
+    assert [[e.labels for e in other.next_examples()] for _ in range(6)] != first
+    lengths = [len(e.input_ids) for e in ROWS]
+    assert first == bucketed(lengths, 4, 3, 0) + bucketed(lengths, 4, 3, 1)
+    assert first[:3] != first[3:]
