@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
 from loraloom.lora.layers import LoraLayer
-from loraloom.lora.route import Router
+from loraloom.lora.route import BASE, Route, Router
 
 
 class SavedModule(nn.Module):
@@ -52,11 +52,14 @@ class SavedModule(nn.Module):
             return self._call(self.current(), *args, **kwargs)
         if not any(block.slot in self.modules_to_save for block in route.blocks):
             return self.original_module(*args, **kwargs)
-        x, *rest = args
+        key = "" if args else next(iter(kwargs))  # the rows come by place or by name
+        x = args[0] if args else kwargs[key]
 
         def one(slot: str, rows: Tensor, where: slice | Tensor) -> Tensor:
             module = self.modules_to_save[slot] if slot in self.modules_to_save else self.original_module  # noqa: SIM401
-            out: Tensor = self._call(module, rows, *rest, **kwargs)
+            placed, named = ((rows, *args[1:]), kwargs) if args else ((), {**kwargs, key: rows})
+            with self.router.using(Route(active=() if slot == BASE else (slot,))):  # for the layers inside
+                out: Tensor = self._call(module, *placed, **named)
             return out
 
         return route.apply(x, one)
