@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from loraloom.config import LoraConfig
 from loraloom.errors import ConfigError, nearest
@@ -94,7 +95,7 @@ def _saved_bytes(model: nn.Module, rows: int, length: int) -> int | None:
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     model.train()
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out: Any = model(input_ids=ids)
             logits = out.logits
         # The loss works on a float32 copy of the logits and its gradient.
@@ -102,3 +103,31 @@ def _saved_bytes(model: nn.Module, rows: int, length: int) -> int | None:
     except Exception:  # models that look at values in their forward cannot be counted this way
         return None
     return int(extra + sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device torch takes attention apart and keeps its matrix; real devices run it in one piece."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return _attention(func, *args, **kwargs)
+
+
+def _attention(
+    plain: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if dropout_p or query.dim() != 4 or query.shape[-1] != value.shape[-1]:  # the CPU takes these apart too
+        out: Tensor = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return out
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]  # type: ignore[no-any-return]
