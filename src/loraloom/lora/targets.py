@@ -280,8 +280,8 @@ def _output_heads(model: nn.Module, modules: dict[str, nn.Module], config: LoraC
     return {name for name in modules if name in _task_heads(config)}
 
 
-def _suffixes(names: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
-    """The shortest list of suffixes that matches exactly ``names`` among ``modules``; full names where none would."""
+def _suffixes(names: Iterable[str], modules: dict[str, nn.Module]) -> list[str] | str:
+    """The shortest list of suffixes that matches exactly ``names`` among ``modules``; an expression where none does."""
     chosen = set(names)
     others = [name for name in modules if name not in chosen]
     out: set[str] = set()
@@ -291,6 +291,8 @@ def _suffixes(names: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
         # A number is a place in a list, which says nothing by itself.
         fitting = (t for t in tails if not t[0].isdigit() and not any(matches_name(t, other) for other in others))
         out.add(next(fitting, name))
+        if name in out and any(matches_name(name, other) for other in others):  # a whole name that is another's end
+            return "|".join(re.escape(name) for name in modules if name in chosen)
     return sorted(out)
 
 
