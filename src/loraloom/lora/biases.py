@@ -44,4 +44,6 @@ class Biases:
         with torch.no_grad():
             for bias in (*self._base.values(), *(b for slot in self.slots.values() for b in slot.values())):
                 if id(bias) not in held:
+                    grad, bias.grad = bias.grad, None
                     bias.data = fn(bias.data)
+                    bias.grad = None if grad is None else fn(grad)
