@@ -219,6 +219,16 @@ def test_a_cast_model_carries_the_biases_that_wait(active: str, move: Callable[[
     assert answers(model, X.to(dtype)).dtype == dtype
 
 
+def test_a_cast_model_carries_the_gradients_of_biases_that_wait() -> None:
+    model = made()
+    model(X).square().sum().backward()
+    before = {key: p.grad.clone() for key, p in biases(model, "a").items()}
+    model.set_adapter("b")
+    model.double()
+    assert all(torch.equal(p.grad, before[key].double()) for key, p in biases(model, "a").items())
+    assert {p.grad.dtype for p in model.adapter_parameters("a").values()} == {torch.float64}
+
+
 def test_biases_are_saved_and_loaded(tmp_path: Path) -> None:
     model = made()
     model.save_pretrained(tmp_path)
