@@ -166,7 +166,7 @@ def load(
         model.delete_adapter(adapter_name)
         raise
     for key, (live, tensor) in base.items():
-        if live.shape == tensor.shape and not torch.equal(live.detach(), tensor.to(live)):
+        if not torch.equal(live.detach(), tensor.to(live)):
             live.data.copy_(tensor)
             report.base_replaced.append(key)
         report.used.append(key)
@@ -291,6 +291,8 @@ def _check_base(model: LoraModel, base: Mapping[str, tuple[Tensor, Tensor]], sou
                 f"{source}it carries the base's {key} with shape {tuple(tensor.shape)}, this base has "
                 f"{tuple(live.shape)}; resize the base's embeddings first (resize_token_embeddings({tensor.shape[0]}))"
             )
+        if not torch.isfinite(tensor).all() or _overflows(tensor, live.dtype):
+            raise AdapterError(f"{source}it carries the base's {key} with values that are not finite in {_dtype(live)}")
 
 
 def _overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
