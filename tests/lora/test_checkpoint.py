@@ -429,6 +429,35 @@ def test_a_number_too_large_for_the_models_dtype_is_not_finite(saved, llama_fold
     assert snapshot(half) == before
 
 
+EMBEDDINGS = "base_model.model.model.embed_tokens.weight"
+
+
+def test_embeddings_of_the_base_in_the_file_are_put_into_the_base_and_reported(saved, fresh) -> None:
+    table = torch.randn(100, 64, generator=torch.Generator().manual_seed(4))
+    change(saved, put(EMBEDDINGS, table))
+    model = PeftModel.from_pretrained(fresh, saved)
+    assert model.load_report.base_replaced == [EMBEDDINGS]
+    assert EMBEDDINGS in model.load_report.used
+    assert torch.equal(fresh.model.embed_tokens.weight, table)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (torch.ones(101, 64), r"\(101, 64\), this base has \(100, 64\); .*resize_token_embeddings\(101\)"),
+        (torch.full((100, 64), torch.nan), "embed_tokens.weight with values that are not finite"),
+        (torch.full((100, 64), torch.inf), "embed_tokens.weight with values that are not finite"),
+    ],
+    ids=["resized", "NaN", "infinite"],
+)
+def test_embeddings_that_do_not_fit_the_base_change_nothing(saved, fresh, table: Tensor, message: str) -> None:
+    change(saved, put(EMBEDDINGS, table))
+    before = snapshot(fresh)
+    with pytest.raises(AdapterError, match=message):
+        PeftModel.from_pretrained(fresh, saved)
+    assert snapshot(fresh) == before
+
+
 def test_two_names_for_one_tensor_are_an_error_that_names_both(saved, fresh) -> None:
     short = A.removeprefix("base_model.model.")
     change(saved, put(short, torch.ones(4, 64)))
