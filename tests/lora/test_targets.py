@@ -58,7 +58,7 @@ GRAMMAR: dict[str, dict[str, Any]] = {
     "whole name": {"target_modules": ["model.layers.1.self_attn.v_proj"]},
     "head": {"target_modules": ["lm_head", "embed_tokens"]},
     "expression": {"target_modules": r".*\.layers\.[02]\.self_attn\.[qk]_proj"},
-    "expression over whole names": {"target_modules": r"model\..*down_proj|lm_head"},
+    "expression over whole names": {"target_modules": r"model\..*down_proj|lm_head|.*\.mlp\.gate"},
     "exclude names": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
     "exclude expression": {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.1.*"},
     "one layer": {"target_modules": ["q_proj"], "layers_to_transform": 1},
