@@ -92,7 +92,7 @@ class LoraModel(nn.Module):
             if layer is None:
                 cls = layer_class(module)
                 assert cls is not None
-                layer = cls(module, self.router)
+                layer = cls(module, self.router, target.name)
                 places.replace(module, layer)
                 self._layers[target.name] = layer
             a, b = self._new_factors(layer, target.name, target.r, made.config, seed, autocast_adapter_dtype, tensors)
@@ -100,6 +100,7 @@ class LoraModel(nn.Module):
         self._add_saved(adapter_name, [extra.name for extra in made.saved], modules, places, autocast_adapter_dtype)
         self._biases.add(adapter_name, {extra.name: modules[extra.name[: -len(".bias")]] for extra in made.biases})
         self.peft_config[adapter_name] = made.config
+        self.router.inputs.forget()
         if made.config.inference_mode and (made.saved or made.biases):
             self.set_requires_grad(adapter_name, False)
         return made
@@ -182,6 +183,7 @@ class LoraModel(nn.Module):
         _strip(self.model, only_empty=True)
         self._layers = {name: layer for name, layer in self._layers.items() if layer.slots}
         self._saved = {name: wrapper for name, wrapper in self._saved.items() if len(wrapper.modules_to_save)}
+        self.router.inputs.forget()
 
     # -- which adapters are active --------------------------------------------------------------------------------
 
@@ -251,15 +253,22 @@ class LoraModel(nn.Module):
                 self.merge_adapter(merged)
 
     @contextmanager
-    def routed(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
-        """Row ``i`` of the next batches goes through adapter ``adapter_names[i]``; ``"__base__"`` means none."""
+    def routed(
+        self, adapter_names: Sequence[str] | None, dropout_seeds: Mapping[str, int] | None = None
+    ) -> Iterator[None]:
+        """Row ``i`` of the next batches goes through adapter ``adapter_names[i]``; ``"__base__"`` means none.
+
+        ``dropout_seeds`` names an adapter's dropout mask by a number, which then depends on nothing else; without one
+        it follows torch's generator. With gradient checkpointing the backward belongs inside the ``with`` block too.
+        """
+        self.router.inputs.learn()
         if adapter_names is None:
             yield
             return
         names = list(adapter_names)
         self._check_names([name for name in dict.fromkeys(names) if name != BASE])
         self._check_unmerged("adapter_names")
-        route = Route.of_rows(names)
+        route = Route.of_rows(names, dropout_seeds or {})
         if route.blocks and (owners := [name for name in route.slots() if name in self._biases.slots]):
             raise AdapterError(f"adapter_names: {_list(owners)} train biases, which cannot be routed row by row")
         self._biases.install(route.active)

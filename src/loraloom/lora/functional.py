@@ -1,16 +1,20 @@
-"""The maths of the low-rank update, over plain tensors: no modules, no slots, no state.
+"""The maths of LoRA over plain tensors. Knows no module, no config, no route.
 
-Every function returns the update alone, to be added to the frozen layer's output. Factors are computed in the
-input's dtype, so that a bf16 model stays in bf16 while ``A`` and ``B`` may be kept in float32.
+``A`` has r rows, ``B`` has r columns. Products are taken in the dtype of ``x``, so a half-precision base computes in
+half precision while the factors keep their own dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from loraloom.lora.dropout import Dropped
 
 
 def lora_linear(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -48,22 +52,111 @@ def lora_conv(
     return update
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """``x`` with each number zero with probability ``p`` and the rest scaled by ``1 / (1 - p)``.
-
-    On the CPU torch draws one float for each number, which costs as much as the layer itself. Sixteen random bits
-    for each do, at a quarter of the time: ``p`` is then a multiple of 2⁻¹⁶, and the scale is exact for that.
-    """
-    dropped = round(p * 2**16)
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or dropped in (0, 2**16):
-        return F.dropout(x, p)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return torch.where(kept, x * (2**16 / (2**16 - dropped)), 0.0)
-
-
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``B A`` in at least float32: a [r, ...in], b [out, r, 1...] → [out, ...in]."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     delta: Tensor = torch.tensordot(b.to(dtype).flatten(1), a.to(dtype), dims=1)
     return delta
+
+
+# -- projections that read one input ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A frozen linear layer and the update beside it: weight [out, in], bias [out] or None, a [r, in], b [out, r]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def lora_projections(x: Tensor, projections: Sequence[Projection], dropped: Dropped | None = None) -> list[Tensor]:
+    """``x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ`` for several projections of one ``x``: [..., in] → [..., out] each.
+
+    What is kept for the backward is ``x`` once, ``x Aᵀ`` of all projections, and the factors in the dtype of ``x``;
+    the dropout mask is made again. Gradients flow to x, biases, a and b; never to weights. They are exact, and cannot
+    be differentiated a second time.
+    """
+    each = len(projections)
+    columns = zip(*((p.weight, p.bias, p.a, p.b) for p in projections), strict=True)
+    scales = tuple(p.scale for p in projections)
+    out: tuple[Tensor, ...] = _Projections.apply(x, dropped, scales, *(t for column in columns for t in column))  # type: ignore[no-untyped-call]
+    assert len(out) == each
+    return list(out)
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dropped: Dropped | None, scales: tuple[float, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        n = len(scales)
+        weights, biases, a, b = (tensors[i * n : (i + 1) * n] for i in range(4))
+        rows, dtype = _rows(x), x.dtype
+        # One product for all A: a thin matrix costs hardly less than a wider one.
+        a_all = (a[0] if n == 1 else torch.cat(a)).to(dtype)
+        b_low = [factor.to(dtype) for factor in b]
+        if dropped is not None:
+            scales = tuple(scale * dropped.gain for scale in scales)
+            hidden = torch.mm(_rows(dropped.apply(x)), a_all.T)
+        else:
+            hidden = torch.mm(rows, a_all.T)
+        ranks = [factor.shape[0] for factor in a]
+        out = []
+        for weight, bias, b_i, h_i, scale in zip(
+            weights, biases, b_low, torch.split(hidden, ranks, 1), scales, strict=True
+        ):
+            y = F.linear(rows, weight, bias).addmm_(h_i, b_i.T, alpha=scale)
+            out.append(y.view(*x.shape[:-1], weight.shape[0]))
+        ctx.save_for_backward(x, hidden, a_all, *b_low)
+        ctx.weights, ctx.scales, ctx.ranks, ctx.dropped = weights, scales, ranks, dropped
+        ctx.dtypes = (a[0].dtype, b[0].dtype)
+        ctx.set_materialize_grads(False)
+        return tuple(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        x, hidden, a_all, *b = ctx.saved_tensors
+        n, needed = len(b), ctx.needs_input_grad
+        dx: Tensor | None = None
+        d_hidden: list[Tensor] = []
+        d_bias: list[Tensor | None] = []
+        d_b: list[Tensor | None] = []
+        for i, (grad, h_i) in enumerate(zip(grads, torch.split(hidden, ctx.ranks, 1), strict=True)):
+            if grad is None:  # an output that the loss does not depend on
+                d_hidden.append(torch.zeros_like(h_i))
+                d_bias.append(None)
+                d_b.append(None)
+                continue
+            dy = _rows(grad)
+            d_hidden.append(torch.mm(dy, b[i]).mul_(ctx.scales[i]))
+            d_bias.append(dy.sum(0) if needed[3 + n + i] else None)
+            # (hᵀ dy)ᵀ and not dyᵀ h: the long side last is the faster product.
+            d_b.append(_as(torch.mm(h_i.T, dy).T, ctx.dtypes[1]).mul_(ctx.scales[i]) if needed[3 + 3 * n + i] else None)
+            if needed[0]:
+                dx = torch.mm(dy, ctx.weights[i]) if dx is None else dx.addmm_(dy, ctx.weights[i])
+        below = d_hidden[0] if n == 1 else torch.cat(d_hidden, 1)
+        d_a: Sequence[Tensor | None] = [None] * n
+        if any(needed[3 + 2 * n : 3 + 3 * n]):
+            seen = x if ctx.dropped is None else ctx.dropped.apply(x)
+            d_a = torch.split(torch.mm(below.T, _rows(seen)).to(ctx.dtypes[0]), ctx.ranks)
+        if dx is not None:
+            if ctx.dropped is None:
+                dx.addmm_(below, a_all)
+            else:
+                dx.add_(_rows(ctx.dropped.apply(torch.mm(below, a_all).view(x.shape))))
+            dx = dx.view(x.shape)
+        return (dx, None, None, *[None] * n, *d_bias, *d_a, *d_b)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy in ``dtype``, in one pass."""
+    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraloom.lora import functional
+from loraloom.lora.dropout import Dropped, dropout
 from loraloom.lora.route import Router
 
 HALF = (torch.float16, torch.bfloat16)
@@ -40,6 +41,8 @@ class LoraLayer(nn.Module):
     """A frozen ``base_layer`` and, for each slot that adapts it, factors ``A`` and ``B``."""
 
     kind = ""
+    #: The base module's name in the model.
+    name: str
     base_layer: nn.Module
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -52,11 +55,11 @@ class LoraLayer(nn.Module):
     merged: tuple[str, ...]
     _frozen: tuple[nn.Parameter, ...]
 
-    def __init__(self, base_layer: nn.Module, router: Router) -> None:
+    def __init__(self, base_layer: nn.Module, router: Router, name: str = "") -> None:
         super().__init__()
         # Straight into the tables, as in Factor.
         self._modules.update(base_layer=base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
-        vars(self).update(router=router, r={}, scaling={}, lora_dropout={}, merged=(), _frozen=())
+        vars(self).update(router=router, name=name, r={}, scaling={}, lora_dropout={}, merged=(), _frozen=())
         for module in (self, self.lora_A, self.lora_B):
             vars(module)["training"] = base_layer.training
 
@@ -99,6 +102,8 @@ class LoraLayer(nn.Module):
         if self.merged:
             return y
         route = self.router.route
+        if self.training and not torch.compiler.is_compiling():
+            self.router.inputs.read(x)
         if not route.blocks:
             for slot in route.active:
                 if slot in self.r:
@@ -114,9 +119,16 @@ class LoraLayer(nn.Module):
 
         return route.apply(y, one)
 
-    def drop(self, slot: str, x: Tensor) -> Tensor:
+    def dropped(self, slot: str) -> Dropped | None:
+        """The dropout of one slot in this forward. Layers that read one input share it."""
         p = self.lora_dropout[slot]
-        return functional.dropout(x, p) if self.training and p else x
+        return Dropped(p, self.router.dropout_seed(slot, self.name)) if self.training and p else None
+
+    def drop(self, slot: str, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return F.dropout(x, self.lora_dropout[slot], self.training)
+        dropped = self.dropped(slot)
+        return x if dropped is None else dropout(x, dropped)
 
     # -- merging: see lora.merge, which alone calls these -------------------------------------------------------
 
@@ -191,6 +203,49 @@ class LoraLinear(LoraLayer):
     def update(self, slot: str, x: Tensor) -> Tensor:
         return functional.lora_linear(self.drop(slot, x), *self.factors(slot), self.scaling[slot])
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        slot = self.single_slot(x)
+        return super().forward(x, *args, **kwargs) if slot is None else self.router.inputs.project(self, x, slot)
+
+    def single_slot(self, x: Tensor) -> str | None:
+        """The one slot through which all of ``x`` goes, where ``functional.lora_projections`` can do that.
+
+        Elsewhere the frozen layer is called as the module that it is: several slots, another kind of weight (quantised,
+        sharded, trained), hooks on it, autocast, and whatever traces the model.
+        """
+        route = self.router.route
+        mine = [slot for slot in route.active if slot in self.r]
+        base = self._modules["base_layer"]
+        assert base is not None
+        weight = base._parameters.get("weight")
+        if (
+            len(mine) != 1
+            or self.merged
+            or type(base) not in (nn.Linear, _conv1d())
+            or type(weight) is not nn.Parameter
+            or weight.requires_grad
+            or weight.dtype != x.dtype
+            or any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
+            or "forward" in vars(base)
+            or torch.compiler.is_compiling()
+            or torch._C._get_tracing_state() is not None
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return None
+        return mine[0]
+
+    def projection(self, slot: str) -> functional.Projection:
+        base = self._modules["base_layer"]
+        assert base is not None
+        weight, bias = base._parameters["weight"], base._parameters.get("bias")
+        assert weight is not None
+        return functional.Projection(self._rows_of(weight), bias, *self.factors(slot), self.scaling[slot])
+
+    @staticmethod
+    def _rows_of(weight: Tensor) -> Tensor:
+        """The weight as [out, in]."""
+        return weight
+
 
 class LoraConv1D(LoraLinear):
     """transformers' Conv1D, a linear layer whose weight is stored [in, out] (GPT-2)."""
@@ -203,6 +258,10 @@ class LoraConv1D(LoraLinear):
         assert isinstance(weight, Tensor)
         return (r, weight.shape[0]), (weight.shape[1], r)
 
+    @staticmethod
+    def _rows_of(weight: Tensor) -> Tensor:
+        return weight.T
+
     def get_delta_weight(self, slot: str) -> Tensor:
         return super().get_delta_weight(slot).T
 
@@ -212,8 +271,8 @@ class LoraEmbedding(LoraLayer):
 
     kind = "Embedding"
 
-    def __init__(self, base_layer: nn.Module, router: Router) -> None:
-        super().__init__(base_layer, router)
+    def __init__(self, base_layer: nn.Module, router: Router, name: str = "") -> None:
+        super().__init__(base_layer, router, name)
         del self.lora_A, self.lora_B  # PEFT's names for these two, kept in state dicts and files
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
@@ -326,6 +385,14 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     for base, cls in KINDS:
         if isinstance(module, base):
             return cls
-    # Not imported for its own sake: a model can hold a Conv1D only if transformers is loaded already.
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return LoraConv1D if conv1d is not None and isinstance(module, conv1d) else None
+    return LoraConv1D if isinstance(module, _conv1d()) else None
+
+
+def _conv1d() -> type[nn.Module]:
+    """transformers' Conv1D. Not imported for its own sake: a model can hold one only if transformers is loaded."""
+    found: type[nn.Module] = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", _NoConv1D)
+    return found
+
+
+class _NoConv1D(nn.Module):
+    """What no module is."""

@@ -6,14 +6,16 @@ the layers only read it. Knows nothing of weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from loraloom.errors import AdapterError
+from loraloom.lora.initialize import seed_of
+from loraloom.lora.inputs import Inputs
 
 #: The name by which a row asks for the frozen model alone, as in PEFT.
 BASE = "__base__"
@@ -41,15 +43,17 @@ class Route:
     blocks: tuple[Block, ...] = ()
     order: Tensor | None = None
     inverse: Tensor | None = None
+    #: slot → the seed of its dropout in this forward; without one it follows torch's generator
+    seeds: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of_rows(cls, slots: Sequence[str]) -> Route:
-        """The route of a batch whose row ``i`` belongs to ``slots[i]``."""
+    def of_rows(cls, slots: Sequence[str], seeds: Mapping[str, int] | None = None) -> Route:
+        """The route of a batch whose row ``i`` belongs to ``slots[i]``; ``seeds`` are those of the slots' dropout."""
         if not slots:
             raise AdapterError("adapter_names: found an empty list, give one name for each row of the batch")
         names = list(dict.fromkeys(slots))
         if len(names) == 1:
-            return cls(active=() if names[0] == BASE else (names[0],))
+            return cls(active=() if names[0] == BASE else (names[0],), seeds=seeds or {})
         by_slot = {name: [row for row, slot in enumerate(slots) if slot == name] for name in names}
         order = [row for rows in by_slot.values() for row in rows]
         blocks, start = [], 0
@@ -57,9 +61,9 @@ class Route:
             blocks.append(Block(name, start, start + len(rows)))
             start += len(rows)
         if order == sorted(order):
-            return cls(rows=len(slots), blocks=tuple(blocks))
+            return cls(rows=len(slots), blocks=tuple(blocks), seeds=seeds or {})
         index = torch.tensor(order)
-        return cls(rows=len(slots), blocks=tuple(blocks), order=index, inverse=index.argsort())
+        return cls((), len(slots), tuple(blocks), index, index.argsort(), seeds or {})
 
     def slots(self) -> tuple[str, ...]:
         return self.active or tuple(block.slot for block in self.blocks if block.slot != BASE)
@@ -104,6 +108,17 @@ class Router:
 
     def __init__(self) -> None:
         self.route = Route()
+        self.inputs = Inputs()
+
+    def dropout_seed(self, slot: str, name: str) -> int:
+        """The seed of ``slot``'s dropout of the current input, which the layer ``name`` is about to read."""
+        seed = self.inputs.seeds.get(slot)
+        if seed is None:
+            given = self.route.seeds.get(slot)
+            # Torch's generator is what gradient checkpointing puts back before it runs a forward again.
+            seed = seed_of(given, name) if given is not None else int(torch.randint(2**63 - 1, ()))
+            self.inputs.seeds[slot] = seed
+        return seed
 
     @contextmanager
     def using(self, route: Route) -> Iterator[None]:

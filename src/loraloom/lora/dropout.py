@@ -1,0 +1,82 @@
+"""Dropout whose mask is never stored: it is made again from a seed whenever it is needed.
+
+Torch's own keeps a mask as large as its input until the backward, and on the CPU draws it one number at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Dropout's probability is a multiple of 2⁻¹⁵: the scale that goes with it is exact.
+_LEVELS = 2**15
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A dropout mask as numbers to make it again from: nothing of its size is stored.
+
+    The bit of an element follows from ``seed``, its row and its place in the row, so it is the same whatever other
+    rows there are, on every device, and in every dtype. A row is a position of the first dimension; what follows a
+    longer row's end does not change its beginning, so padding has no say either.
+    """
+
+    p: float
+    seed: int
+
+    @property
+    def gain(self) -> float:
+        """What the numbers that are left are to be multiplied with, ``1 / (1 - p)``."""
+        return _LEVELS / self._kept
+
+    @property
+    def _kept(self) -> int:
+        return max(_LEVELS - round(self.p * _LEVELS), 1)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x`` [rows, ...] with each number 0 with probability ``p``. The others are as they were: see ``gain``."""
+        size = x[:1].numel()
+        words = _hash(x.shape[0], -(-size // 2), self.seed, x.device)
+        # Two draws of 15 bits a word; negative (all ones after the shift) below the threshold, which keeps.
+        draws = words.view(torch.int16).bitwise_and_(_LEVELS - 1).sub_(self._kept).bitwise_right_shift_(15)
+        kept = draws[:, :size].reshape(x.shape).to(_INTEGERS[x.element_size()])
+        return kept.bitwise_and_(x.contiguous().view(kept.dtype)).view(x.dtype)
+
+
+def _hash(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
+    """[rows, columns] int32, each well mixed from ``seed`` and its place (two rounds of "lowbias32", C. Wellons)."""
+    first, second = (_signed(seed >> shift & 0xFFFFFFFF) for shift in (0, 32))
+    start = _mix(torch.arange(rows, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B9)).add_(first), second)
+    words = torch.arange(columns, dtype=torch.int32, device=device).mul_(_signed(0x85EBCA6B))
+    return _mix(start[:, None] + words, second)
+
+
+def _mix(z: Tensor, key: int) -> Tensor:
+    z.bitwise_xor_(z >> 16).mul_(_signed(0x7FEB352D)).add_(key)
+    z.bitwise_xor_(z >> 15).mul_(_signed(0x846CA68B))
+    return z.bitwise_xor_(z >> 16)
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
+
+
+def dropout(x: Tensor, dropped: Dropped) -> Tensor:
+    """``x`` with what ``dropped`` says set to 0 and the rest scaled, differentiable any number of times."""
+    out: Tensor = _Dropout.apply(x, dropped)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropped: Dropped) -> Tensor:
+        ctx.dropped = dropped
+        return dropped.apply(x).mul_(dropped.gain)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return dropout(grads[0], ctx.dropped), None

@@ -1,0 +1,99 @@
+"""Layers that read one tensor, such as the query, key and value projections: the first computes for all of them.
+
+Found from the model as it runs and not from a list of names: layers that were called one after another with the very
+same tensor are computed together the next time. Whenever that turns out not to fit, they are computed one by one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from loraloom.lora.functional import lora_projections
+
+if TYPE_CHECKING:
+    from loraloom.lora.layers import LoraLinear
+
+
+class Inputs:
+    """The tensor that layers read at the moment, and what was learned of who reads together."""
+
+    def __init__(self) -> None:
+        self._tensor: weakref.ref[Tensor] | None = None
+        self._version: int | None = None
+        #: slot → the seed of the dropout of its layers that read the tensor
+        self.seeds: dict[str, int] = {}
+        #: layers that read the tensor and computed it for themselves, in order
+        self._readers: list[LoraLinear] = []
+        #: what the first reader computed for the others, until they ask for it
+        self._ready: dict[LoraLinear, Tensor] = {}
+        self._followers: dict[LoraLinear, list[LoraLinear]] = {}
+        self._apart: set[LoraLinear] = set()
+        self._lessons: list[Callable[[], None]] = []
+        self._graphs: list[weakref.ref[Any]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Inputs, ()  # a copy of the model learns for itself
+
+    def project(self, layer: LoraLinear, x: Tensor, slot: str) -> Tensor:
+        """What ``layer`` makes of ``x`` with ``slot``, computed now or already by the first reader of ``x``."""
+        if self.read(x):
+            done = self._ready.pop(layer, None)
+            if done is not None:
+                return done
+        together = [layer]
+        if not self._readers:
+            together += [one for one in self._followers.get(layer, ()) if one.single_slot(x) == slot]
+        self._readers.append(layer)
+        out = lora_projections(x, [one.projection(slot) for one in together], layer.dropped(slot))
+        self._ready.update(zip(together[1:], out[1:], strict=True))
+        if len(self._readers) > 1 and out[0].grad_fn is not None:
+            self._graphs.append(weakref.ref(out[0].grad_fn))
+        return out[0]
+
+    def read(self, x: Tensor) -> bool:
+        """Note that a layer reads ``x``; whether the layer before it read the same."""
+        version = None if x.is_inference() else x._version
+        if self._tensor is not None and self._tensor() is x and self._version == version:
+            return True
+        self._note()
+        self._tensor, self._version = weakref.ref(x), version
+        return False
+
+    def _note(self) -> None:
+        """The readers of the last tensor are known now."""
+        if self._ready:
+            self._lessons.append(partial(self._part, tuple(self._ready)))
+        elif len(self._readers) > 1:
+            self._lessons.append(partial(self._join, *self._readers))
+        self.seeds, self._readers, self._ready = {}, [], {}
+
+    def learn(self) -> None:
+        """Use what was noted, between one forward of the model and the next.
+
+        Not while a graph waits that was made without it: gradient checkpointing runs such a forward again, and must
+        find it as it was.
+        """
+        self._note()
+        if self._lessons and all(graph() is None for graph in self._graphs):
+            for lesson in self._lessons:
+                lesson()
+            self._lessons, self._graphs = [], []
+
+    def forget(self) -> None:
+        """Begin anew: the model has other layers."""
+        self.__init__()  # type: ignore[misc]
+
+    def _join(self, first: LoraLinear, *others: LoraLinear) -> None:
+        known = self._followers.setdefault(first, [])
+        known += [one for one in others if one is not first and one not in known and one not in self._apart]
+
+    def _part(self, layers: tuple[LoraLinear, ...]) -> None:
+        """They were computed in vain."""
+        self._apart.update(layers)
+        for followers in self._followers.values():
+            followers[:] = [one for one in followers if one not in self._apart]
