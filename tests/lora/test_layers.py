@@ -576,13 +576,7 @@ HOLDERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "hold",
-    [
-        pytest.param(make, id=name, marks=[] if "Dict" not in name else pytest.mark.xfail(reason="_Places skips them"))
-        for name, make in HOLDERS.items()
-    ],
-)
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
 def test_a_layer_is_found_wherever_it_hangs(hold: Callable[[nn.Module], nn.Module]) -> None:
     model = get_peft_model(hold(nn.Linear(4, 4)), LoraConfig(target_modules="all-linear", r=2))
     assert len(model.base_model.layers) == 1

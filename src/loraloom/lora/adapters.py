@@ -444,12 +444,14 @@ class _Places:
 
     def _find(self) -> None:
         """Base module → every (parent, attribute) that holds it, wrapped or not."""
+        mine: set[nn.Module] = set()  # the dictionaries of slots; others are the model's own
         for parent in self._model.modules():
-            if isinstance(parent, LoraLayer | SavedModule | nn.ModuleDict):
-                continue
-            for key, child in parent._modules.items():
-                if child is not None:
-                    self._held.setdefault(id(unwrap(child)), []).append((parent, key))
+            if isinstance(parent, LoraLayer | SavedModule):
+                mine.update(child for child in parent.children() if isinstance(child, nn.ModuleDict))
+            elif parent not in mine:
+                for key, child in parent._modules.items():
+                    if child is not None:
+                        self._held.setdefault(id(unwrap(child)), []).append((parent, key))
 
 
 def _strip(model: nn.Module, *, only_empty: bool = False, keep_copies: bool = False) -> None:
