@@ -95,24 +95,18 @@ class _Projections(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         n = len(scales)
         weights, biases, a, b = (tensors[i * n : (i + 1) * n] for i in range(4))
-        rows, dtype = _rows(x), x.dtype
-        # One product for all A: a thin matrix costs hardly less than a wider one.
-        a_all = (a[0] if n == 1 else torch.cat(a)).to(dtype)
-        b_low = [factor.to(dtype) for factor in b]
+        a_low, b_low = ([factor.to(x.dtype) for factor in factors] for factors in (a, b))
+        rows = seen = _rows(x)
         if dropped is not None:
-            scales = tuple(scale * dropped.gain for scale in scales)
-            hidden = torch.mm(_rows(dropped.apply(x)), a_all.T)
-        else:
-            hidden = torch.mm(rows, a_all.T)
-        ranks = [factor.shape[0] for factor in a]
-        out = []
-        for weight, bias, b_i, h_i, scale in zip(
-            weights, biases, b_low, torch.split(hidden, ranks, 1), scales, strict=True
-        ):
-            y = F.linear(rows, weight, bias).addmm_(h_i, b_i.T, alpha=scale)
+            seen, scales = _rows(dropped.apply(x)), tuple(scale * dropped.gain for scale in scales)
+        hidden, out = [], []
+        # Each on its own: the answer of one has the same bits whether or not others are computed beside it.
+        for weight, bias, a_i, b_i, scale in zip(weights, biases, a_low, b_low, scales, strict=True):
+            hidden.append(torch.mm(seen, a_i.T))
+            y = F.linear(rows, weight, bias).addmm_(hidden[-1], b_i.T, alpha=scale)
             out.append(y.view(*x.shape[:-1], weight.shape[0]))
-        ctx.save_for_backward(x, hidden, a_all, *b_low)
-        ctx.weights, ctx.scales, ctx.ranks, ctx.dropped = weights, scales, ranks, dropped
+        ctx.save_for_backward(x, *hidden, *a_low, *b_low)
+        ctx.weights, ctx.scales, ctx.dropped = weights, scales, dropped
         ctx.dtypes = (a[0].dtype, b[0].dtype)
         ctx.set_materialize_grads(False)
         return tuple(out)
@@ -120,13 +114,14 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        x, hidden, a_all, *b = ctx.saved_tensors
-        n, needed = len(b), ctx.needs_input_grad
+        x, *kept = ctx.saved_tensors
+        n, needed = len(ctx.scales), ctx.needs_input_grad
+        hidden, a, b = (kept[i * n : (i + 1) * n] for i in range(3))
         dx: Tensor | None = None
         d_hidden: list[Tensor] = []
         d_bias: list[Tensor | None] = []
         d_b: list[Tensor | None] = []
-        for i, (grad, h_i) in enumerate(zip(grads, torch.split(hidden, ctx.ranks, 1), strict=True)):
+        for i, (grad, h_i) in enumerate(zip(grads, hidden, strict=True)):
             if grad is None:  # an output that the loss does not depend on
                 d_hidden.append(torch.zeros_like(h_i))
                 d_bias.append(None)
@@ -139,11 +134,12 @@ class _Projections(torch.autograd.Function):
             d_b.append(_as(torch.mm(h_i.T, dy).T, ctx.dtypes[1]).mul_(ctx.scales[i]) if needed[3 + 3 * n + i] else None)
             if needed[0]:
                 dx = torch.mm(dy, ctx.weights[i]) if dx is None else dx.addmm_(dy, ctx.weights[i])
-        below = d_hidden[0] if n == 1 else torch.cat(d_hidden, 1)
+        # One product for all A, above and below: a thin matrix costs hardly less than a wider one.
+        below, a_all = (d_hidden[0], a[0]) if n == 1 else (torch.cat(d_hidden, 1), torch.cat(a))
         d_a: Sequence[Tensor | None] = [None] * n
         if any(needed[3 + 2 * n : 3 + 3 * n]):
             seen = x if ctx.dropped is None else ctx.dropped.apply(x)
-            d_a = torch.split(torch.mm(below.T, _rows(seen)).to(ctx.dtypes[0]), ctx.ranks)
+            d_a = torch.split(torch.mm(below.T, _rows(seen)).to(ctx.dtypes[0]), [a_i.shape[0] for a_i in a])
         if dx is not None:
             if ctx.dropped is None:
                 dx.addmm_(below, a_all)

@@ -2,6 +2,8 @@
 
 Found from the model as it runs and not from a list of names: layers that were called one after another with the very
 same tensor are computed together the next time. Whenever that turns out not to fit, they are computed one by one.
+Answers have the same bits either way. Gradients are summed in another order, so a loop that is to repeat to the bit
+lets the model run once before its first step.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from loraloom.lora.functional import lora_projections
@@ -46,7 +49,7 @@ class Inputs:
             if done is not None:
                 return done
         together = [layer]
-        if not self._readers:
+        if not self._readers and torch.is_grad_enabled():  # without a backward there is nothing to share
             together += [one for one in self._followers.get(layer, ()) if one.single_slot(x) == slot]
         self._readers.append(layer)
         out = lora_projections(x, [one.projection(slot) for one in together], layer.dropped(slot))

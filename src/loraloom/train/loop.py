@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from loraloom.config import TaskType
 from loraloom.data.batches import collate, evaluation_batches, join
@@ -22,6 +22,7 @@ from loraloom.data.encode import Example
 from loraloom.errors import TrainingError
 from loraloom.lora.model import PeftModel
 from loraloom.train import tasks
+from loraloom.train.objective import Objective
 from loraloom.train.slot import Slot
 
 
@@ -53,17 +54,26 @@ def train_pack(
         TrainingError: a slot's loss is not finite. Its weights are those from before that step.
     """
     model.train()
+    objective = Objective(model, task)
+    device = next(model.parameters()).device
+    warm_up(model, objective, slots, pad_id, task)
     started, tokens = time.perf_counter(), 0
     while (running := [slot for slot in slots if not slot.done]) and not stopped():
         batch = join([(slot.name, slot.next_examples()) for slot in running], pad_id, task)
-        losses = _losses(model, task, batch.inputs, batch.slots)
-        for slot in running:
-            if not math.isfinite(float(losses[slot.name].detach())):
-                raise TrainingError(
-                    f"step {slot.step + 1}: the loss is {float(losses[slot.name].detach())}, so training cannot go on; "
-                    "lower the learning rate or lora_alpha, or use dtype bfloat16 or float32 instead of float16"
-                )
-        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        inputs = {key: value.to(device) for key, value in batch.inputs.items()}
+        labels = inputs.pop("labels")
+        # The backward is inside: gradient checkpointing runs parts of the forward again and needs their route.
+        with model.base_model.routed(batch.slots, {slot.name: slot.dropout_seed for slot in running}):
+            out = objective.forward(inputs)
+            losses = {name: objective.loss(out[rows], labels[rows]) for name, rows in _blocks(batch.slots).items()}
+            for slot in running:
+                value = float(losses[slot.name].detach())
+                if not math.isfinite(value):
+                    raise TrainingError(
+                        f"step {slot.step + 1}: the loss is {value}, so training cannot go on; lower the learning rate "
+                        "or lora_alpha, or use dtype bfloat16 or float32 instead of float16"
+                    )
+            torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         tokens += batch.tokens
         for slot in running:
             slot.update(losses[slot.name])
@@ -73,42 +83,48 @@ def train_pack(
     return tokens
 
 
-def _losses(model: PeftModel, task: TaskType, inputs: dict[str, Tensor], slots: Sequence[str]) -> dict[str, Tensor]:
+def warm_up(model: PeftModel, objective: Objective, slots: Sequence[Slot], pad_id: int, task: TaskType) -> None:
+    """Let the layers learn what they share, so that the first step adds up in the same order as all that follow."""
     device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in inputs.items()}
-    labels = inputs.pop("labels")
-    logits = model(**inputs, adapter_names=slots).logits
-    out: dict[str, Tensor] = {}
-    start = 0
-    for name in dict.fromkeys(slots):
-        stop = start + sum(slot == name for slot in slots)
-        out[name] = tasks.loss(task, logits[start:stop], labels[start:stop])
-        start = stop
-    return out
+    with _evaluating(model, torch.no_grad()):
+        for slot in slots:
+            inputs = {key: value.to(device) for key, value in collate([slot.example], pad_id, task).items()}
+            inputs.pop("labels")
+            with model.base_model.routed([slot.name]):
+                objective.forward(inputs)
+    model.base_model.router.inputs.learn()
+
+
+def _blocks(slots: Sequence[str]) -> dict[str, slice]:
+    """Each slot's rows, which lie together."""
+    starts = {name: slots.index(name) for name in dict.fromkeys(slots)}
+    return {name: slice(start, start + slots.count(name)) for name, start in starts.items()}
 
 
 def evaluate(
     model: PeftModel, name: str, task: TaskType, examples: Sequence[Example], pad_id: int, batch_size: int
 ) -> dict[str, float]:
     """``{"loss", metric}`` of one adapter over all ``examples``. The model's mode is as it was afterwards."""
+    objective = Objective(model, task)
     device = next(model.parameters()).device
     parts = []
-    with _evaluating(model):
+    with _evaluating(model, torch.inference_mode()):
         for rows in evaluation_batches([len(e.input_ids) for e in examples], batch_size):
             inputs = collate([examples[row] for row in rows], pad_id, task)
             inputs = {key: value.to(device) for key, value in inputs.items()}
             labels = inputs.pop("labels")
-            parts.append(tasks.score(task, model(**inputs, adapter_names=[name] * len(rows)).logits, labels))
+            with model.base_model.routed([name] * len(rows)):
+                parts.append(objective.score(objective.forward(inputs), labels))
     scores = tasks.total(parts)
     return {"loss": scores.loss, tasks.metric_name(task): tasks.metric(task, scores)}
 
 
 @contextmanager
-def _evaluating(model: PeftModel) -> Iterator[None]:
+def _evaluating(model: PeftModel, mode: AbstractContextManager[Any]) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with mode:
             yield
     finally:
         model.train(training)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loraloom.data.batches import bucketed
 from loraloom.data.encode import Example
+from loraloom.lora.initialize import seed_of
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Slot:
         max_grad_norm: float = 1.0,
         seed: int = 0,
     ) -> None:
-        self.name = name
+        self.name, self.seed = name, seed
         self.parameters = list(parameters.values())
         self.steps, self.step = steps, 0
         self.learning_rate = learning_rate
@@ -70,8 +71,18 @@ class Slot:
     def done(self) -> bool:
         return self.step >= self.steps
 
+    @property
+    def example(self) -> Example:
+        """One of its rows."""
+        return self._examples[0]
+
     def next_examples(self) -> list[Example]:
         return [self._examples[row] for row in next(self._order)]
+
+    @property
+    def dropout_seed(self) -> int:
+        """Of the next step's dropout masks: it follows from the slot's own seed and step alone."""
+        return seed_of("dropout", self.seed, self.step)
 
     def rate(self, step: int) -> float:
         """The learning rate of ``step`` (from 0): up linearly through the warmup, then down linearly to 0."""

@@ -1,6 +1,6 @@
-"""What each task asks of logits: a loss for the rows of one slot, and the figures of an evaluation.
+"""What each task measures: sums that batches add up to, and the metric that they give.
 
-Knows tensors alone; files and slots are others' business.
+Knows numbers alone; tensors, files and slots are others' business.
 """
 
 from __future__ import annotations
@@ -9,11 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from loraloom.config import TaskType
-from loraloom.data.encode import IGNORE
 
 
 @dataclass(frozen=True)
@@ -34,27 +30,6 @@ class Scores:
     @property
     def accuracy(self) -> float:
         return self.correct / self.count if self.count else math.nan
-
-
-def _flat(task: TaskType, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Predictions [n, classes] and what they should be [n]."""
-    if task is TaskType.CAUSAL_LM:
-        wanted = labels[:, 1:].flatten()
-        kept = wanted != IGNORE
-        return logits[:, :-1].flatten(0, 1)[kept].float(), wanted[kept]
-    return logits.float(), labels
-
-
-def loss(task: TaskType, logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss over rows (seq-cls: logits [rows, classes], labels [rows]) or over labelled tokens
-    (causal-lm: logits [rows, length, vocabulary], labels [rows, length]; each position predicts the next)."""
-    return F.cross_entropy(*_flat(task, logits, labels))
-
-
-def score(task: TaskType, logits: Tensor, labels: Tensor) -> Scores:
-    predicted, wanted = _flat(task, logits, labels)
-    summed = F.cross_entropy(predicted, wanted, reduction="sum")
-    return Scores(float(summed), wanted.numel(), int((predicted.argmax(-1) == wanted).sum()))
 
 
 def metric_name(task: TaskType) -> str:

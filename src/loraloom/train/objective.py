@@ -1,0 +1,128 @@
+"""From a batch to losses: one forward for all slots, then each slot's own loss, or scores, on its own rows.
+
+A causal language model is run up to its head, and the head only for tokens that carry a label (``train.loss``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loraloom.config import TaskType
+from loraloom.data.encode import IGNORE
+from loraloom.lora.model import PeftModel
+from loraloom.train.loss import head_cross_entropy, head_scores, linear_cross_entropy
+from loraloom.train.tasks import Scores
+
+
+class Objective:
+    """What ``task`` asks of ``model``, whose structure is looked at once, here."""
+
+    def __init__(self, model: PeftModel, task: TaskType) -> None:
+        self._task = task
+        self._model = model.get_base_model()
+        self._head: nn.Module | None = None
+        if task is TaskType.CAUSAL_LM and (found := trunk_and_head(model)) is not None:
+            self._model, self._head = found
+        #: A cache of keys and values is for generation; filling it costs time and memory in every step.
+        self._options = {"use_cache": False} if "use_cache" in inspect.signature(self._model.forward).parameters else {}
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """[rows, ...] for ``loss`` and ``score``: hidden states where the head is applied later, else logits."""
+        out = self._model(**inputs, **self._options)
+        found: Tensor = out.logits if self._head is None else out[0]
+        return found
+
+    def loss(self, out: Tensor, labels: Tensor) -> Tensor:
+        """The mean over rows (seq-cls: labels [rows]) or over labelled tokens (causal-lm: labels [rows, length], each
+        position predicts the next)."""
+        if self._head is None:
+            return F.cross_entropy(*self._logits(out, labels))
+        hidden, targets = _labelled(out, labels)
+        head = self._head
+        weight, bias = head._parameters.get("weight"), head._parameters.get("bias")
+        if type(head) is nn.Linear and weight is not None and not (weight.requires_grad or _trains(bias)):
+            total = linear_cross_entropy(hidden, weight, bias, targets)
+        else:
+            total = head_cross_entropy(hidden, head, self._vocabulary, targets)
+        return total / targets.numel()
+
+    def score(self, out: Tensor, labels: Tensor) -> Scores:
+        if self._head is None:
+            logits, targets = self._logits(out, labels)
+            summed = F.cross_entropy(logits, targets, reduction="sum")
+            return Scores(float(summed), targets.numel(), int((logits.argmax(-1) == targets).sum()))
+        hidden, targets = _labelled(out, labels)
+        total, correct = head_scores(hidden, self._head, self._vocabulary, targets)
+        return Scores(total, targets.numel(), correct)
+
+    @property
+    def _vocabulary(self) -> int:
+        assert self._head is not None
+        weight = self._head.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[0]
+
+    def _logits(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Predictions [n, classes] in at least float32, and what they should be [n]."""
+        if self._task is TaskType.CAUSAL_LM:
+            logits, labels = _labelled(logits, labels)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
+
+
+def _labelled(out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions whose next token carries a label: [n, ...] and [n]."""
+    targets = labels[:, 1:].flatten()
+    kept = (targets != IGNORE).nonzero().squeeze(-1)
+    return out[:, :-1].flatten(0, 1).index_select(0, kept), targets.index_select(0, kept)
+
+
+def _trains(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
+
+
+def trunk_and_head(model: PeftModel) -> tuple[nn.Module, nn.Module] | None:
+    """The part of a causal language model before its head, and the head, if the logits are ``head(trunk(...)[0])``.
+
+    Found by running two tokens with marks in place of the head's output: a model that scales or caps its logits, or
+    does anything to the hidden states before the head, gives None and is taken whole.
+    """
+    base = model.get_base_model()
+    trunk = getattr(base, getattr(base, "base_model_prefix", None) or "model", None)
+    get_head = getattr(base, "get_output_embeddings", lambda: None)
+    seen: dict[str, Tensor] = {}
+    try:
+        head = get_head()
+        if not (isinstance(trunk, nn.Module) and isinstance(head, nn.Module) and trunk is not base):
+            return None
+        ids = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
+
+        def mark(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
+            seen["read"] = inputs[0]
+            seen["marks"] = torch.linspace(-1e3, 1e3, out.numel(), device=out.device).view(out.shape).to(out.dtype)
+            return seen["marks"]
+
+        hooks = [
+            trunk.register_forward_hook(lambda module, inputs, out: seen.__setitem__("hidden", out[0])),
+            head.register_forward_hook(mark),
+        ]
+        training = base.training
+        base.eval()
+        try:
+            with torch.no_grad():
+                logits = base(input_ids=ids).logits
+        finally:
+            base.train(training)
+            for hook in hooks:
+                hook.remove()
+        if logits.is_meta:  # there are no numbers to compare, and for an estimate of memory none are needed
+            return trunk, head
+        fits = torch.equal(seen["read"], seen["hidden"]) and torch.equal(logits.to(seen["marks"].dtype), seen["marks"])
+    except Exception:  # whatever a model does not like about this, it is taken whole
+        return None
+    return (trunk, head) if fits else None
