@@ -229,7 +229,7 @@ class LoraLinear(LoraLayer):
             or "forward" in vars(base)
             or torch.compiler.is_compiling()
             or torch._C._get_tracing_state() is not None
-            or torch.is_autocast_enabled(x.device.type)
+            or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
         ):
             return None
         return mine[0]
