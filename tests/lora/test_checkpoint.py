@@ -623,12 +623,27 @@ def test_a_given_config_is_used_instead_of_the_folders(saved, fresh) -> None:
     assert mine == before
 
 
-def test_a_name_that_is_taken_loads_nothing(saved, fresh) -> None:
+def test_a_name_that_is_taken_by_another_adapter_loads_nothing(saved, fresh) -> None:
     model = PeftModel.from_pretrained(fresh, saved)
-    before = snapshot(model)
-    with pytest.raises(AdapterError, match="'default' exists already"):
-        model.load_adapter(saved, "default")
-    assert snapshot(model) == before
+    for other in (config(r=2), config(lora_alpha=5), config(target_modules=["q_proj"])):
+        model.add_adapter("other", other)
+        before = snapshot(model)
+        with pytest.raises(AdapterError, match="'other' exists already and has other targets, ranks or scales"):
+            model.load_adapter(saved, "other")
+        assert snapshot(model) == before
+        model.delete_adapter("other")
+
+
+def test_an_adapter_of_the_same_shape_takes_a_folders_numbers_as_the_trainer_asks(saved, fresh) -> None:
+    model = PeftModel.from_pretrained(fresh, saved, is_trainable=True)
+    parameters = model.adapter_parameters("default")
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(1)
+    report = model.load_adapter(saved, "default")
+    assert report.used == sorted(load_file(saved / WEIGHTS))
+    assert all(torch.equal(parameters[key], tensor) for key, tensor in load_file(saved / WEIGHTS).items())
+    assert all(p is parameters[key] and p.requires_grad for key, p in model.adapter_parameters("default").items())
 
 
 # -- state dicts ------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from loraloom.lora.initialize import factors, seed_of
 from loraloom.lora.layers import HALF, LoraLayer, layer_class
 from loraloom.lora.route import BASE, Route, Router
 from loraloom.lora.saved import SavedModule, unwrap
-from loraloom.lora.targets import Plan, base_modules, plan_on
+from loraloom.lora.targets import Plan, base_modules, plan, plan_on
 
 PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -374,6 +374,17 @@ class LoraModel(nn.Module):
             raise AdapterError(f"adapter_name: {name!r} exists already; delete_adapter it first or choose another name")
         if hasattr(nn.ModuleDict(), name):
             raise AdapterError(f"adapter_name: {name!r} is an attribute of torch's ModuleDict; choose another name")
+
+    def check_same(self, name: str, config: LoraConfig, source: str) -> None:
+        """Whether ``config`` describes the adapter ``name``, so that it can take another's numbers."""
+        self._check_unmerged("load_adapter")
+        planned = plan(self.model, config, strict=False, follow_ties=False)
+        there = {key: (layer.r[name], layer.scaling[name]) for key, layer in self._layers.items() if name in layer.r}
+        if {target.name: (target.r, target.scale) for target in planned.targets} != there:
+            raise AdapterError(
+                f"{source}adapter {name!r} exists already and has other targets, ranks or scales than this one; "
+                "delete_adapter it first or choose another name"
+            )
 
     def _check_names(self, names: Iterable[str]) -> None:
         for name in names:

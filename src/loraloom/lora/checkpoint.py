@@ -70,12 +70,25 @@ class LoadReport:
 # -- write ------------------------------------------------------------------------------------------------------------
 
 
-def save(model: LoraModel, folder: str | Path, adapters: Sequence[str] | None = None) -> None:
-    """Write adapters (all by default) into ``folder`` as PEFT lays them out, in one atomic step."""
+def save(
+    model: LoraModel,
+    folder: str | Path,
+    adapters: Sequence[str] | None = None,
+    gathered: Mapping[int, Tensor] | None = None,
+) -> None:
+    """Write adapters (all by default) into ``folder`` as PEFT lays them out, in one atomic step.
+
+    ``gathered``: id of a live tensor → what to write for it.
+    """
     files: dict[str, bytes | Callable[[Path], None]] = {}
     for name in model.peft_config if adapters is None else adapters:
         place = "" if name == "default" else f"{name}/"
-        files[place + WEIGHTS_NAME] = partial(_write_tensors, model.tensors_of(name))
+        tensors = model.tensors_of(name)
+        if gathered is not None:
+            if lost := [key for key, tensor in tensors.items() if id(tensor) not in gathered]:
+                raise AdapterError(f"state_dict: it lacks {lost[0]}{_more(lost)}; pass a whole one or none")
+            tensors = {key: gathered[id(tensor)] for key, tensor in tensors.items()}
+        files[place + WEIGHTS_NAME] = partial(_write_tensors, tensors)
         config = model.peft_config[name].copy(inference_mode=True)
         if config.task_type is None:  # what PEFT needs to find the base by itself
             base = type(model.model)
@@ -152,18 +165,23 @@ def load(
     report = LoadReport()
     renamed = _normalise(tensors, report)
     base = _take_base_tensors(model, renamed, config)
-    model.add_adapter(
-        adapter_name,
-        config,
-        strict=False,  # every tensor is checked below, which says more than the patterns do
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        tensors=renamed,
-    )
+    new = adapter_name not in model.peft_config
+    if new:
+        model.add_adapter(
+            adapter_name,
+            config,
+            strict=False,  # every tensor is checked below, which says more than the patterns do
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            tensors=renamed,
+        )
+    else:
+        model.check_same(adapter_name, config, f"{folder}: ")
     try:
-        _fill(model, adapter_name, renamed, report, strict=strict, source=f"{folder}: ")
         _check_base(model, base, f"{folder}: ")
-    except Exception:
-        model.delete_adapter(adapter_name)
+        _fill(model, adapter_name, renamed, report, strict=strict, source=f"{folder}: ")
+    except BaseException:
+        if new:
+            model.delete_adapter(adapter_name)
         raise
     for key, (live, tensor) in base.items():
         if not torch.equal(live.detach(), tensor.to(live)):

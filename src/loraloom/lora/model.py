@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loraloom.config import LoraConfig
 from loraloom.errors import ConfigError
-from loraloom.lora import checkpoint
+from loraloom.lora import checkpoint, guise
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.checkpoint import LoadReport
 
@@ -56,10 +56,33 @@ def get_peft_model(
 class PeftModel(nn.Module):
     """A frozen model with adapters. Attributes that it lacks are looked up in the model underneath."""
 
+    #: this class and the model's, of which ``guise`` made the class of this object
+    made_of: tuple[type[nn.Module], type[nn.Module]]
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.base_model = LoraModel(model)
         self.training = model.training
+        self.__class__ = guise.class_for(type(self), type(model))
+
+    # -- what others see: see guise -------------------------------------------------------------------------------
+
+    @property
+    def __class__(self) -> type:
+        return guise.seen_as(type(self))
+
+    @__class__.setter
+    def __class__(self, cls: type) -> None:  # also how FSDP2 marks a module
+        object.__dict__["__class__"].__set__(self, cls)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return (guise.blank, self.made_of, *super().__reduce_ex__(max(protocol, 2))[2:])
+
+    def _get_name(self) -> str:
+        return type(self.get_base_model()).__name__  # by which the Trainer knows whose labels to shift
+
+    def __repr__(self) -> str:
+        return PeftModel.__name__ + super().__repr__().removeprefix(self._get_name())
 
     # -- calling --------------------------------------------------------------------------------------------------
 
@@ -152,11 +175,13 @@ class PeftModel(nn.Module):
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
         is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
         **unused: Any,
     ) -> None:
         """Write adapters as PEFT does: "default" at the top of the folder, others in folders of their names.
 
         Atomic: after a crash or on a full disk the folder holds the adapters from before, or the new ones.
+        ``state_dict`` holds the tensors under this model's names where they were gathered from several devices.
 
         Raises:
             SaveError: the folder cannot be written. What was there is still there.
@@ -169,7 +194,13 @@ class PeftModel(nn.Module):
         if unknown or unused.get("path_initial_model_for_weight_conversion"):
             raise ConfigError(f"save_pretrained: unknown option {sorted(unknown or unused)[0]!r}")
         if is_main_process:
-            checkpoint.save(self.base_model, save_directory, selected_adapters)
+            gathered = None if state_dict is None else self._by_identity(state_dict)
+            checkpoint.save(self.base_model, save_directory, selected_adapters, gathered)
+
+    def _by_identity(self, state_dict: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """``id`` of a tensor of this model → the tensor under its name in ``state_dict``."""
+        mine = self.state_dict(keep_vars=True)
+        return {id(tensor): state_dict[name] for name, tensor in mine.items() if name in state_dict}
 
     @classmethod
     def from_pretrained(
@@ -221,6 +252,9 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> LoadReport:
         """Load an adapter folder beside the others and say what was loaded. It is inactive until ``set_adapter``.
+
+        Where ``adapter_name`` exists already, its tensors take the folder's numbers and stay the same objects; the
+        folder must hold an adapter of the same targets, ranks and scales. ``requires_grad`` and dropout stay.
 
         Raises:
             AdapterError: the folder is no adapter, is damaged or pickled, or does not fit this model: a tensor is

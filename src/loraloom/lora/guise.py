@@ -1,0 +1,63 @@
+"""How a ``PeftModel`` looks to transformers' Trainer and its like, which ask about a model before they call it.
+
+They read the names of ``forward``'s arguments (which columns and labels to keep), and ask whether the model is an
+instance of ``peft.PeftModel`` (whether to save and load its adapter alone). Nothing is imported or patched for that.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+_MADE: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+def class_for(peft_model: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose ``forward`` shows the arguments of ``base``'s, and whose name says what it is of."""
+    made = _MADE.get((peft_model, base))
+    if made is None:
+        made = _MADE[peft_model, base] = _make(peft_model, base)
+    return made
+
+
+def _make(peft_model: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    mine: Any = peft_model.forward
+    forward = FunctionType(mine.__code__, mine.__globals__, mine.__name__, mine.__defaults__, mine.__closure__)
+    forward.__kwdefaults__, forward.__doc__ = mine.__kwdefaults__, mine.__doc__
+    forward.__signature__ = _signature(mine, base.forward)  # type: ignore[attr-defined]
+    members = {"forward": forward, "__module__": peft_model.__module__, "__doc__": peft_model.__doc__}
+    return type(f"{peft_model.__name__}Of{base.__name__}", (peft_model,), {**members, "made_of": (peft_model, base)})
+
+
+def _signature(mine: Any, base: Any) -> inspect.Signature:
+    own = inspect.signature(mine)
+    try:
+        arguments = list(inspect.signature(base).parameters.values())
+    except (TypeError, ValueError):  # a forward that is not written in Python
+        return own
+    added = [
+        p for p in own.parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in {a.name for a in arguments}
+    ]
+    return inspect.Signature(sorted([*arguments, *added], key=lambda p: p.kind))
+
+
+def blank(peft_model: type[nn.Module], base: type[nn.Module]) -> nn.Module:
+    """An empty instance, for copy and pickle to fill."""
+    cls = class_for(peft_model, base)
+    return cls.__new__(cls)
+
+
+def seen_as(cls: type) -> type:
+    """``cls``, or, where ``peft`` is loaded, a class that is both: what ``isinstance`` looks at."""
+    theirs = getattr(sys.modules.get("peft"), "PeftModel", None)
+    return cls if theirs is None or issubclass(cls, theirs) else _both(cls, theirs)
+
+
+@lru_cache(1024)
+def _both(cls: type, theirs: type) -> type:
+    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__})
