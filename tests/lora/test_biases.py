@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,3 +239,84 @@ def test_biases_are_saved_and_loaded(tmp_path: Path) -> None:
         model.set_adapter(name)
         again.set_adapter(name)
         assert torch.equal(answers(again), answers(model))
+
+
+# -- biases that wait are parameters like all others ------------------------------------------------------------------
+@pytest.mark.parametrize("active", ["a", "b", "plain"])
+def test_every_bias_is_among_the_parameters_once_whichever_adapter_is_active(active: str) -> None:
+    net = fresh()
+    own = {id(p) for p in net.parameters()}
+    model = get_peft_model(net, config("all"), adapter_name="a")
+    model.add_adapter("b", config("lora_only"))
+    model.add_adapter("plain", config("none"))
+    model.set_adapter(active)
+    found = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    wanted = own | {id(p) for name in ("a", "b", "plain") for p in model.adapter_parameters(name).values()}
+    assert sorted(found) == sorted(wanted)
+    trainable, total = model.get_nb_trainable_parameters()
+    assert trainable == sum(p.numel() for name in ("a", "b", "plain") for p in model.adapter_parameters(name).values())
+    assert total == trainable + sum(p.numel() for p in fresh().parameters())
+
+
+def test_an_optimizer_made_of_all_parameters_trains_the_biases_of_whichever_adapter_is_active() -> None:
+    model = made()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for name, other in (("b", "a"), ("a", "b")):
+        model.set_adapter(name)
+        before = {n: {key: p.detach().clone() for key, p in biases(model, n).items()} for n in "ab"}
+        model(X).square().sum().backward()
+        optimizer.step()
+        model.zero_grad()
+        assert not any(torch.equal(p, before[name][key]) for key, p in biases(model, name).items())
+        assert all(torch.equal(p, before[other][key]) for key, p in biases(model, other).items())
+        assert all(p.grad is None for n in "ab" for p in biases(model, n).values())
+
+
+def test_zero_grad_reaches_biases_that_wait() -> None:
+    model = made()
+    model(X).square().sum().backward()
+    model.set_adapter("b")
+    model.zero_grad()
+    assert all(p.grad is None for p in model.adapter_parameters("a").values())
+
+
+def test_a_copy_of_the_model_has_biases_of_its_own_and_switches_them() -> None:
+    model = made()
+    twin = copy.deepcopy(model)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
+    with torch.no_grad():
+        for name in "ab":
+            for parameter in biases(twin, name).values():
+                parameter.zero_()
+    for name in ("b", "plain", "a"):
+        model.set_adapter(name)
+        twin.set_adapter(name)
+        assert held(model)["first.bias"].abs().min() > 0
+        zero = {"a": ALL, "b": ["first.bias"], "plain": []}[name]
+        assert all(
+            torch.equal(held(twin)[key], torch.zeros_like(BASE[key]) if key in zero else BASE[key]) for key in ALL
+        )
+
+
+@pytest.mark.parametrize("active", ["a", "b", "plain"])
+def test_a_state_dict_holds_every_bias_and_gives_it_back(active: str) -> None:
+    model, again = made(), made()
+    for one in (model, again):
+        one.set_adapter(active)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.fill_(5)
+    again.load_state_dict(model.state_dict())
+    for name in ("a", "b", "plain"):
+        model.set_adapter(name)
+        again.set_adapter(name)
+        assert torch.equal(answers(again), answers(model))
+
+
+def test_a_model_whose_last_adapter_with_biases_goes_holds_none() -> None:
+    model = made()
+    model.set_adapter("plain")
+    model.delete_adapter("a")
+    model.delete_adapter("b")
+    assert sum("bias" in name for name, _ in model.named_parameters()) == len(ALL)
+    assert "Biases" not in str(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -37,6 +37,8 @@ class LoraModel(nn.Module):
     them are active is another matter (``set_adapter``), and inactive ones simply get no gradient.
     """
 
+    _biases: Biases
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         if any(isinstance(module, LoraLayer | SavedModule | LoraModel) for module in model.modules()):
@@ -51,7 +53,7 @@ class LoraModel(nn.Module):
         self.training = model.training
         self._layers: dict[str, LoraLayer] = {}
         self._saved: dict[str, SavedModule] = {}
-        self._biases = Biases()
+        vars(self)["_biases"] = Biases()  # a child while there are some
         self._active: tuple[str, ...] = ()
         self._enabled = True
 
@@ -97,8 +99,12 @@ class LoraModel(nn.Module):
                 self._layers[target.name] = layer
             a, b = self._new_factors(layer, target.name, target.r, made.config, seed, autocast_adapter_dtype, tensors)
             layer.add_slot(adapter_name, a, b, target.r, target.scale, made.config.lora_dropout)
+        self._biases.install(())  # a copy starts from the base's biases
         self._add_saved(adapter_name, [extra.name for extra in made.saved], modules, places, autocast_adapter_dtype)
         self._biases.add(adapter_name, {extra.name: modules[extra.name[: -len(".bias")]] for extra in made.biases})
+        self._biases.install(self.router.route.active)
+        if self._biases.slots:
+            self._modules["biases"] = self._biases
         self.peft_config[adapter_name] = made.config
         self.router.inputs.forget()
         if made.config.inference_mode and (made.saved or made.biases):
@@ -179,6 +185,8 @@ class LoraModel(nn.Module):
             if adapter_name in wrapper.modules_to_save:
                 del wrapper.modules_to_save[adapter_name]
         self._biases.remove(adapter_name)
+        if not self._biases.slots:
+            self._modules.pop("biases", None)
         del self.peft_config[adapter_name]
         _strip(self.model, only_empty=True)
         self._layers = {name: layer for name, layer in self._layers.items() if layer.slots}
@@ -291,7 +299,7 @@ class LoraModel(nn.Module):
             if adapter_name in wrapper.modules_to_save:
                 state = wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True)
                 out.update({file_key(f"{name}.{key}"): value for key, value in state.items()})
-        for name, bias in self._biases.slots.get(adapter_name, {}).items():
+        for name, bias in self._biases.of(adapter_name).items():
             owner = name[: -len(".bias")]
             targeted = owner in self._layers and adapter_name in self._layers[owner].slots
             out[file_key(f"{owner}{'.base_layer' if targeted else ''}.bias")] = bias
@@ -359,7 +367,8 @@ class LoraModel(nn.Module):
 
     def _emptied(self) -> nn.Module:
         self.thaw()
-        self._layers, self._saved, self._biases = {}, {}, Biases()
+        self._layers, self._saved, vars(self)["_biases"] = {}, {}, Biases()
+        self._modules.pop("biases", None)
         self.peft_config, self._active, self.router.route = {}, (), Route()
         return self.model
 
@@ -408,11 +417,6 @@ class LoraModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraModel:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._biases.apply(fn)
-        return self
 
 
 @lru_cache(1 << 16)

@@ -1,49 +1,78 @@
 """Biases that adapters train. Each slot has its own copies; the model holds those of the active slot.
 
 So the base's own biases are never written, switching adapters switches biases, and disabling brings the base back.
+Biases that the model does not hold now wait here, as parameters like all others: each is in one place at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from loraloom.lora.route import BASE
 
 
-class Biases:
+class Biases(nn.Module):
+    """Children are slots, and ``BASE`` for the base's own; each holds those biases of its slot that wait."""
+
     def __init__(self) -> None:
-        #: slot → parameter name → that slot's bias
-        self.slots: dict[str, dict[str, nn.Parameter]] = {}
+        super().__init__()
+        #: slot → the names of its biases, such as "model.norm.bias"
+        self.slots: dict[str, tuple[str, ...]] = {}
         self._owners: dict[str, nn.Module] = {}
-        self._base: dict[str, nn.Parameter] = {}
+        #: name → the slot whose bias the model holds now
+        self._held: dict[str, str] = {}
 
     def add(self, slot: str, owners: Mapping[str, nn.Module]) -> None:
-        """``owners``: parameter name → the module whose ``bias`` it is."""
+        """``owners``: parameter name → the module whose ``bias`` it is. The model goes on holding what it holds."""
         if not owners:
             return
+        self._modules.setdefault(BASE, nn.Module())
+        self._modules[slot] = nn.Module()
+        self.slots[slot] = tuple(owners)
         for name, module in owners.items():
-            bias = module._parameters["bias"]
-            assert bias is not None
             self._owners[name] = module
-            self._base.setdefault(name, bias)
-        self.slots[slot] = {name: nn.Parameter(self._base[name].detach().clone()) for name in owners}
+            self._held.setdefault(name, BASE)
+            base = self._bias(BASE, name)
+            self._waiting(slot)[_key(name)] = nn.Parameter(base.detach().clone())
 
     def remove(self, slot: str) -> None:
+        """Forget a slot that is not active."""
         self.slots.pop(slot, None)
+        self._modules.pop(slot, None)
+        left = {name for names in self.slots.values() for name in names}
+        for name in self._owners.keys() - left:
+            del self._owners[name], self._held[name]
+
+    def of(self, slot: str) -> dict[str, nn.Parameter]:
+        """Name → that slot's bias, wherever it is."""
+        return {name: self._bias(slot, name) for name in self.slots.get(slot, ())}
 
     def install(self, active: Sequence[str]) -> None:
         """Let the model hold the biases of the active slot that has some, and the base's own for the rest."""
-        chosen = next((self.slots[slot] for slot in active if slot in self.slots), {})
-        for name, module in self._owners.items():
-            module._parameters["bias"] = chosen.get(name, self._base[name])
+        chosen = next((slot for slot in active if slot in self.slots), BASE)
+        mine = set(self.slots.get(chosen, ()))
+        for name, before in self._held.items():
+            slot = chosen if name in mine else BASE
+            if slot != before:
+                owner, key = self._owners[name]._parameters, _key(name)
+                self._waiting(before)[key] = owner["bias"]
+                owner["bias"] = self._waiting(slot).pop(key)
+                self._held[name] = slot
 
-    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """What ``Module._apply`` does (move, cast), for the biases that the model does not hold now."""
-        held = {id(module._parameters["bias"]) for module in self._owners.values()}
-        with torch.no_grad():
-            for bias in (*self._base.values(), *(b for slot in self.slots.values() for b in slot.values())):
-                if id(bias) not in held:
-                    grad, bias.grad = bias.grad, None
-                    bias.data = fn(bias.data)
-                    bias.grad = None if grad is None else fn(grad)
+    def _bias(self, slot: str, name: str) -> nn.Parameter:
+        held = self._held[name] == slot
+        bias = self._owners[name]._parameters["bias"] if held else self._waiting(slot)[_key(name)]
+        assert bias is not None
+        return bias
+
+    def _waiting(self, slot: str) -> dict[str, nn.Parameter | None]:
+        module = self._modules[slot]
+        assert module is not None
+        return module._parameters
+
+
+def _key(name: str) -> str:
+    """The name that a parameter waits under, which may hold no dot."""
+    return name.replace(".", "/")
