@@ -1,0 +1,94 @@
+"""The same model under each library, ready to train: what the benchmarks of a step, of memory and of the loss compare.
+
+The floor is the frozen model's own forward and backward, with gradients to its input and to nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+
+import loraloom
+from loraloom.config import TaskType
+from loraloom.train.objective import Objective
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAMES = ("floor", "peft", "peft, adapters in the base's dtype", "loraloom")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama and a batch for it."""
+
+    dtype: str
+    width: int
+    layers: int
+    rows: int
+    tokens: int
+    vocabulary: int = 8192
+    dropout: float = 0.0
+    r: int = 16
+
+    def __str__(self) -> str:
+        dropped = f", dropout {self.dropout:g}" if self.dropout else ""
+        return f"{self.dtype}, width {self.width}, {self.layers} layers, {self.rows}×{self.tokens}{dropped}"
+
+    def base(self, device: str) -> nn.Module:
+        config = transformers.LlamaConfig(
+            hidden_size=self.width,
+            intermediate_size=self.width * 11 // 4,
+            num_hidden_layers=self.layers,
+            num_attention_heads=max(self.width // 64, 1),
+            vocab_size=self.vocabulary,
+        )
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config).to(device, getattr(torch, self.dtype))
+
+    def batch(self, device: str) -> Tensor:
+        make = torch.Generator().manual_seed(0)
+        return torch.randint(0, self.vocabulary, (self.rows, self.tokens), generator=make).to(device)
+
+
+def stepper(name: str, shape: Shape, device: str) -> Callable[[], Any]:
+    """A model, and one training step of it: forward, loss, backward and, but for the floor, AdamW (fused)."""
+    model, ids = shape.base(device).train(), shape.batch(device)
+    if name == "floor":
+        model.requires_grad_(False)
+        embed = model.get_input_embeddings()
+
+        def floor() -> None:
+            inputs = embed(ids).detach().requires_grad_()
+            model(inputs_embeds=inputs, labels=ids).loss.backward()
+
+        return floor
+
+    fields: dict[str, Any] = {"r": shape.r, "lora_alpha": 2 * shape.r, "lora_dropout": shape.dropout}
+    fields |= {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    if name == "loraloom":
+        adapted: Any = loraloom.get_peft_model(model, loraloom.LoraConfig(**fields))
+        objective = Objective(adapted, TaskType.CAUSAL_LM)
+
+        def loss() -> Tensor:
+            with adapted.base_model.routed(["default"] * len(ids)):
+                return objective.loss(objective.forward({"input_ids": ids}), ids)
+    else:
+        half = name != "peft"
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**fields), autocast_adapter_dtype=not half)
+
+        def loss() -> Tensor:
+            return adapted(input_ids=ids, labels=ids).loss
+
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
