@@ -315,6 +315,90 @@ def test_factors_that_train_after_a_merge_count_at_the_next_merge() -> None:
     torch.testing.assert_close(answers(model), wanted, rtol=0, atol=1e-12)
 
 
+def two() -> PeftModel:
+    """Adapter a on the first layer and b on the second, each with a head and biases of its own; c has neither."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    model = get_peft_model(net, config(target_modules=["0"], modules_to_save=["2"], bias="all"), adapter_name="a")
+    model.add_adapter("b", config(target_modules=["1"], modules_to_save=["2"], bias="all"))
+    model.add_adapter("c", config(target_modules=["1"]))
+    with torch.no_grad():
+        for number, name in enumerate("ab"):
+            for key, parameter in model.adapter_parameters(name).items():
+                parameter.add_(number + 1 if "lora" not in key else 0)
+    return model
+
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("active", ["a", "b", "c"])
+@pytest.mark.parametrize("names", [["a"], ["b"], ["c"], ["a", "c"]], ids="+".join)
+def test_while_merged_the_merged_adapters_answer_and_no_other(active: str, names: list[str]) -> None:
+    model = two()
+    wanted = {}
+    for key, chosen in {"merged": names, "active": [active]}.items():
+        model.set_adapter(chosen)
+        wanted[key] = answers(model, X)
+    with model.disable_adapter():
+        base = answers(model, X)
+    model.set_adapter(active)
+    model.merge_adapter(names)
+    for training in (True, False):
+        torch.testing.assert_close(answers(model.train(training), X), wanted["merged"], rtol=0, atol=1e-12)
+    with model.disable_adapter():
+        assert torch.equal(answers(model, X), base)
+    torch.testing.assert_close(answers(model, X), wanted["merged"], rtol=0, atol=1e-12)
+    assert model.merged_adapters == names
+    assert model.active_adapters == [active]
+    model.unmerge_adapter()
+    assert torch.equal(answers(model, X), wanted["active"])
+
+
+def test_an_adapter_of_a_head_alone_is_merged_and_unmerged_like_others() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    model = get_peft_model(net, config(target_modules=[], modules_to_save=["1"]), adapter_name="head")
+    model.add_adapter("a", config(target_modules=["0"]))
+    with torch.no_grad():
+        next(iter(model.adapter_parameters("head").values())).add_(1)
+    wanted = answers(model, X)
+    model.set_adapter("a")
+    model.merge_adapter(["head"])
+    assert model.merged_adapters == ["head"]
+    assert torch.equal(answers(model, X), wanted)
+    with pytest.raises(AdapterError, match="'head' are merged"):
+        model.delete_adapter("head")
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_two_heads_for_one_place_are_not_merged_together(call: str) -> None:
+    model = two()
+    before, wanted = state(model), answers(model, X)
+    with pytest.raises(AdapterError, match=f"{call}: 'a', 'b' each train their own"):
+        getattr(model, call)(adapter_names=["a", "b"])
+    model2 = two()
+    model2.merge_adapter(["a"])
+    with pytest.raises(AdapterError, match="'a', 'b' each train their own"):
+        model2.merge_adapter(["b"])
+    assert_same(state(model), before)
+    assert torch.equal(answers(model, X), wanted)
+    assert model2.merged_adapters == ["a"]
+
+
+def test_disabled_adapters_are_not_merged_and_the_error_says_what_to_do() -> None:
+    model = two()
+    model.disable_adapter_layers()
+    before, wanted = state(model), answers(model, X)
+    with pytest.raises(AdapterError, match=r"merge_adapter: the adapters are disabled.*enable_adapter_layers\(\)"):
+        model.merge_adapter()
+    assert_same(state(model), before)
+    assert torch.equal(answers(model, X), wanted)
+    model.enable_adapter_layers()
+    with pytest.raises(AdapterError, match="adapters are disabled"), model.disable_adapter():
+        model.merge_adapter()
+
+
 # -- a plain model afterwards -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("merged_before", [False, True])
 def test_merge_and_unload_gives_the_plain_model_with_the_same_answers(merged_before: bool) -> None:
@@ -354,6 +438,36 @@ def test_merge_and_unload_of_some_adapters_leaves_the_others_out() -> None:
     wanted = answers(model)
     model.set_adapter("a")
     torch.testing.assert_close(answers(model.merge_and_unload(adapter_names=["b"])), wanted, rtol=0, atol=1e-12)
+
+
+def test_merge_and_unload_of_disabled_adapters_folds_in_weights_head_and_biases() -> None:
+    model = two()
+    wanted = answers(model, X)
+    model.disable_adapter_layers()
+    torch.testing.assert_close(answers(model.merge_and_unload(), X), wanted, rtol=0, atol=1e-12)
+
+
+def test_a_failed_merge_and_unload_changes_nothing() -> None:
+    model = two()
+    with torch.no_grad():
+        next(iter(model.adapter_parameters("b").values())).fill_(torch.nan)
+    model.set_adapter("c")
+    model.merge_adapter(["a"])
+    before, wanted = state(model), answers(model, X)
+    with pytest.raises(MergeError):
+        model.merge_and_unload(adapter_names=["b"])
+    with pytest.raises(AdapterError, match="'d' does not exist"):
+        model.merge_and_unload(adapter_names=["d"])
+    assert_same(state(model), before)
+    assert torch.equal(answers(model, X), wanted)
+    assert (model.active_adapters, model.merged_adapters) == (["c"], ["a"])
+
+
+def test_merge_and_unload_of_no_adapter_gives_the_base() -> None:
+    model = two()
+    with model.disable_adapter():
+        base = answers(model, X)
+    assert torch.equal(answers(model.merge_and_unload(adapter_names=[]), X), base)
 
 
 # -- tied embeddings --------------------------------------------------------------------------------------------------

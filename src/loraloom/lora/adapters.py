@@ -55,6 +55,7 @@ class LoraModel(nn.Module):
         self._saved: dict[str, SavedModule] = {}
         vars(self)["_biases"] = Biases()  # a child while there are some
         self._active: tuple[str, ...] = ()
+        self._merged: tuple[str, ...] = ()
         self._enabled = True
 
     # -- add and delete -----------------------------------------------------------------------------------------
@@ -213,20 +214,18 @@ class LoraModel(nn.Module):
         self._check_names(names)
         if self.merged_adapters and set(names) != set(self.merged_adapters):
             raise AdapterError(f"set_adapter: {_list(self.merged_adapters)} are merged; call unmerge_adapter() first")
-        copies = {name: set(wrapper.modules_to_save) for name, wrapper in self._saved.items()}
-        for what, owners in {"biases": set(self._biases.slots), **copies}.items():
-            clash = [name for name in dict.fromkeys(names) if name in owners]
-            if len(clash) > 1:
-                raise AdapterError(
-                    f"set_adapter: {_list(clash)} each train their own {what}, so they cannot be active together"
-                )
+        self._check_together("set_adapter", names)
         self._set(tuple(dict.fromkeys(names)))
         if inference_mode:
             self.set_requires_grad(names, False)
 
     def _set(self, active: tuple[str, ...]) -> None:
         self._active = active
-        self.router.route = Route(active=active if self._enabled else ())
+        self._follow()
+
+    def _follow(self) -> None:
+        """Let layers, heads and biases follow what is set. Merged adapters answer, active or not, and they alone."""
+        self.router.route = Route(active=self._merged or (self._active if self._enabled else ()))
         self._biases.install(self.router.route.active)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -238,13 +237,13 @@ class LoraModel(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         self._enabled = True
-        self._set(self._active)
+        self._follow()
 
     def disable_adapter_layers(self) -> None:
         """Every row goes through the frozen model alone, until ``enable_adapter_layers``."""
         self._check_unmerged("disable_adapter_layers")
         self._enabled = False
-        self._set(self._active)
+        self._follow()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -256,7 +255,7 @@ class LoraModel(nn.Module):
             yield
         finally:
             self._enabled = enabled
-            self._set(self._active)
+            self._follow()
             if merged:
                 self.merge_adapter(merged)
 
@@ -322,30 +321,54 @@ class LoraModel(nn.Module):
 
     @property
     def merged_adapters(self) -> list[str]:
-        return list(dict.fromkeys(name for layer in self._layers.values() for name in layer.merged))
+        return list(self._merged)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Fold updates into the weights: all of them or, on any obstacle or non-finite result, none.
 
-        ``adapter_names`` are the active ones by default and are added to those merged before. The frozen weights
-        wait aside until ``unmerge_adapter``. Merging is always safe; ``safe_merge`` is here for PEFT's signature.
+        ``adapter_names`` are the active ones by default and are added to those merged before. Until
+        ``unmerge_adapter`` the frozen weights wait aside, and the model answers with the merged adapters, heads and
+        biases included, whichever are active. Merging is always safe; ``safe_merge`` is here for PEFT's signature.
+
+        Raises:
+            MergeError: as said. Nothing was changed.
+            AdapterError: a name does not exist, adapters are disabled, or two train their own copy of one thing.
         """
         names = list(self._active) if adapter_names is None else list(adapter_names)
+        if not self._enabled:
+            raise AdapterError(
+                "merge_adapter: the adapters are disabled, and merged weights would answer with them; leave "
+                "disable_adapter() or call enable_adapter_layers() first"
+            )
+        self._merge("merge_adapter", [*self._merged, *names])
+
+    def _merge(self, what: str, names: Sequence[str]) -> None:
         self._check_names(names)
-        merge.merge(self._layers, list(dict.fromkeys([*self.merged_adapters, *names])))
+        self._check_together(what, names)
+        merged = tuple(dict.fromkeys(names))
+        merge.merge(self._layers, merged)
+        self._merged = merged
+        self._follow()
 
     def unmerge_adapter(self) -> None:
-        """Bring back the frozen weights, bit for bit."""
+        """Bring back the frozen weights, bit for bit. The active adapters answer again."""
         merge.unmerge(self._layers)
+        self._merged = ()
+        self._follow()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """The plain model with the adapters folded in: weights, heads and biases. This object is empty afterwards."""
-        names = list(self._active) if adapter_names is None else list(adapter_names)
-        self.unmerge_adapter()
-        self.set_adapter(names)
-        self.merge_adapter(names)
+        """The plain model with the adapters folded in: weights, heads and biases. This object is empty afterwards.
+
+        ``adapter_names`` are the active ones by default, disabled or not.
+
+        Raises:
+            MergeError, AdapterError: as ``merge_adapter``. Nothing was changed.
+        """
+        self._merge("merge_and_unload", list(self._active) if adapter_names is None else list(adapter_names))
+        if not self._merged:
+            return self.unload()
         untied = merge.untied(self.model, self._layers)
         _strip(self.model, keep_copies=True)
         if untied and getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
@@ -369,7 +392,7 @@ class LoraModel(nn.Module):
         self.thaw()
         self._layers, self._saved, vars(self)["_biases"] = {}, {}, Biases()
         self._modules.pop("biases", None)
-        self.peft_config, self._active, self.router.route = {}, (), Route()
+        self.peft_config, self._active, self._merged, self.router.route = {}, (), (), Route()
         return self.model
 
     # -- checks and plumbing ----------------------------------------------------------------------------------------
@@ -401,6 +424,15 @@ class LoraModel(nn.Module):
                 raise AdapterError(
                     f"adapter {name!r} does not exist{nearest(str(name), self.peft_config)}; "
                     f"there are: {_list(self.peft_config) or 'none'}"
+                )
+
+    def _check_together(self, what: str, names: Sequence[str]) -> None:
+        copies = {name: set(wrapper.modules_to_save) for name, wrapper in self._saved.items()}
+        for thing, owners in {"biases": set(self._biases.slots), **copies}.items():
+            clash = [name for name in dict.fromkeys(names) if name in owners]
+            if len(clash) > 1:
+                raise AdapterError(
+                    f"{what}: {_list(clash)} each train their own {thing}, so they cannot be active together"
                 )
 
     def _check_unmerged(self, what: str) -> None:

@@ -18,7 +18,7 @@ from loraloom.lora.saved import SavedModule, unwrap
 
 
 def merge(layers: Mapping[str, LoraLayer], slots: Sequence[str]) -> None:
-    """Make every layer's weight the frozen one plus the updates of ``slots``.
+    """Make every layer's weight the frozen one plus the updates of ``slots``, and of no other.
 
     Raises:
         MergeError: a layer that cannot represent the update, or a result that is not finite. Nothing was changed.
@@ -31,6 +31,7 @@ def merge(layers: Mapping[str, LoraLayer], slots: Sequence[str]) -> None:
         if (obstacle := layer.merge_obstacle()) is not None:
             raise MergeError(f"{name}: cannot be merged, because it is {obstacle}; keep the adapter beside it")
         ready.append((layer, nn.Parameter(_merged(name, layer, mine), requires_grad=False), mine))
+    unmerge(layers)
     for layer, weight, mine in ready:
         layer.swap_weight(weight, mine)
 
