@@ -7,8 +7,7 @@ half precision while the factors keep their own dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +61,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 # -- projections that read one input ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Projection:
+class Projection(NamedTuple):
     """A frozen linear layer and the update beside it: weight [out, in], bias [out] or None, a [r, in], b [out, r]."""
 
     weight: Tensor
@@ -73,86 +71,88 @@ class Projection:
     scale: float
 
 
-def lora_projections(x: Tensor, projections: Sequence[Projection], dropped: Dropped | None = None) -> list[Tensor]:
+def lora_projections(
+    x: Tensor, projections: Sequence[Projection], dropped: Dropped | None = None
+) -> tuple[Tensor, ...]:
     """``x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ`` for several projections of one ``x``: [..., in] → [..., out] each.
 
     What is kept for the backward is ``x`` once, ``x Aᵀ`` of all projections, and the factors in the dtype of ``x``;
     the dropout mask is made again. Gradients flow to x, biases, a and b; never to weights. They are exact, and cannot
     be differentiated a second time.
     """
-    each = len(projections)
-    columns = zip(*((p.weight, p.bias, p.a, p.b) for p in projections), strict=True)
-    scales = tuple(p.scale for p in projections)
-    out: tuple[Tensor, ...] = _Projections.apply(x, dropped, scales, *(t for column in columns for t in column))  # type: ignore[no-untyped-call]
-    assert len(out) == each
-    return list(out)
+    weights, biases, a, b, scales = zip(*projections, strict=True)
+    out: tuple[Tensor, ...] = _Projections.apply(x, dropped, scales, *weights, *biases, *a, *b)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Projections(torch.autograd.Function):
+    # Written for few calls: with small models and batches it is their number that takes the time.
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dropped: Dropped | None, scales: tuple[float, ...], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        n = len(scales)
-        weights, biases, a, b = (tensors[i * n : (i + 1) * n] for i in range(4))
-        a_low, b_low = ([factor.to(x.dtype) for factor in factors] for factors in (a, b))
+        n, dtype = len(scales), x.dtype
+        low = [tensor.to(dtype) for tensor in tensors[2 * n :]]
         rows = seen = _rows(x)
         if dropped is not None:
-            seen, scales = _rows(dropped.apply(x)), tuple(scale * dropped.gain for scale in scales)
+            seen, scales = _rows(dropped.apply(x)), tuple([scale * dropped.gain for scale in scales])
         hidden, out = [], []
         # Each on its own: the answer of one has the same bits whether or not others are computed beside it.
-        for weight, bias, a_i, b_i, scale in zip(weights, biases, a_low, b_low, scales, strict=True):
-            hidden.append(torch.mm(seen, a_i.T))
-            y = F.linear(rows, weight, bias).addmm_(hidden[-1], b_i.T, alpha=scale)
-            out.append(y.view(*x.shape[:-1], weight.shape[0]))
-        ctx.save_for_backward(x, *hidden, *a_low, *b_low)
-        ctx.weights, ctx.scales, ctx.dropped = weights, scales, dropped
-        ctx.dtypes = (a[0].dtype, b[0].dtype)
+        for i, scale in enumerate(scales):
+            h = torch.mm(seen, low[i].T)
+            y = F.linear(rows, tensors[i], tensors[n + i]).addmm_(h, low[n + i].T, alpha=scale)
+            hidden.append(h)
+            out.append(y if rows is x else y.view(*x.shape[:-1], -1))
+        ctx.save_for_backward(x, *hidden, *low)
+        ctx.weights, ctx.scales, ctx.dropped = tensors[:n], scales, dropped
+        ctx.dtypes = tensors[2 * n].dtype, tensors[3 * n].dtype
         ctx.set_materialize_grads(False)
         return tuple(out)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the gradient of a LoRA layer cannot be differentiated again (create_graph=True)")
         x, *kept = ctx.saved_tensors
-        n, needed = len(ctx.scales), ctx.needs_input_grad
-        hidden, a, b = (kept[i * n : (i + 1) * n] for i in range(3))
+        scales, weights, dropped, needed = ctx.scales, ctx.weights, ctx.dropped, ctx.needs_input_grad
+        n = len(scales)
+        hidden, a, b = kept[:n], kept[n : 2 * n], kept[2 * n :]
+        need_x, need_bias, need_a, need_b = needed[0], *(needed[3 + k * n : 3 + (k + 1) * n] for k in (1, 2, 3))
+        dtype_a, dtype_b = ctx.dtypes
+        any_number = x.new_empty(())  # addmm's first argument, which beta=0 leaves unread
         dx: Tensor | None = None
-        d_hidden: list[Tensor] = []
-        d_bias: list[Tensor | None] = []
-        d_b: list[Tensor | None] = []
-        for i, (grad, h_i) in enumerate(zip(grads, hidden, strict=True)):
+        below: list[Tensor] = []
+        d_bias: list[Tensor | None] = [None] * n
+        d_b: list[Tensor | None] = [None] * n
+        for i, grad in enumerate(grads):
             if grad is None:  # an output that the loss does not depend on
-                d_hidden.append(torch.zeros_like(h_i))
-                d_bias.append(None)
-                d_b.append(None)
+                below.append(torch.zeros_like(hidden[i]))
                 continue
-            dy = _rows(grad)
-            d_hidden.append(torch.mm(dy, b[i]).mul_(ctx.scales[i]))
-            d_bias.append(dy.sum(0) if needed[3 + n + i] else None)
-            # (hᵀ dy)ᵀ and not dyᵀ h: the long side last is the faster product.
-            d_b.append(_as(torch.mm(h_i.T, dy).T, ctx.dtypes[1]).mul_(ctx.scales[i]) if needed[3 + 3 * n + i] else None)
-            if needed[0]:
-                dx = torch.mm(dy, ctx.weights[i]) if dx is None else dx.addmm_(dy, ctx.weights[i])
+            dy, scale = _rows(grad), scales[i]
+            below.append(torch.addmm(any_number, dy, b[i], beta=0, alpha=scale))
+            if need_bias[i]:
+                d_bias[i] = dy.sum(0)
+            if need_b[i]:
+                # (hᵀ dy)ᵀ and not dyᵀ h: the long side last is the faster product.
+                across = torch.addmm(any_number, hidden[i].T, dy, beta=0, alpha=scale).T
+                d_b[i] = torch.empty(across.shape, dtype=dtype_b, device=x.device).copy_(across)
+            if need_x:
+                dx = torch.mm(dy, weights[i]) if dx is None else dx.addmm_(dy, weights[i])
         # One product for all A, above and below: a thin matrix costs hardly less than a wider one.
-        below, a_all = (d_hidden[0], a[0]) if n == 1 else (torch.cat(d_hidden, 1), torch.cat(a))
-        d_a: Sequence[Tensor | None] = [None] * n
-        if any(needed[3 + 2 * n : 3 + 3 * n]):
-            seen = x if ctx.dropped is None else ctx.dropped.apply(x)
-            d_a = torch.split(torch.mm(below.T, _rows(seen)).to(ctx.dtypes[0]), [a_i.shape[0] for a_i in a])
+        joined, a_all = (below[0], a[0]) if n == 1 else (torch.cat(below, 1), torch.cat(a))
+        each_a: Sequence[Tensor | None] = [None] * n
+        if True in need_a:
+            d_a = torch.mm(joined.T, _rows(x if dropped is None else dropped.apply(x))).to(dtype_a)
+            each_a = (d_a,) if n == 1 else torch.split(d_a, [a_i.shape[0] for a_i in a])
         if dx is not None:
-            if ctx.dropped is None:
-                dx.addmm_(below, a_all)
+            if dropped is None:
+                dx.addmm_(joined, a_all)
             else:
-                dx.add_(_rows(ctx.dropped.apply(torch.mm(below, a_all).view(x.shape))))
+                dx.add_(_rows(dropped.apply(torch.mm(joined, a_all).view(x.shape))))
             dx = dx.view(x.shape)
-        return (dx, None, None, *[None] * n, *d_bias, *d_a, *d_b)
+        return (dx, None, None, *[None] * n, *d_bias, *each_a, *d_b)
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy in ``dtype``, in one pass."""
-    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
