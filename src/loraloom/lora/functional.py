@@ -103,7 +103,7 @@ class _Projections(torch.autograd.Function):
             h = torch.mm(seen, low[i].T)
             y = F.linear(rows, tensors[i], tensors[n + i]).addmm_(h, low[n + i].T, alpha=scale)
             hidden.append(h)
-            out.append(y if rows is x else y.view(*x.shape[:-1], -1))
+            out.append(y if rows is x else y.view(*x.shape[:-1], y.shape[-1]))
         ctx.save_for_backward(x, *hidden, *low)
         ctx.weights, ctx.scales, ctx.dropped = tensors[:n], scales, dropped
         ctx.dtypes = tensors[2 * n].dtype, tensors[3 * n].dtype
