@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -358,6 +359,42 @@ def test_max_norm_clips_the_frozen_row_and_not_the_sum(norm: float, dtype: torch
     assert torch.equal(layer.weight, before)
     with model.disable_adapter():
         torch.testing.assert_close(model(every).double(), clipped, **tolerance)
+
+
+class Louder(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("cls", [nn.Embedding, Louder])
+def test_a_lookup_that_clips_leaves_the_bytes_of_the_frozen_table(cls: type[nn.Embedding], norm: float) -> None:
+    torch.manual_seed(0)
+    base = cls(9, 5, max_norm=1.0, norm_type=norm, padding_idx=8)
+    with torch.no_grad():
+        base.weight[3:] *= 0.01
+    before, alone = base.weight.detach().clone(), copy.deepcopy(base)
+    model, layer = adapted(base)
+    ids = torch.tensor([[8, 1, 1], [0, 5, 2]])
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(ids), alone(ids))
+    model(ids).sum().backward()
+    assert torch.equal(layer.weight, before)
+    assert not torch.equal(alone.weight, before)
+
+
+KEYWORDS = {
+    "Embedding": (lambda: nn.Embedding(9, 4), torch.tensor([[1, 2]])),
+    "Conv1d": (lambda: nn.Conv1d(4, 4, 1), torch.randn(2, 4, 3)),
+    "Conv2d": (lambda: nn.Conv2d(4, 4, 1), torch.randn(2, 4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", KEYWORDS)
+def test_a_layer_takes_its_input_by_torchs_keyword(kind: str) -> None:
+    make, x = KEYWORDS[kind]
+    _, layer = adapted(make())
+    assert torch.equal(layer(input=x), layer(x))
 
 
 def scaled(kind: str) -> nn.Embedding:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from loraloom.lora import functional
 from loraloom.lora.dropout import Dropped, dropout
@@ -98,7 +99,10 @@ class LoraLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return self._updated(self.base_layer(x, *args, **kwargs), x)
+
+    def _updated(self, y: Tensor, x: Tensor) -> Tensor:
+        """What the frozen layer made of ``x``, plus the updates."""
         if self.merged:
             return y
         route = self.router.route
@@ -294,6 +298,19 @@ class LoraEmbedding(LoraLayer):
         for table in (self.r, self.scaling, self.lora_dropout, self.lora_embedding_A, self.lora_embedding_B):
             del table[slot]
 
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        base = self.base_layer
+        assert isinstance(base, nn.Embedding)
+        if base.max_norm is None:
+            return super().forward(input, *args, **kwargs)
+        # Torch would clip the rows that it looks up in the frozen table itself.
+        if type(base) is nn.Embedding and not (base._forward_hooks or base._forward_pre_hooks):
+            rows, places = torch.unique(input, return_inverse=True)
+            y = F.embedding(places, base.weight[rows], max_norm=base.max_norm, norm_type=base.norm_type)
+        else:
+            y = functional_call(base, {"weight": base.weight.clone()}, (input, *args), kwargs)
+        return self._updated(y, input)
+
     def update(self, slot: str, x: Tensor) -> Tensor:
         base = self.base_layer
         assert isinstance(base, nn.Embedding)
@@ -343,6 +360,9 @@ class LoraConv(LoraLayer):
         assert isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         ones = (1,) * len(base.kernel_size)
         return (r, base.in_channels, *base.kernel_size), (base.out_channels, r // base.groups, *ones)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(input, *args, **kwargs)  # under torch's name for it
 
     def update(self, slot: str, x: Tensor) -> Tensor:
         base = self.base_layer
