@@ -89,6 +89,7 @@ def head_scores(hidden: Tensor, head: Head, vocabulary: int, targets: Tensor) ->
 
 
 def _chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
-    size = max(1, AT_A_TIME.get(hidden.device.type, AT_A_TIME["cuda"]) // vocabulary)
+    at_a_time = AT_A_TIME["cpu" if hidden.device.type == "cpu" else "cuda"]
+    size = max(1, at_a_time // vocabulary)
     for start in range(0, hidden.shape[0], size):
         yield slice(start, start + size)

@@ -92,37 +92,39 @@ def trunk_and_head(model: PeftModel) -> tuple[nn.Module, nn.Module] | None:
     Found by running two tokens with marks in place of the head's output: a model that scales or caps its logits, or
     does anything to the hidden states before the head, gives None and is taken whole.
     """
-    base = model.get_base_model()
-    trunk = getattr(base, getattr(base, "base_model_prefix", None) or "model", None)
-    get_head = getattr(base, "get_output_embeddings", lambda: None)
+    base: Any = model.get_base_model()
     seen: dict[str, Tensor] = {}
+    hidden: dict[nn.Module, Tensor] = {}
+    hooks = []
+    training = base.training
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
+        hidden[module] = out[0]
+
+    def mark(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
+        seen["read"] = inputs[0]
+        seen["marks"] = torch.linspace(-1e3, 1e3, out.numel(), device=out.device).view(out.shape).to(out.dtype)
+        return seen["marks"]
+
     try:
-        head = get_head()
-        if not (isinstance(trunk, nn.Module) and isinstance(head, nn.Module) and trunk is not base):
-            return None
-        ids = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
-
-        def mark(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
-            seen["read"] = inputs[0]
-            seen["marks"] = torch.linspace(-1e3, 1e3, out.numel(), device=out.device).view(out.shape).to(out.dtype)
-            return seen["marks"]
-
-        hooks = [
-            trunk.register_forward_hook(lambda module, inputs, out: seen.__setitem__("hidden", out[0])),
-            head.register_forward_hook(mark),
-        ]
-        training = base.training
+        head = base.get_output_embeddings()
+        trunks = [getattr(base, base.base_model_prefix), base.get_decoder()]
+        hooks = [trunk.register_forward_hook(note) for trunk in trunks if trunk is not base]
+        hooks.append(head.register_forward_hook(mark))
         base.eval()
-        try:
-            with torch.no_grad():
-                logits = base(input_ids=ids).logits
-        finally:
-            base.train(training)
-            for hook in hooks:
-                hook.remove()
-        if logits.is_meta:  # there are no numbers to compare, and for an estimate of memory none are needed
-            return trunk, head
-        fits = torch.equal(seen["read"], seen["hidden"]) and torch.equal(logits.to(seen["marks"].dtype), seen["marks"])
+        with torch.no_grad():
+            ids = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
+            logits = base(input_ids=ids).logits
     except Exception:  # whatever a model does not like about this, it is taken whole
         return None
-    return (trunk, head) if fits else None
+    finally:
+        base.train(training)
+        for hook in hooks:
+            hook.remove()
+    for trunk, found in hidden.items():
+        # Without numbers there is nothing to compare, and for an estimate of memory no need to.
+        if logits.is_meta or (
+            torch.equal(found, seen["read"]) and torch.equal(logits.to(seen["marks"]), seen["marks"])
+        ):
+            return trunk, head
+    return None

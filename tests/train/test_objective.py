@@ -1,0 +1,117 @@
+"""Promises of the objective: a causal model is run up to its head where that is all there is, and whole elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from loraloom import LoraConfig, TaskType, get_peft_model
+from loraloom.train.objective import Objective, trunk_and_head
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "vocab_size": 60, "head_dim": 8}
+#: model type → (config, whether its logits are its head's output alone)
+FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
+    "llama": (SIZES, True),
+    "qwen2": ({**SIZES, "tie_word_embeddings": True}, True),
+    "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "bos_token_id": 1, "eos_token_id": 1}, True),
+    "opt": ({"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "vocab_size": 60}, True),
+    "gpt_neox": (SIZES, True),
+    "gemma2": ({**SIZES, "final_logit_softcapping": 30.0}, False),
+    "gemma3_text": (SIZES, True),
+    "cohere": ({**SIZES, "logit_scale": 0.0625}, False),
+    "granite": ({**SIZES, "logits_scaling": 8.0}, False),
+}  # fmt: skip
+TARGETS = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"]}
+
+
+def adapted(family: str, **fields: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **FAMILIES[family][0])
+    base = AutoModelForCausalLM.from_config(config).double()
+    fields = {"target_modules": TARGETS.get(family, ["q_proj", "v_proj"]), "init_lora_weights": False, **fields}
+    return get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", **fields)).eval()
+
+
+def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 60, (3, 9), generator=draw)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    return {"input_ids": ids, "attention_mask": mask}, labels
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_the_models_own_on_every_family(family: str) -> None:
+    model = adapted(family)
+    inputs, labels = batch()
+    objective = Objective(model, TaskType.CAUSAL_LM)
+    assert (trunk_and_head(model) is not None) is FAMILIES[family][1]
+    with model.base_model.routed(["default"] * 3):
+        out = objective.forward(inputs)
+        found = objective.loss(out, labels)
+        score = objective.score(out, labels)
+    logits = model(**inputs).logits
+    wanted = F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten())
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-9, atol=1e-9)
+    assert score.loss == pytest.approx(float(wanted), rel=1e-9)
+    assert score.count == int((labels[:, 1:] != -100).sum())
+    # transformers' own, which shifts and averages by itself
+    torch.testing.assert_close(found.float(), model(**inputs, labels=labels).loss.float(), rtol=1e-5, atol=1e-5)
+
+    parameters = list(model.adapter_parameters("default").values())
+    a, b = (torch.autograd.grad(value, parameters) for value in (found, wanted))
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_head_with_an_adapter_or_a_copy_of_its_own_trains(fields: dict[str, Any]) -> None:
+    model = adapted("llama", **fields)
+    inputs, labels = batch()
+    objective = Objective(model, TaskType.CAUSAL_LM)
+    parameters = model.adapter_parameters("default")
+    with model.base_model.routed(["default"] * 3):
+        found = torch.autograd.grad(objective.loss(objective.forward(inputs), labels), list(parameters.values()))
+    logits = model(**inputs).logits
+    wanted = torch.autograd.grad(
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), list(parameters.values())
+    )
+    assert any("lm_head" in key for key in parameters)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_looking_leaves_the_model_as_it_was() -> None:
+    model = adapted("llama").train()
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    state = torch.get_rng_state()
+    trunk_and_head(model)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {module.training for module in model.modules()} == {True}
+
+
+def test_a_model_that_is_none_of_transformers_is_taken_whole() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return type("Out", (), {"logits": self.out(self.embed(input_ids))})
+
+    model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["out"]))
+    assert trunk_and_head(model) is None
+    objective = Objective(model, TaskType.CAUSAL_LM)
+    ids = torch.tensor([[1, 2, 3]])
+    assert float(objective.loss(objective.forward({"input_ids": ids}), ids)) > 0
