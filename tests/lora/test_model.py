@@ -86,9 +86,33 @@ def test_a_forward_that_fails_leaves_no_route_behind(llama, tokens, logits) -> N
     model = get_peft_model(llama, config())
     model.add_adapter("b", config())
     first = logits(model, tokens)
-    with pytest.raises(AdapterError, match="2 names for a batch in which a layer sees 3 rows"):
+    with pytest.raises(AdapterError, match="2 names for a batch of 3 rows"):
         model(tokens, adapter_names=["default", "b"])
     assert torch.equal(logits(model, tokens), first)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7])
+@pytest.mark.parametrize("name", ["default", "__base__"])
+def test_names_that_are_all_equal_are_counted_too(llama, tokens, logits, name: str, count: int) -> None:
+    model = get_peft_model(llama, config())
+    if count == 1:  # as for names that differ, each row has some consecutive places in the batch
+        assert logits(model, tokens, adapter_names=[name]).shape[0] == 3
+        return
+    for call in (model, model.generate):
+        with pytest.raises(AdapterError, match=f"adapter_names: {count} names for a batch of 3 rows"):
+            call(input_ids=tokens, adapter_names=[name] * count)
+        with pytest.raises(AdapterError, match=f"adapter_names: {count} names for a batch of 3 rows"):
+            call(tokens, adapter_names=[name] * count)
+    with pytest.raises(AdapterError, match=f"adapter_names: {count} names for a batch of 1 rows"):
+        model(tokens[:1], adapter_names=[name] * count)
+
+
+def test_what_is_broadcast_over_the_batch_is_not_counted(llama, tokens, logits) -> None:
+    model = get_peft_model(llama, config())
+    places = torch.arange(7)[None]
+    names = ["default"] * 3
+    found = logits(model, tokens, position_ids=places, adapter_names=names)
+    assert torch.equal(found, logits(model, tokens, position_ids=places))
 
 
 @pytest.mark.parametrize("order", [["a", "a", "b"], ["b", "a", "b"], ["__base__", "b", "a"]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from loraloom.config import LoraConfig
-from loraloom.errors import ConfigError
+from loraloom.errors import AdapterError, ConfigError
 from loraloom.lora import checkpoint, guise
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.checkpoint import LoadReport
@@ -89,10 +89,14 @@ class PeftModel(nn.Module):
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's own forward. ``adapter_names`` gives one adapter for each row, ``"__base__"`` for none."""
         with self.base_model.routed(adapter_names):
+            if adapter_names is not None:
+                _check_rows(len(adapter_names), (*args, *kwargs.values()))
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         with self.base_model.routed(adapter_names):
+            if adapter_names is not None:
+                _check_rows(len(adapter_names), (*args, *kwargs.values()))
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def get_base_model(self) -> nn.Module:
@@ -282,6 +286,17 @@ def set_peft_model_state_dict(
 ) -> LoadReport:
     """Copy tensors under PEFT's keys into an adapter that exists. Raises as ``PeftModel.load_adapter``."""
     return checkpoint.fill(model.base_model, adapter_name, state_dict, strict=strict)
+
+
+def _check_rows(names: int, inputs: Iterable[Any]) -> None:
+    """One input at least must have a row, or some consecutive ones, for each name.
+
+    Others may be broadcast over the batch, like position ids. Layers check again what they see, but only where rows
+    differ.
+    """
+    rows = [tensor.shape[0] for tensor in inputs if isinstance(tensor, Tensor) and tensor.dim()]
+    if rows and not any(count and count % names == 0 for count in rows):
+        raise AdapterError(f"adapter_names: {names} names for a batch of {rows[0]} rows; give one name for each row")
 
 
 def _name_of(model: nn.Module) -> str | None:
