@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -644,6 +645,36 @@ def test_an_adapter_of_the_same_shape_takes_a_folders_numbers_as_the_trainer_ask
     assert report.used == sorted(load_file(saved / WEIGHTS))
     assert all(torch.equal(parameters[key], tensor) for key, tensor in load_file(saved / WEIGHTS).items())
     assert all(p is parameters[key] and p.requires_grad for key, p in model.adapter_parameters("default").items())
+
+
+def test_a_key_mapping_renames_the_keys_of_a_file(saved, fresh, tmp_path) -> None:
+    tensors = load_file(saved / WEIGHTS)
+    old = {key.replace(".layers.", ".blocks."): tensor for key, tensor in tensors.items()}
+    shutil.copytree(saved, tmp_path / "old")
+    save_file(old, tmp_path / "old" / WEIGHTS)
+    model = PeftModel.from_pretrained(
+        fresh, tmp_path / "old", key_mapping={"nothing": "x", r"^model\.blocks": "model.layers"}
+    )
+    assert all(torch.equal(p, tensors[key]) for key, p in model.adapter_parameters("default").items())
+    assert model.load_report.renamed == {key.replace(".layers.", ".blocks."): key for key in tensors}
+    with pytest.raises(ConfigError, match=r"key_mapping: '\(' → 'x' is no replacement"):
+        model.load_adapter(tmp_path / "old", "b", key_mapping={"(": "x"})
+
+
+@pytest.mark.parametrize("where", ["_fill", "_check_base"])
+def test_a_load_that_is_cut_off_leaves_nothing(saved, fresh, monkeypatch, where: str) -> None:
+    from loraloom.lora import checkpoint
+
+    def cut_off(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    model = get_peft_model(fresh, config(), adapter_name="first")
+    before = snapshot(model)
+    monkeypatch.setattr(checkpoint, where, cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        model.load_adapter(saved, "b")
+    assert snapshot(model) == before
+    assert list(model.peft_config) == ["first"]
 
 
 # -- state dicts ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_names_that_are_all_equal_are_counted_too(llama, tokens, logits, name: s
             call(input_ids=tokens, adapter_names=[name] * count)
         with pytest.raises(AdapterError, match=f"adapter_names: {count} names for a batch of 3 rows"):
             call(tokens, adapter_names=[name] * count)
-    with pytest.raises(AdapterError, match=f"adapter_names: {count} names for a batch of 1 rows"):
+    with pytest.raises(AdapterError, match=f"adapter_names: {count} names for a batch of 1 row;"):
         model(tokens[:1], adapter_names=[name] * count)
 
 
@@ -242,6 +243,92 @@ def test_a_config_that_fits_nothing_leaves_the_model_as_it_was(llama) -> None:
         get_peft_model(llama, config(target_modules=["q_prj"]))
     assert all(p.requires_grad for p in llama.parameters())
     assert isinstance(get_peft_model(llama, config()), PeftModel)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("where", [
+    "loraloom.lora.layers.LoraLayer.add_slot", "loraloom.lora.layers.Factor.__init__",
+    "loraloom.lora.saved.SavedModule.new_copy", "loraloom.lora.biases.Biases.add",
+])  # fmt: skip
+def test_an_adapter_whose_adding_is_cut_off_leaves_nothing(llama, tokens, logits, monkeypatch, stop, where) -> None:
+    before, names = logits(llama, tokens), [name for name, _ in llama.named_modules()]
+    full = config(bias="all", modules_to_save=["lm_head"])
+    cls, _, method = where.rpartition(".")
+    owner = getattr(importlib.import_module(cls.rpartition(".")[0]), cls.rpartition(".")[2])
+    real, calls = getattr(owner, method), []
+
+    def cut_off(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) > (2 if method in ("add_slot", "__init__") else 0):
+            raise stop
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(stop):
+        patch.setattr(owner, method, cut_off)
+        get_peft_model(llama, full)
+    assert [name for name, _ in llama.named_modules()] == names
+    assert all(p.requires_grad for p in llama.parameters())
+    assert torch.equal(logits(llama, tokens), before)
+    model = get_peft_model(llama, full)
+    held = [(name, id(p)) for name, p in model.named_parameters()]
+    calls.clear()
+    with monkeypatch.context() as patch, pytest.raises(stop):
+        patch.setattr(owner, method, cut_off)
+        model.add_adapter("second", config(bias="all", modules_to_save=["lm_head"], target_modules="all-linear"))
+    assert [(name, id(p)) for name, p in model.named_parameters()] == held
+    assert list(model.peft_config) == ["default"]
+
+
+# -- what PEFT takes ---------------------------------------------------------------------------------------------------
+def test_pefts_options_that_change_nothing_here_are_taken(llama, tmp_path: Path) -> None:
+    model = get_peft_model(llama, config(), "default", False, True, "v2", True)
+    assert model.peft_config["default"].revision == "v2"
+    model.add_adapter("b", config(), low_cpu_mem_usage=True)
+    model.save_pretrained(tmp_path)
+    plain = model.unload()
+    options = {"torch_device": "cpu", "low_cpu_mem_usage": True, "ephemeral_gpu_offload": False, "token": None}
+    again = PeftModel.from_pretrained(plain, tmp_path, key_mapping=None, **options)
+    again.load_adapter(tmp_path, "b", subfolder="b", key_mapping={}, revision=None, **options)
+    assert again.peft_config["default"].revision == "v2"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("ephemeral_gpu_offload", True, "only DoRA uses it"),
+        ("revision", "v2", "chooses among files of a hub"),
+        ("ignore_mismatched_sizes", True, "cannot be used"),
+        ("key_maping", {}, "no such option; did you mean 'key_mapping'"),
+    ],
+)
+def test_pefts_options_that_cannot_be_honoured_are_errors_with_words(
+    llama, tmp_path: Path, option: str, value: object, words: str
+) -> None:
+    model = get_peft_model(llama, config())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"^{option}: .*{words}"):
+        model.load_adapter(tmp_path, "b", **{option: value})
+    plain = model.unload()
+    with pytest.raises(ConfigError, match=f"^{option}: .*{words}"):
+        PeftModel.from_pretrained(plain, tmp_path, **{option: value})
+    with pytest.raises(ConfigError, match="^mixed: "):
+        get_peft_model(plain, config(), mixed=True)
+    with pytest.raises(ConfigError, match="^revision: the config says 'a', found 'b'"):
+        get_peft_model(plain, config(revision="a"), revision="b")
+    assert all(p.requires_grad for p in plain.parameters())
+
+
+def test_a_config_of_peft_is_refused_with_the_way_to_make_one_of_ours(llama) -> None:
+    import peft
+
+    theirs = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    for call in (lambda: get_peft_model(llama, theirs), lambda: get_peft_model(llama, theirs, revision="a")):
+        with pytest.raises(ConfigError, match=r"peft's LoraConfig; LoraConfig\.from_dict\(theirs\.to_dict\(\)\)"):
+            call()
+    model = get_peft_model(llama, LoraConfig.from_dict(theirs.to_dict()))
+    assert model.peft_config["default"].r == 4
+    with pytest.raises(ConfigError, match="must be a loraloom.LoraConfig, found dict"):
+        model.add_adapter("b", {"r": 4})
 
 
 def test_print_shows_the_factors_with_rank_and_shape(llama) -> None:

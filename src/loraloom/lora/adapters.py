@@ -88,6 +88,26 @@ class LoraModel(nn.Module):
         modules = dict(base_modules(self.model))
         made = plan_on(self.model, modules, config, strict, autocast_adapter_dtype, follow_ties=tensors is None)
         seed = seed_of(adapter_name) if seed is None else seed
+        try:
+            self._place(adapter_name, made, modules, seed, autocast_adapter_dtype, tensors)
+            self.peft_config[adapter_name] = made.config
+            if made.config.inference_mode and (made.saved or made.biases):
+                self.set_requires_grad(adapter_name, False)
+        except BaseException:  # Ctrl-C among them
+            self._remove(adapter_name)
+            raise
+        return made
+
+    def _place(
+        self,
+        adapter_name: str,
+        made: Plan,
+        modules: dict[str, nn.Module],
+        seed: int,
+        autocast_adapter_dtype: bool,
+        tensors: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.router.inputs.forget()
         places = _Places(self.model)
         for target in made.targets:
             module = modules[target.name]
@@ -103,14 +123,7 @@ class LoraModel(nn.Module):
         self._biases.install(())  # a copy starts from the base's biases
         self._add_saved(adapter_name, [extra.name for extra in made.saved], modules, places, autocast_adapter_dtype)
         self._biases.add(adapter_name, {extra.name: modules[extra.name[: -len(".bias")]] for extra in made.biases})
-        self._biases.install(self.router.route.active)
-        if self._biases.slots:
-            self._modules["biases"] = self._biases
-        self.peft_config[adapter_name] = made.config
-        self.router.inputs.forget()
-        if made.config.inference_mode and (made.saved or made.biases):
-            self.set_requires_grad(adapter_name, False)
-        return made
+        self._follow()
 
     def _new_factors(
         self,
@@ -179,6 +192,10 @@ class LoraModel(nn.Module):
                 stacklevel=2,
             )
         self._set(active)
+        self._remove(adapter_name)
+
+    def _remove(self, adapter_name: str) -> None:
+        """Take away what there is of an adapter that is not active, be it half of one."""
         for layer in self._layers.values():
             if adapter_name in layer.slots:
                 layer.remove_slot(adapter_name)
@@ -186,9 +203,8 @@ class LoraModel(nn.Module):
             if adapter_name in wrapper.modules_to_save:
                 del wrapper.modules_to_save[adapter_name]
         self._biases.remove(adapter_name)
-        if not self._biases.slots:
-            self._modules.pop("biases", None)
-        del self.peft_config[adapter_name]
+        self._follow()
+        self.peft_config.pop(adapter_name, None)
         _strip(self.model, only_empty=True)
         self._layers = {name: layer for name, layer in self._layers.items() if layer.slots}
         self._saved = {name: wrapper for name, wrapper in self._saved.items() if len(wrapper.modules_to_save)}
@@ -227,6 +243,10 @@ class LoraModel(nn.Module):
         """Let layers, heads and biases follow what is set. Merged adapters answer, active or not, and they alone."""
         self.router.route = Route(active=self._merged or (self._active if self._enabled else ()))
         self._biases.install(self.router.route.active)
+        if self._biases.slots:
+            self._modules["biases"] = self._biases
+        else:
+            self._modules.pop("biases", None)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -316,6 +336,11 @@ class LoraModel(nn.Module):
     def layers(self) -> Mapping[str, LoraLayer]:
         """The adapted layers by the name of the module that they wrap."""
         return self._layers
+
+    @property
+    def saved_modules(self) -> Mapping[str, SavedModule]:
+        """The modules that adapters train in full, by the name of the module that they stand for."""
+        return self._saved
 
     # -- merging --------------------------------------------------------------------------------------------------
 

@@ -30,12 +30,12 @@ class Biases(nn.Module):
             return
         self._modules.setdefault(BASE, nn.Module())
         self._modules[slot] = nn.Module()
-        self.slots[slot] = tuple(owners)
         for name, module in owners.items():
             self._owners[name] = module
             self._held.setdefault(name, BASE)
             base = self._bias(BASE, name)
             self._waiting(slot)[_key(name)] = nn.Parameter(base.detach().clone())
+        self.slots[slot] = tuple(owners)
 
     def remove(self, slot: str) -> None:
         """Forget a slot that is not active."""

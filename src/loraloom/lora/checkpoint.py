@@ -7,6 +7,7 @@ changes before every tensor was checked.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraloom.config import CONFIG_NAME, LoraConfig
-from loraloom.errors import AdapterError, nearest
+from loraloom.errors import AdapterError, ConfigError, nearest
 from loraloom.lora.adapters import PREFIX, LoraModel, file_key
 from loraloom.lora.atomic import recover, write_files
 
@@ -157,13 +158,14 @@ def load(
     is_trainable: bool = False,
     strict: bool = True,
     autocast_adapter_dtype: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> LoadReport:
     """Put the adapter of ``folder`` on ``model`` as ``adapter_name``, after checking all of it."""
     tensors = read_tensors(folder)
     config = LoraConfig.from_pretrained(folder) if config is None else config
     config = config.copy(inference_mode=not is_trainable)
     report = LoadReport()
-    renamed = _normalise(tensors, report)
+    renamed = _normalise(tensors, report, key_mapping or {})
     base = _take_base_tensors(model, renamed, config)
     new = adapter_name not in model.peft_config
     if new:
@@ -179,15 +181,15 @@ def load(
     try:
         _check_base(model, base, f"{folder}: ")
         _fill(model, adapter_name, renamed, report, strict=strict, source=f"{folder}: ")
-    except BaseException:
+        for key, (live, tensor) in base.items():
+            if not torch.equal(live.detach(), tensor.to(live)):
+                live.data.copy_(tensor)
+                report.base_replaced.append(key)
+            report.used.append(key)
+    except BaseException:  # Ctrl-C among them
         if new:
             model.delete_adapter(adapter_name)
         raise
-    for key, (live, tensor) in base.items():
-        if not torch.equal(live.detach(), tensor.to(live)):
-            live.data.copy_(tensor)
-            report.base_replaced.append(key)
-        report.used.append(key)
     return report
 
 
@@ -250,7 +252,9 @@ def _fill(
             live[key].copy_(tensors[key])
 
 
-def _normalise(tensors: Mapping[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
+def _normalise(
+    tensors: Mapping[str, Tensor], report: LoadReport, key_mapping: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """Keys as PEFT writes them, whichever tool wrote these."""
     out: dict[str, Tensor] = {}
     names: dict[str, str] = {}
@@ -258,6 +262,8 @@ def _normalise(tensors: Mapping[str, Tensor], report: LoadReport) -> dict[str, T
         new = file_key(key.removeprefix(PREFIX))
         if not key.startswith(PREFIX):  # absent, or after what another tool put in front
             new = PREFIX + new.removeprefix(PREFIX).removeprefix(PREFIX)
+        if key_mapping:
+            new = PREFIX + _mapped(new.removeprefix(PREFIX), key_mapping)
         if ".original_module." in new:
             report.repeated.append(key)
             continue
@@ -275,6 +281,17 @@ def _normalise(tensors: Mapping[str, Tensor], report: LoadReport) -> dict[str, T
                 del out[key]
                 break
     return out
+
+
+def _mapped(name: str, key_mapping: Mapping[str, str]) -> str:
+    for pattern, replacement in key_mapping.items():
+        try:
+            new, hits = re.subn(pattern, replacement, name)
+        except re.error as error:
+            raise ConfigError(f"key_mapping: {pattern!r} → {replacement!r} is no replacement ({error})") from None
+        if hits:
+            return new
+    return name
 
 
 def _take_base_tensors(

@@ -90,7 +90,8 @@ class LoraLayer(nn.Module):
 
     def remove_slot(self, slot: str) -> None:
         for table in (self.r, self.scaling, self.lora_dropout, self.lora_A, self.lora_B):
-            del table[slot]
+            if slot in table:  # not where adding it was cut off
+                del table[slot]
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -296,7 +297,8 @@ class LoraEmbedding(LoraLayer):
 
     def remove_slot(self, slot: str) -> None:
         for table in (self.r, self.scaling, self.lora_dropout, self.lora_embedding_A, self.lora_embedding_B):
-            del table[slot]
+            if slot in table:
+                del table[slot]
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         base = self.base_layer

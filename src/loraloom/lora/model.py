@@ -10,18 +10,35 @@ from typing import Any
 from torch import Tensor, nn
 
 from loraloom.config import LoraConfig
-from loraloom.errors import AdapterError, ConfigError
+from loraloom.errors import AdapterError, ConfigError, nearest
 from loraloom.lora import checkpoint, guise
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.checkpoint import LoadReport
+
+#: PEFT's options of loading that say how it works and not what comes of it.
+HARMLESS = (
+    "torch_device",
+    "low_cpu_mem_usage",
+    "token",
+    "use_auth_token",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+)
+#: What names another adapter on a hub.
+HUB_ONLY = ("revision", "repo_type", "repo_id")
 
 
 def get_peft_model(
     model: nn.Module,
     peft_config: LoraConfig,
     adapter_name: str = "default",
-    *,
+    mixed: bool = False,
     autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    *,
     seed: int | None = None,
     strict: bool = True,
 ) -> PeftModel:
@@ -34,19 +51,29 @@ def get_peft_model(
         seed: of the initialisation; by default it follows from ``adapter_name``, never from the global generator.
         strict: a pattern that matches nothing is an error.
         autocast_adapter_dtype: keep factors in float32 where the base is float16 or bfloat16.
+        revision: of the base model, recorded in the config.
+        low_cpu_mem_usage, mixed: PEFT's; the first has no work to do here, and the second must be False.
 
     Raises:
-        ConfigError: ``model`` carries adapters already, or ``peft_config`` is no ``LoraConfig``.
+        ConfigError: ``model`` carries adapters already; ``peft_config`` is no ``LoraConfig``, or of another revision.
         TargetError: a pattern matches nothing; the message names the closest. ``model`` is as it was.
     """
     if isinstance(model, PeftModel):
         raise ConfigError("model: it is a PeftModel already; call add_adapter on it")
+    _check_options(mixed)
+    _check_config(peft_config)
+    if revision is not None:
+        if peft_config.revision not in (None, revision):
+            raise ConfigError(
+                f"revision: the config says {peft_config.revision!r}, found {revision!r}; give one of them"
+            )
+        peft_config = peft_config.copy(revision=revision)
     peft = PeftModel(model)
     try:
         peft.add_adapter(
             adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype, seed=seed, strict=strict
         )
-    except Exception:
+    except BaseException:
         peft.base_model.thaw()
         raise
     peft.set_adapter(adapter_name)
@@ -129,16 +156,26 @@ class PeftModel(nn.Module):
     def active_peft_config(self) -> LoraConfig:
         return self.peft_config[self.active_adapters[0]]
 
-    def add_adapter(self, adapter_name: str, peft_config: LoraConfig, **options: Any) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        seed: int | None = None,
+        strict: bool = True,
+    ) -> None:
         """Add a new adapter beside the others; it is trainable, and inactive until ``set_adapter``.
 
-        ``options``: ``seed``, ``strict``, ``autocast_adapter_dtype`` as in ``get_peft_model``.
+        The options are those of ``get_peft_model``.
         """
-        if not isinstance(peft_config, LoraConfig):
-            raise ConfigError(f"peft_config: must be a loraloom.LoraConfig, found {type(peft_config).__name__}")
+        _check_config(peft_config)
         if peft_config.base_model_name_or_path is None:
             peft_config = peft_config.copy(base_model_name_or_path=_name_of(self.get_base_model()))
-        self.base_model.add_adapter(adapter_name, peft_config, **options)
+        self.base_model.add_adapter(
+            adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype, seed=seed, strict=strict
+        )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         self.base_model.set_adapter(adapter_name, inference_mode)
@@ -214,14 +251,18 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: LoraConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         *,
         strict: bool = True,
-        autocast_adapter_dtype: bool = True,
+        **options: Any,
     ) -> PeftModel:
         """Put the adapter of a folder on ``model`` and make it active.
 
         Made for inference: the adapter is frozen unless ``is_trainable``. ``model``'s train or eval mode stays.
-        The report of what was loaded is ``load_report`` of the result.
+        The report of what was loaded is ``load_report`` of the result. Options are those of ``load_adapter``.
 
         Raises:
             AdapterError: as ``load_adapter``. ``model`` is as it was.
@@ -234,11 +275,14 @@ class PeftModel(nn.Module):
                 model_id,
                 adapter_name,
                 is_trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                ephemeral_gpu_offload=ephemeral_gpu_offload,
+                key_mapping=key_mapping,
                 config=config,
                 strict=strict,
-                autocast_adapter_dtype=autocast_adapter_dtype,
+                **options,
             )
-        except Exception:
+        except BaseException:
             peft.base_model.thaw()
             raise
         peft.set_adapter(adapter_name)
@@ -250,25 +294,43 @@ class PeftModel(nn.Module):
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         *,
         config: LoraConfig | None = None,
         strict: bool = True,
-        autocast_adapter_dtype: bool = True,
+        subfolder: str | None = None,
+        **options: Any,
     ) -> LoadReport:
         """Load an adapter folder beside the others and say what was loaded. It is inactive until ``set_adapter``.
 
         Where ``adapter_name`` exists already, its tensors take the folder's numbers and stay the same objects; the
         folder must hold an adapter of the same targets, ranks and scales. ``requires_grad`` and dropout stay.
 
+        Args:
+            key_mapping: regular expression → replacement for keys of the file without ``base_model.model.``; the first
+                that matches counts.
+            subfolder: of ``model_id``, where the adapter lies.
+            options: PEFT's other options. What it only needs to download or to save memory (``torch_device``,
+                ``low_cpu_mem_usage``, ``token``, ...) has no work to do here: factors lie where their layer lies.
+
         Raises:
+            ConfigError: an option that cannot be honoured.
             AdapterError: the folder is no adapter, is damaged or pickled, or does not fit this model: a tensor is
                 missing, unexpected, of another shape or not finite. Nothing was changed. With ``strict=False``
                 missing tensors are initialised, unexpected ones left out, and the report tells.
         """
+        _check_options(ephemeral_gpu_offload=ephemeral_gpu_offload, **options)
+        if config is not None:
+            _check_config(config)
         return checkpoint.load(
             self.base_model,
-            model_id,
+            Path(model_id) / (subfolder or ""),
             adapter_name,
+            key_mapping=key_mapping,
             config=config,
             is_trainable=is_trainable,
             strict=strict,
@@ -296,7 +358,38 @@ def _check_rows(names: int, inputs: Iterable[Any]) -> None:
     """
     rows = [tensor.shape[0] for tensor in inputs if isinstance(tensor, Tensor) and tensor.dim()]
     if rows and not any(count and count % names == 0 for count in rows):
-        raise AdapterError(f"adapter_names: {names} names for a batch of {rows[0]} rows; give one name for each row")
+        found = f"{rows[0]} row{'s' if rows[0] != 1 else ''}"
+        raise AdapterError(f"adapter_names: {names} names for a batch of {found}; give one name for each row")
+
+
+def _check_config(config: object) -> None:
+    if isinstance(config, LoraConfig):
+        return
+    kind = type(config)
+    if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
+        raise ConfigError(
+            f"peft_config: must be loraloom's LoraConfig, found {kind.__module__.partition('.')[0]}'s {kind.__name__}; "
+            "LoraConfig.from_dict(theirs.to_dict()) makes one of it"
+        )
+    raise ConfigError(f"peft_config: must be a loraloom.LoraConfig, found {kind.__name__}")
+
+
+def _check_options(mixed: object = False, ephemeral_gpu_offload: object = False, **options: object) -> None:
+    """PEFT's options: those that change nothing here pass, the rest are errors."""
+    if mixed:
+        raise ConfigError("mixed: loraloom has LoRA alone, so there is nothing to mix; leave it out")
+    if ephemeral_gpu_offload:
+        raise ConfigError("ephemeral_gpu_offload: only DoRA uses it, which loraloom does not have; leave it out")
+    for name, value in options.items():
+        if name in HUB_ONLY and value:
+            raise ConfigError(
+                f"{name}: chooses among files of a hub, and loraloom reads folders alone; fetch that one into a folder"
+            )
+        if name == "ignore_mismatched_sizes" and value:
+            raise ConfigError(f"{name}: a tensor of another shape cannot be used; leave it out")
+        if name not in {*HUB_ONLY, *HARMLESS, "ignore_mismatched_sizes"}:
+            known = ["key_mapping", "subfolder", "strict", "config", *HARMLESS]
+            raise ConfigError(f"{name}: loraloom has no such option{nearest(name, known)}")
 
 
 def _name_of(model: nn.Module) -> str | None:
