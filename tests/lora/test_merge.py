@@ -481,10 +481,21 @@ def tied(kind: str, folder: Path) -> nn.Module:
         "GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 16},
         "Bert": {**small, "intermediate_size": 48, "max_position_embeddings": 16, "initializer_range": 0.3},
         "T5": {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 40},
+        "Bart": {
+            "d_model": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "init_std": 0.3,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "vocab_size": 40,
+        },
     }
     classes = {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel", "Bert": "BertForMaskedLM",
-               "T5": "T5ForConditionalGeneration"}  # fmt: skip
-    options = {"decoder_start_token_id": 0} if kind == "T5" else {}
+               "T5": "T5ForConditionalGeneration", "Bart": "BartForConditionalGeneration"}  # fmt: skip
+    options = {"decoder_start_token_id": 0} if kind in ("T5", "Bart") else {}
     model = getattr(transformers, classes[kind])(getattr(transformers, f"{kind}Config")(**configs[kind], **options))
     model.save_pretrained(folder / "base")
     return model.eval()
@@ -538,6 +549,39 @@ def test_a_merged_model_with_tied_embeddings_is_the_same_after_save_and_load(
     merged.save_pretrained(tmp_path / "merged")
     again = type(base).from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(reply(again, ids), reply(merged, ids))
+
+
+SOME = [["encoder.embed_tokens"], ["decoder.embed_tokens"], ["shared"], ["lm_head"], ["embed_tokens"],
+        ["encoder.embed_tokens", "lm_head"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Bart", "T5"])
+@pytest.mark.parametrize("names", SOME, ids="+".join)
+def test_embeddings_of_which_some_stay_tied_are_the_same_after_merge_save_and_load(
+    kind: str, names: list[str], tmp_path: Path
+) -> None:
+    base = tied(kind, tmp_path)
+    ids = torch.arange(3, 11)[None]
+    model = get_peft_model(base, config(target_modules=names, lora_alpha=2))
+    wanted = reply(model, ids)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(reply(merged, ids), wanted, rtol=1e-5, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(base).from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(reply(again, ids), reply(merged, ids))
+
+
+def test_one_embedding_in_two_places_is_the_same_after_merge_save_and_load(tmp_path: Path) -> None:
+    base = tied("Bart", tmp_path)
+    base.set_input_embeddings(base.get_input_embeddings())
+    assert base.model.encoder.embed_tokens is base.model.shared
+    ids = torch.arange(3, 11)[None]
+    model = get_peft_model(base, config(target_modules=["lm_head"], lora_alpha=2))
+    wanted = reply(model, ids)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(base).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(reply(again, ids), wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_embeddings_that_stay_tied_stay_tied_in_the_config(tmp_path: Path) -> None:

@@ -396,9 +396,8 @@ class LoraModel(nn.Module):
             return self.unload()
         untied = merge.untied(self.model, self._layers)
         _strip(self.model, keep_copies=True)
-        if untied and getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
-            # Else saving and loading would tie the two weights again and lose one of them.
-            self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        if untied:
+            merge.untie(self.model)
         return self._emptied()
 
     def unload(self) -> nn.Module:

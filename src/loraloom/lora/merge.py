@@ -7,6 +7,7 @@ it (a tied head) never sees the update.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -69,3 +70,31 @@ def untied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> bool:
     pairs += [(p, p) for m in model.modules() if id(m) not in left for p in m._parameters.values() if p is not None]
     after: dict[int, nn.Parameter] = {}
     return any(after.setdefault(id(frozen), weight) is not weight for frozen, weight in pairs if frozen is not None)
+
+
+def untie(model: nn.Module) -> None:
+    """Say in the model's config that its embeddings are not tied, and part those that are still.
+
+    Else saving would keep one weight of those that share it, and loading would tie again what differs now, or find
+    nothing for the others.
+    """
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    config.tie_word_embeddings = False  # type: ignore[union-attr]
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})  # where transformers would tie
+    seen: set[int] = set()
+    for name in sorted({*tied, *tied.values()}):
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if id(module) in seen:  # one module in two places
+            module = copy.deepcopy(module)
+            model.set_submodule(path, module)
+        parameter = module._parameters.get(leaf)
+        if parameter is not None and id(parameter) in seen:
+            parameter = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            module._parameters[leaf] = parameter
+        seen |= {id(module), id(parameter)}
