@@ -145,6 +145,18 @@ def test_what_matches_nothing_is_an_error_that_names_the_closest(model: nn.Modul
     assert caught.value.exit_code == 2
 
 
+def test_only_modules_that_lora_can_wrap_are_suggested_as_targets() -> None:
+    net = nn.Sequential()
+    net.norm, net.node = nn.LayerNorm(4), nn.Linear(4, 4)
+    with pytest.raises(TargetError, match=r"'norme' matches no module; did you mean 'node' \(1 module\)"):
+        plan(net, LoraConfig(target_modules=["norme"]))
+    with pytest.raises(TargetError, match=r"modules_to_save: 'norme' matches no module; did you mean 'norm' "):
+        plan(net, LoraConfig(target_modules=["node"], modules_to_save=["norme"]))
+    del net.node
+    with pytest.raises(TargetError, match=r"'nope' matches no module; this model has no module that LoRA can wrap"):
+        plan(net, LoraConfig(target_modules=["nope"]))
+
+
 @pytest.mark.parametrize(("fields", "message"), STRICT.values(), ids=STRICT)
 def test_a_config_that_is_refused_leaves_the_model_as_it_was(fields: Any, message: str) -> None:
     model = llama_of()

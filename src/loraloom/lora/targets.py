@@ -320,8 +320,9 @@ def _matches(
         for pattern in [wanted] if isinstance(wanted, str) else wanted:
             hits = [n for n in modules if _matches_any(wanted if isinstance(wanted, str) else [pattern], n)]
             if not hits:
+                able = {name: module for name, module in modules.items() if layer_class(module)}
                 raise TargetError(
-                    f"target_modules: {pattern!r} matches no module{_closest(pattern, modules)}; {_offer(modules)}"
+                    f"target_modules: {pattern!r} matches no module{_closest(pattern, able)}; {_offer(modules)}"
                 )
             if not set(hits) & set(names):
                 why = (
