@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import shutil
 import socket
@@ -298,14 +299,14 @@ def put(key: str, tensor: Tensor) -> Change:
 
 A, B = f"{Q}.lora_A.weight", f"{V}.lora_B.weight"
 WRONG = {
-    "missing": (drop(B), rf"1 tensors are missing, such as {B}"),
+    "missing": (drop(B), rf"1 tensor is missing, such as {B}\. Is it for another base\?"),
     "all of a module missing": (
         lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith(V)],
         rf"2 tensors are missing, such as {V}\.lora_A\.weight",
     ),
     "unexpected": (
         put(A.replace("q_proj", "k_proj"), torch.ones(4, 64)),
-        r"1 are unexpected, such as base_model.*k_proj\.lora_A\.weight; did you mean",
+        r"1 is unexpected, such as base_model.*k_proj\.lora_A\.weight; did you mean '[^']*'\? Is it for another base\?",
     ),
     "another prefix": (rename("model.layers", "model.blocks"), r"missing.*unexpected|no tensor"),
     "wrong rank": (put(A, torch.ones(5, 64)), rf"{A} has shape \(5, 64\) and the model needs \(4, 64\)"),
@@ -675,6 +676,19 @@ def test_a_load_that_is_cut_off_leaves_nothing(saved, fresh, monkeypatch, where:
         model.load_adapter(saved, "b")
     assert snapshot(model) == before
     assert list(model.peft_config) == ["first"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_both_files_follow_the_umask(fresh, tmp_path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        get_peft_model(fresh, config()).save_pretrained(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {
+        WEIGHTS: mode,
+        "adapter_config.json": mode,
+    }
 
 
 # -- state dicts ------------------------------------------------------------------------------------------------------

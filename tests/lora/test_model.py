@@ -279,6 +279,14 @@ def test_an_adapter_whose_adding_is_cut_off_leaves_nothing(llama, tokens, logits
     assert list(model.peft_config) == ["default"]
 
 
+def test_the_config_of_no_active_adapter_is_an_error_with_words(llama) -> None:
+    model = get_peft_model(llama, config())
+    assert model.active_peft_config is model.peft_config["default"]
+    model.set_adapter([])
+    with pytest.raises(AdapterError, match="active_peft_config: no adapter is active; call set_adapter first"):
+        model.active_peft_config  # noqa: B018
+
+
 # -- what PEFT takes ---------------------------------------------------------------------------------------------------
 def test_pefts_options_that_change_nothing_here_are_taken(llama, tmp_path: Path) -> None:
     model = get_peft_model(llama, config(), "default", False, True, "v2", True)

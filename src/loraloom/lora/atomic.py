@@ -108,7 +108,10 @@ def _aside(name: str, mark: str) -> str:
 
 def _write(path: Path, contents: bytes | Callable[[Path], None]) -> None:
     if callable(contents):
+        path.touch()
+        mode = path.stat().st_mode  # what the user's umask gives; safetensors would keep the file to its owner
         contents(path)
+        path.chmod(mode)
     with open(path, "ab") as file:
         if isinstance(contents, bytes):
             file.write(contents)

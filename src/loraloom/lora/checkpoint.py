@@ -236,14 +236,15 @@ def _fill(
         )
     if strict and (report.missing or report.unexpected):
         lines = []
-        if report.missing:
-            lines.append(f"{len(report.missing)} tensors are missing, such as {report.missing[0]}")
-        if report.unexpected:
+        if count := len(report.missing):
+            lines.append(f"{count} tensor{'s are' if count > 1 else ' is'} missing, such as {report.missing[0]}")
+        if count := len(report.unexpected):
             close = nearest(report.unexpected[0], live)
-            lines.append(f"{len(report.unexpected)} are unexpected, such as {report.unexpected[0]}{close}")
+            lines.append(f"{count} {'are' if count > 1 else 'is'} unexpected, such as {report.unexpected[0]}{close}")
+        text = "; ".join(lines)
         raise AdapterError(
-            f"{source}the adapter and this model fit only in part ({len(report.used)} tensors): {'; '.join(lines)}. "
-            "Is it for another base? strict=False loads what fits"
+            f"{source}the adapter and this model fit only in part ({len(report.used)} tensors): "
+            f"{text}{'' if text.endswith('?') else '.'} Is it for another base? strict=False loads what fits"
         )
     if not report.used:
         raise AdapterError(f"{source}no tensor of the adapter fits this model")

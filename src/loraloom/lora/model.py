@@ -154,6 +154,9 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> LoraConfig:
+        """The config of the first active adapter."""
+        if not self.active_adapters:
+            raise AdapterError("active_peft_config: no adapter is active; call set_adapter first")
         return self.peft_config[self.active_adapters[0]]
 
     def add_adapter(
