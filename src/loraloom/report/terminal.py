@@ -34,7 +34,7 @@ def overview(prepared: Prepared) -> RenderableType:
         f"{made.parameters:,} of {made.base_parameters + made.parameters:,} parameters train: "
         f"LoRA in {len(made.targets)} modules"
         + (f", in full {', '.join(extra.name for extra in made.saved)}" if made.saved else ""),
-        f"{prepared.steps:,} steps, {prepared.steps_per_epoch:,} an epoch",
+        f"{_count(prepared.steps, 'step')}, {prepared.steps_per_epoch:,} an epoch",
     ]
     warnings = []
     for what, part in (("training", data.train), ("held-out", data.evaluation)):
@@ -109,7 +109,7 @@ def outcome(result: RunResult, folder: str | Path, plot: Path, record_path: Path
     """The end of a run: the figures, where the files are, and three predictions."""
     record = result.record
     figures = ", ".join(_figures(record["result"]))
-    head = Text(f"\n{figures} after {record['steps']:,} steps in {record['seconds']:.0f} s", "bold")
+    head = Text(f"\n{figures} after {_count(record['steps'], 'step')} in {record['seconds']:.0f} s", "bold")
     files = Text(f"adapter {folder}\nrecord  {record_path}\ncurves  {plot}\n")
     return Group(head, files, predictions(result.predictions))
 
@@ -173,3 +173,7 @@ def predictions(rows: list[dict[str, Any]]) -> Table:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
