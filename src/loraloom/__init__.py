@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from loraloom.lora.model import get_peft_model as get_peft_model
     from loraloom.lora.model import get_peft_model_state_dict as get_peft_model_state_dict
     from loraloom.lora.model import set_peft_model_state_dict as set_peft_model_state_dict
+    from loraloom.lora.status import get_layer_status as get_layer_status
+    from loraloom.lora.status import get_model_status as get_model_status
     from loraloom.lora.targets import Plan as Plan
     from loraloom.lora.targets import plan as plan
 
@@ -31,6 +33,8 @@ _WHERE = {
     "get_peft_model": "loraloom.lora.model",
     "get_peft_model_state_dict": "loraloom.lora.model",
     "set_peft_model_state_dict": "loraloom.lora.model",
+    "get_layer_status": "loraloom.lora.status",
+    "get_model_status": "loraloom.lora.status",
     "Plan": "loraloom.lora.targets",
     "plan": "loraloom.lora.targets",
 }

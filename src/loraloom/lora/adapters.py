@@ -221,6 +221,16 @@ class LoraModel(nn.Module):
         """The name when one is active, else the list."""
         return self._active[0] if len(self._active) == 1 else list(self._active)
 
+    @property
+    def enabled(self) -> bool:
+        """Whether the active adapters answer: not inside ``disable_adapter``."""
+        return self._enabled
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """PEFT's name for the names of ``layers``."""
+        return list(self._layers)
+
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter active, or several whose updates add up. ``requires_grad`` stays as it is.
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from loraloom.config import LoraConfig
 from loraloom.errors import AdapterError, ConfigError, nearest
-from loraloom.lora import checkpoint, guise
+from loraloom.lora import checkpoint, guise, status
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.checkpoint import LoadReport
+from loraloom.lora.status import TunerLayerStatus, TunerModelStatus
 
 #: PEFT's options of loading that say how it works and not what comes of it.
 HARMLESS = (
@@ -25,6 +26,17 @@ HARMLESS = (
     "force_download",
     "local_files_only",
     "proxies",
+)
+#: What PEFT's model has beside this.
+NOT_YET = (
+    "add_weighted_adapter",
+    "create_or_update_model_card",
+    "inject_adapter",
+    "prepare_model_for_gradient_checkpointing",
+    "push_to_hub",
+    "subtract_mutated_init",
+    "supports_lora_conversion",
+    "targeted_parameter_names",
 )
 #: What names another adapter on a hub.
 HUB_ONLY = ("revision", "repo_type", "repo_id")
@@ -136,7 +148,13 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
+        if name in NOT_YET:  # some of which the model underneath has too, for itself
+            raise AttributeError(f"PeftModel has no {name!r} yet; docs/coming-from-peft.md says what to do without it")
+        try:
             return getattr(self.base_model, name)
+        except AttributeError:
+            inside = type(self.get_base_model()).__name__
+            raise AttributeError(f"PeftModel has no attribute {name!r}, nor has its {inside}") from None
 
     # -- the life of adapters: see LoraModel ----------------------------------------------------------------------
 
@@ -158,6 +176,26 @@ class PeftModel(nn.Module):
         if not self.active_adapters:
             raise AdapterError("active_peft_config: no adapter is active; call set_adapter first")
         return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return self.base_model.enabled and bool(self.active_adapters)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names under which adapters train modules in full."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        """What the model underneath calls its dtype."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        return status.get_model_status(self)
 
     def add_adapter(
         self,

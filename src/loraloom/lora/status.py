@@ -1,0 +1,112 @@
+"""Which adapters are where, active, merged, trained, and on which device: PEFT's ``get_layer_status`` and its sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from loraloom.lora.adapters import LoraModel
+from loraloom.lora.layers import LoraConv, LoraConv1D, LoraLayer, LoraLinear
+from loraloom.lora.saved import SavedModule
+
+Some = bool | Literal["irregular"]  # "irregular": it differs from part to part
+
+
+@dataclass
+class TunerLayerStatus:
+    """One adapted layer, or one module of which adapters have copies. Fields are PEFT's."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, Some]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclass
+class TunerModelStatus:
+    """The same over all of a model. Fields are PEFT's."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: Some
+    active_adapters: list[str] | Literal["irregular"]
+    merged_adapters: list[str] | Literal["irregular"]
+    requires_grad: dict[str, Some]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+def get_layer_status(model: Any) -> list[TunerLayerStatus]:
+    """A line for each adapted layer of a ``PeftModel``, in the order of the model."""
+    lora: LoraModel = model.base_model
+    out = []
+    for name, module in lora.named_modules():
+        if isinstance(module, LoraLayer):
+            slots = {slot: list(module.factors(slot)) for slot in module.slots}
+        elif isinstance(module, SavedModule):
+            slots = {slot: list(copy.parameters()) for slot, copy in module.modules_to_save.items()}
+        else:
+            continue
+        out.append(
+            TunerLayerStatus(
+                name,
+                _type(module),
+                lora.enabled,
+                lora.active_adapters,
+                [slot for slot in lora.merged_adapters if slot in slots],
+                {slot: _some(p.requires_grad for p in parameters) for slot, parameters in slots.items()},
+                sorted(slots),
+                {slot: sorted({p.device.type for p in parameters}) for slot, parameters in slots.items()},
+            )
+        )
+    return out
+
+
+def get_model_status(model: Any) -> TunerModelStatus:
+    """One line for a whole ``PeftModel``."""
+    lora: LoraModel = model.base_model
+    layers = get_layer_status(model)
+    trainable, total = model.get_nb_trainable_parameters()
+    names = sorted({slot for layer in layers for slot in layer.available_adapters})
+    return TunerModelStatus(
+        type(lora.model).__name__,
+        type(lora).__name__,
+        {name: config.peft_type for name, config in lora.peft_config.items()},
+        trainable,
+        total,
+        len(layers),
+        lora.enabled,
+        lora.active_adapters,
+        lora.merged_adapters,
+        {name: _some(layer.requires_grad[name] for layer in layers if name in layer.requires_grad) for name in names},
+        names,
+        {name: sorted({d for layer in layers for d in layer.devices.get(name, ())}) for name in names},
+    )
+
+
+def _some(values: Iterable[Some]) -> Some:
+    found = set(values)
+    return found.pop() if len(found) == 1 else "irregular"
+
+
+def _type(module: nn.Module) -> str:
+    """PEFT's name for it."""
+    if isinstance(module, SavedModule):
+        return "ModulesToSaveWrapper"
+    assert isinstance(module, LoraLayer)
+    if isinstance(module, LoraConv):
+        return f"lora.{type(module.base_layer).__name__}"
+    return f"lora.{LoraLinear.kind if isinstance(module, LoraConv1D) else module.kind}"
