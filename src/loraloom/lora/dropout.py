@@ -50,15 +50,16 @@ class Dropped:
 def _hash(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
     """[rows, columns] int32, each well mixed from ``seed`` and its place (two rounds of "lowbias32", C. Wellons)."""
     first, second = (_signed(seed >> shift & 0xFFFFFFFF) for shift in (0, 32))
-    start = _mix(torch.arange(rows, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B9)).add_(first), second)
+    start = torch.arange(rows, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B9)).add_(first)
     words = torch.arange(columns, dtype=torch.int32, device=device).mul_(_signed(0x85EBCA6B))
-    return _mix(start[:, None] + words, second)
+    return _mix(_mix(start, second)[:, None] + words, second)
 
 
 def _mix(z: Tensor, key: int) -> Tensor:
-    z.bitwise_xor_(z >> 16).mul_(_signed(0x7FEB352D)).add_(key)
-    z.bitwise_xor_(z >> 15).mul_(_signed(0x846CA68B))
-    return z.bitwise_xor_(z >> 16)
+    shifted = z >> 16  # one buffer for all of them: fresh memory takes as long as the arithmetic
+    z.bitwise_xor_(shifted).mul_(_signed(0x7FEB352D)).add_(key)
+    z.bitwise_xor_(torch.bitwise_right_shift(z, 15, out=shifted)).mul_(_signed(0x846CA68B))
+    return z.bitwise_xor_(torch.bitwise_right_shift(z, 16, out=shifted))
 
 
 def _signed(word: int) -> int:

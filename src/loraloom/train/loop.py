@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
 
 from loraloom.config import TaskType
 from loraloom.data.batches import collate, evaluation_batches, join
@@ -53,7 +54,7 @@ def train_pack(
     Raises:
         TrainingError: a slot's loss is not finite. Its weights are those from before that step.
     """
-    model.train()
+    train_adapters(model)
     objective = Objective(model, task)
     device = next(model.parameters()).device
     warm_up(model, objective, slots, pad_id, task)
@@ -95,6 +96,20 @@ def warm_up(model: PeftModel, objective: Objective, slots: Sequence[Slot], pad_i
     model.base_model.router.inputs.learn()
 
 
+def train_adapters(model: PeftModel) -> None:
+    """The adapters' own dropout is on; the frozen model runs as it does in use.
+
+    Its dropout, and that of heads, would be drawn for all slots together, so that one slot's training would depend on
+    the others'; and its running statistics would change.
+    """
+    model.eval()
+    for layer in model.base_model.layers.values():
+        layer.training = True
+    for wrapper in model.base_model.saved_modules.values():
+        for module in wrapper.modules_to_save.modules():
+            module.training = not isinstance(module, _DropoutNd)
+
+
 def _blocks(slots: Sequence[str]) -> dict[str, slice]:
     """Each slot's rows, which lie together."""
     starts = {name: slots.index(name) for name in dict.fromkeys(slots)}
@@ -121,10 +136,11 @@ def evaluate(
 
 @contextmanager
 def _evaluating(model: PeftModel, mode: AbstractContextManager[Any]) -> Iterator[None]:
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with mode:
             yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
