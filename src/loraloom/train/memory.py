@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from loraloom.config import LoraConfig
+from loraloom.config import LoraConfig, TaskType
 from loraloom.errors import ConfigError, nearest
-from loraloom.lora.model import get_peft_model
+from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, plan
 from loraloom.train.load import build_empty, length_within, load_limit
+from loraloom.train.loss import AT_A_TIME
+from loraloom.train.objective import trunk_and_head
 from loraloom.train.options import DTYPES, TASKS
 
 
@@ -50,7 +52,7 @@ def estimate(model: nn.Module, config: LoraConfig, *, rows: int, length: int, dt
         adapter=made.bytes,
         gradients=made.bytes,
         optimizer=2 * made.bytes,
-        activations=_saved_bytes(peft, rows, length),
+        activations=_saved_bytes(peft, peft.peft_config["default"].task_type or TaskType.SEQ_CLS, rows, length),
     )
 
 
@@ -82,7 +84,7 @@ def forecast(
     return made, memory, length
 
 
-def _saved_bytes(model: nn.Module, rows: int, length: int) -> int | None:
+def _saved_bytes(model: PeftModel, task: TaskType, rows: int, length: int) -> int | None:
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -93,15 +95,28 @@ def _saved_bytes(model: nn.Module, rows: int, length: int) -> int | None:
         return tensor
 
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    model.train()
+    model.eval()  # the frozen model runs as it does in use, and the adapters' dropout keeps nothing
     try:
-        with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out: Any = model(input_ids=ids)
-            logits = out.logits
-        # The loss works on a float32 copy of the logits and its gradient.
-        extra = 2 * logits.numel() * 4
+        found = trunk_and_head(model) if task is TaskType.CAUSAL_LM else None
+        part = model.get_base_model() if found is None else found[0]
+        with torch.no_grad(), model.base_model.routed(None):
+            part(input_ids=ids)  # the layers learn what they share, as before the loop's first step
+        with (
+            _FusedAttention(),
+            model.base_model.routed(None),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            # Not by ``Objective``: without a cache, transformers looks at the numbers of a mask.
+            result = part(input_ids=ids)
+        out: Tensor = result.logits if found is None else result[0]
     except Exception:  # models that look at values in their forward cannot be counted this way
         return None
+    if found is None:  # the loss works on a float32 copy of the logits and its gradient
+        extra = 2 * out.numel() * 4
+    else:  # it keeps the gradient of the hidden states, and works on some of the logits at a time
+        vocabulary = next(found[1].parameters()).shape[0]
+        logits = min(rows * length, max(1, AT_A_TIME["cpu"] // vocabulary)) * vocabulary
+        extra = out.numel() * out.element_size() + logits * (4 + out.element_size())
     return int(extra + sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
 
 
