@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,23 @@ PLOT_NAME = "curves.png"
 def plot_run(record: Mapping[str, Any], path: str | Path) -> None:
     """Draw ``run.json``'s contents to a PNG.
 
-    The thin line is each step's loss, the thick one its moving average; dots are evaluations.
+    The thin line is each step's loss, the thick one its moving average; dots are evaluations. What is not finite is
+    left out.
     """
     from matplotlib.figure import Figure  # the figure alone: no window system, no global state
+    from matplotlib.ticker import MaxNLocator
 
-    curve = record["curve"]
-    losses, evaluations, metric = curve["loss"], curve["evaluations"], record["metric"]
+    curve, metric = record["curve"], record["metric"]
+    losses = [value if _finite(value) else math.nan for value in curve["loss"]]
+    evaluations = [e for e in curve["evaluations"] if _finite(e["loss"]) and _finite(e[metric])]
     steps = range(1, len(losses) + 1)
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=120)
     left, right = figure.subplots(1, 2)
-    left.plot(steps, losses, color="#b9c7e4", linewidth=0.8, label="each step")
-    left.plot(steps, _smooth(losses), color="#2f5aa8", linewidth=2, label="training")
+    dot = "o" if len(losses) == 1 else None  # a line of one point is invisible
+    left.plot(steps, losses, color="#b9c7e4", linewidth=0.8, label="training, each step")
+    left.plot(steps, _smooth(losses), color="#2f5aa8", linewidth=2, marker=dot, label="training, smoothed")
     at = [entry["step"] for entry in evaluations]
-    left.plot(at, [entry["loss"] for entry in evaluations], "o-", color="#d1622b", label="validation")
+    left.plot(at, [entry["loss"] for entry in evaluations], "o-", color="#d1622b", label="held-out rows")
     left.set(title="loss", xlabel="step")
     left.legend(frameon=False)
     right.plot(at, [entry[metric] for entry in evaluations], "o-", color="#d1622b")
@@ -36,6 +41,8 @@ def plot_run(record: Mapping[str, Any], path: str | Path) -> None:
     right.margins(y=0.15)
     for axes in (left, right):
         axes.grid(alpha=0.25)
+        axes.set_xlim(0, 1.02 * len(losses) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.spines[["top", "right"]].set_visible(False)
     lora = record["options"]["lora"]
     figure.suptitle(
@@ -45,11 +52,17 @@ def plot_run(record: Mapping[str, Any], path: str | Path) -> None:
     figure.savefig(path)
 
 
-def _smooth(values: list[float], share: float = 0.95) -> list[float]:
-    """An exponential moving average without the bias towards its start."""
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """An exponential moving average without the bias towards its start, over a tenth of the steps and at most 20."""
+    share = 1 - 1 / min(max(len(values) / 10, 1), 20)
     out, mean, weight = [], 0.0, 0.0
     for value in values:
-        mean = share * mean + (1 - share) * value
-        weight = share * weight + (1 - share)
-        out.append(mean / weight)
+        if math.isfinite(value):
+            mean = share * mean + (1 - share) * value
+            weight = share * weight + (1 - share)
+        out.append(mean / weight if weight else math.nan)
     return out

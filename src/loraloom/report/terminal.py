@@ -59,7 +59,7 @@ class Meter:
         self.seen = 0
         # All of it fits in 80 columns; a wider bar would push out the figures.
         self.bar = Bar(
-            BarColumn(bar_width=12),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),

@@ -1,0 +1,172 @@
+"""Promises of the terminal: what a run says is what it does, in 80 columns, and a text of the user's stays a text."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from loraloom import LoraConfig
+from loraloom.lora.inspection import inspect
+from loraloom.report.session import train_run
+from loraloom.report.terminal import Meter, inspection, memory_table, overview, predictions, size
+from loraloom.train.memory import Memory
+from loraloom.train.options import TrainOptions
+from loraloom.train.run import prepare
+
+
+def shown(what: RenderableType, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(what)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def progress(step: int, loss: float, evaluations: list[dict[str, float]], tokens: int = 1000) -> Any:
+    curve = SimpleNamespace(loss=[loss], evaluations=evaluations)
+    return SimpleNamespace(slot=SimpleNamespace(step=step, curve=curve), tokens=tokens, seconds=2.0)
+
+
+# Before ---------------------------------------------------------------------------------------------------
+
+
+def test_the_overview_counts_rows_parameters_steps_and_padding(
+    encoder_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    options = TrainOptions(model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "o", eval_split=50)
+    prepared = prepare(options)
+    text = shown(overview(prepared), width=200)
+    trained = sum(p.numel() for p in prepared.model.adapter_parameters("default").values())
+    total = trained + prepared.plan.base_parameters
+    tokens = sum(prepared.data.train.lengths)
+    assert "150 rows to train on, 50 held out" in text
+    assert f"{tokens:,} tokens an epoch, padding {prepared.data.padding:.1%}" in text
+    assert f"{trained:,} of {total:,} parameters train: LoRA in 4 modules, in full classifier" in text
+    assert "30 steps, 10 an epoch" in text
+    assert "warning" not in text
+
+
+def test_rows_that_were_cut_are_counted_aloud(encoder_folder: Path, reviews: Path, tmp_path: Path) -> None:
+    options = TrainOptions(
+        model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "o", max_length=6, eval_split=50
+    )
+    prepared = prepare(options)
+    cut = prepared.data.train.truncated
+    assert cut > 0
+    assert f"warning: {cut} training rows are cut to max_length=6 tokens" in shown(overview(prepared))
+
+
+# During ---------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_has_loss_metric_speed_and_time_left_in_80_columns() -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    evaluations = [{"step": 100, "loss": 12.345, "perplexity": 123.456}]
+    with Meter(console, 10_000) as meter:
+        for step in (9_998, 9_999):
+            meter(progress(step, 1.5, evaluations if step > 9_998 else [], tokens=246_912))
+        meter.bar.refresh()
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    last = text.replace("\n", "\r").rstrip("\r").split("\r")[-1].rstrip()
+    for part in ("9999/10000", "loss 1.500", "perplexity 123.456", "123,456 tokens/s", "left"):
+        assert part in last
+    assert re.search(r"[0-9-]+:[0-9-]{2} left", last)
+    assert len(last) <= 80
+
+
+def test_elsewhere_than_in_a_terminal_each_evaluation_is_one_line() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    first = {"step": 1, "loss": 0.5, "accuracy": 0.75}
+    with Meter(console, 3) as meter:
+        meter(progress(1, 2.0, [first]))
+        meter(progress(2, 1.0, [first]))
+        meter(progress(3, 1.0, [first, {"step": 3, "loss": 0.25, "accuracy": 0.875}]))
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "step 1: training loss 2.000, held-out loss 0.500, accuracy 0.750, 500 tokens/s",
+        "step 3: training loss 1.810, held-out loss 0.250, accuracy 0.875, 500 tokens/s",
+    ]
+
+
+# After ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_as_a_function_says_what_it_did_and_where_it_is(
+    encoder_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    options = TrainOptions(model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "run", max_steps=2)
+    console = Console(file=io.StringIO(), width=60)
+    result = train_run(options, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    figures = result.record["result"]
+    assert f"held-out loss {figures['loss']:.3f}, accuracy {figures['accuracy']:.3f} after 2 steps in" in text
+    for name in ("", "/run.json", "/curves.png"):
+        assert f" {tmp_path / 'run'}{name}\n" in text  # whole, however long: paths are there to be copied
+        assert (tmp_path / f"run{name}").exists()
+    assert text.count("blame (") + text.count("praise (") == 3
+
+
+def test_a_text_that_looks_like_markup_is_shown_as_it_is() -> None:
+    row = {"input": "see [bold]this[/] and [/nothing]", "expected": "[red]", "predicted": "a\nb"}
+    text = shown(predictions([row]))
+    for part in ("see [bold]this[/] and [/nothing]", "[red]", "a b"):
+        assert part in text
+
+
+def test_long_texts_are_cut() -> None:
+    text = shown(predictions([{"input": "x" * 500, "expected": "y", "predicted": "z"}]), width=200)
+    assert "x" * 99 + "…" in text
+    assert "x" * 100 not in text
+
+
+# Memory and adapters --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (5 * 2**20, "5.0 MiB"),
+        (3 * 2**29, "1.50 GiB"),
+        (2**41, "2048.00 GiB"),
+    ],
+)
+def test_sizes_are_in_the_unit_that_suits(count: int, words: str) -> None:
+    assert size(count) == words
+
+
+def test_the_parts_of_memory_and_their_sum_are_listed() -> None:
+    text = memory_table(Memory(base=4096, adapter=1024, gradients=1024, optimizer=2048, activations=8192))
+    assert [line.split()[-2:] for line in text.splitlines()] == [
+        [number, "KiB"] for number in ("4.0", "1.0", "1.0", "2.0", "8.0", "16.0")
+    ]
+    open_end = memory_table(Memory(base=4096, adapter=1024, gradients=1024, optimizer=2048, activations=None))
+    assert open_end.splitlines()[-1].endswith("8.0 KiB and what is kept for backward, which cannot be told beforehand")
+
+
+def test_an_adapter_shows_whole_names_aligned_and_only_what_is_not_the_default(
+    encoder_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    lora = LoraConfig(r=3, use_rslora=True, init_lora_weights=False, target_modules="all-linear")
+    options = TrainOptions(
+        model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "run", max_steps=1, lora=lora
+    )
+    train_run(options, Console(file=io.StringIO()))
+    found = inspect(tmp_path / "run")
+    lines = inspection("run", found).splitlines()
+    assert lines[0].startswith(f"run: {found.parameters:,} parameters, ")
+    assert "  use_rslora: True" in lines
+    assert not any(line.startswith("  bias:") for line in lines)
+    rows = [line for line in lines if line.startswith("bert.")]
+    assert [row.split()[0] for row in rows] == [update.name for update in found.updates]
+    assert [row.split()[1:5] for row in rows] == [
+        [str(u.r), f"{u.scale:g}", f"{u.norm:.4g}", str(u.used_rank)] for u in found.updates
+    ]
+    assert len({len(row) - len(row.lstrip()) for row in rows}) == 1
+    header = next(line for line in lines if line.startswith("module"))
+    assert all(row[header.index("rank used") + 8] != " " for row in rows)  # numbers end under their heading
