@@ -234,3 +234,32 @@ def test_it_compiles_without_a_graph_break(llama, tokens, logits, make: Callable
     compiled = torch.compile(make(model), backend="aot_eager", fullgraph=make(model) is not model)
     with torch.no_grad():
         torch.testing.assert_close(compiled(tokens, use_cache=False).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_another_adapter_takes_its_place_in_a_compiled_model_without_compiling_anew(llama, tokens, logits) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model = get_peft_model(llama, config(), adapter_name="a")
+    for name, alpha in (("b", 8), ("c", 2), ("d", 5)):
+        model.add_adapter(name, config(lora_alpha=alpha))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    frames = []
+    with torch.no_grad():
+        for name in "abcdabcd":
+            model.set_adapter(name)
+            found = compiled(tokens, use_cache=False).logits
+            torch.testing.assert_close(found, logits(model, tokens), rtol=1e-4, atol=1e-4)
+            frames.append(counter.frame_count)
+    # Once more for the first other scale, from which on the scale is an input.
+    assert frames[:2] == [1, 2] or frames[:3] == [1, 1, 2]
+    assert len(set(frames[2:])) == 1
+
+
+def test_calls_that_go_past_the_peft_model_leave_nothing_behind(llama, tokens) -> None:
+    model = get_peft_model(llama, config())
+    known = model.base_model.router.inputs
+    for _ in range(3):
+        model.get_base_model()(tokens, labels=tokens).loss.backward()
+    assert len(known._lessons) <= 4
+    assert len(known._graphs) == 0

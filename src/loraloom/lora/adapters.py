@@ -252,11 +252,16 @@ class LoraModel(nn.Module):
     def _follow(self) -> None:
         """Let layers, heads and biases follow what is set. Merged adapters answer, active or not, and they alone."""
         self.router.route = Route(active=self._merged or (self._active if self._enabled else ()))
-        self._biases.install(self.router.route.active)
+        self._install(self.router.route)
         if self._biases.slots:
             self._modules["biases"] = self._biases
         else:
             self._modules.pop("biases", None)
+
+    def _install(self, route: Route) -> None:
+        self._biases.install(route.active)
+        for layer in self._layers.values():
+            layer.follow(route.active)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -298,7 +303,8 @@ class LoraModel(nn.Module):
         ``dropout_seeds`` names an adapter's dropout mask by a number, which then depends on nothing else; without one
         it follows torch's generator. With gradient checkpointing the backward belongs inside the ``with`` block too.
         """
-        self.router.inputs.learn()
+        if not torch.compiler.is_compiling():
+            self.router.inputs.learn()
         if adapter_names is None:
             yield
             return
@@ -308,12 +314,12 @@ class LoraModel(nn.Module):
         route = Route.of_rows(names, dropout_seeds or {})
         if route.blocks and (owners := [name for name in route.slots() if name in self._biases.slots]):
             raise AdapterError(f"adapter_names: {_list(owners)} train biases, which cannot be routed row by row")
-        self._biases.install(route.active)
+        self._install(route)
         try:
             with self.router.using(route):
                 yield
         finally:
-            self._biases.install(self.router.route.active)
+            self._install(self.router.route)
 
     # -- what an adapter consists of --------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,8 +35,10 @@ class Inputs:
         self._ready: dict[LoraLinear, Tensor] = {}
         self._followers: dict[LoraLinear, list[LoraLinear]] = {}
         self._apart: set[LoraLinear] = set()
-        self._lessons: list[Callable[[], None]] = []
-        self._graphs: list[weakref.ref[Any]] = []
+        #: what was noted and is not in use yet: layers → what to do with them
+        self._lessons: dict[tuple[LoraLinear, ...], Callable[..., None]] = {}
+        #: the graphs that wait for their backward and were made meanwhile
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Inputs, ()  # a copy of the model learns for itself
@@ -55,7 +56,7 @@ class Inputs:
         out = lora_projections(x, [one.projection(slot) for one in together], layer.dropped(slot))
         self._ready.update(zip(together[1:], out[1:], strict=True))
         if len(self._readers) > 1 and out[0].grad_fn is not None:
-            self._graphs.append(weakref.ref(out[0].grad_fn))
+            self._graphs.add(out[0].grad_fn)
         return out[0]
 
     def read(self, x: Tensor) -> bool:
@@ -70,9 +71,9 @@ class Inputs:
     def _note(self) -> None:
         """The readers of the last tensor are known now."""
         if self._ready:
-            self._lessons.append(partial(self._part, tuple(self._ready)))
+            self._lessons[tuple(self._ready)] = self._part
         elif len(self._readers) > 1:
-            self._lessons.append(partial(self._join, *self._readers))
+            self._lessons[tuple(self._readers)] = self._join
         self.seeds, self._readers, self._ready = {}, [], {}
 
     def learn(self) -> None:
@@ -82,10 +83,10 @@ class Inputs:
         find it as it was.
         """
         self._note()
-        if self._lessons and all(graph() is None for graph in self._graphs):
-            for lesson in self._lessons:
-                lesson()
-            self._lessons, self._graphs = [], []
+        if self._lessons and not self._graphs:
+            for layers, lesson in self._lessons.items():
+                lesson(*layers)
+            self._lessons = {}
 
     def forget(self) -> None:
         """Begin anew: the model has other layers."""
@@ -95,7 +96,7 @@ class Inputs:
         known = self._followers.setdefault(first, [])
         known += [one for one in others if one is not first and one not in known and one not in self._apart]
 
-    def _part(self, layers: tuple[LoraLinear, ...]) -> None:
+    def _part(self, *layers: LoraLinear) -> None:
         """They were computed in vain."""
         self._apart.update(layers)
         for followers in self._followers.values():

@@ -55,12 +55,17 @@ class LoraLayer(nn.Module):
     #: that it is no parameter of this module).
     merged: tuple[str, ...]
     _frozen: tuple[nn.Parameter, ...]
+    #: A, B, scale and dropout of the one slot in use. A compiled model reads these and no names, so that another
+    #: adapter of the same shapes can take the place without compiling anew.
+    _current: tuple[Tensor, Tensor, float, float] | None
 
     def __init__(self, base_layer: nn.Module, router: Router, name: str = "") -> None:
         super().__init__()
         # Straight into the tables, as in Factor.
         self._modules.update(base_layer=base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
-        vars(self).update(router=router, name=name, r={}, scaling={}, lora_dropout={}, merged=(), _frozen=())
+        vars(self).update(
+            router=router, name=name, r={}, scaling={}, lora_dropout={}, merged=(), _frozen=(), _current=None
+        )
         for module in (self, self.lora_A, self.lora_B):
             vars(module)["training"] = base_layer.training
 
@@ -92,6 +97,14 @@ class LoraLayer(nn.Module):
         for table in (self.r, self.scaling, self.lora_dropout, self.lora_A, self.lora_B):
             if slot in table:  # not where adding it was cut off
                 del table[slot]
+
+    def follow(self, active: tuple[str, ...]) -> None:
+        """Note which slots are in use, for a compiled model."""
+        mine = [slot for slot in active if slot in self.r]
+        current = None
+        if len(mine) == 1 and not self.merged:
+            current = (*self.factors(mine[0]), self.scaling[mine[0]], self.lora_dropout[mine[0]])
+        vars(self)["_current"] = current
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -208,9 +221,16 @@ class LoraLinear(LoraLayer):
     def update(self, slot: str, x: Tensor) -> Tensor:
         return functional.lora_linear(self.drop(slot, x), *self.factors(slot), self.scaling[slot])
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        slot = self.single_slot(x)
-        return super().forward(x, *args, **kwargs) if slot is None else self.router.inputs.project(self, x, slot)
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if torch.compiler.is_compiling() and self._current is not None:
+            a, b, scale, p = self._current
+            seen = F.dropout(input, p) if self.training else input
+            y: Tensor = self.base_layer(input, *args, **kwargs)
+            return y + functional.lora_linear(seen, a, b, scale).to(y.dtype)
+        slot = self.single_slot(input)
+        if slot is None:
+            return super().forward(input, *args, **kwargs)
+        return self.router.inputs.project(self, input, slot)
 
     def single_slot(self, x: Tensor) -> str | None:
         """The one slot through which all of ``x`` goes, where ``functional.lora_projections`` can do that.
@@ -262,6 +282,9 @@ class LoraConv1D(LoraLinear):
         weight = base.weight
         assert isinstance(weight, Tensor)
         return (r, weight.shape[0]), (weight.shape[1], r)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(x, *args, **kwargs)
 
     @staticmethod
     def _rows_of(weight: Tensor) -> Tensor:
