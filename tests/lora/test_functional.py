@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loraloom.lora.dropout import Dropped
-from loraloom.lora.functional import Projection, lora_linear, lora_projections
+from loraloom.lora.functional import Projection, lora_linear, lora_projections, row_norms
 
 CALM = settings(max_examples=40, deadline=None)  # two cores are shared: a slow example is no failure
 
@@ -174,3 +174,31 @@ def test_a_second_derivative_is_refused_and_not_silently_wrong() -> None:
     (y,) = lora_projections(x, projections)
     with pytest.raises(RuntimeError, match="create_graph=True"):
         torch.autograd.grad((y**2).sum(), x, create_graph=True)
+
+
+@CALM
+@given(out=st.integers(1, 6), inside=st.integers(1, 9), r=st.integers(1, 4), scale=st.floats(-3, 3), once=st.booleans())
+def test_row_norms_are_those_of_the_whole_product(out: int, inside: int, r: int, scale: float, once: bool) -> None:
+    draw = torch.Generator().manual_seed(out * 100 + inside * 10 + r)
+    weight, a, b = (
+        torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((out, inside), (r, inside), (out, r))
+    )
+    squared = weight.square().sum(1) if once else None
+    wanted = (weight + scale * b @ a).norm(dim=1)
+    torch.testing.assert_close(row_norms(weight, a, b, scale, squared), wanted, rtol=1e-9, atol=1e-7)
+    found = row_norms(weight.float(), a.float(), b.float(), scale)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-2)
+
+
+def test_row_norms_make_no_product_as_large_as_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    plain = torch.mm
+
+    def mm(a: Tensor, b: Tensor) -> Tensor:
+        out = plain(a, b)
+        sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch, "mm", mm)
+    row_norms(torch.randn(50, 40), torch.randn(2, 40), torch.randn(50, 2), 1.0)
+    assert max(sizes) == 50 * 2

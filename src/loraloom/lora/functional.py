@@ -156,3 +156,21 @@ class _Projections(torch.autograd.Function):
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+# -- norms --------------------------------------------------------------------------------------------------------
+
+
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, squared: Tensor | None = None) -> Tensor:
+    """``‖W + scale · B A‖`` of each row, without the [out, in] product: what DoRA divides by (Liu et al. 2024, eq. 5).
+
+    Shapes: weight [out, in], a [r, in], b [out, r] → [out], in at least float32. ``squared`` is ``‖W‖²`` of each row,
+    which is frozen and need be computed once. From ``‖W‖² + 2s (W Aᵀ)·B + s² (B A Aᵀ)·B``, row by row.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    a, b = a.to(dtype), b.to(dtype)
+    if squared is None:
+        squared = weight.to(dtype).square().sum(1)
+    cross = torch.mm(weight, a.T.to(weight.dtype)).to(dtype)
+    total = squared + (b * (2 * scale * cross + scale**2 * torch.mm(b, torch.mm(a, a.T)))).sum(1)
+    return total.clamp_min(0).sqrt()
