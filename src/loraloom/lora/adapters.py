@@ -23,8 +23,9 @@ from loraloom.lora.biases import Biases
 from loraloom.lora.initialize import factors, seed_of
 from loraloom.lora.layers import HALF, LoraLayer, layer_class
 from loraloom.lora.route import BASE, Route, Router
-from loraloom.lora.saved import SavedModule, unwrap
+from loraloom.lora.saved import SavedModule
 from loraloom.lora.targets import Plan, base_modules, plan, plan_on
+from loraloom.lora.wrapping import Places, strip
 
 PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -108,7 +109,7 @@ class LoraModel(nn.Module):
         tensors: Mapping[str, Tensor] | None,
     ) -> None:
         self.router.inputs.forget()
-        places = _Places(self.model)
+        places = Places(self.model)
         for target in made.targets:
             module = modules[target.name]
             layer = self._layers.get(target.name)
@@ -156,7 +157,7 @@ class LoraModel(nn.Module):
         slot: str,
         names: Iterable[str],
         modules: dict[str, nn.Module],
-        places: _Places,
+        places: Places,
         autocast: bool,
     ) -> None:
         twins: dict[int, nn.Parameter] = {}
@@ -205,7 +206,7 @@ class LoraModel(nn.Module):
         self._biases.remove(adapter_name)
         self._follow()
         self.peft_config.pop(adapter_name, None)
-        _strip(self.model, only_empty=True)
+        strip(self.model, only_empty=True)
         self._layers = {name: layer for name, layer in self._layers.items() if layer.slots}
         self._saved = {name: wrapper for name, wrapper in self._saved.items() if len(wrapper.modules_to_save)}
         self.router.inputs.forget()
@@ -411,7 +412,7 @@ class LoraModel(nn.Module):
         if not self._merged:
             return self.unload()
         untied = merge.untied(self.model, self._layers)
-        _strip(self.model, keep_copies=True)
+        strip(self.model, keep_copies=True)
         if untied:
             merge.untie(self.model)
         return self._emptied()
@@ -420,7 +421,7 @@ class LoraModel(nn.Module):
         """The plain model as it was, bit for bit. This object is empty afterwards."""
         self.unmerge_adapter()
         self._biases.install(())
-        _strip(self.model)
+        strip(self.model)
         return self._emptied()
 
     def thaw(self) -> None:
@@ -505,56 +506,3 @@ def _factor_keys(layer: LoraLayer, name: str) -> tuple[str, str]:
     if layer.kind == "Embedding":
         return file_key(f"{name}.lora_embedding_A"), file_key(f"{name}.lora_embedding_B")
     return file_key(f"{name}.lora_A.weight"), file_key(f"{name}.lora_B.weight")
-
-
-class _Places:
-    """Where every base module hangs in a model, found when the first wrapper is placed: later adapters need none."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._held: dict[int, list[tuple[nn.Module, str]]] = {}
-
-    def replace(self, module: nn.Module, wrapper: nn.Module) -> None:
-        """Put ``wrapper`` around ``module`` wherever it hangs. A ``SavedModule`` stays outside a ``LoraLayer``."""
-        if not self._held:
-            self._find()
-        if not self._held.get(id(module)):
-            raise AdapterError("target_modules: the model itself cannot be wrapped; put it inside another module")
-        for parent, key in self._held[id(module)]:
-            held = parent._modules[key]
-            if isinstance(held, SavedModule):
-                held.original_module = wrapper
-            else:
-                if isinstance(wrapper, SavedModule) and held is not None:
-                    wrapper.original_module = held
-                parent._modules[key] = wrapper
-
-    def _find(self) -> None:
-        """Base module → every (parent, attribute) that holds it, wrapped or not."""
-        mine: set[nn.Module] = set()  # the dictionaries of slots; others are the model's own
-        for parent in self._model.modules():
-            if isinstance(parent, LoraLayer | SavedModule):
-                mine.update(child for child in parent.children() if isinstance(child, nn.ModuleDict))
-            elif parent not in mine:
-                for key, child in parent._modules.items():
-                    if child is not None:
-                        self._held.setdefault(id(unwrap(child)), []).append((parent, key))
-
-
-def _strip(model: nn.Module, *, only_empty: bool = False, keep_copies: bool = False) -> None:
-    """Take wrappers off: all, or those without a slot. ``keep_copies`` leaves the active copy of saved modules."""
-    for parent in list(model.modules()):
-        if isinstance(parent, LoraLayer | SavedModule) and not only_empty:
-            continue
-        for key, child in list(parent._modules.items()):
-            while isinstance(child, LoraLayer | SavedModule):
-                if isinstance(child, LoraLayer):
-                    inner: nn.Module = child.base_layer
-                    keep = bool(child.slots)
-                else:
-                    inner = child.current() if keep_copies else child.original_module
-                    keep = len(child.modules_to_save) > 0
-                if only_empty and keep:
-                    break
-                inner.train(child.training) if isinstance(child, LoraLayer) else None
-                parent._modules[key] = child = inner
