@@ -27,14 +27,14 @@ from torch import nn
 
 import loraloom
 from loraloom.config import TaskType
-from loraloom.data.batches import bucketed, padding_share
-from loraloom.data.encode import Encoded, Example, encode
-from loraloom.data.rows import Row, check_columns, check_labels, data_hash, label_names, read_rows, split
+from loraloom.data.encode import Example
+from loraloom.data.rows import Row
 from loraloom.errors import ConfigError, FailureError, LoraloomError, ModelError, SaveError, TrainingError
 from loraloom.lora.atomic import write_files
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, matches_name, plan
+from loraloom.train.dataset import Data, encode_run_rows, read_data, read_run_rows
 from loraloom.train.load import length_within, load_base, load_limit, load_tokenizer
 from loraloom.train.loop import Progress, evaluate, train_pack
 from loraloom.train.options import TASKS, TrainOptions
@@ -43,18 +43,6 @@ from loraloom.train.tasks import metric_name
 
 RUN_NAME = "run.json"
 ADAPTER = "default"
-
-
-@dataclass
-class Data:
-    """The rows of a run, tokenised. ``names`` are the labels in the order of their numbers."""
-
-    train: Encoded
-    evaluation: Encoded
-    evaluation_rows: list[Row]
-    names: list[str]
-    padding: float
-    hashes: dict[str, str]
 
 
 @dataclass
@@ -98,11 +86,11 @@ def prepare(options: TrainOptions) -> Prepared:
     """
     _check_output(options)
     task = TASKS[options.task]
-    rows = _read_rows(options)
+    rows = read_run_rows(options)
     limit = load_limit(options.model)
     options = replace(options, max_length=length_within(limit, options.max_length, options.model))
     tokenizer = load_tokenizer(options.model)
-    data = _encode_rows(rows, options, tokenizer)
+    data = encode_run_rows(rows, options, tokenizer)
     torch.manual_seed(options.seed)  # the new head's numbers, and the dropout that follows
     base, new = load_base(options.model, task, options.dtype, data.names)
     _check_vocabulary(base, data, options.model)
@@ -213,60 +201,6 @@ def _end_early(
         said = str(error) if isinstance(error, LoraloomError) else f"step {slot.step + 1}: {explain(error)}"
         raise TrainingError(f"{said.rstrip('.')}; {where}") from error
     raise error
-
-
-# -- data ---------------------------------------------------------------------------------------------------------
-
-
-def read_data(options: TrainOptions, tokenizer: Any) -> Data:
-    """The rows of a run, checked, split and tokenised.
-
-    Raises:
-        DataError: a file that cannot be read or does not hold what the task needs.
-    """
-    return _encode_rows(_read_rows(options), options, tokenizer)
-
-
-@dataclass
-class _Rows:
-    train: list[Row]
-    evaluation: list[Row]
-    #: the file that the held-out rows came from
-    source: str
-    names: list[str]
-    hashes: dict[str, str]
-
-
-def _read_rows(options: TrainOptions) -> _Rows:
-    task = TASKS[options.task]
-    rows = read_rows(options.data)
-    check_columns(rows, task, options.data)
-    hashes = {options.data: data_hash(options.data)}
-    source = options.data
-    if isinstance(options.eval_split, str):
-        source = options.eval_split
-        held_out = read_rows(source)
-        check_columns(held_out, task, source)
-        hashes[source] = data_hash(source)
-    else:
-        if task is TaskType.SEQ_CLS:
-            label_names(rows, options.data)  # of one class only, the split would say something else
-        assert isinstance(options.eval_split, int | float)
-        rows, held_out = split(rows, options.eval_split, options.seed, keep_labels=task is TaskType.SEQ_CLS)
-    names: list[str] = []
-    if task is TaskType.SEQ_CLS:
-        names = label_names(rows, options.data)
-        check_labels(rows, held_out, source)
-    return _Rows(rows, held_out, source, names, hashes)
-
-
-def _encode_rows(rows: _Rows, options: TrainOptions, tokenizer: Any) -> Data:
-    task, length = TASKS[options.task], length_within(None, options.max_length, options.model)
-    train = encode(rows.train, tokenizer, task, length, options.data, rows.names)
-    evaluation = encode(rows.evaluation, tokenizer, task, length, rows.source, rows.names)
-    batches = bucketed(train.lengths, options.batch_size, options.seed, 0)
-    padding = padding_share(train.lengths, batches)
-    return Data(train, evaluation, rows.evaluation, rows.names, padding, rows.hashes)
 
 
 def _check_vocabulary(model: nn.Module, data: Data, name: str) -> None:
