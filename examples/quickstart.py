@@ -9,6 +9,7 @@ encoder, and LoRA. ``--rows`` and ``--max-steps`` make it shorter, and the answe
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter
@@ -46,7 +47,7 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None) -> No
         task="seq-cls",
         output=str(out / "adapter"),
         lora=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear"),
-        epochs=4,
+        epochs=3,
         max_steps=max_steps,
         batch_size=16,
         learning_rate=2e-3,
@@ -81,6 +82,9 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None) -> No
         f"{record['seconds']:.0f}",
     )
     console.print(table)
+    figures = {"common": share, "head": head, "head_parameters": head_parameters, "lora": record["result"]["accuracy"]}
+    figures |= {"lora_parameters": record["trainable_parameters"], "seconds": record["seconds"]}
+    (out / "result.json").write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     print(f"curves   {plot}\nadapter  {out / 'adapter'}\n{time.perf_counter() - started:.0f} s in all\n")
     print("try next:")
     print(f"  loraloom inspect {out / 'adapter'}          which modules moved, and how much of r they use")
@@ -143,7 +147,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, default=Path("runs/quickstart"), metavar="OUT")
     parser.add_argument("--rows", type=int, help="at most so many rows to train on, and as many to ask")
-    parser.add_argument("--max-steps", type=int, help="so many steps instead of four times through the rows")
+    parser.add_argument("--max-steps", type=int, help="so many steps instead of three times through the rows")
     given = parser.parse_args()
     try:
         main(given.out, given.rows, given.max_steps)

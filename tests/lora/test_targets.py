@@ -424,3 +424,8 @@ def test_base_modules_are_named_as_before_any_adapter(model: nn.Module) -> None:
     own = llama_of()
     get_peft_model(own, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     assert [name for name, _ in base_modules(own)] == wanted
+
+
+def test_a_presets_targets_outside_the_layers_asked_for_name_the_layers(llama) -> None:
+    with pytest.raises(TargetError, match=r"layers_to_transform: none of the 4 modules .* is in the layers \[9\]"):
+        plan(llama, LoraConfig(layers_to_transform=[9]))

@@ -173,7 +173,7 @@ class LoraModel(nn.Module):
             for leaf, original in modules[name]._parameters.items():
                 mine = module._parameters[leaf]
                 if original is not None and mine is not None:
-                    module._parameters[leaf] = twins.setdefault(original.data_ptr(), mine)
+                    module._parameters[leaf] = twins.setdefault(original.data_ptr() or id(original), mine)
             wrapper.modules_to_save[slot] = module
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -37,14 +37,22 @@ class Dropped:
     def _kept(self) -> int:
         return max(_LEVELS - round(self.p * _LEVELS), 1)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """``x`` [rows, ...] with each number 0 with probability ``p``. The others are as they were: see ``gain``."""
+    def mask(self, x: Tensor) -> Tensor:
+        """Whole numbers as wide as those of ``x`` [rows, ...]: all bits set where one stays, none where it goes."""
         size = x[:1].numel()
         words = _hash(x.shape[0], -(-size // 2), self.seed, x.device)
         # Two draws of 15 bits a word; negative (all ones after the shift) below the threshold, which keeps.
         draws = words.view(torch.int16).bitwise_and_(_LEVELS - 1).sub_(self._kept).bitwise_right_shift_(15)
-        kept = draws[:, :size].reshape(x.shape).to(_INTEGERS[x.element_size()])
-        return kept.bitwise_and_(x.contiguous().view(kept.dtype)).view(x.dtype)
+        return draws[:, :size].reshape(x.shape).to(_INTEGERS[x.element_size()])
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x`` [rows, ...] with each number 0 with probability ``p``. The others are as they were: see ``gain``."""
+        return masked(x, self.mask(x))
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` where ``mask`` (see ``Dropped.mask``) keeps it, else 0."""
+    return x.contiguous().view(mask.dtype).bitwise_and(mask).view(x.dtype)
 
 
 def _hash(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraloom.lora.dropout import Dropped
+from loraloom.lora.dropout import Dropped, masked
 
 
 def lora_linear(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -142,14 +142,15 @@ class _Projections(torch.autograd.Function):
         # One product for all A, above and below: a thin matrix costs hardly less than a wider one.
         joined, a_all = (below[0], a[0]) if n == 1 else (torch.cat(below, 1), torch.cat(a))
         each_a: Sequence[Tensor | None] = [None] * n
+        mask = None if dropped is None else dropped.mask(x)
         if True in need_a:
-            d_a = torch.mm(joined.T, _rows(x if dropped is None else dropped.apply(x))).to(dtype_a)
+            d_a = torch.mm(joined.T, _rows(x if mask is None else masked(x, mask))).to(dtype_a)
             each_a = (d_a,) if n == 1 else torch.split(d_a, [a_i.shape[0] for a_i in a])
         if dx is not None:
-            if dropped is None:
+            if mask is None:
                 dx.addmm_(joined, a_all)
             else:
-                dx.add_(_rows(dropped.apply(torch.mm(joined, a_all).view(x.shape))))
+                dx.add_(_rows(masked(torch.mm(joined, a_all).view(x.shape), mask)))
             dx = dx.view(x.shape)
         return (dx, None, None, *[None] * n, *d_bias, *each_a, *d_b)
 

@@ -335,6 +335,12 @@ def _matches(
                 raise TargetError(f"target_modules: {pattern!r} matches {len(hits)} modules, but {why}")
         _check_layers(modules, config)
     elif wanted and not names:
+        elsewhere = sum(_matches_any(wanted, name) for name in modules)
+        if elsewhere and not matched:
+            raise TargetError(
+                f"layers_to_transform: none of the {elsewhere} modules that {wanted!r} matches is in the layers "
+                f"{config.layers_to_transform}"
+            )
         raise TargetError(f"target_modules: {wanted!r} matches no module; {_offer(modules)}")
     for name in names:
         if layer_class(modules[name]) is None:
