@@ -7,6 +7,7 @@ page shows (a block opened by ```` ```jsonl NAME ````).
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from loraloom.config import LoraConfig, _not_implemented
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
+MEASURED = (*READMES, "docs/performance.md")
 PAGES = [*READMES, "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*) ?([\w.-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -122,14 +124,42 @@ def test_the_two_readmes_have_the_same_headings_code_links_and_figures() -> None
         found = [sorted(re.findall(pattern, FENCE.sub("", text), re.MULTILINE)) for text in (english, chinese)]
         assert found[0] == found[1], what
     tables = [re.findall(r"^\|.*\|$", text, re.MULTILINE) for text in (english, chinese)]
-    figures = [[re.findall(r"[\d.,]+(?: ms)?", row) for row in table[1:]] for table in tables]
+    figures = [[re.findall(r"\d+(?:[.,]\d+)*(?: ms| MiB)?", row) for row in table] for table in tables]
     assert len(figures[0]) > 5
-    assert figures[0][1:] == figures[1][1:]
+    assert figures[0] == figures[1]
 
 
-@pytest.mark.parametrize("page", READMES)
+@pytest.mark.parametrize("page", MEASURED)
 def test_the_figures_are_those_of_the_results(page: str) -> None:
     assert text_of(page) == _figures().refreshed(page), "run python docs/figures.py"
+
+
+@pytest.mark.parametrize("page", MEASURED)
+def test_without_results_tables_are_left_out_and_the_text_around_them_stays(page: str, tmp_path: Path) -> None:
+    made = _figures().refreshed(page, tmp_path)
+    between = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+    assert between.sub("", made) == between.sub("", text_of(page))
+    tables = {found[2]: "|---" in found[0] for found in between.finditer(made)}
+    assert not any(tables[name] for name in ("speed", "measured") if name in tables)
+    assert all(tables[name] for name in ("quickstart", "figures") if name in tables)
+
+
+@pytest.mark.parametrize("page", MEASURED)
+def test_a_missed_goal_is_said_and_a_met_one_is_not(page: str, tmp_path: Path) -> None:
+    shape = {"dtype": "bfloat16", "width": 64, "layers": 2, "rows": 3, "tokens": 16, "dropout": 0.1}
+    times = {name: {"median": 1.5, "min": 1.4, "max": 1.6} for name in ("peft", "loraloom")}
+    seconds = {name: [0.25] for name in ("floor", "peft", "loraloom")}
+    figures = [{"shape": shape, "goal": goal, "times the floor": times, "seconds": seconds} for goal in (1.49, 1.5)]
+    machine = {"processor": "A", "threads": 1, "python": "3", "torch": "2", "transformers": "5", "peft": "0"}
+    record = {"command": "python step.py", "date": "2026-01-01", "machine": machine, "figures": figures}
+    (tmp_path / "step.json").write_text(json.dumps(record))
+    first, second = (row for row in _figures().refreshed(page, tmp_path).splitlines() if "64" in row and "3×16" in row)
+    missed = "未达到" if "zh" in page else "missed"
+    assert "1.500" in first
+    assert "≤ 1.49" in first
+    assert missed in first
+    assert "≤ 1.50" in second
+    assert missed not in second
 
 
 def _figures() -> ModuleType:
