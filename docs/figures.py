@@ -50,6 +50,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "missed": ", missed",
         "floor": "The floor is the frozen model's own forward and backward. For the loss, the column peft is the plain "
         "loss. Commands: {commands}.",
+        "and": ", ",
         "quickstart": ("800 docstrings never seen, 11 areas", "accuracy", "trained parameters"),
         "common": "always the most common area",
         "new head": "a new head on the frozen encoder",
@@ -82,6 +83,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "times, no goal": "{found:.2f} 倍",
         "missed": "，未达到",
         "floor": "下限是冻结模型自己的一次前向和反向。损失那几行里，peft 一列是普通算法。命令：{commands}。",
+        "and": "、",
         "quickstart": ("800 条没见过的 docstring，11 个领域", "准确率", "训练的参数"),
         "common": "永远猜最常见的领域",
         "new head": "冻结编码器，只训新的分类头",
@@ -126,7 +128,7 @@ def speed(words: Record, results: Path) -> str:
             used.append(record)
     if not rows:
         return ""
-    note = words["floor"].format(commands=", ".join(f"`{record['command']}`" for record in used))
+    note = words["floor"].format(commands=words["and"].join(f"`{record['command']}`" for record in used))
     machines = dict.fromkeys(_machine(words, record) for record in used)
     return "\n".join([*_table(words["speed"], rows), "", note, "", *machines, ""])
 
@@ -304,13 +306,13 @@ def _attention_table(record: Record) -> list[str]:
 
 
 def _goal(words: Record, text: str, met: bool) -> str:
-    return text if met else text + words["missed"]
+    return text if met else f"{text}{words['missed']}"
 
 
 def _of_peft(words: Record, figure: Record) -> str:
     found, goal = figure["of peft"], figure["goal"]
     if goal is None:
-        return words["of peft, no goal"].format(found=found)
+        return str(words["of peft, no goal"].format(found=found))
     return _goal(words, words["of peft"].format(goal=goal, found=found), found <= goal)
 
 
@@ -323,19 +325,19 @@ def _times_faster(words: Record, record: Record, name: str) -> str:
     figures, goal = record["figures"], record["goal"]
     found = figures[OURS]["rows_per_second"] / figures[name]["rows_per_second"]
     if name != TRAINER:  # the goal is against the Trainer's defaults
-        return words["times, no goal"].format(found=found)
+        return str(words["times, no goal"].format(found=found))
     return _goal(words, words["times"].format(goal=goal, found=found), found >= goal)
 
 
 def _llama(words: Record, shape: Record) -> str:
-    return words["llama"].format(**shape) + (words["dropout"].format(**shape) if shape["dropout"] else "")
+    return str(words["llama"].format(**shape)) + (words["dropout"].format(**shape) if shape["dropout"] else "")
 
 
 def _machine(words: Record, record: Record) -> str:
     machine = dict(record["machine"])
     if machine.get("device"):
         machine["processor"] += f", {machine['device']}"
-    return words["machine"].format(**machine, date=record["date"])
+    return str(words["machine"].format(**machine, date=record["date"]))
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
