@@ -55,9 +55,6 @@ class LoraLayer(nn.Module):
     #: that it is no parameter of this module).
     merged: tuple[str, ...]
     _frozen: tuple[nn.Parameter, ...]
-    #: A, B, scale and dropout of the one slot in use. A compiled model reads these and no names, so that another
-    #: adapter of the same shapes can take the place without compiling anew.
-    _current: tuple[Tensor, Tensor, float, float] | None
 
     def __init__(self, base_layer: nn.Module, router: Router, name: str = "") -> None:
         super().__init__()
@@ -99,12 +96,7 @@ class LoraLayer(nn.Module):
                 del table[slot]
 
     def follow(self, active: tuple[str, ...]) -> None:
-        """Note which slots are in use, for a compiled model."""
-        mine = [slot for slot in active if slot in self.r]
-        current = None
-        if len(mine) == 1 and not self.merged:
-            current = (*self.factors(mine[0]), self.scaling[mine[0]], self.lora_dropout[mine[0]])
-        vars(self)["_current"] = current
+        """Note which slots are in use, where a compiled model needs to know."""
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -212,11 +204,22 @@ class LoraLinear(LoraLayer):
     """Weight [out, in]."""
 
     kind = "Linear"
+    #: A, B, scale and dropout of the one slot in use. A compiled model reads these and no names, so that another
+    #: adapter of the same shapes can take the place without compiling anew.
+    _current: tuple[Tensor, Tensor, float, float] | None = None
 
     @staticmethod
     def shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         assert isinstance(base, nn.Linear)
         return (r, base.in_features), (base.out_features, r)
+
+    def follow(self, active: tuple[str, ...]) -> None:
+        # Straight from the tables, as in Factor: every layer does this whenever an adapter is switched.
+        mine, state = [slot for slot in active if slot in self.r], vars(self)
+        state["_current"] = None
+        if len(mine) == 1 and not self.merged:
+            a, b = (state["_modules"][name]._modules[mine[0]]._parameters["weight"] for name in ("lora_A", "lora_B"))
+            state["_current"] = (a, b, self.scaling[mine[0]], self.lora_dropout[mine[0]])
 
     def update(self, slot: str, x: Tensor) -> Tensor:
         return functional.lora_linear(self.drop(slot, x), *self.factors(slot), self.scaling[slot])
