@@ -7,6 +7,7 @@ Knows nothing of files.
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -261,8 +262,9 @@ class LoraModel(nn.Module):
 
     def _install(self, route: Route) -> None:
         self._biases.install(route.active)
-        for layer in self._layers.values():
-            layer.follow(route.active)
+        if _compiles():
+            for layer in self._layers.values():
+                layer.follow(route.active)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -496,6 +498,12 @@ class LoraModel(nn.Module):
 def file_key(name: str) -> str:
     """PEFT's key for a tensor of the model: without the segments that torch.compile and FSDP put into names."""
     return PREFIX + _WRAPPERS.sub("", name)
+
+
+def _compiles() -> bool:
+    """Whether this process compiled anything yet: else no layer need know what only compiled models read."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters.get("frames"))
 
 
 def _list(names: Iterable[str]) -> str:

@@ -84,7 +84,7 @@ class Objective:
 
 
 def _attention(length: int, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
-    """Short rows in half precision on a CPU: torch's fused attention takes up to three times as long as plain attention.
+    """Short rows in half precision on a CPU: there torch's fused attention takes up to three times as long as plain.
 
     Measured forward and backward on 32 to 1024 tokens (benchmarks/attention.py); without a backward the fused one wins.
     """
