@@ -23,12 +23,11 @@ from types import ModuleType
 from typing import Any
 
 import peft
-import transformers
 
 import common
 import loraloom
+from contenders import TARGETS, Shape
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 #: operation → how many times faster than peft it is to be
 GOALS = {"inject": 5.0, "load": 10.0, "switch": 20.0, "save": 2.0}
 IMPORT_GOAL = 1.25
@@ -74,14 +73,7 @@ def operations(options: argparse.Namespace, scratch: Path) -> dict[str, dict[str
     """Operation → library → a function that prepares one call."""
 
     def base() -> Any:
-        config = transformers.LlamaConfig(
-            hidden_size=options.width,
-            intermediate_size=options.width * 11 // 4,
-            num_hidden_layers=options.layers,
-            num_attention_heads=max(options.width // 64, 1),
-            vocab_size=options.vocabulary,
-        )
-        return transformers.LlamaForCausalLM(config)
+        return Shape("float32", options.width, options.layers, 1, 1, vocabulary=options.vocabulary).base("cpu")
 
     def config(library: ModuleType) -> Any:
         return library.LoraConfig(

@@ -264,3 +264,15 @@ def test_calls_that_go_past_the_peft_model_leave_nothing_behind(llama, tokens) -
         model.get_base_model()(tokens, labels=tokens).loss.backward()
     assert len(known._lessons) <= 4
     assert len(known._graphs) == 0
+
+
+def test_a_switch_after_dynamo_forgot_what_it_compiled_is_seen_by_the_next_compilation(llama, tokens, logits) -> None:
+    model = get_peft_model(llama, config(), adapter_name="a")
+    model.add_adapter("b", config(lora_alpha=5))
+    with torch.no_grad():
+        torch.compile(model, backend="aot_eager")(tokens, use_cache=False)
+        model.set_adapter("a")
+        torch._dynamo.reset()
+        model.set_adapter("b")
+        found = torch.compile(model, backend="aot_eager")(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, logits(model, tokens), rtol=1e-4, atol=1e-4)

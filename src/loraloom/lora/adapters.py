@@ -59,6 +59,7 @@ class LoraModel(nn.Module):
         self._active: tuple[str, ...] = ()
         self._merged: tuple[str, ...] = ()
         self._enabled = True
+        self._told = False
 
     # -- add and delete -----------------------------------------------------------------------------------------
 
@@ -262,7 +263,9 @@ class LoraModel(nn.Module):
 
     def _install(self, route: Route) -> None:
         self._biases.install(route.active)
-        if _compiles():
+        # Once told, always told: what a layer noted must not grow old when dynamo forgets that it compiled.
+        self._told = self._told or _compiles()
+        if self._told:
             for layer in self._layers.values():
                 layer.follow(route.active)
 
