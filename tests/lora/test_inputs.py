@@ -273,6 +273,7 @@ def test_a_switch_after_dynamo_forgot_what_it_compiled_is_seen_by_the_next_compi
         torch.compile(model, backend="aot_eager")(tokens, use_cache=False)
         model.set_adapter("a")
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         model.set_adapter("b")
         found = torch.compile(model, backend="aot_eager")(tokens, use_cache=False).logits
     torch.testing.assert_close(found, logits(model, tokens), rtol=1e-4, atol=1e-4)
