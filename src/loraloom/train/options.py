@@ -13,6 +13,7 @@ from loraloom.errors import ConfigError, nearest
 #: The names of tasks on the command line and in run files.
 TASKS = {"seq-cls": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 DTYPES = ("float32", "bfloat16", "float16")
+SCHEDULES = ("linear", "cosine", "constant")
 
 
 @dataclass(kw_only=True)
@@ -33,9 +34,15 @@ class TrainOptions:
     epochs: float = 3
     #: Steps in all; overrides ``epochs``.
     max_steps: int | None = None
+    #: Rows of one forward, and forwards whose gradients make one step.
     batch_size: int = 16
+    gradient_accumulation_steps: int = 1
     eval_batch_size: int = 64
     learning_rate: float = 2e-4
+    #: The rate of B over that of A (LoRA+, Hayou et al. 2024).
+    loraplus_lr_ratio: float = 1.0
+    #: After the warmup: down to 0 in a line or along a cosine, or constant.
+    lr_scheduler_type: str = "linear"
     weight_decay: float = 0.0
     warmup_ratio: float = 0.05
     max_grad_norm: float = 1.0
@@ -67,7 +74,12 @@ class TrainOptions:
             raise ConfigError(
                 f"dtype: must be one of {', '.join(DTYPES)}, found {self.dtype!r}{nearest(str(self.dtype), DTYPES)}"
             )
-        for name in ("batch_size", "eval_batch_size"):
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise ConfigError(
+                f"lr_scheduler_type: must be one of {', '.join(SCHEDULES)}, found {self.lr_scheduler_type!r}"
+                f"{nearest(str(self.lr_scheduler_type), SCHEDULES)}"
+            )
+        for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps"):
             self._whole(name, 1)
         for name in ("max_steps", "eval_steps", "max_length"):
             if getattr(self, name) is not None:
@@ -75,6 +87,7 @@ class TrainOptions:
         self._whole("seed", 0, 2**63 - 1)
         self._number("epochs", low=0, open_low=True)
         self._number("learning_rate", low=0, open_low=True)
+        self._number("loraplus_lr_ratio", low=0, open_low=True)
         self._number("weight_decay", low=0)
         self._number("max_grad_norm", low=0, open_low=True)
         self._number("warmup_ratio", low=0, high=1)

@@ -1,0 +1,1 @@
+"""Which configuration? The space, the search over packed trials, and the verdict."""

@@ -1,0 +1,47 @@
+"""One trial of a search: a configuration, how far it came, and what was measured. Numbers and names alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from loraloom.train.options import TrainOptions
+from loraloom.train.slot import Curve
+
+#: waiting: not begun or held at a rung; running: in the pack; finished: trained to its last step; stopped: given up
+#: at a rung because others were better; failed: its loss was not finite or blew up.
+State = Literal["waiting", "running", "finished", "stopped", "failed"]
+
+
+@dataclass
+class Trial:
+    """A configuration with one seed.
+
+    ``values`` are the knobs as they were proposed, such as ``{"lora.r": 8, "lora.lora_alpha": "2r",
+    "train.learning_rate": 1e-3}``; ``options`` are all options of its training, which follow from them.
+    """
+
+    number: int
+    values: dict[str, Any]
+    options: TrainOptions
+    #: optimizer steps of its whole training, and those taken
+    steps: int
+    step: int = 0
+    state: State = "waiting"
+    #: why it failed or was stopped, for people
+    reason: str = ""
+    curve: Curve = field(default_factory=Curve)
+    #: trained numbers, and the bytes of the adapter's file
+    parameters: int = 0
+    bytes: int = 0
+    #: its share of the pack's time
+    seconds: float = 0.0
+    #: the number of the trial that this one repeats with another seed, or None
+    repeats: int | None = None
+    #: module → (rank, directions that hold nearly all of the update, norm of the update over that of the weight);
+    #: measured when it ends
+    used: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+
+    def latest(self, metric: str) -> float | None:
+        """The metric on the held-out rows when last measured."""
+        return self.curve.evaluations[-1][metric] if self.curve.evaluations else None
