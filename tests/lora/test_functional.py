@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loraloom.lora import functional
 from loraloom.lora.dropout import Dropped
-from loraloom.lora.functional import Projection, lora_linear, lora_projections, row_norms
+from loraloom.lora.functional import RANKS, Frozen, Lane, Update, lora_linear, row_norms
 
 CALM = settings(max_examples=40, deadline=None)  # two cores are shared: a slow example is no failure
+
+
+class Projection(NamedTuple):
+    """A frozen layer and the one update beside it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def lora_projections(x: Tensor, projections: list[Projection], dropped: Dropped | None = None) -> tuple[Tensor, ...]:
+    """Of one slot, which has all rows."""
+    lane = Lane(0, None, (dropped,), tuple((Update(p.a, p.b, p.scale),) for p in projections))
+    return functional.lora_projections(x, [Frozen(p.weight, p.bias) for p in projections], [lane])
 
 
 def make(
@@ -148,8 +167,8 @@ def test_only_the_input_the_low_rank_products_and_the_factors_are_kept() -> None
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         lora_projections(x, projections, Dropped(0.5, 1))
-    factors = sum(p.a.numel() + p.b.numel() for p in projections)
-    assert sum(kept.values()) == x.numel() + 128 * (2 + 3 + 1) + factors
+    ranks = 3 * RANKS  # filled up with zeros
+    assert sum(kept.values()) == x.numel() + 128 * ranks + ranks * 64 + RANKS * (4 + 5 + 6)
 
 
 def test_a_frozen_input_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,3 +221,88 @@ def test_row_norms_make_no_product_as_large_as_the_weight(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "mm", mm)
     row_norms(torch.randn(50, 40), torch.randn(2, 40), torch.randn(50, 2), 1.0)
     assert max(sizes) == 50 * 2
+
+
+@CALM
+@given(
+    slots=st.lists(
+        st.tuples(
+            st.tuples(st.sampled_from([0, 1, 3, 16, 20]), st.sampled_from([0, 1, 3, 16])).filter(any),
+            st.sampled_from([None, 0.25, 0.5]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    rows=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+)
+def test_slots_side_by_side_are_as_each_alone(
+    slots: list[tuple[tuple[int, int], float | None]], rows: int, seed: int
+) -> None:
+    """Ranks of any kind, 0 where a slot leaves a projection alone; the outputs and all gradients."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape: int, train: bool = True) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_(train)
+
+    x = numbers(rows * len(slots) + 1, 3, 6)  # the last row is nobody's
+    frozen = [Frozen(numbers(4 + i, 6, train=False), None) for i in range(2)]
+    updates = [
+        [None if r == 0 else Update(numbers(r, 6), numbers(4 + i, r), 0.5 + i + k) for i, r in enumerate(ranks)]
+        for k, (ranks, _) in enumerate(slots)
+    ]
+    dropped = [None if p is None else Dropped(p, seed + k) for k, (_, p) in enumerate(slots)]
+    lanes: list[Lane] = []
+    for k, mine in enumerate(updates):
+        before = lanes[-1] if lanes else None
+        if before and [bool(u) for u in before.updates] == [u is not None for u in mine]:
+            both = tuple((*u, one) if one else () for u, one in zip(before.updates, mine, strict=True))
+            lanes[-1] = Lane(before.start, (k + 1) * rows, (*before.dropped, dropped[k]), both)
+        else:
+            lanes.append(Lane(k * rows, (k + 1) * rows, (dropped[k],), tuple((one,) if one else () for one in mine)))
+
+    found = functional.lora_projections(x, frozen, lanes)
+    wanted = []
+    for i, layer in enumerate(frozen):
+        parts = [F.linear(x, layer.weight)]
+        for k, mine in enumerate(updates):
+            part, update, drop = x[k * rows : (k + 1) * rows], mine[i], dropped[k]
+            if update is not None:
+                if drop is not None:
+                    part = part * drop.apply(torch.ones_like(part)) * drop.gain
+                y = update.scale * F.linear(F.linear(part, update.a), update.b)
+                parts.append(F.pad(y, (0, 0, 0, 0, k * rows, x.shape[0] - (k + 1) * rows)))
+        wanted.append(torch.stack(parts).sum(0))
+    torch.testing.assert_close(list(found), wanted, rtol=1e-12, atol=1e-12)
+    inputs = [x, *(t for mine in updates for one in mine if one for t in (one.a, one.b))]
+    torch.testing.assert_close(gradients(found, inputs), gradients(wanted, inputs), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1], ids=["whole", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slot_has_the_same_bits_alone_and_beside_others_that_are_no_numbers(dtype: torch.dtype, p: float) -> None:
+    """Rows never mix: neighbours of any rank, of NaN and infinity, change no bit of a slot's outputs and gradients."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 96).to(dtype)
+    ranks, bad = (4, 40, 16, 8), {1: torch.nan, 2: torch.inf}
+    a = [torch.full((r, 96), bad[i]) if i in bad else torch.randn(r, 96) / 9 for i, r in enumerate(ranks)]
+    b = [torch.randn(64, r) for r in ranks]
+    dropped = [Dropped(p * (i + 1), i) if p else None for i in range(4)]
+    x = torch.randn(4 * 2, 16, 96).to(dtype)
+
+    def run(slots: list[int]) -> list[Tensor]:
+        updates = [Update(a[i].clone().requires_grad_(), b[i].clone().requires_grad_(), 0.7 + i) for i in slots]
+        rows = torch.cat([x[2 * i : 2 * i + 2] for i in slots]).requires_grad_()
+        lane = Lane(0, len(rows), tuple(dropped[i] for i in slots), (tuple(updates),))
+        (y,) = functional.lora_projections(rows, [Frozen(weight, None)], [lane])
+        y.float().square().sum().backward()
+        assert rows.grad is not None
+        found = [
+            (y[2 * k : 2 * k + 2], rows.grad[2 * k : 2 * k + 2], u.a.grad, u.b.grad) for k, u in enumerate(updates)
+        ]
+        return [t for k, i in enumerate(slots) if i in (0, 3) for t in found[k] if t is not None]
+
+    together = run([0, 1, 2, 3])
+    for one, other in zip(together, [*run([0]), *run([3])], strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(one, other)

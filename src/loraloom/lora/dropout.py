@@ -5,6 +5,7 @@ Torch's own keeps a mask as large as its input until the backward, and on the CP
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +40,25 @@ class Dropped:
 
     def mask(self, x: Tensor) -> Tensor:
         """Whole numbers as wide as those of ``x`` [rows, ...]: all bits set where one stays, none where it goes."""
-        size = x[:1].numel()
-        words = _hash(x.shape[0], -(-size // 2), self.seed, x.device)
-        # Two draws of 15 bits a word; negative (all ones after the shift) below the threshold, which keeps.
-        draws = words.view(torch.int16).bitwise_and_(_LEVELS - 1).sub_(self._kept).bitwise_right_shift_(15)
-        return draws[:, :size].reshape(x.shape).to(_INTEGERS[x.element_size()])
+        return masks(x, (self,))
 
     def apply(self, x: Tensor) -> Tensor:
         """``x`` [rows, ...] with each number 0 with probability ``p``. The others are as they were: see ``gain``."""
         return masked(x, self.mask(x))
+
+
+def masks(x: Tensor, parts: Sequence[Dropped | None]) -> Tensor:
+    """The masks of ``x`` [parts · rows, ...], whose parts of equally many rows have one each. None keeps all."""
+    size, rows = x[:1].numel(), x.shape[0] // len(parts)
+    words = _hash(rows, -(-size // 2), [0 if part is None else part.seed for part in parts], x.device)
+    # Two draws of 15 bits a word; negative (all ones after the shift) below the threshold, which keeps. The threshold
+    # that keeps all is one more than 16 bits hold: they go round, and every draw comes out negative.
+    kept = [_signed16(_LEVELS if part is None else part._kept) for part in parts]
+    threshold: int | Tensor = kept[0]
+    if len(set(kept)) > 1:
+        threshold = torch.tensor(kept, dtype=torch.int16, device=x.device).view(-1, 1, 1)
+    draws = words.view(torch.int16).bitwise_and_(_LEVELS - 1).sub_(threshold).bitwise_right_shift_(15)
+    return draws[..., :size].reshape(x.shape).to(_INTEGERS[x.element_size()])
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -55,15 +66,21 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     return x.contiguous().view(mask.dtype).bitwise_and(mask).view(x.dtype)
 
 
-def _hash(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """[rows, columns] int32, each well mixed from ``seed`` and its place (two rounds of "lowbias32", C. Wellons)."""
-    first, second = (_signed(seed >> shift & 0xFFFFFFFF) for shift in (0, 32))
-    start = torch.arange(rows, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B9)).add_(first)
+def _hash(rows: int, columns: int, seeds: Sequence[int], device: torch.device) -> Tensor:
+    """[seeds, rows, columns] int32, each well mixed from its seed and place (two rounds of "lowbias32", C. Wellons)."""
+    first, second = (_words([seed >> shift & 0xFFFFFFFF for seed in seeds], device) for shift in (0, 32))
+    start = torch.arange(rows, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B9))[None, :, None] + first
     words = torch.arange(columns, dtype=torch.int32, device=device).mul_(_signed(0x85EBCA6B))
-    return _mix(_mix(start, second)[:, None] + words, second)
+    return _mix(_mix(start, second) + words, second)
 
 
-def _mix(z: Tensor, key: int) -> Tensor:
+def _words(words: Sequence[int], device: torch.device) -> int | Tensor:
+    if len(words) == 1:
+        return _signed(words[0])
+    return torch.tensor([_signed(word) for word in words], dtype=torch.int32, device=device).view(-1, 1, 1)
+
+
+def _mix(z: Tensor, key: int | Tensor) -> Tensor:
     shifted = z >> 16  # one buffer for all of them: fresh memory takes as long as the arithmetic
     z.bitwise_xor_(shifted).mul_(_signed(0x7FEB352D)).add_(key)
     z.bitwise_xor_(torch.bitwise_right_shift(z, 15, out=shifted)).mul_(_signed(0x846CA68B))
@@ -72,6 +89,10 @@ def _mix(z: Tensor, key: int) -> Tensor:
 
 def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
+
+
+def _signed16(word: int) -> int:
+    return word - 2**16 if word >= 2**15 else word
 
 
 def dropout(x: Tensor, dropped: Dropped) -> Tensor:

@@ -6,14 +6,15 @@ half precision while the factors keep their own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from loraloom.lora.dropout import Dropped, masked
+from loraloom.lora.dropout import Dropped, masked, masks
 
 
 def lora_linear(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -61,102 +62,205 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 # -- projections that read one input ------------------------------------------------------------------------------
 
 
-class Projection(NamedTuple):
-    """A frozen linear layer and the update beside it: weight [out, in], bias [out] or None, a [r, in], b [out, r]."""
+class Frozen(NamedTuple):
+    """A frozen linear layer: weight [out, in], bias [out] or None."""
 
     weight: Tensor
     bias: Tensor | None
+
+
+class Update(NamedTuple):
+    """What one slot adds beside a frozen layer: a [r, in], b [out, r]."""
+
     a: Tensor
     b: Tensor
     scale: float
 
 
-def lora_projections(
-    x: Tensor, projections: Sequence[Projection], dropped: Dropped | None = None
-) -> tuple[Tensor, ...]:
+class Lane(NamedTuple):
+    """Slots whose rows lie one after another, equally many each, so that one batched product serves all of them.
+
+    ``start:stop`` are their rows together, of the first dimension of ``x``; None is all of it. ``dropped`` has the
+    dropout of each slot. ``updates`` has, for each projection, one update for each slot, or none where the slots leave
+    that projection alone.
+    """
+
+    start: int
+    stop: int | None
+    dropped: tuple[Dropped | None, ...]
+    updates: tuple[tuple[Update, ...], ...]
+
+
+#: Ranks are filled up with zeros to a multiple of this, the numbers that a vector register holds. It costs nothing and
+#: is exact, and then a slot's numbers have the same bits whatever ranks stand beside it.
+RANKS = 16
+
+
+def lora_projections(x: Tensor, frozen: Sequence[Frozen], lanes: Sequence[Lane]) -> tuple[Tensor, ...]:
     """``x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ`` for several projections of one ``x``: [..., in] → [..., out] each.
 
-    What is kept for the backward is ``x`` once, ``x Aᵀ`` of all projections, and the factors in the dtype of ``x``;
-    the dropout mask is made again. Gradients flow to x, biases, a and b; never to weights. They are exact, and cannot
-    be differentiated a second time.
+    Each row's update is that of its slot in ``lanes``; rows of different slots never meet in a product, and rows in no
+    lane get none. What is kept for the backward is ``x`` once, ``x Aᵀ``, and the factors in the dtype of ``x``;
+    dropout masks are made again. Gradients flow to x, biases, a and b; never to weights. They are exact, and cannot be
+    differentiated a second time.
     """
-    weights, biases, a, b, scales = zip(*projections, strict=True)
-    out: tuple[Tensor, ...] = _Projections.apply(x, dropped, scales, *weights, *biases, *a, *b)  # type: ignore[no-untyped-call]
+    factors = [factor for lane in lanes for slots in lane.updates for one in slots for factor in (one.a, one.b)]
+    weights, biases = zip(*frozen, strict=True)
+    out: tuple[Tensor, ...] = _Projections.apply(x, lanes, *weights, *biases, *factors)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Projections(torch.autograd.Function):
-    # Written for few calls: with small models and batches it is their number that takes the time.
+    # Written for few calls: with small models and batches it is their number that takes the time. Where a lane has one
+    # slot its tensors are matrices, else batches of them.
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dropped: Dropped | None, scales: tuple[float, ...], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        n, dtype = len(scales), x.dtype
-        low = [tensor.to(dtype) for tensor in tensors[2 * n :]]
-        rows = seen = _rows(x)
-        if dropped is not None:
-            seen, scales = _rows(dropped.apply(x)), tuple([scale * dropped.gain for scale in scales])
-        hidden, out = [], []
-        # Each on its own: the answer of one has the same bits whether or not others are computed beside it.
-        for i, scale in enumerate(scales):
-            h = torch.mm(seen, low[i].T)
-            y = F.linear(rows, tensors[i], tensors[n + i]).addmm_(h, low[n + i].T, alpha=scale)
-            hidden.append(h)
-            out.append(y if rows is x else y.view(*x.shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(x, *hidden, *low)
-        ctx.weights, ctx.scales, ctx.dropped = tensors[:n], scales, dropped
-        ctx.dtypes = tensors[2 * n].dtype, tensors[3 * n].dtype
+    def forward(ctx: Any, x: Tensor, lanes: Sequence[Lane], *tensors: Tensor) -> tuple[Tensor, ...]:
+        n = (len(tensors) - 2 * sum(len(slots) for lane in lanes for slots in lane.updates)) // 2
+        rows = _rows(x)
+        out = [F.linear(rows, tensors[i], tensors[n + i]) for i in range(n)]
+        kept: list[Tensor] = []
+        for lane in lanes:
+            seen = _part(rows, lane, len(x))
+            if any(lane.dropped):
+                seen = _part(_rows(masked(x[lane.start : lane.stop], _mask(x, lane))), lane)
+            a = [_stacked([one.a for one in slots], x.dtype) for slots in lane.updates if slots]
+            joined = a[0] if len(a) == 1 else torch.cat(a, -2)
+            hidden = []
+            for i, place in _places(lane):
+                # Each on its own: the answer of one has the same bits whether or not others are computed beside it.
+                hidden.append(_mm(seen, joined[..., place, :].mT))
+                kept.append(_stacked([one.b.T for one in lane.updates[i]], x.dtype, _scales(lane, i, x)))
+                _add_mm(_part(out[i], lane, len(x)), hidden[-1], kept[-1])
+            kept += [joined, *hidden]
+        ctx.save_for_backward(*([x, *kept] if lanes else ()))
+        ctx.weights, ctx.lanes, ctx.shape = tensors[:n], lanes, x.shape
         ctx.set_materialize_grads(False)
-        return tuple(out)
+        return tuple(y if rows is x else y.view(*x.shape[:-1], y.shape[-1]) for y in out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the gradient of a LoRA layer cannot be differentiated again (create_graph=True)")
-        x, *kept = ctx.saved_tensors
-        scales, weights, dropped, needed = ctx.scales, ctx.weights, ctx.dropped, ctx.needs_input_grad
-        n = len(scales)
-        hidden, a, b = kept[:n], kept[n : 2 * n], kept[2 * n :]
-        need_x, need_bias, need_a, need_b = needed[0], *(needed[3 + k * n : 3 + (k + 1) * n] for k in (1, 2, 3))
-        dtype_a, dtype_b = ctx.dtypes
-        any_number = x.new_empty(())  # addmm's first argument, which beta=0 leaves unread
+        kept: list[Tensor] = list(ctx.saved_tensors)
+        x: Any = kept.pop(0) if kept else None
+        weights, needed, n = ctx.weights, ctx.needs_input_grad, len(ctx.weights)
+        dys = [None if grad is None else _rows(grad) for grad in grads]
+        d_bias = [None if dy is None or not needed[2 + n + i] else dy.sum(0) for i, dy in enumerate(dys)]
         dx: Tensor | None = None
-        below: list[Tensor] = []
-        d_bias: list[Tensor | None] = [None] * n
-        d_b: list[Tensor | None] = [None] * n
-        for i, grad in enumerate(grads):
-            if grad is None:  # an output that the loss does not depend on
-                below.append(torch.zeros_like(hidden[i]))
-                continue
-            dy, scale = _rows(grad), scales[i]
-            below.append(torch.addmm(any_number, dy, b[i], beta=0, alpha=scale))
-            if need_bias[i]:
-                d_bias[i] = dy.sum(0)
-            if need_b[i]:
-                # (hᵀ dy)ᵀ and not dyᵀ h: the long side last is the faster product.
-                across = torch.addmm(any_number, hidden[i].T, dy, beta=0, alpha=scale).T
-                d_b[i] = torch.empty(across.shape, dtype=dtype_b, device=x.device).copy_(across)
-            if need_x:
-                dx = torch.mm(dy, weights[i]) if dx is None else dx.addmm_(dy, weights[i])
-        # One product for all A, above and below: a thin matrix costs hardly less than a wider one.
-        joined, a_all = (below[0], a[0]) if n == 1 else (torch.cat(below, 1), torch.cat(a))
-        each_a: Sequence[Tensor | None] = [None] * n
-        mask = None if dropped is None else dropped.mask(x)
-        if True in need_a:
-            d_a = torch.mm(joined.T, _rows(x if mask is None else masked(x, mask))).to(dtype_a)
-            each_a = (d_a,) if n == 1 else torch.split(d_a, [a_i.shape[0] for a_i in a])
-        if dx is not None:
-            if mask is None:
-                dx.addmm_(joined, a_all)
-            else:
-                dx.add_(_rows(masked(torch.mm(joined, a_all).view(x.shape), mask)))
-            dx = dx.view(x.shape)
-        return (dx, None, None, *[None] * n, *d_bias, *each_a, *d_b)
+        if needed[0]:
+            for dy, weight in zip(dys, weights, strict=True):
+                if dy is not None:
+                    dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+        factors: list[Tensor | None] = []
+        for lane in ctx.lanes:
+            places = _places(lane)
+            m = len(places)
+            bs, joined, hidden = kept[:m], kept[m], kept[m + 1 : 2 * m + 1]
+            del kept[: 2 * m + 1]
+            parts = [None if (dy := dys[i]) is None else _part(dy, lane, len(x)) for i, _ in places]
+            below = [
+                torch.zeros_like(h) if dy is None else _mm(dy, b.mT)  # zero: the loss does not depend on that output
+                for h, dy, b in zip(hidden, parts, bs, strict=True)
+            ]
+            together = below[0] if len(below) == 1 else torch.cat(below, -1)
+            mask = _mask(x, lane) if any(lane.dropped) else None
+            mine = x[lane.start : lane.stop]
+            d_a = None
+            if True in needed[2 + 2 * n :]:
+                # One product for all A: a thin matrix costs hardly less than a wider one.
+                d_a = _mm(together.mT, _part(_rows(mine if mask is None else masked(mine, mask)), lane))
+            for (i, place), h, dy in zip(places, hidden, parts, strict=True):
+                slots = lane.updates[i]
+                d_as = [None] * len(slots) if d_a is None else _apart(d_a[..., place, :].to(slots[0].a.dtype), slots)
+                d_bs: Sequence[Tensor | None] = [None] * len(slots)
+                if dy is not None and d_a is not None:
+                    # (hᵀ dy)ᵀ and not dyᵀ h: the long side last is the faster product.
+                    across = _mm(h.mT, dy).mT
+                    scaled = torch.empty(across.shape, dtype=slots[0].b.dtype, device=x.device).copy_(across)
+                    d_bs = [d.mT for d in _apart(scaled.mul_(_scales(lane, i, scaled)).mT, slots)]
+                factors += [one for pair in zip(d_as, d_bs, strict=True) for one in pair]
+            if dx is not None:
+                target = _part(dx, lane, len(x))
+                if mask is None:
+                    _add_mm(target, together, joined)
+                else:
+                    target.add_(_part(_rows(masked(_mm(together, joined).view(mine.shape), mask)), lane))
+        return (None if dx is None else dx.view(ctx.shape), None, *[None] * n, *d_bias, *factors)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _part(rows: Tensor, lane: Lane, count: int | None = None) -> Tensor:
+    """The lane's rows of a matrix that has equally many for each of ``count``, or of one that holds no others.
+
+    A view, [rows, ·] or [slots, rows, ·].
+    """
+    if count and lane.stop is not None:
+        times = rows.shape[0] // count
+        rows = rows[lane.start * times : lane.stop * times]
+    slots = len(lane.dropped)
+    return rows if slots == 1 else rows.view(slots, rows.shape[0] // slots, rows.shape[1])
+
+
+def _places(lane: Lane) -> list[tuple[int, slice]]:
+    """The projections that a lane adapts, and which of the ranks that it has in all are theirs."""
+    found, start = [], 0
+    for i, slots in enumerate(lane.updates):
+        if slots:
+            stop = start + _width(one.a.shape[0] for one in slots)
+            found.append((i, slice(start, stop)))
+            start = stop
+    return found
+
+
+def _width(ranks: Iterable[int]) -> int:
+    return -(-max(ranks) // RANKS) * RANKS
+
+
+def _stacked(factors: list[Tensor], dtype: torch.dtype, scale: float | Tensor | None = None) -> Tensor:
+    """[r, ·] of each slot → [slots, width, ·] with zeros below, or [width, ·] of a single one, times ``scale``."""
+    width = _width(factor.shape[0] for factor in factors)
+    stack = factors[0] if len(factors) == 1 else pad_sequence(factors, batch_first=True)
+    if stack.shape[-2] < width:
+        stack = F.pad(stack, (0, 0, 0, width - stack.shape[-2]))
+    return (stack if scale is None else stack * scale).to(dtype)
+
+
+def _apart(stack: Tensor, slots: Sequence[Update]) -> list[Tensor]:
+    """Each slot's own ranks of ``_stacked``."""
+    parts = [stack] if len(slots) == 1 else stack.unbind()
+    return [part[: one.a.shape[0]] for part, one in zip(parts, slots, strict=True)]
+
+
+def _scales(lane: Lane, i: int, like: Tensor) -> float | Tensor:
+    """Each slot's scale, and what its dropout asks for, as one number or [slots, 1, 1]."""
+    scales = [
+        one.scale if dropped is None else one.scale * dropped.gain
+        for one, dropped in zip(lane.updates[i], lane.dropped, strict=True)
+    ]
+    if len(set(scales)) == 1:
+        return scales[0]
+    dtype = lane.updates[i][0].b.dtype
+    return torch.tensor(scales, dtype=dtype, device=like.device).view(-1, 1, 1)
+
+
+def _mask(x: Tensor, lane: Lane) -> Tensor:
+    return masks(x[lane.start : lane.stop], lane.dropped)
+
+
+def _mm(left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
+
+
+def _add_mm(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out += left @ right`` for each matrix."""
+    if out.dim() == 2:
+        out.addmm_(left, right)
+    else:
+        out.baddbmm_(left, right)
 
 
 # -- norms --------------------------------------------------------------------------------------------------------

@@ -9,16 +9,23 @@ lets the model run once before its first step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from loraloom.lora.functional import lora_projections
+from loraloom.lora.functional import RANKS, Lane, lora_projections
 
 if TYPE_CHECKING:
     from loraloom.lora.layers import LoraLinear
+    from loraloom.lora.route import Route
+
+#: Zeros that a slot may be filled up with to be computed beside others of greater rank, times its tokens. A product of
+#: its own costs more than 64 tokens of 48 ranks, and less than 512 of 16 (two cores, bfloat16).
+_WASTE = 4096
+#: Routes and shapes for which it is remembered who lies side by side.
+_PLACES = 4096
 
 
 class Inputs:
@@ -27,7 +34,7 @@ class Inputs:
     def __init__(self) -> None:
         self._tensor: weakref.ref[Tensor] | None = None
         self._version: int | None = None
-        #: slot → the seed of the dropout of its layers that read the tensor
+        #: slot → the seed that was drawn for the dropout of its layers that read the tensor
         self.seeds: dict[str, int] = {}
         #: layers that read the tensor and computed it for themselves, in order
         self._readers: list[LoraLinear] = []
@@ -37,27 +44,49 @@ class Inputs:
         self._apart: set[LoraLinear] = set()
         #: what was noted and is not in use yet: layers → what to do with them
         self._lessons: dict[tuple[LoraLinear, ...], Callable[..., None]] = {}
+        #: which slots lie side by side, for the routes and shapes seen lately
+        self._places: dict[Any, list[tuple[int, int | None, list[str]]]] = {}
         #: the graphs that wait for their backward and were made meanwhile
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Inputs, ()  # a copy of the model learns for itself
 
-    def project(self, layer: LoraLinear, x: Tensor, slot: str) -> Tensor:
-        """What ``layer`` makes of ``x`` with ``slot``, computed now or already by the first reader of ``x``."""
+    def project(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        """What ``layer`` makes of ``x`` on the current route, computed now or already by the first reader of ``x``."""
         if self.read(x):
             done = self._ready.pop(layer, None)
             if done is not None:
                 return done
         together = [layer]
         if not self._readers and torch.is_grad_enabled():  # without a backward there is nothing to share
-            together += [one for one in self._followers.get(layer, ()) if one.single_slot(x) == slot]
+            together += [one for one in self._followers.get(layer, ()) if one.fits(x) and one.shares_dropout(layer)]
         self._readers.append(layer)
-        out = lora_projections(x, [one.projection(slot) for one in together], layer.dropped(slot))
+        out = lora_projections(x, [one.frozen for one in together], self._lanes(together, x))
         self._ready.update(zip(together[1:], out[1:], strict=True))
         if len(self._readers) > 1 and out[0].grad_fn is not None:
             self._graphs.add(out[0].grad_fn)
         return out[0]
+
+    def _lanes(self, layers: Sequence[LoraLinear], x: Tensor) -> list[Lane]:
+        """Who of the current route adapts which of ``layers``, for which rows of ``x``."""
+        route = layers[0].router.route
+        if not route.blocks:
+            places: Sequence[tuple[int, int | None, list[str]]] = [(0, None, [slot]) for slot in route.active]
+        else:
+            key = (route.blocks, tuple(layers), x.shape[:-1])
+            found = self._places.get(key)
+            if found is None:
+                if len(self._places) >= _PLACES:
+                    self._places.clear()
+                found = self._places[key] = side_by_side(route, layers, x)
+            places = found
+        return [
+            Lane(start, stop, tuple([owners[0].dropped(slot) for slot in slots]), updates)
+            for start, stop, slots in places
+            if (owners := [one for one in layers if slots[0] in one.r])
+            and (updates := tuple(tuple([one.update_of(s) for s in slots]) if one in owners else () for one in layers))
+        ]
 
     def read(self, x: Tensor) -> bool:
         """Note that a layer reads ``x``; whether the layer before it read the same."""
@@ -101,3 +130,33 @@ class Inputs:
         self._apart.update(layers)
         for followers in self._followers.values():
             followers[:] = [one for one in followers if one not in self._apart]
+
+
+def side_by_side(route: Route, layers: Sequence[LoraLinear], x: Tensor) -> list[tuple[int, int | None, list[str]]]:
+    """(start, stop, slots): the neighbours of the route that can be computed side by side.
+
+    They adapt the same of ``layers``, have equally many rows and ranks not far apart, and all have dropout or none has,
+    which is rounded differently. Places are rows of ``x``; slots that adapt none of the layers are left out.
+    """
+    times = x.shape[0] // route.rows
+    tokens = x.shape[:-1].numel() // route.rows
+    found: list[tuple[int, int | None, list[str]]] = []
+    last: tuple[Any, ...] = ()
+    widest = 0
+    for block in route.blocks:
+        here = tuple(
+            (one, one.factors(block.slot)[0].dtype, one.lora_dropout[block.slot] > 0)
+            for one in layers
+            if block.slot in one.r
+        )
+        size = block.stop - block.start
+        width = max([-(-one.r[block.slot] // RANKS) * RANKS for one, *_ in here], default=0)
+        if here and last == (here, size, block.start) and tokens * size * abs(width - widest) <= _WASTE:
+            start, _, slots = found[-1]
+            found[-1] = (start, block.stop * times, [*slots, block.slot])
+            widest = max(widest, width)
+        elif here:
+            found.append((block.start * times, block.stop * times, [block.slot]))
+            widest = width
+        last = (here, size, block.stop)
+    return found

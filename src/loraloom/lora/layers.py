@@ -129,10 +129,15 @@ class LoraLayer(nn.Module):
 
         return route.apply(y, one)
 
+    @property
+    def input_name(self) -> str:
+        """What names the dropout of this layer's input."""
+        return self.name
+
     def dropped(self, slot: str) -> Dropped | None:
-        """The dropout of one slot in this forward. Layers that read one input share it."""
+        """The dropout of one slot in this forward."""
         p = self.lora_dropout[slot]
-        return Dropped(p, self.router.dropout_seed(slot, self.name)) if self.training and p else None
+        return Dropped(p, self.router.dropout_seed(slot, self.input_name)) if self.training and p else None
 
     def drop(self, slot: str, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -230,25 +235,27 @@ class LoraLinear(LoraLayer):
             seen = F.dropout(input, p) if self.training else input
             y: Tensor = self.base_layer(input, *args, **kwargs)
             return y + functional.lora_linear(seen, a, b, scale).to(y.dtype)
-        slot = self.single_slot(input)
-        if slot is None:
+        if not self.fits(input):
             return super().forward(input, *args, **kwargs)
-        return self.router.inputs.project(self, input, slot)
+        return self.router.inputs.project(self, input)
 
-    def single_slot(self, x: Tensor) -> str | None:
-        """The one slot through which all of ``x`` goes, where ``functional.lora_projections`` can do that.
+    def fits(self, x: Tensor) -> bool:
+        """Whether ``functional.lora_projections`` can do what this layer is to do with ``x``.
 
-        Elsewhere the frozen layer is called as the module that it is: several slots, another kind of weight (quantised,
-        sharded, trained), hooks on it, autocast, and whatever traces the model.
+        Elsewhere the frozen layer is called as the module that it is: rows in another order than the slots', another
+        kind of weight (quantised, sharded, trained), hooks on it, autocast, and whatever traces the model. A layer that
+        the route leaves alone fits as well: what is computed together must not depend on who is there.
         """
         route = self.router.route
-        mine = [slot for slot in route.active if slot in self.r]
         base = self._modules["base_layer"]
         assert base is not None
         weight = base._parameters.get("weight")
-        if (
-            len(mine) != 1
-            or self.merged
+        return not (
+            self.merged
+            or not (
+                route.active
+                or (route.order is None and x.dim() > 1 and 0 < route.rows <= len(x) and len(x) % route.rows == 0)
+            )
             or type(base) not in (nn.Linear, _conv1d())
             or type(weight) is not nn.Parameter
             or weight.requires_grad
@@ -258,16 +265,30 @@ class LoraLinear(LoraLayer):
             or torch.compiler.is_compiling()
             or torch._C._get_tracing_state() is not None
             or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
-        ):
-            return None
-        return mine[0]
+        )
 
-    def projection(self, slot: str) -> functional.Projection:
+    @property
+    def input_name(self) -> str:
+        """The module that holds this layer: its layers that read one input share its dropout.
+
+        A name, and not who reads what: the mask of a slot must be the same whatever layers other slots adapt.
+        """
+        return self.name.rpartition(".")[0]
+
+    def shares_dropout(self, first: LoraLinear) -> bool:
+        """Whether dropout, if there is any now, is that of ``first``, which reads the same input."""
+        return self.input_name == first.input_name or not (self.training and any(self.lora_dropout.values()))
+
+    @property
+    def frozen(self) -> functional.Frozen:
         base = self._modules["base_layer"]
         assert base is not None
-        weight, bias = base._parameters["weight"], base._parameters.get("bias")
+        weight = base._parameters["weight"]
         assert weight is not None
-        return functional.Projection(self._rows_of(weight), bias, *self.factors(slot), self.scaling[slot])
+        return functional.Frozen(self._rows_of(weight), base._parameters.get("bias"))
+
+    def update_of(self, slot: str) -> functional.Update:
+        return functional.Update(*self.factors(slot), self.scaling[slot])
 
     @staticmethod
     def _rows_of(weight: Tensor) -> Tensor:

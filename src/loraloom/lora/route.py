@@ -111,13 +111,17 @@ class Router:
         self.inputs = Inputs()
 
     def dropout_seed(self, slot: str, name: str) -> int:
-        """The seed of ``slot``'s dropout of the current input, which the layer ``name`` is about to read."""
+        """The seed of ``slot``'s dropout of the current input of ``name``, which is a layer or what its layers share.
+
+        A seed that the route gives is followed by names alone: not by what other slots there are.
+        """
+        given = self.route.seeds.get(slot)
+        if given is not None:
+            return seed_of(given, name)
         seed = self.inputs.seeds.get(slot)
         if seed is None:
-            given = self.route.seeds.get(slot)
             # Torch's generator is what gradient checkpointing puts back before it runs a forward again.
-            seed = seed_of(given, name) if given is not None else int(torch.randint(2**63 - 1, ()))
-            self.inputs.seeds[slot] = seed
+            seed = self.inputs.seeds[slot] = int(torch.randint(2**63 - 1, ()))
         return seed
 
     @contextmanager
