@@ -1,0 +1,188 @@
+"""How trials compare: what each configuration scored over its seeds, with its noise, and who stands before whom.
+
+Numbers alone. A configuration is known by the number of its first trial; trials that repeat it are further seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, variance
+from typing import Any
+
+from loraloom.tune.trial import Trial
+
+LESS_IS_BETTER = ("loss", "perplexity")
+#: Fewer trials than these say nothing about knobs.
+COMPARED = 8
+
+
+def greater_is_better(metric: str) -> bool:
+    return metric not in LESS_IS_BETTER and not metric.endswith("_loss")
+
+
+def goodness(metric: str, value: float) -> float:
+    """More is better, whatever the metric."""
+    return value if greater_is_better(metric) else -value
+
+
+def measured(evaluation: Mapping[str, float | None], metric: str) -> float:
+    """The metric of one evaluation; NaN where it is missing, or null as in a file."""
+    value = evaluation.get(metric)
+    return math.nan if value is None else float(value)
+
+
+def last_measured(trial: Trial, metric: str) -> tuple[int, float] | None:
+    """The step and the value of the last evaluation, finite or not."""
+    if not trial.curve.evaluations:
+        return None
+    last = trial.curve.evaluations[-1]
+    return int(last["step"]), measured(last, metric)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one configuration reached.
+
+    ``mean`` is over the seeds that came furthest, NaN when none has a finite value. ``noise`` is the standard error of
+    that mean, from the deviation pooled over all configurations that were trained with several seeds; None where
+    there is none.
+    """
+
+    mean: float
+    noise: float | None
+    #: seed → metric
+    values: dict[int, float] = field(default_factory=dict)
+    #: the step it was measured at, and that over the steps of the whole training
+    step: int = 0
+    share: float = 0.0
+    finished: bool = False
+    #: seeds whose training failed, or ended with a metric that is not finite
+    failed: int = 0
+
+
+def originals(trials: Iterable[Trial]) -> dict[int, list[Trial]]:
+    """Number of the first trial → all trials of its configuration, itself first."""
+    ordered = sorted(trials, key=lambda trial: trial.number)
+    parent = {trial.number: trial.repeats for trial in ordered}
+    groups: dict[int, list[Trial]] = {}
+    for trial in ordered:
+        root = trial.number
+        while (up := parent[root]) is not None and up in parent and up != root:
+            root = up
+        groups.setdefault(root, []).append(trial)
+    return {root: sorted(group, key=lambda trial: trial.number != root) for root, group in sorted(groups.items())}
+
+
+def scores(trials: Iterable[Trial], metric: str) -> dict[int, Score]:
+    """Every configuration's score, also of those that never got one."""
+    groups = originals(trials)
+    seen = {number: _seeds(group, metric) for number, group in groups.items()}
+    several = [list(score.values.values()) for score in seen.values() if len(score.values) > 1]
+    degrees = sum(len(values) - 1 for values in several)
+    pooled = math.sqrt(sum((len(v) - 1) * variance(v) for v in several) / degrees) if degrees else None
+    out = {}
+    for number, s in seen.items():
+        noise = pooled / math.sqrt(len(s.values)) if pooled is not None and s.values else None
+        out[number] = Score(s.mean, noise, s.values, s.step, s.share, s.finished, s.failed)
+    return out
+
+
+def _seeds(group: Sequence[Trial], metric: str) -> Score:
+    alive = [trial for trial in group if trial.state != "failed"]
+    failed = len(group) - len(alive)
+    finished = [trial for trial in alive if trial.state == "finished"]
+    reached = {}
+    for trial in finished or alive:
+        if (last := last_measured(trial, metric)) is not None:
+            reached[trial.number] = (*last, trial)
+    furthest = max((step for step, _, _ in reached.values()), default=0)
+    at = [(value, trial) for step, value, trial in reached.values() if step == furthest]
+    values = {trial.options.seed: value for value, trial in at if math.isfinite(value)}
+    failed += sum(not math.isfinite(value) for value, _ in at)
+    mean = fmean(values.values()) if values else math.nan
+    share = furthest / max(group[0].steps, 1)
+    return Score(mean, None, values, furthest, share, bool(finished and values), failed)
+
+
+def ranking(trials: Iterable[Trial], metric: str, known: Mapping[int, Score]) -> list[int]:
+    """Configurations, best first: finished ones before those that were stopped on the way, the furthest of these first.
+
+    Where several were repeated with other seeds these stand before the rest: they were the best so far, and a mean over
+    seeds is no match for a single lucky one. One of which a seed failed stands behind those of which none did.
+    """
+    groups = originals(trials)
+    repeated = sum(len(s.values) > 1 for s in known.values() if s.finished) > 1
+
+    def key(number: int) -> tuple[Any, ...]:
+        score, first = known[number], groups[number][0]
+        if not score.values:
+            tier = 3
+        elif not score.finished:
+            tier = 2
+        else:
+            tier = 1 if score.failed else 0
+        single = repeated and len(score.values) < 2
+        far = -score.share if tier == 2 else 0.0
+        good = -goodness(metric, score.mean) if score.values else 0.0
+        return tier, single, far, good, first.parameters, number
+
+    return sorted(groups, key=key)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All trials at one point of their training.
+
+    ``values`` are the metric by trial number; ``failed`` are the trials that failed, which count as badly as the worst.
+    """
+
+    metric: str
+    share: float
+    values: dict[int, float]
+    failed: frozenset[int]
+
+    def good(self, number: int) -> float:
+        return goodness(self.metric, self.values[number])
+
+
+def compare(trials: Iterable[Trial], metric: str) -> Comparison:
+    """Compare at the furthest point that at least half of the measured trials, and eight, reached.
+
+    Later is closer to the truth, and more trials say more. Further seeds stay out.
+    """
+    firsts = [group[0] for group in originals(trials).values()]
+    failed = frozenset(trial.number for trial in firsts if trial.state == "failed")
+    alive = [trial for trial in firsts if trial.number not in failed]
+    curves: dict[int, list[tuple[float, float]]] = {}
+    for trial in alive:
+        points = [(e["step"] / max(trial.steps, 1), measured(e, metric)) for e in trial.curve.evaluations]
+        if finite := [(share, value) for share, value in points if math.isfinite(value)]:
+            curves[trial.number] = finite
+    if not curves:
+        return Comparison(metric, 0.0, {}, failed)
+    reached = sorted((points[-1][0] for points in curves.values()), reverse=True)
+    share = reached[min(max((len(reached) + 1) // 2, COMPARED), len(reached)) - 1]
+    values = {}
+    for number, points in curves.items():
+        before = [value for at, value in points if at <= share + 1e-9]
+        if points[-1][0] >= share - 1e-9 and before:
+            values[number] = before[-1]
+    worst = min(values.values(), key=lambda value: goodness(metric, value))
+    return Comparison(metric, share, values | dict.fromkeys(sorted(failed), worst), failed)
+
+
+def same(value: Any) -> str:
+    """A knob's value as something that can be compared and hashed: lists and numbers alike."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def varying(trials: Iterable[Trial]) -> list[str]:
+    """The knobs that have more than one value, in the order they were proposed."""
+    seen: dict[str, set[str]] = {}
+    for trial in trials:
+        for knob, value in trial.values.items():
+            seen.setdefault(knob, set()).add(same(value))
+    return [knob for knob, values in seen.items() if len(values) > 1]
