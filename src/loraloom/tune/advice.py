@@ -117,10 +117,12 @@ def failures(evidence: Evidence) -> Advice | None:
         held = [rate for number, rate in rates.items() if rate < bound and number not in failed]
         count = len(failed.intersection(above))
         if held and count >= FAILED * len(above):
+            what = f"{count} of {len(above)} trials from rate {shown(bound)} on"
+            if len(above) == 1:
+                what = f"the trial with rate {shown(bound)}"
             return Advice(
                 "failures",
-                f"{count} of {len(above)} trials with a learning rate of {shown(bound)} or more diverged; "
-                f"{shown(max(held))} held: make it the upper bound of the rate",
+                f"{what} diverged; {shown(max(held))} held: make it the upper bound of the rate",
                 {"failed": count, "trials": len(above), "rate": bound, "held": max(held)},
             )
     return None

@@ -80,12 +80,14 @@ def scores(trials: Iterable[Trial], metric: str) -> dict[int, Score]:
     """Every configuration's score, also of those that never got one."""
     groups = originals(trials)
     seen = {number: _seeds(group, metric) for number, group in groups.items()}
-    several = [list(score.values.values()) for score in seen.values() if len(score.values) > 1]
+    ended = any(score.finished for score in seen.values())
+    several = [list(s.values.values()) for s in seen.values() if len(s.values) > 1 and s.finished == ended]
     degrees = sum(len(values) - 1 for values in several)
     pooled = math.sqrt(sum((len(v) - 1) * variance(v) for v in several) / degrees) if degrees else None
     out = {}
     for number, s in seen.items():
-        noise = pooled / math.sqrt(len(s.values)) if pooled is not None and s.values else None
+        # The noise at the end says nothing of trials that were stopped on the way.
+        noise = pooled / math.sqrt(len(s.values)) if pooled is not None and s.values and s.finished == ended else None
         out[number] = Score(s.mean, noise, s.values, s.step, s.share, s.finished, s.failed)
     return out
 

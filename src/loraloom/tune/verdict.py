@@ -196,7 +196,7 @@ def _choose(
     # A configuration that was trained once cannot win by a tie over one that was trained several times.
     tied = [n for n in tied if n == top or len(known[n].values) >= min(2, len(known[top].values))]
     winner = min(tied, key=lambda n: (by_number[n].parameters, -goodness(metric, known[n].mean), n))
-    if winner != top and by_number[winner].parameters < by_number[top].parameters:
+    if winner != top:
         gap, noise = abs(known[top].mean - known[winner].mean), difference(known[top], known[winner])
         return winner, (
             f"trials {top} and {winner} differ by {gap:.3g} in {metric}"

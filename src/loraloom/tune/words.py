@@ -32,14 +32,19 @@ def shown(value: Any, width: int | None = None) -> str:
     if isinstance(value, bool) or value is None:
         text = {True: "yes", False: "no", None: "none"}[value]
     elif isinstance(value, float):
-        text = f"{value:.3g}"
-        text = text.replace("e-0", "e-").replace("e+0", "e")
+        # Below a thousandth the power is easier to read, and shorter: 6.16e-4.
+        text = _power(value) if 0 < abs(value) < 1e-3 else f"{value:.3g}"
     elif isinstance(value, list | tuple | set | frozenset):
         names = [str(item) for item in value]
         text = "+".join(_without_endings(names)) if width is not None else ", ".join(names)
     else:
         text = str(value)
     return text if width is None or len(text) <= width else text[: width - 1] + "…"
+
+
+def _power(value: float) -> str:
+    digits, _, power = f"{value:.2e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 
 
 def _without_endings(names: list[str]) -> list[str]:
