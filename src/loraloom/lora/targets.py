@@ -254,7 +254,7 @@ def _resolve(
         linear = [name for name, m in modules.items() if layer_class(m) in (LoraLinear, LoraConv1D)]
         left_out = _output_heads(model, modules, config) | inside_saved
         chosen = [name for name in linear if name not in left_out]
-        return _suffixes(chosen, modules)
+        return suffixes(chosen, modules)
     if wanted is not None:
         return wanted
     model_type = _model_type(model)
@@ -280,7 +280,7 @@ def _output_heads(model: nn.Module, modules: dict[str, nn.Module], config: LoraC
     return {name for name in modules if name in _task_heads(config)}
 
 
-def _suffixes(names: Iterable[str], modules: dict[str, nn.Module]) -> list[str] | str:
+def suffixes(names: Iterable[str], modules: dict[str, nn.Module]) -> list[str] | str:
     """The shortest list of suffixes that matches exactly ``names`` among ``modules``; an expression where none does."""
     chosen = set(names)
     others = [name for name in modules if name not in chosen]

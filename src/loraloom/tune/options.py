@@ -1,0 +1,184 @@
+"""What a search is told: checked as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from loraloom.errors import ConfigError, nearest
+from loraloom.train import runfile
+from loraloom.train.options import TASKS, TrainOptions
+from loraloom.train.tasks import metric_name
+from loraloom.tune.space import PRESETS, Space
+
+SAMPLERS = ("tpe", "random", "grid")
+_UNITS = {"": 1, **{f"{c}B": 1000**i for i, c in enumerate(" KMGT") if i}, "B": 1}
+_UNITS |= {f"{c}IB": 1024**i for i, c in enumerate(" KMGT") if i}
+
+
+@dataclass(kw_only=True)
+class TuneOptions:
+    """One search. ``train`` are the options of every trial but for what ``space`` varies; its ``output`` is the folder.
+
+    Raises:
+        ConfigError: an unknown option, a wrong type, a value out of range, or options that contradict.
+    """
+
+    train: TrainOptions
+    space: Space
+    #: Configurations to try.
+    trials: int = 16
+    #: What proposes them: Optuna's TPE, chance, or all there are.
+    sampler: str = "tpe"
+    #: Successive halving: one of so many trials goes on from each rung to the next ...
+    reduction: int = 3
+    #: ... the first of which is at this share of the steps. 1 lets all trials train to their end.
+    min_share: float = 1 / 9
+    #: The best configurations, repeated with so many further seeds; 0 seeds turns that off.
+    finalists: int = 3
+    seeds: int = 2
+    #: "loss" or the task's own, which is the default.
+    metric: str = ""
+    #: Trials that train together; by default as many as pay.
+    slots: int | None = None
+    #: Bytes that the search may use, or text such as "8GiB"; by default what there is.
+    memory: int | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> TuneOptions:
+        known = [spec.name for spec in fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                raise ConfigError(f"{name}: there is no such option of a search{nearest(name, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("train", TrainOptions), ("space", Space)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name}: must be {kind.__name__}, found {type(getattr(self, name)).__name__}")
+        for name, low in (("trials", 1), ("reduction", 2), ("finalists", 1), ("seeds", 0), ("slots", 1)):
+            value = getattr(self, name)
+            if name == "slots" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name}: must be a whole number of at least {low}, found {value!r}")
+        share = self.min_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ConfigError(f"min_share: must be a share of the steps above 0 and at most 1, found {share!r}")
+        if self.sampler not in SAMPLERS:
+            hint = nearest(str(self.sampler), SAMPLERS)
+            raise ConfigError(f"sampler: must be one of {', '.join(SAMPLERS)}, found {self.sampler!r}{hint}")
+        if self.sampler == "grid":
+            self.space.grid()
+        size = self.space.size
+        if size is not None and self.trials > size:
+            raise ConfigError(
+                f"trials: the space has {size} configurations, found {self.trials}; lower it or widen the space"
+            )
+        if self.finalists > self.trials:
+            raise ConfigError(f"finalists: must be at most trials ({self.trials}), found {self.finalists}")
+        self._check_metric()
+        self.memory = read_bytes("memory", self.memory)
+
+    def _check_metric(self) -> None:
+        own = metric_name(TASKS[self.train.task])
+        self.metric = self.metric or own
+        if self.metric not in (own, "loss"):
+            raise ConfigError(
+                f"metric: {self.train.task} is measured by {own} or loss, found {self.metric!r}"
+                f"{nearest(str(self.metric), (own, 'loss'))}"
+            )
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric == "accuracy"
+
+    @property
+    def rungs(self) -> list[float]:
+        """The shares of its steps at which a trial is compared with others, below 1 and rising."""
+        found = []
+        share = float(self.min_share)
+        while share < 1 - 1e-9:
+            found.append(share)
+            share *= self.reduction
+        return found
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path | None,
+        overrides: Mapping[str, Any] | Sequence[str] = (),
+        given: Mapping[str, Any] | None = None,
+    ) -> TuneOptions:
+        """The search of a run file; arguments as of ``runfile.read``. Its section ``tune`` has these fields' names.
+
+        ``tune.preset`` (quick, standard or thorough) gives the space, the trials, the finalists and their seeds where
+        the file does not. Numbers that come from it are lowered to what a small space allows.
+
+        Raises:
+            ConfigError: begins with the file and the line.
+        """
+        found = runfile.read(path, overrides, given)
+        try:
+            return cls(train=found.options, **_with_preset(found.tune, found.options))
+        except ConfigError as error:
+            found.fail(error, "tune")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        plain = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        return plain | {"train": self.train.to_dict(), "space": self.space.to_dict()}
+
+    def fingerprint(self) -> str:
+        """A hash of all that makes it this search and no other: not where it is kept, nor how much runs at once."""
+        values = self.to_dict()
+        for name in ("slots", "memory"):
+            del values[name]
+        for name in ("output", "overwrite"):
+            del values["train"][name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _with_preset(tune: Mapping[str, Any], base: TrainOptions) -> dict[str, Any]:
+    """The section ``tune`` with what its preset says of the rest."""
+    values = dict(tune)
+    known = ["preset", *(spec.name for spec in fields(TuneOptions) if spec.name != "train")]
+    for name in values:
+        if name not in known:
+            hint = nearest(name, known) or f"; the keys here are {', '.join(known)}"
+            raise ConfigError(f"{name}: there is no such key{hint}")
+    name = values.pop("preset", "standard")
+    if name not in PRESETS:
+        hint = nearest(str(name), PRESETS)
+        raise ConfigError(f"preset: must be one of {', '.join(PRESETS)}, found {name!r}{hint}")
+    preset = PRESETS[name]
+    space = Space.parse(values["space"], base) if "space" in values else Space.default(base, name)
+    size = math.inf if space.size is None else space.size
+    trials = int(size) if values.get("sampler") == "grid" and size < math.inf else int(min(preset.trials, size))
+    limit = values.get("trials", trials)
+    usual = {"trials": trials, "finalists": preset.finalists, "seeds": preset.seeds}
+    if isinstance(limit, int):
+        usual["finalists"] = max(1, min(preset.finalists, limit))
+    return usual | values | {"space": space}
+
+
+def read_bytes(name: str, value: Any) -> int | None:
+    """Bytes as a whole number, or as text with a unit: ``"8GiB"``, ``"500 MB"``.
+
+    Raises:
+        ConfigError: begins with ``name``.
+    """
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+    if isinstance(value, bool) or found is None or found[2].upper() not in _UNITS:
+        raise ConfigError(f"{name}: must be bytes or a size such as 8GiB or 500MB, found {value!r}")
+    size = int(float(found[1]) * _UNITS[found[2].upper()])
+    if size < 1:
+        raise ConfigError(f"{name}: must be above 0, found {value!r}")
+    return size
