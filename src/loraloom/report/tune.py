@@ -137,8 +137,9 @@ def conclusion(found: Verdict) -> RenderableType:
 
 def _settings(trial: Trial, names: Iterable[str]) -> str:
     """The knobs as ``train`` takes them: alpha as the number that it came to."""
-    alpha = trial.options.lora.lora_alpha
-    values = {name: f"{alpha:g}" if name.endswith("lora_alpha") else value for name, value in trial.values.items()}
+    lora = trial.options.lora
+    alpha = f"{lora.lora_alpha:g}{' with rslora' if lora.use_rslora else ''}"
+    values = {name: alpha if name.endswith("lora_alpha") else value for name, value in trial.values.items()}
     return knobs(values, names, between=", ")
 
 

@@ -132,7 +132,7 @@ def edge(evidence: Evidence) -> Iterator[Advice]:
     """The best lies at an edge of the space, and trials nearer that edge did better."""
     for knob, side in evidence.edges.items():
         at = evidence.place(evidence.best, knob)
-        if at is None or (side == "low" and _at_its_end(knob, evidence.best.values[knob])):
+        if at is None:
             continue
         lower, upper = _halves(evidence, knob)
         if min(len(lower), len(upper)) < TREND_TRIALS:
@@ -156,12 +156,6 @@ def edge(evidence: Evidence) -> Iterator[Advice]:
 def _failed_beyond(evidence: Evidence, knob: str, at: float, side: str) -> bool:
     places = [evidence.place(trial, knob) for trial in evidence.trials if trial.state == "failed"]
     return any(place is not None and (place >= at if side == "high" else place <= at) for place in places)
-
-
-def _at_its_end(knob: str, value: Any) -> bool:
-    """There is nothing below: a rank of 1, a dropout of 0."""
-    least = 1 if knob.endswith((".r", "batch_size", "accumulation_steps")) else 0
-    return isinstance(value, int | float) and value <= least
 
 
 def _halves(evidence: Evidence, knob: str) -> tuple[list[int], list[int]]:

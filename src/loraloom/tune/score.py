@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, variance
+from statistics import fmean, median_low, variance
 from typing import Any
 
 from loraloom.tune.trial import Trial
@@ -17,6 +17,8 @@ from loraloom.tune.trial import Trial
 LESS_IS_BETTER = ("loss", "perplexity")
 #: Fewer trials than these say nothing about knobs.
 COMPARED = 8
+#: A configuration whose seeds differ this many times more than the others' is unstable: that is its own noise alone.
+UNSTABLE = 10
 
 
 def greater_is_better(metric: str) -> bool:
@@ -81,13 +83,21 @@ def scores(trials: Iterable[Trial], metric: str) -> dict[int, Score]:
     groups = originals(trials)
     seen = {number: _seeds(group, metric) for number, group in groups.items()}
     ended = any(score.finished for score in seen.values())
-    several = [list(s.values.values()) for s in seen.values() if len(s.values) > 1 and s.finished == ended]
-    degrees = sum(len(values) - 1 for values in several)
-    pooled = math.sqrt(sum((len(v) - 1) * variance(v) for v in several) / degrees) if degrees else None
+    several = {
+        number: (len(s.values) - 1, variance(s.values.values()))
+        for number, s in seen.items()
+        if len(s.values) > 1 and s.finished == ended
+    }
+    typical = median_low(square for _, square in several.values()) if several else 0.0
+    unstable = {n: math.sqrt(square) for n, (_, square) in several.items() if square > UNSTABLE**2 * typical > 0}
+    steady = [pair for number, pair in several.items() if number not in unstable]
+    degrees = sum(freedom for freedom, _ in steady)
+    pooled = math.sqrt(sum(freedom * square for freedom, square in steady) / degrees) if degrees else None
     out = {}
     for number, s in seen.items():
         # The noise at the end says nothing of trials that were stopped on the way.
-        noise = pooled / math.sqrt(len(s.values)) if pooled is not None and s.values and s.finished == ended else None
+        deviation = unstable.get(number, pooled) if s.values and s.finished == ended else None
+        noise = None if deviation is None else deviation / math.sqrt(len(s.values))
         out[number] = Score(s.mean, noise, s.values, s.step, s.share, s.finished, s.failed)
     return out
 

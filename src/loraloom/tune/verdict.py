@@ -108,7 +108,8 @@ def verdict(
     """Judge ``trials`` by ``metric`` on the held-out rows.
 
     Args:
-        edges: a configuration's values → knob → "low" or "high" for those that lie at an edge of the space.
+        edges: a configuration's values → knob → "low" or "high" for those at an edge of the space that could lie
+            further out.
         distributions: knob → Optuna's distribution that its values were drawn from; by default what they look like.
         order: knob → its values from low to high, for knobs whose values are not numbers but have an order.
 

@@ -34,8 +34,8 @@ def shown(value: Any, width: int | None = None) -> str:
     elif isinstance(value, float):
         # Below a thousandth the power is easier to read, and shorter: 6.16e-4.
         text = _power(value) if 0 < abs(value) < 1e-3 else f"{value:.3g}"
-    elif isinstance(value, list | tuple | set | frozenset):
-        names = [str(item) for item in value]
+    elif isinstance(value, list | tuple) or (isinstance(value, str) and "," in value):
+        names = [str(item).strip() for item in (value.split(",") if isinstance(value, str) else value)]
         text = "+".join(_without_endings(names)) if width is not None else ", ".join(names)
     else:
         text = str(value)

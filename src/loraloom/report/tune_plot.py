@@ -1,0 +1,182 @@
+"""Two pictures of a search: how every trial learnt, and what quality costs in parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loraloom.report.tune import count
+from loraloom.tune.score import greater_is_better, last_measured, measured, originals, ranking, scores, varying
+from loraloom.tune.trial import Trial
+from loraloom.tune.verdict import Verdict
+from loraloom.tune.words import knobs
+
+SEARCH_NAME = "search.png"
+PARETO_NAME = "pareto.png"
+
+#: The colour of each state, as in the picture of one run: blue learns, grey is past.
+COLOURS = {"finished": "#2f5aa8", "running": "#6d8fc9", "waiting": "#b9c7e4", "stopped": "#c9ccd3", "failed": "#d9a79c"}
+BEST = "#d1622b"
+#: Characters of a knob's value in a label.
+WIDE = 12
+#: So many of the leaders that came furthest have their number beside their curve.
+LABELLED = 8
+#: A span of values this many times its best is drawn on a log scale: diverging perplexities would flatten the rest.
+LOG_SPAN = 20.0
+
+
+def plot_search(trials: Sequence[Trial], metric: str, path: str | Path, best: int | None = None) -> None:
+    """Draw each trial's ``metric`` on the held-out rows over its steps; ``best`` (by default the leader) is bold.
+
+    Stopped trials are pale, failed ones end in a cross; further seeds of a configuration are left out.
+    """
+    from matplotlib.figure import Figure  # the figure alone: no window system, no global state
+    from matplotlib.ticker import MaxNLocator
+
+    firsts = [group[0] for group in originals(trials).values()]
+    known = scores(trials, metric)
+    if best is None:
+        best = next((n for n in ranking(trials, metric, known) if known[n].values), None)
+    figure = Figure(figsize=(10, 5), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    names = varying(trials)
+    seen: list[float] = []
+    labelled: set[str] = set()
+    # The best last, so that it lies on top.
+    for trial in sorted(firsts, key=lambda t: (t.number == best, t.state == "finished", t.number)):
+        points = [(e["step"], measured(e, metric)) for e in trial.curve.evaluations]
+        points = [(step, value) for step, value in points if math.isfinite(value)]
+        if not points:
+            continue
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        seen += values
+        style: dict[str, Any] = {"color": COLOURS[trial.state], "linewidth": 1.2, "marker": "."}
+        text: str | None = trial.state if trial.state not in labelled else None
+        if trial.number == best:
+            style = {"color": BEST, "linewidth": 2.8, "marker": "o", "markersize": 5}
+            text = f"trial {trial.number}: {knobs(trial.values, names, WIDE)}"
+        else:
+            labelled.add(trial.state)
+        axes.plot(steps, values, label=text, **style)
+        if trial.state == "failed":
+            axes.plot(steps[-1:], values[-1:], "x", color="#b0503a", markersize=7)
+    axes.set(title=f"{metric} on held-out rows, {len(firsts)} configurations", xlabel="step")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.margins(x=0.03, y=0.08)
+    _scale(axes, seen, metric)
+    # Numbers in the middle of the picture would lie on the curves of those that went on.
+    furthest = max((score.share for score in known.values() if score.values), default=0.0)
+    lead = [n for n in ranking(trials, metric, known) if known[n].values and known[n].share == furthest][:LABELLED]
+    ends = {t.number: end for t in firsts if t.number in lead and (end := last_measured(t, metric)) is not None}
+    ends = {number: end for number, end in ends.items() if math.isfinite(end[1])}
+    _number_ends(figure, axes, ends, best)
+    if seen:
+        handles, texts = axes.get_legend_handles_labels()
+        # The best was drawn last.
+        figure.legend(handles[::-1], texts[::-1], loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path)
+
+
+def plot_pareto(found: Verdict, trials: Sequence[Trial], metric: str, path: str | Path) -> None:
+    """Draw the metric against the adapter's parameters; bars are the noise, the line joins what nothing beats in both.
+
+    Only configurations that are measured like the best one are drawn: finished ones, or all where none finished.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    firsts = {number: group[0] for number, group in originals(trials).items()}
+    finished = found.scores[found.best.number].finished
+    drawn = [
+        n for n in found.ranking if n in firsts and found.scores[n].values and found.scores[n].finished == finished
+    ]
+    front = [n for n in found.pareto if n in firsts]
+    axes.plot(
+        [firsts[n].parameters for n in front],
+        [found.scores[n].mean for n in front],
+        color="#8a93a5",
+        linewidth=1.2,
+        linestyle="--",
+        zorder=1,
+        label="nothing smaller is as good",
+    )
+    runner_up = found.runner_up.number if found.runner_up else None
+    names = found.knobs
+    for number in drawn:
+        score, trial = found.scores[number], firsts[number]
+        special = {found.best.number: ("best", BEST, 10), runner_up: ("runner-up", COLOURS["finished"], 8)}
+        word, colour, large = special.get(number, ("", COLOURS["running" if number in front else "stopped"], 6))
+        axes.errorbar(
+            [trial.parameters],
+            [score.mean],
+            yerr=[score.noise] if score.noise else None,
+            fmt="o",
+            color=colour,
+            markersize=large,
+            capsize=3,
+            zorder=3 if word else 2,
+            label=f"{word}, trial {number}: {knobs(trial.values, names, WIDE)}" if word else None,
+        )
+        if word or number in front:
+            at = (trial.parameters, score.mean)
+            axes.annotate(str(number), at, textcoords="offset points", xytext=(8, 5), fontsize=9)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.15, y=0.25)
+    axes.set(title=f"{metric} against size", xlabel="adapter parameters", ylabel=f"{metric} on held-out rows")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _scale(axes, [found.scores[n].mean for n in drawn], metric)
+    figure.legend(loc="outside lower center", ncols=1, frameon=False)
+    figure.savefig(path)
+
+
+def _scale(axes: Any, values: Sequence[float], metric: str) -> None:
+    """A log scale where the worst is many times the best: a perplexity that blew up would flatten all the others."""
+    if not greater_is_better(metric) and values and min(values) > 0 and max(values) > LOG_SPAN * min(values):
+        axes.set_yscale("log")
+
+
+def _number_ends(figure: Any, axes: Any, ends: Mapping[int, tuple[int, float]], best: int | None) -> None:
+    """The trials' numbers right of where their curves end, moved apart where they would lie on each other."""
+    figure.canvas.draw()  # the layout is known only now
+    heights = {number: float(axes.transData.transform(end)[1]) for number, end in ends.items()}
+    order = sorted(heights, key=lambda n: (heights[n], n))
+    for number, at in zip(order, _spread([heights[n] for n in order], 13 * figure.dpi / 72), strict=True):
+        axes.annotate(
+            str(number),
+            ends[number],
+            textcoords="offset pixels",
+            xytext=(12, at - heights[number]),
+            va="center",
+            fontsize=9,
+            color=BEST if number == best else "#444444",
+            weight="bold" if number == best else "normal",
+            annotation_clip=False,
+        )
+
+
+def _spread(heights: Sequence[float], apart: float) -> list[float]:
+    """Rising heights, moved so that neighbours are ``apart``, each cluster about its own middle."""
+    clusters: list[list[float]] = []
+    for height in heights:
+        clusters.append([height])
+        while (
+            len(clusters) > 1
+            and _middle(clusters[-1]) - _middle(clusters[-2]) < apart * (len(clusters[-1]) + len(clusters[-2])) / 2
+        ):
+            last = clusters.pop()
+            clusters[-1] = clusters[-1] + last
+    return [_middle(c) + apart * (i - (len(c) - 1) / 2) for c in clusters for i in range(len(c))]
+
+
+def _middle(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
