@@ -38,7 +38,7 @@ def contender(name: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Cal
         elif name == "torch, chunked":
             loss = F.linear_cross_entropy(hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions())
         else:
-            loss = linear_cross_entropy(hidden, weight, None, targets) / len(targets)
+            loss = linear_cross_entropy(hidden, weight, None, targets).mean()
         loss.backward()
         return loss.detach()
 

@@ -172,7 +172,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(classifier: Maker, clas
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_names_the_step_and_leaves_every_weight_from_before(
+def test_a_loss_that_is_not_finite_stops_its_slot_as_it_was_before_and_the_others_go_on(
     decoder: Maker, completions: list[Example], number: float
 ) -> None:
     model = two(decoder)
@@ -183,8 +183,17 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_every_weight_from_b
             next(iter(model.adapter_parameters("other").values())).data[0, 0] = number
             left.update({name: weights(model, name) for name in ADAPTERS})
 
-    with pytest.raises(TrainingError, match="step 3: the loss is nan, so training cannot go on; lower the learning"):
-        train(model, LM, completions, "default", "other", watch=spoil)
-    for name in ADAPTERS:
-        for key, p in model.adapter_parameters(name).items():
-            assert torch.equal(p.nan_to_num(), left[name][key].nan_to_num()), key
+    slots, _ = train(model, LM, completions, "default", "other", watch=spoil)
+    assert slots["other"].failure == "step 3: the loss is nan"
+    for key, p in model.adapter_parameters("other").items():
+        assert torch.equal(p.nan_to_num(), left["other"][key].nan_to_num()), key
+    alone = two(decoder)
+    one, _ = train(alone, LM, completions, "default")
+    assert slots["default"].curve.loss == pytest.approx(one["default"].curve.loss, rel=1e-9)
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_of_one(decoder: Maker, completions: list[Example]) -> None:
+    model = decoder()
+    next(iter(model.adapter_parameters("default").values())).data[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="step 1: the loss is nan, so training cannot go on; lower the learning"):
+        train(model, LM, completions, "default")

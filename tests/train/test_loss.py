@@ -37,9 +37,9 @@ def test_value_and_gradient_are_those_of_the_plain_loss_for_any_parts(
     before, loss.AT_A_TIME["cpu"] = loss.AT_A_TIME["cpu"], at_a_time
     try:
         found = {
-            "frozen": value_and_gradient(linear_cross_entropy(hidden, weight, offsets, targets), hidden),
+            "frozen": value_and_gradient(linear_cross_entropy(hidden, weight, offsets, targets).sum(), hidden),
             "any": value_and_gradient(
-                head_cross_entropy(hidden, lambda h: F.linear(h, weight, offsets), vocabulary, targets), hidden
+                head_cross_entropy(hidden, lambda h: F.linear(h, weight, offsets), vocabulary, targets).sum(), hidden
             ),
         }
     finally:
@@ -55,7 +55,7 @@ def test_each_dtype_is_as_close_as_the_plain_loss(dtype: torch.dtype) -> None:
     exact = hidden.detach().double().requires_grad_()
     truth = value_and_gradient(F.cross_entropy(F.linear(exact, weight.double()), targets, reduction="sum"), exact)
     plain = value_and_gradient(F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum"), hidden)
-    found = value_and_gradient(linear_cross_entropy(hidden, weight, None, targets), hidden)
+    found = value_and_gradient(linear_cross_entropy(hidden, weight, None, targets).sum(), hidden)
     for a, b, wanted in zip(found, plain, truth, strict=True):
         error, allowed = ((t.double() - wanted).norm() / wanted.norm() for t in (a, b))
         assert error < 1.2 * allowed + 1e-6
@@ -67,7 +67,7 @@ def test_each_dtype_is_as_close_as_the_plain_loss(dtype: torch.dtype) -> None:
 
 def test_great_logits_do_not_overflow() -> None:
     hidden, weight, _, targets = given_tensors(5, 7, torch.float32, bias=False)
-    total, gradient = value_and_gradient(linear_cross_entropy(hidden, weight * 1e4, None, targets), hidden)
+    total, gradient = value_and_gradient(linear_cross_entropy(hidden, weight * 1e4, None, targets).sum(), hidden)
     assert torch.isfinite(total)
     assert torch.isfinite(gradient).all()
 
@@ -84,7 +84,7 @@ def test_no_more_logits_exist_than_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
         return out
 
     monkeypatch.setattr(F, "linear", linear)
-    linear_cross_entropy(hidden, weight, None, targets).backward()
+    linear_cross_entropy(hidden, weight, None, targets).sum().backward()
     assert max(sizes) == 100
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
@@ -95,7 +95,7 @@ def test_no_more_logits_exist_than_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_head_that_trains_gets_its_gradient() -> None:
     hidden, _, _, targets = given_tensors(9, 7, torch.float64)
     head = nn.Linear(8, 7, dtype=torch.float64)
-    head_cross_entropy(hidden, head, 7, targets).backward()
+    head_cross_entropy(hidden, head, 7, targets).sum().backward()
     found = [p.grad.clone() for p in head.parameters() if p.grad is not None]
     head.zero_grad()
     F.cross_entropy(head(hidden.detach()), targets, reduction="sum").backward()

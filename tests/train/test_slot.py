@@ -19,6 +19,13 @@ def slot(*parameters: nn.Parameter, **changes: Any) -> Slot:
     return Slot("s", given, ROWS, **{"steps": 10, "batch_size": 4, "learning_rate": 1.0, **changes})
 
 
+def go_on(one: Slot, loss: float = 0.0) -> list[Example]:
+    """Take the next rows and update from whatever gradients there are."""
+    examples, _ = one.next_examples()
+    one.update(loss)
+    return examples
+
+
 @pytest.mark.parametrize(
     ("warmup", "rates"),
     [
@@ -33,7 +40,7 @@ def test_the_rate_rises_linearly_and_falls_linearly_and_no_step_is_wasted_on_zer
 ) -> None:
     one = slot(warmup_ratio=warmup)
     while not one.done:
-        one.update(torch.tensor(0.0))
+        go_on(one)
     assert one.curve.learning_rate == pytest.approx(rates)
 
 
@@ -54,7 +61,7 @@ def test_an_update_is_adamw_with_decay_and_one_norm_for_all_gradients() -> None:
             a.grad, b.grad = g.clone(), g * min(1.0, 0.5 / float(norm))
         reference.param_groups[0]["lr"] = one.rate(step)
         reference.step()
-        one.update(torch.tensor(float(step)))
+        go_on(one, float(step))
         assert all(p.grad is None for p in mine)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -66,7 +73,7 @@ def test_a_parameter_without_a_gradient_stays() -> None:
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     one = slot(used, unused, weight_decay=0.5)
     used.grad = torch.ones(2)
-    one.update(torch.tensor(0.0))
+    go_on(one)
     assert torch.equal(unused, torch.ones(2))
     assert not torch.equal(used, torch.ones(2))
 
@@ -75,11 +82,54 @@ def test_rows_come_in_the_order_of_the_seed_whatever_the_global_generator_says()
     torch.manual_seed(5)
     state = torch.get_rng_state()
     one, twin, other = slot(seed=3), slot(seed=3), slot(seed=4)
-    first = [[e.labels for e in one.next_examples()] for _ in range(6)]
+    first = [[e.labels for e in go_on(one)] for _ in range(6)]
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
-    assert [[e.labels for e in twin.next_examples()] for _ in range(6)] == first
-    assert [[e.labels for e in other.next_examples()] for _ in range(6)] != first
+    assert [[e.labels for e in go_on(twin)] for _ in range(6)] == first
+    assert [[e.labels for e in go_on(other)] for _ in range(6)] != first
     lengths = [len(e.input_ids) for e in ROWS]
     assert first == bucketed(lengths, 4, 3, 0) + bucketed(lengths, 4, 3, 1)
     assert first[:3] != first[3:]
+
+
+def test_accumulated_gradients_weigh_each_forward_by_its_share_of_the_labels() -> None:
+    rows = [Example([1] * n, [-100] + [1] * (n - 1)) for n in (2, 3, 5, 9)]
+    one = Slot("s", {}, rows, steps=2, batch_size=1, learning_rate=1.0, gradient_accumulation_steps=4)
+    shares, seeds = [], set()
+    for _ in range(4):
+        (example,), share = one.next_examples()
+        assert share == (len(example.input_ids) - 1) / 15
+        seeds.add(one.dropout_seed)
+        shares.append(share)
+        assert one.step == 0
+        one.update(3.0)
+    assert sum(shares) == pytest.approx(1)
+    assert len(seeds) == 4
+    assert (one.step, one.curve.loss) == (1, [pytest.approx(3.0)])
+
+
+@pytest.mark.parametrize(("schedule", "halfway"), [("constant", 1.0), ("cosine", 0.5), ("linear", 0.5)])
+def test_a_schedule_begins_with_the_warmup_and_ends_as_it_says(schedule: str, halfway: float) -> None:
+    one = slot(lr_scheduler_type=schedule, steps=6, warmup_ratio=0.3)
+    assert [one.rate(step) for step in range(3)] == [0.5, 1.0, 1.0]
+    assert one.rate(4) == pytest.approx(halfway)
+    assert one.rate(6) == pytest.approx(0.0 if schedule != "constant" else 1.0)
+
+
+def test_a_ratio_gives_b_a_rate_of_its_own() -> None:
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    named = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": b}
+    one = Slot("s", named, ROWS, steps=10, batch_size=4, learning_rate=1e-3, loraplus_lr_ratio=16.0)
+    a.grad, b.grad = torch.ones(2), torch.ones(2)
+    go_on(one)
+    torch.testing.assert_close(b / a, torch.full((2,), 16.0))
+
+
+def test_gradients_that_are_not_finite_change_nothing_and_stop_the_slot() -> None:
+    used = nn.Parameter(torch.ones(2))
+    one = slot(used)
+    used.grad = torch.tensor([1.0, float("inf")])
+    go_on(one)
+    assert one.failure == "step 1: the norm of the gradients is inf"
+    assert not one.running
+    assert torch.equal(used, torch.ones(2))

@@ -22,13 +22,13 @@ Head = Callable[[Tensor], Tensor]
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """The sum of ``cross_entropy(hidden Wᵀ + bias, targets)`` with a frozen head, in at least float32.
+    """``cross_entropy(hidden Wᵀ + bias, targets)`` of each token with a frozen head, in at least float32.
 
     Shapes: hidden [tokens, dim], weight [vocabulary, dim], bias [vocabulary] or None, targets [tokens] (none to be
-    ignored). The gradient to ``hidden`` is computed on the way, so that no logits are kept.
+    ignored) → [tokens]. The gradient to ``hidden`` is computed on the way, so that no logits are kept.
     """
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
-    return total
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -36,7 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         for rows in _chunks(hidden, weight.shape[0]):
             low = F.linear(hidden[rows], weight, bias)
             logits, wanted = low.to(dtype), targets[rows].unsqueeze(-1)
@@ -45,35 +45,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # All in place: at these sizes memory is what takes the time.
             shares = logits.sub_(greatest).exp_()
             sums = shares.sum(-1, keepdim=True)
-            total += (sums.log() + greatest - at_target).sum()
+            losses[rows] = (sums.log() + greatest - at_target).squeeze(-1)
             if gradient is not None:
                 shares.div_(sums).scatter_add_(-1, wanted, torch.full_like(sums, -1))
                 torch.mm(low.copy_(shares), weight, out=gradient[rows])
         ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+        return gradient * grads[0].to(gradient.dtype).unsqueeze(-1), None, None, None
 
 
 def head_cross_entropy(hidden: Tensor, head: Head, vocabulary: int, targets: Tensor) -> Tensor:
     """The same for any head, one that trains or carries an adapter: each part's logits are computed again in backward.
 
-    Shapes: hidden [tokens, dim], ``head(hidden)`` [tokens, vocabulary], targets [tokens] → the sum.
+    Shapes: hidden [tokens, dim], ``head(hidden)`` [tokens, vocabulary], targets [tokens] → [tokens].
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
 
     def part(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).to(dtype), targets, reduction="sum")
+        return F.cross_entropy(head(hidden).to(dtype), targets, reduction="none")
 
     parts = [
         checkpoint(part, hidden[rows], targets[rows], use_reentrant=False, preserve_rng_state=False)
         for rows in _chunks(hidden, vocabulary)
     ]
-    return torch.stack(parts).sum() if parts else hidden.sum() * 0
+    return torch.cat(parts) if parts else hidden.sum(-1) * 0
 
 
 def head_scores(hidden: Tensor, head: Head, vocabulary: int, targets: Tensor) -> tuple[float, int]:

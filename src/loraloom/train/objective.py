@@ -19,6 +19,7 @@ from loraloom.config import TaskType
 from loraloom.data.encode import IGNORE
 from loraloom.lora.layers import HALF
 from loraloom.lora.model import PeftModel
+from loraloom.lora.route import Route
 from loraloom.train.loss import head_cross_entropy, head_scores, linear_cross_entropy
 from loraloom.train.tasks import Scores
 
@@ -31,6 +32,7 @@ class Objective:
 
     def __init__(self, model: PeftModel, task: TaskType) -> None:
         self._task = task
+        self._router = model.base_model.router
         self._model = model.get_base_model()
         self._dtype = next(p.dtype for p in self._model.parameters() if p.is_floating_point())
         self._head: nn.Module | None = None
@@ -39,34 +41,61 @@ class Objective:
         #: A cache of keys and values is for generation; filling it costs time and memory in every step.
         self._options = {"use_cache": False} if "use_cache" in inspect.signature(self._model.forward).parameters else {}
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """[rows, ...] for ``loss`` and ``score``: hidden states where the head is applied later, else logits."""
+    def forward(self, inputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
+        """[rows, ...] for ``losses`` and ``score``: hidden states where the head is applied later, else logits.
+
+        ``labels`` are read by models alone whose decoder begins from them (seq2seq-lm).
+        """
+        if self._task is TaskType.SEQ_2_SEQ_LM and labels is not None and "decoder_input_ids" not in inputs:
+            shift = self._model.prepare_decoder_input_ids_from_labels
+            inputs = {**inputs, "decoder_input_ids": shift(labels=labels)}  # type: ignore[operator]
         with _attention(inputs["input_ids"].shape[-1], self._dtype, inputs["input_ids"].device):
             out = self._model(**inputs, **self._options)
         found: Tensor = out.logits if self._head is None else out[0]
         return found
 
     def loss(self, out: Tensor, labels: Tensor) -> Tensor:
-        """The mean over rows (seq-cls: labels [rows]) or over labelled tokens (causal-lm: labels [rows, length], each
-        position predicts the next)."""
+        """``losses`` where all rows go through the same adapters."""
+        return self.losses(out, labels, {"": slice(None)})[""]
+
+    def losses(self, out: Tensor, labels: Tensor, rows: Mapping[str, slice]) -> dict[str, Tensor]:
+        """Each slot's mean over its rows (seq-cls: labels [rows]) or over its labelled tokens (labels [rows, length]).
+
+        For causal-lm each position predicts the next. ``rows`` tile the batch in its order.
+        """
+        if self._head is not None and not _frozen(self._head):
+            return {name: self._through_head(name, out[own], labels[own]).mean() for name, own in rows.items()}
+        found, targets = self._predictions(out, labels)
         if self._head is None:
-            return F.cross_entropy(*self._logits(out, labels))
-        hidden, targets = _labelled(out, labels)
-        head = self._head
-        weight, bias = head._parameters.get("weight"), head._parameters.get("bias")
-        if type(head) is nn.Linear and weight is not None and not (weight.requires_grad or _trains(bias)):
-            total = linear_cross_entropy(hidden, weight, bias, targets)
+            each = F.cross_entropy(found, targets, reduction="none")
         else:
-            total = head_cross_entropy(hidden, head, self._vocabulary, targets)
-        return total / targets.numel()
+            weight, bias = self._head._parameters["weight"], self._head._parameters.get("bias")
+            assert weight is not None
+            each = linear_cross_entropy(found, weight, bias, targets)
+        counts = self._asked(labels)
+        sizes = [len(labels[own]) if counts is None else int(counts[own].sum()) for own in rows.values()]
+        return {name: part.mean() for name, part in zip(rows, torch.split(each, sizes), strict=True)}
+
+    def _through_head(self, name: str, out: Tensor, labels: Tensor) -> Tensor:
+        """[labelled tokens] of one slot, whose head is its own or carries its adapter."""
+        router, route = self._router, self._router.route
+        alone = Route(active=(name,), seeds=route.seeds) if route.blocks else route
+
+        def head(hidden: Tensor) -> Tensor:  # also called in the backward
+            assert self._head is not None
+            with router.using(alone):
+                found: Tensor = self._head(hidden)
+            return found
+
+        hidden, targets = self._predictions(out, labels)
+        return head_cross_entropy(hidden, head, self._vocabulary, targets)
 
     def score(self, out: Tensor, labels: Tensor) -> Scores:
+        found, targets = self._predictions(out, labels)
         if self._head is None:
-            logits, targets = self._logits(out, labels)
-            summed = F.cross_entropy(logits, targets, reduction="sum")
-            return Scores(float(summed), targets.numel(), int((logits.argmax(-1) == targets).sum()))
-        hidden, targets = _labelled(out, labels)
-        total, correct = head_scores(hidden, self._head, self._vocabulary, targets)
+            summed = F.cross_entropy(found, targets, reduction="sum")
+            return Scores(float(summed), targets.numel(), int((found.argmax(-1) == targets).sum()))
+        total, correct = head_scores(found, self._head, self._vocabulary, targets)
         return Scores(total, targets.numel(), correct)
 
     @property
@@ -76,11 +105,21 @@ class Objective:
         assert isinstance(weight, Tensor)
         return weight.shape[0]
 
-    def _logits(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions [n, classes] in at least float32, and what they should be [n]."""
-        if self._task is TaskType.CAUSAL_LM:
-            logits, labels = _labelled(logits, labels)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
+    def _asked(self, labels: Tensor) -> Tensor | None:
+        """Which positions a prediction is asked for: [rows, ...] of truth values, or None for each row."""
+        if labels.dim() == 1:
+            return None
+        return (labels[:, 1:] if self._task is TaskType.CAUSAL_LM else labels) != IGNORE
+
+    def _predictions(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What is asked for: hidden states [n, dim] or logits [n, classes] in at least float32, and targets [n]."""
+        asked = self._asked(labels)
+        if asked is not None:
+            if self._task is TaskType.CAUSAL_LM:
+                out, labels = out[:, :-1], labels[:, 1:]
+            kept = asked.flatten().nonzero().squeeze(-1)
+            out, labels = out.flatten(0, 1).index_select(0, kept), labels.flatten().index_select(0, kept)
+        return (out if self._head is not None else out.to(torch.promote_types(out.dtype, torch.float32))), labels
 
 
 def _attention(length: int, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
@@ -93,15 +132,9 @@ def _attention(length: int, dtype: torch.dtype, device: torch.device) -> Abstrac
     return nullcontext()
 
 
-def _labelled(out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions whose next token carries a label: [n, ...] and [n]."""
-    targets = labels[:, 1:].flatten()
-    kept = (targets != IGNORE).nonzero().squeeze(-1)
-    return out[:, :-1].flatten(0, 1).index_select(0, kept), targets.index_select(0, kept)
-
-
-def _trains(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.requires_grad
+def _frozen(head: nn.Module) -> bool:
+    parameters = [head._parameters.get(name) for name in ("weight", "bias")]
+    return type(head) is nn.Linear and not any(p is not None and p.requires_grad for p in parameters)
 
 
 def trunk_and_head(model: PeftModel) -> tuple[nn.Module, nn.Module] | None:

@@ -125,17 +125,17 @@ def with_values(options: TrainOptions, values: Mapping[str, Any]) -> TrainOption
         raise _placed(error, dict.fromkeys(values, "")) from None
 
 
-def split_names(text: str) -> list[str] | str:
+def split_names(name: str, text: str) -> list[str] | str:
     """Names with commas between are a list; what holds other signs is an expression, and "all-linear" is itself.
 
     Raises:
-        ValueError: there is no name in it.
+        ConfigError: there is no name in it. Begins with ``name``.
     """
     if text.lower() == "all-linear" or not re.fullmatch(r"[\w.,\- ]+", text):
         return text
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
-        raise ValueError("holds no name")
+        raise ConfigError(f"{name}: holds no name, found {text!r}; give names with commas between, or leave it out")
     return names
 
 
@@ -186,11 +186,9 @@ def _setting(text: str) -> tuple[str, Any]:
     try:
         found = yamltext.parse(value, f"--set {key}")[0]
         listed = key in ("lora.target_modules", "lora.exclude_modules", "lora.modules_to_save")
-        return key, split_names(found) if listed and isinstance(found, str) else found
+        return key, split_names(f"--set {key}", found) if listed and isinstance(found, str) else found
     except ConfigError as error:
         raise ConfigError(str(error).replace(":1: ", ": ", 1)) from None  # an option has no lines
-    except ValueError as error:
-        raise ConfigError(f"--set {key}: {error}, found {value!r}") from None
 
 
 def _set_tune(tune: dict[str, Any], parts: list[str], value: Any) -> None:

@@ -6,15 +6,15 @@ Nothing here depends on the other slots of a pack or on where this one sits amon
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loraloom.data.batches import bucketed
-from loraloom.data.encode import Example
+from loraloom.data.encode import IGNORE, Example
 from loraloom.lora.initialize import seed_of
+from loraloom.train.flat import FlatAdamW
 
 
 @dataclass
@@ -30,8 +30,10 @@ class Slot:
     """The training state of one adapter.
 
     Args:
-        parameters: the adapter's trainable tensors, all of them and nothing else.
+        parameters: the adapter's trainable tensors by name, all of them and nothing else.
         steps: how many optimizer steps this slot takes in all.
+        batch_size: rows of one forward; ``gradient_accumulation_steps`` of these make a step.
+        loraplus_lr_ratio: the learning rate of B over that of everything else (LoRA+, Hayou et al. 2024).
     """
 
     def __init__(
@@ -43,61 +45,99 @@ class Slot:
         steps: int,
         batch_size: int,
         learning_rate: float,
+        gradient_accumulation_steps: int = 1,
+        loraplus_lr_ratio: float = 1.0,
+        lr_scheduler_type: str = "linear",
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.0,
         max_grad_norm: float = 1.0,
         seed: int = 0,
     ) -> None:
         self.name, self.seed = name, seed
-        self.parameters = list(parameters.values())
         self.steps, self.step = steps, 0
-        self.learning_rate = learning_rate
+        self.accumulation = gradient_accumulation_steps
+        self.learning_rate, self.schedule = learning_rate, lr_scheduler_type
         self.warmup = math.ceil(warmup_ratio * steps)
         self.max_grad_norm = max_grad_norm
         self.curve = Curve()
-        # One fused call over all tensors; also implemented for the CPU.
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+        #: why it cannot go on, once it cannot
+        self.failure = ""
+        self.optimizer = FlatAdamW(
+            [(p, loraplus_lr_ratio if _is_b(key) else 1.0) for key, p in parameters.items()], weight_decay
+        )
         self._examples = examples
-        self._order = self._batches([len(e.input_ids) for e in examples], batch_size, seed)
-
-    @staticmethod
-    def _batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-        epoch = 0
-        while True:
-            yield from bucketed(lengths, batch_size, seed, epoch)
-            epoch += 1
+        self._lengths, self._batch_size = [len(e.input_ids) for e in examples], batch_size
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        #: the batches of this step that are yet to come, with their shares of its labels
+        self._waiting: list[tuple[list[Example], float]] = []
+        self._loss = 0.0
 
     @property
     def done(self) -> bool:
         return self.step >= self.steps
 
     @property
+    def running(self) -> bool:
+        return not self.done and not self.failure
+
+    @property
     def example(self) -> Example:
         """One of its rows."""
         return self._examples[0]
 
-    def next_examples(self) -> list[Example]:
-        return [self._examples[row] for row in next(self._order)]
+    def next_examples(self) -> tuple[list[Example], float]:
+        """The rows of the next forward, and their share of the labels of the step."""
+        if not self._waiting:
+            first = self.step * self.accumulation
+            batches = [self._batch(number) for number in range(first, first + self.accumulation)]
+            labels = [sum(_labels(example) for example in batch) for batch in batches]
+            self._waiting = [(batch, count / sum(labels)) for batch, count in zip(batches, labels, strict=True)]
+        return self._waiting[0]
+
+    def _batch(self, number: int) -> list[Example]:
+        """Batch ``number`` of this slot's order, which goes through the rows again and again, each time anew."""
+        epoch, place = divmod(number, -(-len(self._lengths) // self._batch_size))
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, bucketed(self._lengths, self._batch_size, self.seed, epoch)
+        return [self._examples[row] for row in self._epoch[1][place]]
 
     @property
     def dropout_seed(self) -> int:
-        """Of the next step's dropout masks: it follows from the slot's own seed and step alone."""
-        return seed_of("dropout", self.seed, self.step)
+        """Of the next forward's dropout masks: it follows from the slot's own seed and step alone."""
+        forward = self.accumulation - len(self._waiting) if self._waiting else 0
+        return seed_of("dropout", self.seed, self.step, *([forward] if forward else []))
 
     def rate(self, step: int) -> float:
-        """The learning rate of ``step`` (from 0): up linearly through the warmup, then down linearly to 0."""
+        """The learning rate of ``step`` (from 0): up in a line through the warmup, then as ``schedule`` says."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
-        return self.learning_rate * (self.steps - step) / max(self.steps - self.warmup, 1)
+        left = (self.steps - step) / max(self.steps - self.warmup, 1)
+        if self.schedule == "cosine":
+            return self.learning_rate * (1 - math.cos(math.pi * left)) / 2
+        return self.learning_rate * (left if self.schedule == "linear" else 1.0)
 
-    def update(self, loss: Tensor) -> None:
-        """One optimizer step from the gradients that are there; ``loss`` is only noted down."""
-        rate = self.rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.curve.loss.append(float(loss.detach()))
-        self.curve.learning_rate.append(rate)
+    def update(self, loss: float) -> None:
+        """Go on after a backward; ``loss`` is that of its rows. A step once all forwards of the step were seen."""
+        _, share = self._waiting.pop(0)
+        self._loss += share * loss
+        if not math.isfinite(loss):
+            self.failure = f"step {self.step + 1}: the loss is {loss}"
+        elif not self._waiting:
+            rate = self.rate(self.step)
+            norm = self.optimizer.step(rate, self.max_grad_norm)
+            if not math.isfinite(norm):
+                self.failure = f"step {self.step + 1}: the norm of the gradients is {norm}"
+                return
+            self.step += 1
+            self.curve.loss.append(self._loss)
+            self.curve.learning_rate.append(rate)
+            self._loss = 0.0
+
+
+def _is_b(key: str) -> bool:
+    return ".lora_B." in f"{key}." or ".lora_embedding_B." in f"{key}."
+
+
+def _labels(example: Example) -> int:
+    """How many predictions of a row are asked for: one, or one for each labelled token but the first."""
+    return sum(label != IGNORE for label in example.labels[1:]) if isinstance(example.labels, list) else 1

@@ -1,0 +1,213 @@
+"""Many adapters in one forward and one backward of one frozen model, each with rows, loss and gradients of its own.
+
+A pack knows adapters and tensors. What rows they are, optimizers and schedules are others' business, so that it serves
+in anybody's loop; ``train.loop`` is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from loraloom.config import LoraConfig, TaskType
+from loraloom.data.encode import IGNORE
+from loraloom.errors import AdapterError, ConfigError, nearest
+from loraloom.lora.model import PeftModel, get_peft_model
+from loraloom.train.objective import Objective
+
+#: What fills up shorter rows, by the name of a model's argument; ``input_ids`` take the padding token.
+_FILLERS = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
+
+
+class Pack:
+    """Adapters that train side by side on ``model``, which is changed in place as by ``get_peft_model``.
+
+    Args:
+        configs: a name for each adapter. They may differ in everything: rank, targets, dropout, biases, heads.
+        task: what the loss is; by default the ``task_type`` of the configs.
+        seeds: adapter → the seed of its initialisation; by default it follows from the name.
+        pad_id: the token that fills up shorter rows.
+
+    An adapter's numbers depend on its own rows and seeds alone: not on the others, and not on its place among them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        configs: Mapping[str, LoraConfig] | None = None,
+        *,
+        task: TaskType | str | None = None,
+        seeds: Mapping[str, int] | None = None,
+        pad_id: int = 0,
+    ) -> None:
+        configs, seeds = dict(configs or {}), dict(seeds or {})
+        if unknown := [name for name in seeds if name not in configs]:
+            raise ConfigError(f"seeds: {unknown[0]!r} is no adapter of this pack{nearest(unknown[0], configs)}")
+        if isinstance(model, PeftModel):
+            self.model = model
+        elif configs:
+            name, config = next(iter(configs.items()))
+            self.model = get_peft_model(model, config, adapter_name=name, seed=seeds.get(name))
+            del configs[name]
+        else:
+            raise ConfigError("configs: a pack on a plain model needs at least one adapter, found none")
+        for name, config in configs.items():
+            self.model.add_adapter(name, config, seed=seeds.get(name))
+        known = [config.task_type for config in self.model.peft_config.values() if config.task_type]
+        if task is None and not known:
+            raise ConfigError("task: not given, and no config has a task_type; give TaskType.CAUSAL_LM, for example")
+        self.task = TaskType(task or known[0])
+        self.pad_id = pad_id
+        self._objective = Objective(self.model, self.task)
+        self._learned: tuple[str, ...] = ()
+
+    @property
+    def adapters(self) -> list[str]:
+        return list(self.model.peft_config)
+
+    def add(self, name: str, config: LoraConfig, *, seed: int | None = None) -> None:
+        """A further adapter, while the others go on."""
+        self.model.add_adapter(name, config, seed=seed)
+
+    def remove(self, name: str) -> None:
+        self.model.delete_adapter(name)
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """What an optimizer of this adapter is to hold, by name."""
+        return self.model.adapter_parameters(name)
+
+    def backward(
+        self,
+        batches: Mapping[str, Mapping[str, Tensor]],
+        *,
+        dropout_seeds: Mapping[str, int] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """One forward and one backward for all named adapters: each gets the gradients of its own loss.
+
+        Args:
+            batches: adapter → the model's arguments for its rows, ``labels`` among them, each [rows, ...]. Rows may be
+                of different number and length.
+            dropout_seeds: adapter → the seed of its dropout masks; by default they follow torch's generator.
+            weights: adapter → what its loss is multiplied with, for gradients summed over several calls.
+
+        Returns:
+            Each adapter's loss. One that is not finite gives its adapter no gradients, and the others what they would
+            have without it.
+
+        Raises:
+            AdapterError: a name that is no adapter, or tensors that do not fit together.
+        """
+        self._prepare(batches)
+        names = sorted(batches, key=lambda name: self._place(name, batches[name]))
+        inputs, rows = self._joined([(name, batches[name]) for name in names])
+        labels = inputs.pop("labels")
+        slots = [name for name, own in rows.items() for _ in range(own.start, own.stop)]
+        # The backward is inside: gradient checkpointing runs parts of the forward again and needs their route.
+        with self.model.base_model.routed(slots, dropout_seeds):
+            losses = self._objective.losses(self._objective.forward(inputs, labels), labels, rows)
+            values = torch.stack([loss.detach().double() for loss in losses.values()])
+            found = dict(zip(losses, values.tolist(), strict=True))
+            good = [
+                loss * (weights or {}).get(name, 1.0)
+                for (name, loss), fine in zip(losses.items(), values.isfinite().tolist(), strict=True)
+                if fine
+            ]
+            if good:
+                torch.stack(good).sum().backward()  # type: ignore[no-untyped-call]
+        return {name: found[name] for name in batches}
+
+    def _place(self, name: str, batch: Mapping[str, Tensor]) -> tuple[int, bool, int]:
+        """Like stands beside like, which can be computed by one product: see ``lora.inputs``."""
+        config = self.model.peft_config[name]
+        return len(batch["input_ids"]), config.lora_dropout > 0, config.r
+
+    def _prepare(self, batches: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if not batches:
+            raise AdapterError("batches: found none, give one for each adapter that is to train")
+        for name, batch in batches.items():
+            if name not in self.model.peft_config:
+                raise AdapterError(f"batches: {name!r} is no adapter of this pack{nearest(name, self.adapters)}")
+            for key in ("input_ids", "labels"):
+                if key not in batch:
+                    raise AdapterError(f"batches: that of {name!r} has no {key}; found {', '.join(batch) or 'nothing'}")
+        if self.model.training or not all(layer.training for layer in self.model.base_model.layers.values()):
+            train_adapters(self.model)
+        # A layer is wrapped for as long as an adapter is in it, so this is all that what is shared depends on.
+        if self._learned != tuple(self.adapters):
+            name, batch = next(iter(batches.items()))
+            self._warm_up(name, {key: value[:1] for key, value in batch.items()})
+            self._learned = tuple(self.adapters)
+
+    def _warm_up(self, name: str, row: Mapping[str, Tensor]) -> None:
+        """Let the layers learn what they share, so that the first step adds up in the same order as all that follow."""
+        inputs, _ = self._joined([(name, row)])
+        labels = inputs.pop("labels")
+        with evaluating(self.model, torch.no_grad()), self.model.base_model.routed([name]):
+            self._objective.forward(inputs, labels)
+        self.model.base_model.router.inputs.learn()
+
+    def _joined(self, parts: Sequence[tuple[str, Mapping[str, Tensor]]]) -> tuple[dict[str, Tensor], dict[str, slice]]:
+        """One batch of all rows, filled up on the right to the longest, and where each adapter's are."""
+        device = next(self.model.parameters()).device
+        rows: dict[str, slice] = {}
+        start = 0
+        for name, batch in parts:
+            rows[name] = slice(start, start + len(batch["input_ids"]))
+            start = rows[name].stop
+        keys = dict.fromkeys(key for _, batch in parts for key in batch)
+        if len({batch["input_ids"].shape[1:] for _, batch in parts}) > 1:
+            keys["attention_mask"] = None
+        joined = {}
+        for key in keys:
+            found = [batch.get(key) for _, batch in parts]
+            if key == "attention_mask":
+                found = [torch.ones_like(b["input_ids"]) if f is None else f for f, (_, b) in zip(found, parts)]
+            tensors = [tensor.to(device) for tensor in found if tensor is not None]
+            if len(tensors) < len(found):
+                lacks = next(name for (name, _), tensor in zip(parts, found, strict=True) if tensor is None)
+                raise AdapterError(f"batches: that of {lacks!r} has no {key}, which others have")
+            joined[key] = self._cat(key, tensors)
+        return joined, rows
+
+    def _cat(self, key: str, tensors: Sequence[Tensor]) -> Tensor:
+        if len({tensor.shape[1:] for tensor in tensors}) > 1:
+            if {tensor.dim() for tensor in tensors} != {2} or key not in {"input_ids", *_FILLERS}:
+                shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+                raise AdapterError(f"batches: {key} of unlike shapes {shapes} cannot be joined")
+            filler, width = _FILLERS.get(key, self.pad_id), max(tensor.shape[1] for tensor in tensors)
+            tensors = [F.pad(tensor, (0, width - tensor.shape[1]), value=filler) for tensor in tensors]
+        return torch.cat(list(tensors))
+
+
+def train_adapters(model: PeftModel) -> None:
+    """The adapters' own dropout is on; the frozen model runs as it does in use.
+
+    Its dropout, and that of heads, would be drawn for all slots together, so that one slot's training would depend on
+    the others'; and its running statistics would change.
+    """
+    model.eval()
+    for layer in model.base_model.layers.values():
+        layer.training = True
+    for wrapper in model.base_model.saved_modules.values():
+        for module in wrapper.modules_to_save.modules():
+            module.training = not isinstance(module, _DropoutNd)
+
+
+@contextmanager
+def evaluating(model: PeftModel, mode: AbstractContextManager[Any]) -> Iterator[None]:
+    """In use and in ``mode``; every module's own mode is as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with mode:
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
