@@ -176,7 +176,7 @@ def test_every_option_is_in_the_record(
     plain = {
         "eval-split": 11, "epochs": 2.5, "max-steps": 3, "batch-size": 5, "eval-batch-size": 7, "learning-rate": 0.125,
         "weight-decay": 0.25, "warmup-ratio": 0.5, "max-grad-norm": 2.0, "eval-steps": 2, "max-length": 9, "seed": 4,
-        "dtype": "bfloat16",
+        "dtype": "bfloat16", "gradient-accumulation-steps": 2, "lr-scheduler-type": "cosine", "loraplus-lr-ratio": 4.0,
     }  # fmt: skip
     lora = {
         "r": 3, "lora-alpha": 5.0, "lora-dropout": 0.125, "bias": "lora_only", "init-lora-weights": "gaussian",
@@ -202,6 +202,36 @@ def test_every_option_is_in_the_record(
     assert set(record["versions"]) == {"python", "loraloom", "torch", "transformers"}
     assert [e["step"] for e in record["curve"]["evaluations"]] == [2, 3]
     assert len(record["curve"]["loss"]) == len(record["curve"]["learning_rate"]) == record["steps"] == 3
+
+
+def test_a_run_file_is_the_same_run_as_its_options_and_options_win_over_it(
+    call: Callable[..., Ended], encoder_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"task: seq-cls\nmodel: {{name: {encoder_folder}}}\ndata: {{train: {reviews}, validation: 11}}\n"
+        "lora: {r: 3, lora_alpha: 6, target_modules: [query, dense], rank_pattern: {query: 2}}\n"
+        f"train: {{learning_rate: 1e-3, max_steps: 2, seed: 4}}\noutput: {tmp_path / 'file'}\ntune: {{trials: 3}}\n"
+    )
+    ended = call("train", tmp_path / "run.yaml", "--set", "train.seed=5", "--set", "lora.bias=all", "--r", 4)
+    assert (ended.code, ended.err) == (0, "")
+    given = [
+        "--eval-split", 11, "--r", 4, "--lora-alpha", 6, "--target-modules", "query,dense",
+        "--rank-pattern", '{"query": 2}', "--lr", 1e-3, "--max-steps", 2, "--seed", 5, "--bias", "all",
+    ]  # fmt: skip
+    assert call(*classify(encoder_folder, reviews, tmp_path / "options", *given)).code == 0
+    of_file, of_options = (json.loads((tmp_path / name / RUN_NAME).read_bytes()) for name in ("file", "options"))
+    assert of_file["options"] == of_options["options"] | {"output": str(tmp_path / "file")}
+    assert (tmp_path / "file" / WEIGHTS).read_bytes() == (tmp_path / "options" / WEIGHTS).read_bytes()
+
+
+def test_an_option_that_is_given_wins_over_the_file_even_at_its_default(
+    call: Callable[..., Ended], encoder_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lora: {r: 3}\ntrain: {max_steps: 1, seed: 4}\n")
+    assert call("train", file, *classify(encoder_folder, reviews, tmp_path / "run", "--seed", 0)[1:]).code == 0
+    found = json.loads((tmp_path / "run" / RUN_NAME).read_bytes())["options"]
+    assert (found["seed"], found["lora"]["r"], found["max_steps"]) == (0, 3, 1)
 
 
 def test_max_length_follows_the_model_unless_it_is_given(
@@ -281,7 +311,17 @@ def test_help_lists_the_commands_and_every_option(call: Callable[..., Ended]) ->
         assert word in ended.out
     ended = call("train", "-h")
     assert ended.code == 0
-    for word in ("--eval-split", "--max-steps", "--lr", "--dtype", "--max-length", "--target-modules", "--r "):
+    for word in (
+        "--eval-split",
+        "--max-steps",
+        "--lr",
+        "--dtype",
+        "--max-length",
+        "--target-modules",
+        "--r ",
+        "--set",
+        "RUN.yaml",
+    ):
         assert word in ended.out
 
 
@@ -515,6 +555,26 @@ BAD_INPUT: dict[str, tuple[Callable[[World], list[object]], list[str]]] = {
     "half a row held out": (lambda w: w.train("--eval-split", 2.5), ["eval_split: a count of rows must be whole"]),
     "a length without room for text": (lambda w: w.train("--max-length", 2), ["max_length: 2 leaves no room"]),
     "an empty name": (lambda w: w.train("--output", ""), ["output: must be a path or a name"]),
+    # the run file
+    "no run file": (
+        lambda w: (w.file("run.yaml", "task: seq-cls\n"), ["train", w.tmp / "rnu.yaml"])[1],
+        ["rnu.yaml: no such run file; did you mean 'run.yaml'?"],
+    ),
+    "a run file without a model": (
+        lambda w: ["train", w.file("run.yaml", "task: seq-cls\n")],
+        ["run.yaml: model.name: not given", "--model"],
+    ),
+    "a key of the run file that is unknown": (
+        lambda w: w.train(w.file("run.yaml", "lora:\n  r: 8\n  lora_alhpa: 8\n")),
+        ["run.yaml:3: lora.lora_alhpa: there is no such key; did you mean 'lora_alpha'?"],
+    ),
+    "a value of the run file that is out of range": (
+        lambda w: w.train(w.file("run.yaml", "train: {epochs: 0}\n")),
+        ["run.yaml:1: train.epochs: must be a number above 0, found 0"],
+    ),
+    "a run file that is no YAML": (lambda w: w.train(w.file("run.yaml", "a: [\n")), ["run.yaml:2: not YAML"]),
+    "a setting that is none": (lambda w: w.train("--set", "lora.r"), ["--set: must be key=value"]),
+    "a setting out of range": (lambda w: w.train("--set", "lora.r=0"), ["--set lora.r: lora.r: must be at least 1"]),
     # the output folder
     "a file as output": (lambda w: w.train("--output", w.file("out", "")), ["output:", "cannot be written"]),
     "an output below a file": (

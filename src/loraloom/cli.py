@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -81,18 +80,31 @@ def root(
 
 @app.command()
 def train(
-    model: Model,
-    data: Annotated[str, typer.Option(help="JSONL or CSV with text and label, prompt and completion, or text.")],
-    task: Task,
-    output: Annotated[str, typer.Option(help="Folder for the adapter, run.json and the plot.")],
+    context: typer.Context,
+    run_file: Annotated[
+        str | None, typer.Argument(metavar="RUN.yaml", help="A run file. Options given beside it win over it.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of the run file, such as lora.r=16. Repeatable."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub name of the pretrained model.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="JSONL or CSV with text and label, prompt and completion, or text.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="seq-cls or causal-lm.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for the adapter, run.json and the plot.")] = None,
     eval_split: Annotated[str, typer.Option(help="Rows to validate on: a share, a count, or a file.")] = "0.1",
     epochs: Annotated[float, typer.Option(help="Times through the data.")] = 3,
     max_steps: Annotated[int | None, typer.Option(help="Steps in all, instead of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Rows of one forward.")] = 16,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Forwards whose gradients make a step.")] = 1,
     eval_batch_size: Annotated[int, typer.Option(help="Rows at once when validating.")] = 64,
-    lr: Annotated[
+    learning_rate: Annotated[
         float, typer.Option("--lr", "--learning-rate", help="Peak learning rate; about ten times full fine-tuning's.")
     ] = 2e-4,
+    loraplus_lr_ratio: Annotated[float, typer.Option(help="The rate of B over that of A (LoRA+).")] = 1.0,
+    lr_scheduler_type: Annotated[str, typer.Option(help="After the warmup: linear, cosine, constant.")] = "linear",
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
     warmup_ratio: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.05,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
@@ -114,34 +126,14 @@ def train(
     alpha_pattern: Patterns = None,
     layers_to_transform: Layers = None,
 ) -> None:
-    """Fine-tune a model on your data: the adapter, run.json and a plot go to the output folder."""
-    from loraloom.report.session import train_run
-    from loraloom.train.options import TrainOptions
+    """Fine-tune a model on your data: the adapter, run.json and a plot go to the output folder.
 
-    lora = _lora(locals())
-    train_run(
-        TrainOptions(
-            model=model,
-            data=data,
-            task=task,
-            output=output,
-            lora=lora,
-            eval_split=eval_split,
-            epochs=epochs,
-            max_steps=max_steps,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            learning_rate=lr,
-            weight_decay=weight_decay,
-            warmup_ratio=warmup_ratio,
-            max_grad_norm=max_grad_norm,
-            eval_steps=eval_steps,
-            max_length=max_length,
-            seed=seed,
-            dtype=dtype,
-            overwrite=overwrite,
-        )
-    )
+    Give a run file, or --model, --data, --task and --output.
+    """
+    from loraloom.report.session import train_run
+    from loraloom.train import runfile
+
+    train_run(runfile.read(run_file, settings or (), _given(context)).options)
 
 
 @app.command()
@@ -231,45 +223,58 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The options that were given on the command line, by their keys in a run file."""
+    from loraloom.train.runfile import KEYS, LORA_KEYS
+
+    given = {}
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if name in KEYS:
+            given[KEYS[name]] = value
+        elif name in LORA_KEYS:
+            given[LORA_KEYS[name]] = _field(name, value)
+    return given
+
+
 def _lora(options: dict[str, Any]) -> LoraConfig:
     """A ``LoraConfig`` from the options that name its fields."""
-    return LoraConfig(
-        r=options["r"],
-        lora_alpha=options["lora_alpha"],
-        lora_dropout=options["lora_dropout"],
-        target_modules=_names("target_modules", options["target_modules"]),
-        exclude_modules=_names("exclude_modules", options["exclude_modules"]),
-        modules_to_save=_list("modules_to_save", options["modules_to_save"]),
-        bias=options["bias"],
-        use_rslora=options["use_rslora"],
-        init_lora_weights={"true": True, "false": False}.get(
-            options["init_lora_weights"].lower(), options["init_lora_weights"]
-        ),
-        rank_pattern=_mapping("rank_pattern", options["rank_pattern"]),
-        alpha_pattern=_mapping("alpha_pattern", options["alpha_pattern"]),
-        layers_to_transform=_indices(options["layers_to_transform"]),
-    )
+    return LoraConfig(**{name: _field(name, options[name]) for name in _LORA_OPTIONS})
 
 
-def _names(name: str, value: str | None) -> list[str] | str | None:
-    """Names with commas between are a list; what holds other signs is a regular expression."""
-    if value is None or value.lower() == "all-linear" or not re.fullmatch(r"[\w.,\- ]+", value):
-        return value
-    return _list(name, value)
+_LORA_OPTIONS = (
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "bias"),
+    *("use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "layers_to_transform"),
+)
 
 
-def _list(name: str, value: str | None) -> list[str] | None:
+def _field(name: str, value: Any) -> Any:
+    """What the text of an option means for the field of ``LoraConfig`` with its name."""
+    from loraloom.train.runfile import split_names
+
     if value is None:
         return None
+    if name in ("target_modules", "exclude_modules"):
+        return split_names(name, value)
+    if name == "modules_to_save":
+        return _list(name, value)
+    if name == "init_lora_weights":
+        return {"true": True, "false": False}.get(value.lower(), value)
+    if name in ("rank_pattern", "alpha_pattern"):
+        return _mapping(name, value)
+    return _indices(value) if name == "layers_to_transform" else value
+
+
+def _list(name: str, value: str) -> list[str]:
     names = [part.strip() for part in value.split(",") if part.strip()]
     if not names:
         raise ConfigError(f"{name}: holds no name, found {value!r}; give names with commas between, or leave it out")
     return names
 
 
-def _mapping(name: str, value: str | None) -> dict[str, Any]:
-    if value is None:
-        return {}
+def _mapping(name: str, value: str) -> dict[str, Any]:
     try:
         found = json.loads(value)
     except json.JSONDecodeError as error:
@@ -281,9 +286,7 @@ def _mapping(name: str, value: str | None) -> dict[str, Any]:
     return found
 
 
-def _indices(value: str | None) -> list[int] | None:
-    if value is None:
-        return None
+def _indices(value: str) -> list[int]:
     try:
         return [int(index) for index in value.split(",")]
     except ValueError:

@@ -1,7 +1,7 @@
 """What the pages say runs: snippets, commands and links; and both READMEs say the same.
 
 The blocks of one page run in order, in a folder that holds a small model ``my-model`` and the data files that the
-page shows (a block opened by ```` ```jsonl NAME ````).
+page shows (a block opened by ```` ```jsonl NAME ```` or ```` ```yaml NAME ````).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_what_a_page_shows_runs(
     names: dict[str, object] = {"__name__": "page"}
     for block in blocks(page):
         where = f"{page}, line {block.line}"
-        if block.kind == "jsonl":
+        if block.kind in ("jsonl", "yaml"):
             Path(block.name).write_text(block.text, encoding="utf-8")
         elif block.kind == "python":
             # Blank lines in front, so that a traceback names the line of the page.
@@ -175,7 +175,7 @@ def test_the_page_on_the_command_line_names_every_option() -> None:
     import typer
 
     command = typer.main.get_command(cli.app).commands["train"]
-    options = {option for parameter in command.params for option in parameter.opts} - {"--learning-rate"}
+    options = {o for parameter in command.params for o in parameter.opts if o.startswith("-")} - {"--learning-rate"}
     page = text_of("docs/train.md")
     assert {option for option in options if f"`{option}`" not in page} == set()
 

@@ -296,10 +296,7 @@ def _normal(key: str, value: Any) -> Any:
     if key in _NAMES and isinstance(value, str):
         if value.lower() in SETS:
             return value.lower()
-        try:
-            return split_names(value)
-        except ValueError as error:
-            raise ConfigError(f"space.{key}: {error}, found {value!r}") from None
+        return split_names(f"space.{key}", value)
     return list(value) if isinstance(value, tuple) else value
 
 
