@@ -150,12 +150,14 @@ def _number_ends(figure: Any, axes: Any, ends: Mapping[int, tuple[int, float]], 
     figure.canvas.draw()  # the layout is known only now
     heights = {number: float(axes.transData.transform(end)[1]) for number, end in ends.items()}
     order = sorted(heights, key=lambda n: (heights[n], n))
-    for number, at in zip(order, _spread([heights[n] for n in order], 13 * figure.dpi / 72), strict=True):
+    spread = _spread([heights[n] for n in order], 13 * figure.dpi / 72)
+    up = max(0.0, axes.bbox.y0 - spread[0]) if spread else 0.0  # none below the picture
+    for number, at in zip(order, spread, strict=True):
         axes.annotate(
             str(number),
             ends[number],
             textcoords="offset pixels",
-            xytext=(12, at - heights[number]),
+            xytext=(12, at + up - heights[number]),
             va="center",
             fontsize=9,
             color=BEST if number == best else "#444444",

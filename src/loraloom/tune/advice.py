@@ -47,9 +47,9 @@ HEADROOM = 1.25
 MOVED = 0.1
 #: A rate is too high when at least this share of the trials at or above it failed.
 FAILED = 2 / 3
-#: A knob did not matter below this share of the importance, where no value's trials beat another's in more than this
-#: share of pairs.
-IDLE = 0.05
+#: A knob did not matter below this share of the importance, where chance gives as much, and no value's trials beat
+#: another's in more than this share of pairs.
+IDLE = 0.1
 IDLE_PAIRS = 0.7
 #: and so many trials were compared.
 IDLE_TRIALS = 12

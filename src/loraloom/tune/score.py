@@ -63,6 +63,8 @@ class Score:
     finished: bool = False
     #: seeds whose training failed, or ended with a metric that is not finite
     failed: int = 0
+    #: its seeds differ far more than those of the others
+    unstable: bool = False
 
 
 def originals(trials: Iterable[Trial]) -> dict[int, list[Trial]]:
@@ -98,7 +100,7 @@ def scores(trials: Iterable[Trial], metric: str) -> dict[int, Score]:
         # The noise at the end says nothing of trials that were stopped on the way.
         deviation = unstable.get(number, pooled) if s.values and s.finished == ended else None
         noise = None if deviation is None else deviation / math.sqrt(len(s.values))
-        out[number] = Score(s.mean, noise, s.values, s.step, s.share, s.finished, s.failed)
+        out[number] = Score(s.mean, noise, s.values, s.step, s.share, s.finished, s.failed, number in unstable)
     return out
 
 

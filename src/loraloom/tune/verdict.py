@@ -194,8 +194,9 @@ def _choose(
     if len(pool) == 1:
         return top, "the only one that could be compared"
     tied = [n for n in pool if _tied(known[top], known[n])]
-    # A configuration that was trained once cannot win by a tie over one that was trained several times.
-    tied = [n for n in tied if n == top or len(known[n].values) >= min(2, len(known[top].values))]
+    # Nobody wins by a tie who was trained once where the top was trained several times, or whose noise is all its own.
+    measured_as_well = [n for n in tied if len(known[n].values) >= min(2, len(known[top].values))]
+    tied = [n for n in tied if n == top or (n in measured_as_well and not known[n].unstable)]
     winner = min(tied, key=lambda n: (by_number[n].parameters, -goodness(metric, known[n].mean), n))
     if winner != top:
         gap, noise = abs(known[top].mean - known[winner].mean), difference(known[top], known[winner])
