@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -318,11 +318,12 @@ class LoraModel(nn.Module):
         self._check_names([name for name in dict.fromkeys(names) if name != BASE])
         self._check_unmerged("adapter_names")
         route = Route.of_rows(names, dropout_seeds or {})
-        if route.blocks and (owners := [name for name in route.slots() if name in self._biases.slots]):
-            raise AdapterError(f"adapter_names: {_list(owners)} train biases, which cannot be routed row by row")
         self._install(route)
         try:
-            with self.router.using(route):
+            with (
+                self.router.using(route),
+                self._biases.by_row(self.router, self._layers) if route.blocks else nullcontext(),
+            ):
                 yield
         finally:
             self._install(self.router.route)

@@ -1,16 +1,23 @@
 """Biases that adapters train. Each slot has its own copies; the model holds those of the active slot.
 
 So the base's own biases are never written, switching adapters switches biases, and disabling brings the base back.
+Where rows of several slots go through at once, the model holds the base's, and each slot's difference is added to its
+rows.
 Biases that the model does not hold now wait here, as parameters like all others: each is in one place at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
-from loraloom.lora.route import BASE
+from loraloom.errors import AdapterError
+from loraloom.lora.route import BASE, Router
 
 
 class Biases(nn.Module):
@@ -60,6 +67,48 @@ class Biases(nn.Module):
                 self._waiting(before)[key] = owner["bias"]
                 owner["bias"] = self._waiting(slot).pop(key)
                 self._held[name] = slot
+
+    @contextmanager
+    def by_row(self, router: Router, wrappers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """While it lasts, each row gets the biases of its slot; the model holds the base's.
+
+        ``wrappers``: the name of a module → what stands in its place and is called instead.
+        """
+        mine = [slot for slot in router.route.slots() if slot in self.slots]
+        hooks = []
+        try:
+            for name in dict.fromkeys(name for slot in mine for name in self.slots[slot]):
+                owner = self._owners[name]
+                called = wrappers.get(name[: -len(".bias")], owner)
+                hooks.append(called.register_forward_hook(self._adder(router, name, owner)))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _adder(self, router: Router, name: str, owner: nn.Module) -> Any:
+        channels_first = isinstance(owner, _ConvNd | _NormBase | nn.GroupNorm)
+
+        def differ(slot: str, rows: Tensor) -> Tensor:
+            if name not in self.slots.get(slot, ()):
+                return rows
+            delta = self._bias(slot, name) - self._bias(BASE, name)
+            return rows + (delta.view(-1, *[1] * (rows.dim() - 2)) if channels_first else delta).to(rows.dtype)
+
+        def add(module: nn.Module, inputs: Any, out: Any) -> Tensor:
+            if not isinstance(out, Tensor):
+                raise AdapterError(
+                    f"adapter_names: {name} is in a module with several outputs, whose rows cannot be told"
+                )
+            route = router.route
+            if route.blocks:
+                out = route.apply(out, lambda slot, rows, where: differ(slot, rows))
+            for slot in route.active:  # inside a module of which one slot has a copy
+                out = differ(slot, out)
+            found: Tensor = out
+            return found
+
+        return add
 
     def _bias(self, slot: str, name: str) -> nn.Parameter:
         held = self._held[name] == slot
