@@ -150,8 +150,9 @@ def _number_ends(figure: Any, axes: Any, ends: Mapping[int, tuple[int, float]], 
     figure.canvas.draw()  # the layout is known only now
     heights = {number: float(axes.transData.transform(end)[1]) for number, end in ends.items()}
     order = sorted(heights, key=lambda n: (heights[n], n))
-    spread = _spread([heights[n] for n in order], 13 * figure.dpi / 72)
-    up = max(0.0, axes.bbox.y0 - spread[0]) if spread else 0.0  # none below the picture
+    apart = 13 * figure.dpi / 72  # points in pixels
+    spread = _spread([heights[n] for n in order], apart)
+    up = max(0.0, axes.bbox.y0 + apart / 2 - spread[0]) if spread else 0.0  # none below the picture
     for number, at in zip(order, spread, strict=True):
         axes.annotate(
             str(number),
