@@ -322,6 +322,19 @@ def test_an_edge_without_a_trend_says_nothing(scores: list[float], edges: Any) -
     assert advice(verdict(rates(scores), "accuracy", edges=edges), "edge") is None
 
 
+def test_an_edge_of_a_knob_that_only_varied_with_another_says_nothing() -> None:
+    trials = []
+    for i in range(24):  # the rate decides, and a high rate mostly came with a high alpha
+        values = {
+            "train.learning_rate": (rate := 1e-4 * 1.2**i),
+            "lora.lora_alpha": 2 if (i > 11) == (i % 4 > 0) else 1,
+        }
+        trials.append(trial(i, i / 30, rate=rate, values=values))
+    found = verdict(trials, "accuracy", edges=lambda values: dict.fromkeys(values, "high"))
+    assert found.best.values["lora.lora_alpha"] == 2
+    assert [item.figures["knob"] for item in found.advice if item.kind == "edge"] == ["train.learning_rate"]
+
+
 def test_an_edge_beyond_which_trials_failed_says_nothing() -> None:
     trials = rates([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, math.nan])
     trials[-1].state = "failed"

@@ -132,7 +132,9 @@ def edge(evidence: Evidence) -> Iterator[Advice]:
     """The best lies at an edge of the space, and trials nearer that edge did better."""
     for knob, side in evidence.edges.items():
         at = evidence.place(evidence.best, knob)
-        if at is None:
+        # A trend of a knob that hardly counts is borrowed from others that happened to vary with it.
+        borrowed = evidence.importance.get(knob, 1.0) < IDLE and knob not in evidence.mattered
+        if at is None or borrowed:
             continue
         lower, upper = _halves(evidence, knob)
         if min(len(lower), len(upper)) < TREND_TRIALS:
