@@ -153,7 +153,7 @@ def _with_preset(tune: Mapping[str, Any], base: TrainOptions) -> dict[str, Any]:
             hint = nearest(name, known) or f"; the keys here are {', '.join(known)}"
             raise ConfigError(f"{name}: there is no such key{hint}")
     name = values.pop("preset", "standard")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         hint = nearest(str(name), PRESETS)
         raise ConfigError(f"preset: must be one of {', '.join(PRESETS)}, found {name!r}{hint}")
     preset = PRESETS[name]
