@@ -131,9 +131,10 @@ class Space:
         for key, value in raw.items():
             _check_varies(key)
             if isinstance(value, Mapping) and key not in _PATTERNS:
-                knobs[key] = read_range(f"space.{key}", value)
-                for end in (knobs[key].low, knobs[key].high):  # type: ignore[union-attr]
-                    _check_value(key, end, base)
+                knobs[key] = found = read_range(f"space.{key}", value)
+                # 0 is the one number between two good ones that may be bad, as for alpha.
+                for number in (found.low, found.high, *((0,) if found.low < 0 < found.high else ())):
+                    _check_value(key, number, base)
             elif isinstance(value, list | tuple):
                 choices = _choices(key, value, base)
                 if len(choices.values) > 1:
@@ -297,6 +298,10 @@ def _normal(key: str, value: Any) -> Any:
         if value.lower() in SETS:
             return value.lower()
         return split_names(f"space.{key}", value)
+    if key == TARGETS and isinstance(value, list | tuple) and not value:
+        raise ConfigError(
+            f"space.{key}: a choice is an empty list, which adapts nothing; name modules, or leave it out"
+        )
     return list(value) if isinstance(value, tuple) else value
 
 
