@@ -62,6 +62,14 @@ Length = Annotated[
     ),
 ]
 
+RunFile = Annotated[
+    str | None, typer.Argument(metavar="RUN.yaml", help="A run file. Options given beside it win over it.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A key of the run file, such as lora.r=16. Repeatable."),
+]
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -81,13 +89,8 @@ def root(
 @app.command()
 def train(
     context: typer.Context,
-    run_file: Annotated[
-        str | None, typer.Argument(metavar="RUN.yaml", help="A run file. Options given beside it win over it.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A key of the run file, such as lora.r=16. Repeatable."),
-    ] = None,
+    run_file: RunFile = None,
+    settings: Settings = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the pretrained model.")] = None,
     data: Annotated[
         str | None, typer.Option(help="JSONL or CSV with text and label, prompt and completion, or text.")
@@ -134,6 +137,47 @@ def train(
     from loraloom.train import runfile
 
     train_run(runfile.read(run_file, settings or (), _given(context)).options)
+
+
+@app.command()
+def tune(
+    context: typer.Context,
+    run_file: RunFile = None,
+    settings: Settings = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub name of the pretrained model.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="JSONL or CSV with text and label, prompt and completion, or text.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="seq-cls or causal-lm.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the search; one in it is gone on with.")] = None,
+    preset: Annotated[str, typer.Option(help="How far to search: quick, standard, thorough.")] = "standard",
+    trials: Annotated[int | None, typer.Option(help="Configurations to try; by default the preset's.")] = None,
+    sampler: Annotated[str, typer.Option(help="What proposes them: tpe, random, grid.")] = "tpe",
+    metric: Annotated[str | None, typer.Option(help="What to compare by: loss, or the task's own.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Trials that train together; by default as many as pay.")] = None,
+    memory: Annotated[str | None, typer.Option(help="What may be used, such as 8GiB; by default what is free.")] = None,
+    eval_split: Annotated[str, typer.Option(help="Rows to compare on: a share, a count, or a file.")] = "0.1",
+    epochs: Annotated[float, typer.Option(help="Times through the data, for a trial that goes to its end.")] = 3,
+    max_steps: Annotated[int | None, typer.Option(help="Steps of such a trial, instead of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of one forward of a trial.")] = 16,
+    max_length: Length = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the order, the start and the proposals.")] = 0,
+    dtype: Dtype = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder that holds a search.")] = False,
+) -> None:
+    """Train many configurations at once on one frozen model, and say which to use and why.
+
+    What varies is set by tune.space in the run file, or by --set 'tune.space={lora.r: [8, 16]}'. Killed and run again,
+    it goes on where it was.
+    """
+    from loraloom.report.session import tune_run
+    from loraloom.tune.options import TuneOptions
+
+    given = _given(context)
+    for name in ("preset", "trials", "sampler", "metric", "slots", "memory"):
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE":
+            given[f"tune.{name}"] = context.params[name]
+    tune_run(TuneOptions.read(run_file, settings or (), given))
 
 
 @app.command()

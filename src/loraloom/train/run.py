@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import loraloom
-from loraloom.config import TaskType
+from loraloom.config import LoraConfig, TaskType
 from loraloom.data.encode import Example
 from loraloom.data.rows import Row
 from loraloom.errors import ConfigError, FailureError, LoraloomError, ModelError, SaveError, TrainingError
@@ -46,22 +46,6 @@ ADAPTER = "default"
 
 
 @dataclass
-class Prepared:
-    """Everything that training needs, loaded and checked; ``plan`` says what will train."""
-
-    options: TrainOptions
-    data: Data
-    tokenizer: Any
-    model: PeftModel
-    plan: Plan
-    steps: int
-    steps_per_epoch: int
-    task: TaskType
-    #: modules without weights in the model's folder, which are therefore trained in full
-    new_modules: list[str]
-
-
-@dataclass
 class RunResult:
     """What came out. ``record`` is what ``run.json`` holds."""
 
@@ -78,30 +62,111 @@ class Interrupted(FailureError):
         self.record = record
 
 
-def prepare(options: TrainOptions) -> Prepared:
-    """Read and check everything, in the order in which it costs: options, output, data, tokenizer, model.
+@dataclass
+class Loaded:
+    """What all adapters of a run or a search share: options with nothing left open, rows, tokenizer, frozen model."""
+
+    options: TrainOptions
+    data: Data
+    tokenizer: Any
+    base: nn.Module
+    task: TaskType
+    #: modules without weights in the model's folder, which are therefore trained in full
+    new_modules: list[str]
+
+    def config(self, options: TrainOptions) -> LoraConfig:
+        """The adapter of ``options`` on this model: its new modules train with it."""
+        given = list(options.lora.modules_to_save or ())
+        known = [*given, "classifier", "score"]
+        new = [n for n in self.new_modules if not any(matches_name(k, n) or f".{k}." in f".{n}." for k in known)]
+        return options.lora.copy(modules_to_save=[*given, *new] or None)
+
+    def steps(self, options: TrainOptions) -> tuple[int, int]:
+        """Optimizer steps of a whole training, and of once through the rows."""
+        rows = options.batch_size * options.gradient_accumulation_steps
+        per_epoch = math.ceil(len(self.data.train.examples) / rows)
+        return options.max_steps or max(1, round(per_epoch * options.epochs)), per_epoch
+
+    def slot(self, name: str, model: PeftModel, options: TrainOptions, steps: int) -> Slot:
+        return Slot(
+            name,
+            model.adapter_parameters(name),
+            self.data.train.examples,
+            steps=steps,
+            batch_size=options.batch_size,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            learning_rate=options.learning_rate,
+            loraplus_lr_ratio=options.loraplus_lr_ratio,
+            lr_scheduler_type=options.lr_scheduler_type,
+            weight_decay=options.weight_decay,
+            warmup_ratio=options.warmup_ratio,
+            max_grad_norm=options.max_grad_norm,
+            seed=options.seed,
+        )
+
+
+def load(options: TrainOptions) -> Loaded:
+    """Read and check rows, tokenizer and model, in the order in which it costs.
 
     Raises:
-        InputError: anything wrong with what the user gave. Nothing was written.
+        InputError: anything wrong with what the user gave.
     """
-    _check_output(options)
     task = TASKS[options.task]
     rows = read_run_rows(options)
     limit = load_limit(options.model)
     options = replace(options, max_length=length_within(limit, options.max_length, options.model))
     tokenizer = load_tokenizer(options.model)
     data = encode_run_rows(rows, options, tokenizer)
-    torch.manual_seed(options.seed)  # the new head's numbers, and the dropout that follows
+    torch.manual_seed(options.seed)  # the new head's numbers
     base, new = load_base(options.model, task, options.dtype, data.names)
     _check_vocabulary(base, data, options.model)
-    known = [*(options.lora.modules_to_save or ()), "classifier", "score"]
-    extra = [name for name in new if not any(matches_name(k, name) or f".{k}." in f".{name}." for k in known)]
-    config = options.lora.copy(modules_to_save=[*(options.lora.modules_to_save or ()), *extra] or None)
-    made = plan(base, config)
-    model = get_peft_model(base, config, adapter_name=ADAPTER, seed=options.seed)
-    per_epoch = math.ceil(len(data.train.examples) / options.batch_size)
-    steps = options.max_steps or max(1, round(per_epoch * options.epochs))
-    return Prepared(options, data, tokenizer, model, made, steps, per_epoch, task, new)
+    return Loaded(options, data, tokenizer, base, task, new)
+
+
+@dataclass
+class Prepared:
+    """Everything that training needs, loaded and checked; ``plan`` says what will train."""
+
+    loaded: Loaded
+    model: PeftModel
+    plan: Plan
+    steps: int
+    steps_per_epoch: int
+
+    @property
+    def options(self) -> TrainOptions:
+        return self.loaded.options
+
+    @property
+    def data(self) -> Data:
+        return self.loaded.data
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
+
+    @property
+    def task(self) -> TaskType:
+        return self.loaded.task
+
+    @property
+    def new_modules(self) -> list[str]:
+        return self.loaded.new_modules
+
+
+def prepare(options: TrainOptions) -> Prepared:
+    """Read and check everything: options, output, data, tokenizer, model.
+
+    Raises:
+        InputError: anything wrong with what the user gave. Nothing was written.
+    """
+    check_output(options)
+    loaded = load(options)
+    options, config = loaded.options, loaded.config(loaded.options)
+    made = plan(loaded.base, config)
+    model = get_peft_model(loaded.base, config, adapter_name=ADAPTER, seed=options.seed)
+    steps, per_epoch = loaded.steps(options)
+    return Prepared(loaded, model, made, steps, per_epoch)
 
 
 def explain(error: Exception) -> str:
@@ -122,18 +187,7 @@ def run(prepared: Prepared, watch: Callable[[Progress], None] = lambda progress:
     """
     options, model, task = prepared.options, prepared.model, prepared.task
     pad_id = prepared.tokenizer.pad_token_id
-    slot = Slot(
-        ADAPTER,
-        model.adapter_parameters(ADAPTER),
-        prepared.data.train.examples,
-        steps=prepared.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        warmup_ratio=options.warmup_ratio,
-        max_grad_norm=options.max_grad_norm,
-        seed=options.seed,
-    )
+    slot = prepared.loaded.slot(ADAPTER, model, options, prepared.steps)
 
     def measure(slot: Slot) -> dict[str, float]:
         return evaluate(model, slot.name, task, prepared.data.evaluation.examples, pad_id, options.eval_batch_size)
@@ -146,7 +200,7 @@ def run(prepared: Prepared, watch: Callable[[Progress], None] = lambda progress:
         tokens = progress.tokens
         watch(progress)
 
-    with _ctrl_c() as pressed:
+    with ctrl_c() as pressed:
         try:
             train_pack(
                 model,
@@ -268,7 +322,7 @@ def _complete(prepared: Prepared, row: Row, example: Example) -> dict[str, str]:
 # -- files --------------------------------------------------------------------------------------------------------
 
 
-def _check_output(options: TrainOptions) -> None:
+def check_output(options: TrainOptions) -> None:
     """An output that cannot be used is said before training, not after it. Leaves no trace."""
     folder = Path(options.output)
     made: list[Path] = []
@@ -359,7 +413,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[threading.Event]:
+def ctrl_c() -> Iterator[threading.Event]:
     """The first Ctrl-C asks the loop to end after its step; the second one ends at once."""
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -378,4 +432,15 @@ def _ctrl_c() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-__all__ = ["Interrupted", "Prepared", "RunResult", "explain", "predict", "prepare", "read_data", "run"]
+__all__ = [
+    "Interrupted",
+    "Loaded",
+    "Prepared",
+    "RunResult",
+    "explain",
+    "load",
+    "predict",
+    "prepare",
+    "read_data",
+    "run",
+]

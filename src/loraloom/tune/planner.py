@@ -1,0 +1,127 @@
+"""How many trials train together: as many as pay, within the memory there is.
+
+The need is counted from shapes, by ``train.memory``; what pays is measured for a moment, on the rows of the search.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from loraloom.config import LoraConfig
+from loraloom.errors import ConfigError
+from loraloom.train.load import build_empty
+from loraloom.train.loop import advance
+from loraloom.train.memory import Memory, estimate
+from loraloom.train.pack import Pack
+from loraloom.train.run import Loaded
+
+#: More slots are taken as long as they train so much more in a second.
+GAIN = 1.05
+#: Of what is free, and of what the estimate says: it counts tensors, and an allocator needs some room beside them.
+SHARE, MARGIN = 0.9, 1.15
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How many slots, and why, in words."""
+
+    count: int
+    why: str
+
+
+def plan_slots(
+    pack: Pack, loaded: Loaded, config: LoraConfig, most: int, memory: int | None, wanted: int | None
+) -> Slots:
+    """Slots for adapters like ``config``, the largest of the search.
+
+    Args:
+        most: how many trials there are to train at once.
+        memory: bytes that the search may use in all, or None for what is free.
+        wanted: a number given by the user, which is not measured but checked against ``memory``.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    need = one_slot(loaded, config)
+    room = (memory - need.base) if memory else int(SHARE * free_memory())
+    each = int(MARGIN * (need.total - need.base))
+    fit = room // max(each, 1)
+    said = f"{_size(room)} for {_size(each)} a trial"
+    if fit < 1:
+        raise ConfigError(
+            f"memory: a trial needs {_size(each)} beside the model of {_size(need.base)}, and there is "
+            f"{_size(max(room, 0))}; lower batch_size, max_length or the ranks of the space, or give more memory"
+        )
+    if wanted is not None:
+        count = min(wanted, fit, most)
+        return Slots(count, f"{count} as given" if count == wanted else f"{count} of the {wanted} given: {said}")
+    most = min(most, fit)
+    rates = measured(lambda count: _rate(pack, loaded, config, count), most)
+    best = max(rates.values())
+    count = min(count for count, rate in rates.items() if rate * GAIN >= best)
+    figures = ", ".join(f"{n}: {rate:,.0f}" for n, rate in rates.items())
+    limit = f"; no more than {fit} fit ({said})" if fit == most else ""
+    return Slots(count, f"tokens a second by number of slots: {figures}{limit}")
+
+
+def measured(rate: Callable[[int], float], most: int) -> dict[int, float]:
+    """``rate(count)`` for 1, 2, 4, ... and ``most``, until more slots do not pay any longer."""
+    rates: dict[int, float] = {}
+    count = 1
+    while True:
+        rates[count] = rate(count)
+        if count == most or (len(rates) > 1 and rates[count] < GAIN * max(r for n, r in rates.items() if n < count)):
+            return rates
+        count = min(2 * count, most)
+
+
+def one_slot(loaded: Loaded, config: LoraConfig) -> Memory:
+    """What a step of a single adapter needs, for the longest rows there are."""
+    options = loaded.options
+    length = max(len(example.input_ids) for example in loaded.data.train.examples)
+    empty = build_empty(options.model, loaded.task, max(len(loaded.data.names), 1))
+    _, need = estimate(empty, config, rows=options.batch_size, length=length, dtype=options.dtype)
+    return need
+
+
+def free_memory() -> int:
+    """Bytes that this process could still take: of the accelerator where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _rate(pack: Pack, loaded: Loaded, config: LoraConfig, count: int) -> float:
+    """Tokens a second with ``count`` slots, which are gone afterwards."""
+    names = [f"probe-{i}" for i in range(count)]
+    try:
+        for name in names:
+            pack.add(name, config)
+        slots = [loaded.slot(name, pack.model, loaded.options, steps=10) for name in names]
+        advance(pack, slots)
+        started, tokens = time.perf_counter(), 0
+        while tokens == 0 or time.perf_counter() - started < 0.5:
+            tokens += advance(pack, slots)
+        return tokens / (time.perf_counter() - started)
+    finally:
+        for name in names:
+            if name in pack.adapters:
+                pack.remove(name)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

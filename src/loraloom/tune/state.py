@@ -1,0 +1,169 @@
+"""Where a search stands, on disk: whole after any crash, and all that is needed to go on.
+
+``search.json`` is the one file that counts. It names the files with the numbers of trials under way, which are written
+before it and deleted once it names others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from loraloom.errors import ConfigError, SaveError
+from loraloom.lora.atomic import recover, write_files
+from loraloom.train.options import TrainOptions
+from loraloom.train.slot import Curve
+from loraloom.tune.halving import Halving
+from loraloom.tune.trial import Trial
+from loraloom.tune.verdict import plain
+
+STATE_NAME = "search.json"
+UNDER_WAY = "under-way"
+
+Build = Callable[[Mapping[str, Any], int], TrainOptions]
+
+
+@dataclass
+class State:
+    """A search at a moment at which it could be taken up."""
+
+    fingerprint: str
+    slots: int
+    halving: Halving
+    trials: list[Trial] = field(default_factory=list)
+    #: trial → the file with its numbers
+    files: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    finished: bool = False
+
+
+def save_state(folder: Path, state: State, numbers: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Write ``state`` together with the ``numbers`` of trials that changed; files that it no longer needs go.
+
+    Raises:
+        SaveError: the folder cannot be written. What was there is as it was.
+    """
+    files: dict[str, bytes] = {}
+    for number, tensors in numbers.items():
+        step = next(trial.step for trial in state.trials if trial.number == number)
+        state.files[number] = f"{UNDER_WAY}/trial-{number}-step-{step}.safetensors"
+        files[state.files[number]] = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    live = {trial.number for trial in state.trials if trial.state in ("running", "waiting")}
+    state.files = {number: name for number, name in state.files.items() if number in live}
+    record = asdict(state) | {"trials": [_trial(trial) for trial in state.trials]}
+    text = json.dumps(plain_with_limits(record), indent=1, sort_keys=True).encode()
+    write_files(folder, {**files, STATE_NAME: text})
+    kept = set(state.files.values())
+    for path in (folder / UNDER_WAY).glob("trial-*.safetensors"):
+        if f"{UNDER_WAY}/{path.name}" not in kept:
+            path.unlink(missing_ok=True)
+    if not kept:
+        with contextlib.suppress(OSError):
+            (folder / UNDER_WAY).rmdir()
+
+
+def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
+    """The search in ``folder``, or None where there is none. ``build(values, seed)`` are the options of a trial.
+
+    Raises:
+        ConfigError: it is that of another search, or no longer whole.
+    """
+    recover(folder)
+    path = folder / STATE_NAME
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        if found["fingerprint"] != fingerprint:
+            raise ConfigError(
+                f"output: {folder} holds another search, of other options, space or data; choose another folder, or "
+                "give --overwrite to begin anew"
+            )
+        halving = found["halving"]
+        return State(
+            fingerprint=found["fingerprint"],
+            slots=found["slots"],
+            halving=Halving(
+                halving["rungs"],
+                halving["reduction"],
+                [{int(n): _number(good) for n, good in rung.items()} for rung in halving["seen"]],
+                halving["sent"],
+            ),
+            trials=[_read_trial(entry, build) for entry in found["trials"]],
+            files={int(number): name for number, name in found["files"].items()},
+            seconds=found["seconds"],
+            finished=found["finished"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: not what a search writes ({type(error).__name__}: {error}); give --overwrite to begin anew"
+        ) from None
+
+
+def load_numbers(folder: Path, state: State, number: int) -> dict[str, Tensor]:
+    """What ``save_state`` was given for one trial; empty for one that had not begun.
+
+    Raises:
+        SaveError: the file is gone or damaged.
+    """
+    name = state.files.get(number)
+    if name is None:
+        return {}
+    try:
+        found: dict[str, Tensor] = load_file(folder / name)
+        return found
+    except (OSError, SafetensorError) as error:
+        raise SaveError(
+            f"{folder / name}: cannot be read ({error}); give --overwrite to begin the search anew"
+        ) from None
+
+
+def clear(folder: Path) -> None:
+    """Forget a search: what is under way and where it stands."""
+    (folder / STATE_NAME).unlink(missing_ok=True)
+    for path in (folder / UNDER_WAY).glob("trial-*.safetensors"):
+        path.unlink(missing_ok=True)
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    entry = {key: getattr(trial, key) for key in trial.__dataclass_fields__ if key not in ("options", "curve", "used")}
+    own = {"seed": trial.options.seed}
+    return {**entry, **own, "curve": asdict(trial.curve), "used": {k: list(v) for k, v in trial.used.items()}}
+
+
+def _read_trial(entry: dict[str, Any], build: Build) -> Trial:
+    curve, seed, used = (entry.pop(key) for key in ("curve", "seed", "used"))
+    evaluations = [{key: _number(value) for key, value in one.items()} for one in curve["evaluations"]]
+    return Trial(
+        **entry,
+        options=build(entry["values"], seed),
+        curve=Curve(_numbers(curve["loss"]), _numbers(curve["learning_rate"]), evaluations),
+        used={name: (r, directions, norm) for name, (r, directions, norm) in used.items()},
+    )
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    return [_number(value) for value in values]
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value
+
+
+def plain_with_limits(value: Any) -> Any:
+    """Plain JSON in which what is not finite is text, so that it comes back as it was."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_with_limits(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_with_limits(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return str(value)
+    return plain(value)
