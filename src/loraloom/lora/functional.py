@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from loraloom.lora.dropout import Dropped, masked, masks
 
@@ -124,13 +123,12 @@ class _Projections(torch.autograd.Function):
             seen = _part(rows, lane, len(x))
             if any(lane.dropped):
                 seen = _part(_rows(masked(x[lane.start : lane.stop], _mask(x, lane))), lane)
-            a = [_stacked([one.a for one in slots], x.dtype) for slots in lane.updates if slots]
-            joined = a[0] if len(a) == 1 else torch.cat(a, -2)
-            hidden = []
-            for i, place in _places(lane):
+            places = _places(lane)
+            joined, hidden = _all_a(lane, places, x.dtype), []
+            for i, place in places:
                 # Each on its own: the answer of one has the same bits whether or not others are computed beside it.
                 hidden.append(_mm(seen, joined[..., place, :].mT))
-                kept.append(_stacked([one.b.T for one in lane.updates[i]], x.dtype, _scales(lane, i, x)))
+                kept.append(_all_b(lane.updates[i], place.stop - place.start, _scales(lane, i, x)).to(x.dtype).mT)
                 _add_mm(_part(out[i], lane, len(x)), hidden[-1], kept[-1])
             kept += [joined, *hidden]
         ctx.save_for_backward(*([x, *kept] if lanes else ()))
@@ -170,15 +168,15 @@ class _Projections(torch.autograd.Function):
             if True in needed[2 + 2 * n :]:
                 # One product for all A: a thin matrix costs hardly less than a wider one.
                 d_a = _mm(together.mT, _part(_rows(mine if mask is None else masked(mine, mask)), lane))
-            for (i, place), h, dy in zip(places, hidden, parts, strict=True):
+            all_a = _each_a(d_a, lane, places)
+            for (i, _), h, dy, d_as in zip(places, hidden, parts, all_a, strict=True):
                 slots = lane.updates[i]
-                d_as = [None] * len(slots) if d_a is None else _apart(d_a[..., place, :].to(slots[0].a.dtype), slots)
                 d_bs: Sequence[Tensor | None] = [None] * len(slots)
                 if dy is not None and d_a is not None:
                     # (hᵀ dy)ᵀ and not dyᵀ h: the long side last is the faster product.
                     across = _mm(h.mT, dy).mT
                     scaled = torch.empty(across.shape, dtype=slots[0].b.dtype, device=x.device).copy_(across)
-                    d_bs = [d.mT for d in _apart(scaled.mul_(_scales(lane, i, scaled)).mT, slots)]
+                    d_bs = _each_b(scaled.mul_(_scales(lane, i, scaled)), slots)
                 factors += [one for pair in zip(d_as, d_bs, strict=True) for one in pair]
             if dx is not None:
                 target = _part(dx, lane, len(x))
@@ -220,19 +218,55 @@ def _width(ranks: Iterable[int]) -> int:
     return -(-max(ranks) // RANKS) * RANKS
 
 
-def _stacked(factors: list[Tensor], dtype: torch.dtype, scale: float | Tensor | None = None) -> Tensor:
-    """[r, ·] of each slot → [slots, width, ·] with zeros below, or [width, ·] of a single one, times ``scale``."""
-    width = _width(factor.shape[0] for factor in factors)
-    stack = factors[0] if len(factors) == 1 else pad_sequence(factors, batch_first=True)
-    if stack.shape[-2] < width:
-        stack = F.pad(stack, (0, 0, 0, width - stack.shape[-2]))
-    return (stack if scale is None else stack * scale).to(dtype)
+def _all_a(lane: Lane, places: Sequence[tuple[int, slice]], dtype: torch.dtype) -> Tensor:
+    """A of all projections, one below the other with zeros between: [ranks, in], or [slots, ranks, in]."""
+    parts = []
+    for slot in range(len(lane.dropped)):
+        for i, place in places:
+            a = lane.updates[i][slot].a
+            parts.append(a)
+            if lacking := place.stop - place.start - a.shape[0]:
+                parts.append(a.new_zeros(lacking, a.shape[1]))
+    joined = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+    return joined if len(lane.dropped) == 1 else joined.view(len(lane.dropped), -1, joined.shape[1])
 
 
-def _apart(stack: Tensor, slots: Sequence[Update]) -> list[Tensor]:
-    """Each slot's own ranks of ``_stacked``."""
-    parts = [stack] if len(slots) == 1 else stack.unbind()
-    return [part[: one.a.shape[0]] for part, one in zip(parts, slots, strict=True)]
+def _all_b(slots: Sequence[Update], width: int, scale: float | Tensor) -> Tensor:
+    """``scale · B`` with zeros beside it up to ``width``: [out, width], or [slots, out, width]."""
+    if all(one.b.shape[1] == width for one in slots):
+        return (slots[0].b if len(slots) == 1 else torch.stack([one.b for one in slots])) * scale
+    if len(slots) == 1:
+        return F.pad(slots[0].b, (0, width - slots[0].b.shape[1])) * scale
+    parts = []
+    for one in slots:
+        parts.append(one.b)
+        if lacking := width - one.b.shape[1]:
+            parts.append(one.b.new_zeros(one.b.shape[0], lacking))
+    return torch.cat(parts, 1).view(-1, len(slots), width).transpose(0, 1) * scale
+
+
+def _each_a(gradient: Tensor | None, lane: Lane, places: Sequence[tuple[int, slice]]) -> list[list[Tensor | None]]:
+    """Projection → slot → its own part of the gradient of ``_all_a``."""
+    count = len(lane.dropped)
+    if gradient is None:
+        return [[None] * count for _ in places]
+    own = gradient.to(lane.updates[places[0][0]][0].a.dtype)
+    widths = [place.stop - place.start for _, place in places]
+    parts = [torch.split(part, widths) for part in ([own] if count == 1 else own.unbind())]
+    return [
+        [_first(parts[slot][n], lane.updates[i][slot].a.shape[0]) for slot in range(count)]
+        for n, (i, _) in enumerate(places)
+    ]
+
+
+def _each_b(gradient: Tensor, slots: Sequence[Update]) -> list[Tensor]:
+    """Slot → its own part of the gradient of ``_all_b``."""
+    parts = [gradient] if len(slots) == 1 else gradient.unbind()
+    return [_first(part.T, one.b.shape[1]).T for part, one in zip(parts, slots, strict=True)]
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    return rows if rows.shape[0] == count else rows[:count]
 
 
 def _scales(lane: Lane, i: int, like: Tensor) -> float | Tensor:

@@ -15,13 +15,14 @@ class Halving:
     """``rungs`` places on the way at which one of ``reduction`` trials goes on.
 
     While more trials can reach a rung, one in ``reduction`` of those seen goes on, rounded down, so that the first to
-    come is not carried through for coming first; once no more can, rounded up, so that at least one does.
+    come is not carried through for coming first; once no more can, rounded up, and at least ``least``.
     """
 
     rungs: int
     reduction: int
-    #: rung → trial → how good it was there, greater being better
-    seen: list[dict[int, float]] = field(default_factory=list)
+    least: int = 1
+    #: rung → trial → how good it was there, compared number by number, greater being better
+    seen: list[dict[int, list[float]]] = field(default_factory=list)
     #: rung → trials that were sent on
     sent: list[list[int]] = field(default_factory=list)
 
@@ -29,8 +30,8 @@ class Halving:
         self.seen = self.seen or [{} for _ in range(self.rungs)]
         self.sent = self.sent or [[] for _ in range(self.rungs)]
 
-    def reach(self, trial: int, rung: int, goodness: float) -> None:
-        self.seen[rung][trial] = goodness if math.isfinite(goodness) else -math.inf
+    def reach(self, trial: int, rung: int, *goodness: float) -> None:
+        self.seen[rung][trial] = [good if math.isfinite(good) else -math.inf for good in goodness]
 
     def next(self, new: bool, heading: Iterable[int]) -> int | None:
         """A trial that is to go on, of those at the furthest rung; None if none is.
@@ -44,9 +45,9 @@ class Halving:
         more = new
         for rung in range(self.rungs):
             more = more or any(target <= rung for target in heading)
-            ranked = sorted(self.seen[rung], key=lambda trial: (-self.seen[rung][trial], trial))
+            ranked = sorted(sorted(self.seen[rung]), key=lambda trial: self.seen[rung][trial], reverse=True)
             share = len(ranked) / self.reduction
-            quota = math.floor(share) if more else math.ceil(share)
+            quota = math.floor(share) if more else max(math.ceil(share), self.least)
             waiting.append([trial for trial in ranked[:quota] if trial not in self.sent[rung]])
             more = more or bool(waiting[-1])
         for rung in reversed(range(self.rungs)):

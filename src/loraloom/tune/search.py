@@ -128,7 +128,7 @@ class Search:
         self.pack = Pack(self.model, task=loaded.task, pad_id=loaded.tokenizer.pad_token_id, pad_to_multiple_of=WIDTH)
         self.slots: dict[int, Slot] = {}
         self.fingerprint = _fingerprint(options, loaded)
-        self.state = State(self.fingerprint, 0, Halving(len(options.rungs), options.reduction))
+        self.state = State(self.fingerprint, 0, Halving(len(options.rungs), options.reduction, options.finalists))
         self.tokens, self.clock, self.saved = 0, 0.0, 0.0
 
     # -- from the first step to the verdict ---------------------------------------------------------------------
@@ -246,7 +246,7 @@ class Search:
         elif rungs := self._milestones(trial)[trial.step]:
             trial.state = "waiting"
             for rung in rungs:
-                self.state.halving.reach(trial.number, rung, goodness(self.options.metric, value))
+                self.state.halving.reach(trial.number, rung, goodness(self.options.metric, value), -found["loss"])
 
     def _milestones(self, trial: Trial) -> dict[int, list[int]]:
         """Steps at which a trial is measured → the rungs that it reaches there. At the end the verdict compares."""

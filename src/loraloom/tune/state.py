@@ -94,7 +94,8 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
             halving=Halving(
                 halving["rungs"],
                 halving["reduction"],
-                [{int(n): _number(good) for n, good in rung.items()} for rung in halving["seen"]],
+                halving["least"],
+                [{int(n): _numbers(good) for n, good in rung.items()} for rung in halving["seen"]],
                 halving["sent"],
             ),
             trials=[_read_trial(entry, build) for entry in found["trials"]],
