@@ -1,7 +1,7 @@
 """The search: trials train side by side over one frozen model, poor ones stop early, waiting ones take their place.
 
 Decisions follow from what was measured alone, never from the clock, and where the search stands is on disk: killed at
-any moment and run again, it comes to the same verdict.
+any moment and run again, it comes to the same verdict. Workers train (``tune.worker``); here it is decided who does.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 import math
 import platform
 import statistics
-import time
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,46 +20,25 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 import loraloom
-from loraloom.config import LoraConfig, TaskType
+from loraloom.config import TaskType
 from loraloom.errors import DataError
 from loraloom.lora.atomic import write_files
-from loraloom.lora.inspection import ENERGY, singular_values
-from loraloom.lora.model import PeftModel
-from loraloom.lora.targets import plan
 from loraloom.train import runfile
-from loraloom.train.load import build_empty
-from loraloom.train.loop import advance, evaluate
-from loraloom.train.options import TrainOptions
-from loraloom.train.pack import Pack
-from loraloom.train.run import Interrupted, Loaded, check_output, ctrl_c, explain, load
-from loraloom.train.slot import Slot
+from loraloom.train.run import Interrupted, Loaded, check_output, ctrl_c, load
 from loraloom.tune import proposals, words
 from loraloom.tune.halving import Halving
-from loraloom.tune.knobs import Range
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.planner import plan_slots
 from loraloom.tune.score import goodness
-from loraloom.tune.space import RANK, TARGETS
 from loraloom.tune.state import State, clear, load_numbers, load_state, save_state
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict, record, verdict
+from loraloom.tune.worker import TRIALS, Numbers, Report, Space, Worker, milestones, name_of
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 RESULT_NAME, BEST_NAME, BEST_FILE = "result.json", "best", "best.yaml"
-TRIALS = "trials"
-#: An adapter in every layer that some trial may adapt. It is never used: it keeps the layers as they are while trials
-#: come and go, so that what is computed together does not depend on which ones there are.
-SPAN = "span"
-#: Rows are filled up to a multiple of so many tokens, so that a trial's bits do not depend on who trains beside it.
-WIDTH = 16
-#: Where the search stands is written at least so often.
-SAVE_SECONDS = 60.0
-#: A trial blows up whose mean loss over so many steps is so many times that of its first ones.
-WINDOW, BLOWN_UP = 10, 2.0
-#: Between the last rung and the end there is one more evaluation: curves of two points say nothing.
-BETWEEN = 2 / 3
 
 
 class Watcher(Protocol):
@@ -85,6 +64,33 @@ class Silent:
         pass
 
 
+class Crew(Protocol):
+    """Workers by number, here or elsewhere. One trains from ``start`` until its report came."""
+
+    count: int
+
+    def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None: ...
+
+    def wait(self) -> tuple[int, Report | None]:
+        """The next worker to report. None in place of the report: it is gone, and a fresh one stands in its place."""
+
+
+class Alone:
+    """The crew of a search in one process."""
+
+    count = 1
+
+    def __init__(self, worker: Worker, tell: Callable[[list[Trial], float], None], stop: Callable[[], bool]) -> None:
+        self._worker, self._tell, self._stop = worker, tell, stop
+        self._next: tuple[Sequence[tuple[Trial, Numbers]], Sequence[int]] = ((), ())
+
+    def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None:
+        self._next = enter, leave
+
+    def wait(self) -> tuple[int, Report | None]:
+        return 0, self._worker.run(*self._next, self._tell, self._stop)
+
+
 @dataclass
 class SearchResult:
     """What came out. ``record`` is what ``result.json`` holds."""
@@ -103,8 +109,7 @@ def search(options: TuneOptions, watch: Watcher | None = None, sampler: BaseSamp
         TrainingError: no trial came to a figure.
         SaveError: the folder cannot be written.
     """
-    folder = Path(options.train.output)
-    _check_folder(folder, options)
+    check_output(options.train)
     loaded = load(options.train)
     _check_validation(loaded)
     options = replace(options, train=loaded.options)
@@ -113,148 +118,149 @@ def search(options: TuneOptions, watch: Watcher | None = None, sampler: BaseSamp
 
 
 class Search:
-    """One search under way: the pack, the trials in it, and where it stands."""
+    """One search: where it stands, and who trains next."""
 
     def __init__(
         self, options: TuneOptions, loaded: Loaded, watch: Watcher, sampler: BaseSampler | None = None
     ) -> None:
         self.options, self.loaded, self.watch, self.sampler = options, loaded, watch, sampler
         self.folder, self.exhausted = Path(options.train.output), False
-        #: the model without numbers, to plan on
-        self.blueprint = build_empty(options.train.model, loaded.task, max(len(loaded.data.names), 1))
-        self.model = PeftModel(loaded.base)
-        span = {target.name for one in self._combinations() for target in plan(self.blueprint, one).targets}
-        self.model.add_adapter(SPAN, LoraConfig(r=1, target_modules=sorted(span), task_type=loaded.task))
-        self.pack = Pack(self.model, task=loaded.task, pad_id=loaded.tokenizer.pad_token_id, pad_to_multiple_of=WIDTH)
-        self.slots: dict[int, Slot] = {}
+        self.space = Space(options, loaded)
         self.fingerprint = _fingerprint(options, loaded)
         self.state = State(self.fingerprint, 0, Halving(len(options.rungs), options.reduction, options.finalists))
-        self.tokens, self.clock, self.saved = 0, 0.0, 0.0
+        #: worker → the trials that it has
+        self.members: dict[int, list[int]] = {}
+        self.pressed = threading.Event()
 
     # -- from the first step to the verdict ---------------------------------------------------------------------
 
     def run(self) -> SearchResult:
-        found = load_state(self.folder, self.fingerprint, self.trial_options)
-        if found is None:
-            largest = max(self._combinations(), key=lambda one: plan(self.blueprint, one).parameters)
-            most, memory, wanted = self.options.trials, self.options.memory, self.options.slots
-            planned = plan_slots(self.pack, self.loaded, largest, most, memory, wanted)
-            self.state.slots = planned.count
-            self.watch.event(f"slots: {planned.count} trials train together ({planned.why})")
-        else:
+        if self.options.train.overwrite:
+            clear(self.folder)
+        found = load_state(self.folder, self.fingerprint, self.space.trial_options)
+        if found is not None:
             self.state = found
             done = sum(trial.state not in ("running", "waiting") for trial in found.trials)
-            self.watch.event(
-                f"going on with the search in {self.folder}: {done} of {len(found.trials)} trials have ended"
-            )
+            self.watch.event(f"going on in {self.folder}: {done} of {len(found.trials)} trials have ended")
         if not self.state.finished:
-            self._train()
+            worker = Worker(self.options, self.loaded, self.space)
+            if found is None:
+                largest = max(self.space.largest(), key=lambda one: self.space.plan(one).parameters)
+                most, memory, wanted = self.options.trials, self.options.memory, self.options.slots
+                planned = plan_slots(worker.pack, self.loaded, largest, most, memory, wanted)
+                self.state.slots = planned.count
+                self.watch.event(f"slots: {planned.count} trials train together ({planned.why})")
+            self._train(Alone(worker, self._tell, lambda: self.pressed.is_set()))
         return self._conclude()
 
-    def _train(self) -> None:
-        self.clock = self.saved = time.monotonic()
-        with ctrl_c() as pressed:
-            self._turn([])
-            while self.slots:
-                if pressed.is_set():
-                    self._save()
+    def _train(self, crew: Crew) -> None:
+        with ctrl_c() as self.pressed:
+            self.members = {worker: [] for worker in range(crew.count)}
+            busy = self._assign(crew, list(self.members), {})
+            while busy:
+                worker, report = crew.wait()
+                busy.discard(worker)
+                numbers = self._receive(worker, report)
+                if self.pressed.is_set():
+                    self._save(numbers)
                     raise Interrupted(f"stopped; the same command goes on with the search in {self.folder}")
-                try:
-                    events = self._step()
-                except (RuntimeError, MemoryError) as error:
-                    if self.state.slots == 1 or not explain(error).startswith("out of memory"):
-                        raise
-                    self._shrink()
-                    continue
-                if events:
-                    self._turn(events)
-                elif time.monotonic() - self.saved > SAVE_SECONDS:
-                    self._save()
+                idle = [other for other in self.members if other not in busy]
+                busy |= self._assign(crew, idle, numbers)
         for trial in self.trials:
             if trial.state == "waiting":
                 trial.state, trial.reason = "stopped", f"others were better at step {trial.step}"
         self.state.finished = True
-        self._save()
+        self._save({})
 
     @property
     def trials(self) -> list[Trial]:
         return self.state.trials
 
-    @property
-    def running(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.number in self.slots]
+    def _tell(self, running: Sequence[Trial], tokens_per_second: float) -> None:
+        self.watch.update(
+            running, self.trials, self.state.slots * len(self.members), tokens_per_second, self._seconds_left()
+        )
 
-    # -- a step, and what follows from it -----------------------------------------------------------------------
+    def _receive(self, worker: int, report: Report | None) -> dict[int, Numbers]:
+        """Take up what a worker reports. Returns the numbers of its trials."""
+        if report is None or report.out_of_memory:
+            if report is not None:
+                if self.state.slots == 1:
+                    raise MemoryError("out of memory with a single trial")
+                self.state.slots //= 2
+                self.watch.event(f"out of memory: going on with {self.state.slots} slots")
+            self.members[worker] = []
+            self._back_to_disk()
+            return {}
+        for trial in report.trials:
+            self.state.trials[trial.number] = trial
+        self.state.seconds += report.seconds / len(self.members)
+        for number in report.events:
+            self._take_note(self.trials[number])
+        return report.numbers
 
-    def _step(self) -> list[Trial]:
-        """One step of all running trials. Returns those of which something is to be decided."""
-        running = self.running
-        tokens = advance(self.pack, [self.slots[trial.number] for trial in running])
-        now = time.monotonic()
-        passed, self.clock = now - self.clock, now
-        self.state.seconds += passed
-        self.tokens += tokens
-        events = []
-        for trial in running:
-            slot = self.slots[trial.number]
-            trial.step = slot.step
-            trial.seconds += passed / len(running)
-            failure = slot.failure or _blown_up(trial)
-            if failure:
-                trial.state, trial.reason = "failed", failure
-                events.append(trial)
-            elif trial.step in self._milestones(trial) and not _measured(trial):
-                events.append(trial)
-        left = self._seconds_left()
-        self.watch.update(running, self.trials, self.state.slots, tokens / max(passed, 1e-9), left)
-        return events
+    def _back_to_disk(self) -> None:
+        """Trials that no worker has are as they were when last written down."""
+        there = load_state(self.folder, self.fingerprint, self.space.trial_options)
+        held = {number for members in self.members.values() for number in members}
+        for trial in there.trials if there else []:
+            if trial.number not in held:
+                self.state.trials[trial.number] = trial
 
-    def _turn(self, events: Sequence[Trial]) -> None:
-        """Measure those that reached a milestone, decide who trains next, write it down, and let them in."""
-        for trial in events:
-            if trial.state == "failed":
-                self.watch.event(f"trial {trial.number} failed: {trial.reason}")
-            else:
-                self._measure(trial)
-        while sum(t.state == "running" for t in self.trials) < self.state.slots and (chosen := self._next()):
-            chosen.state = "running"
-        for trial in events:
-            if trial.state == "waiting":
-                self.watch.event(f"trial {trial.number} waits at step {trial.step}: others are better so far")
-        self._save()
-        for number in [n for n in self.slots if self._trial(n).state != "running"]:
-            self.pack.remove(_name(number))
-            del self.slots[number]
-        for trial in self.trials:
-            if trial.state == "running" and trial.number not in self.slots and len(self.slots) < self.state.slots:
-                self._enter(trial)
-        self.clock = time.monotonic()
-
-    def _measure(self, trial: Trial) -> None:
-        name, data = _name(trial.number), self.loaded.data.evaluation.examples
-        pad_id, rows = self.loaded.tokenizer.pad_token_id, self.options.train.eval_batch_size
-        found = evaluate(self.model, name, self.loaded.task, data, pad_id, rows)
-        trial.curve.evaluations.append({"step": trial.step, **found})
-        value = found[self.options.metric]
-        if not math.isfinite(value):
-            trial.state, trial.reason = "failed", f"step {trial.step}: the held-out {self.options.metric} is {value}"
+    def _take_note(self, trial: Trial) -> None:
+        value = trial.latest(self.options.metric)
+        if trial.state == "failed":
             self.watch.event(f"trial {trial.number} failed: {trial.reason}")
-        elif trial.step >= trial.steps:
-            trial.state, trial.used = "finished", _used(self.model, name)
-            self.model.save_pretrained(self.folder / TRIALS, selected_adapters=[name])
+        elif trial.state == "finished":
             self.watch.event(f"trial {trial.number} finished: {self.options.metric} {value:.4g}")
-        elif rungs := self._milestones(trial)[trial.step]:
+        elif rungs := milestones(self.options, trial)[trial.step]:
             trial.state = "waiting"
-            for rung in rungs:
-                self.state.halving.reach(trial.number, rung, goodness(self.options.metric, value), -found["loss"])
+            loss = trial.latest("loss")
+            assert value is not None
+            assert loss is not None
+            for rung in rungs:  # where the metric is the same, the loss says more
+                self.state.halving.reach(trial.number, rung, goodness(self.options.metric, value), -loss)
 
-    def _milestones(self, trial: Trial) -> dict[int, list[int]]:
-        """Steps at which a trial is measured → the rungs that it reaches there. At the end the verdict compares."""
-        places: dict[int, list[int]] = {}
-        for number, share in enumerate([] if trial.repeats is not None else self.options.rungs):
-            places.setdefault(max(1, math.ceil(share * trial.steps)), []).append(number)
-        places.setdefault(max(1, math.ceil(BETWEEN * trial.steps)), [])
-        return places | {trial.steps: []}
+    def _assign(self, crew: Crew, idle: Sequence[int], numbers: dict[int, Numbers]) -> set[int]:
+        """Decide who trains next, write it down, and let the idle workers begin. Returns those that have work.
+
+        ``numbers`` are those of the trials that just came back.
+        """
+        free = len(idle) * self.state.slots
+        held = {number for worker, members in self.members.items() if worker not in idle for number in members}
+        mine = [trial for trial in self.trials if trial.state == "running" and trial.number not in held]
+        while len(mine) < free and (chosen := self._next()) is not None:
+            chosen.state = "running"
+            mine.append(chosen)
+        for number in numbers:
+            if self.trials[number].state == "waiting":
+                self.watch.event(f"trial {number} waits at step {self.trials[number].step}: others are better so far")
+        self._save(numbers)
+        mine.sort(key=lambda trial: trial.number)
+        working = set()
+        places = {worker: [t for t in mine if t.number in self.members[worker]] for worker in idle}
+        rest = [trial for trial in mine if not any(trial in place for place in places.values())]
+        for worker in idle:
+            room = self.state.slots - len(places[worker])
+            places[worker], rest = places[worker] + rest[:room], rest[room:]
+            leave = [n for n in self.members[worker] if self.trials[n].state != "running"]
+            enter = [t for t in places[worker] if t.number not in self.members[worker]]
+            self.members[worker] = sorted(trial.number for trial in places[worker])
+            if self.members[worker]:
+                crew.start(worker, [(trial, self._begin(trial)) for trial in enter], leave)
+                working.add(worker)
+        return working
+
+    def _begin(self, trial: Trial) -> Numbers:
+        numbers = load_numbers(self.folder, self.state, trial.number)
+        if not numbers:
+            names = list(trial.values)
+            self.watch.event(f"trial {trial.number} begins: {words.knobs(trial.values, names, between=', ')}")
+        return numbers
+
+    def _save(self, numbers: Mapping[int, Numbers]) -> None:
+        save_state(self.folder, self.state, numbers)
+        proposals.keep(self.options, self.trials, self.folder)
 
     # -- who trains next ----------------------------------------------------------------------------------------
 
@@ -264,7 +270,7 @@ class Search:
         new = len(originals) < self.options.trials and not self.exhausted
         promoted = self.state.halving.next(new, [self._heading(trial) for trial in running])
         if promoted is not None:
-            return self._trial(promoted)
+            return self.trials[promoted]
         if new:
             values = proposals.propose(self.options, self.trials, self.sampler)
             if values is not None:
@@ -283,9 +289,9 @@ class Search:
         return next((rung for rung in range(len(seen)) if trial.number not in seen[rung]), len(seen))
 
     def _add(self, values: Mapping[str, Any], seed: int, repeats: int | None = None) -> Trial:
-        options = self.trial_options(values, seed)
+        options = self.space.trial_options(values, seed)
         steps, _ = self.loaded.steps(options)
-        made = plan(self.blueprint, self.loaded.config(options))
+        made = self.space.plan(self.loaded.config(options))
         trial = Trial(
             len(self.trials),
             dict(values),
@@ -312,55 +318,9 @@ class Search:
                 self._add(trial.values, self.options.train.seed + further, repeats=trial.number)
         if finalists and self.options.seeds:
             numbers = ", ".join(str(trial.number) for trial in finalists)
-            self.watch.event(f"finalists {numbers}: again with {self.options.seeds} more seeds each")
-
-    def trial_options(self, values: Mapping[str, Any], seed: int) -> TrainOptions:
-        return replace(self.options.space.to_options(values, self.options.train, self.blueprint), seed=seed)
-
-    def _trial(self, number: int) -> Trial:
-        return self.trials[number]
-
-    # -- in and out of the pack, and the disk -------------------------------------------------------------------
-
-    def _enter(self, trial: Trial) -> None:
-        """Put a trial into the pack, as it was when it left or at its beginning."""
-        name = _name(trial.number)
-        self.pack.add(name, self.loaded.config(trial.options), seed=trial.options.seed)
-        numbers = load_numbers(self.folder, self.state, trial.number)
-        with torch.no_grad():
-            for key, parameter in self.pack.parameters_of(name).items():
-                if numbers:
-                    parameter.copy_(numbers[f"adapter/{key}"])
-        slot = self.loaded.slot(name, self.model, trial.options, trial.steps)
-        slot.optimizer.load_state({k.removeprefix("optimizer/"): v for k, v in numbers.items() if k[0] == "o"})
-        slot.step, slot.curve = trial.step, trial.curve
-        self.slots[trial.number] = slot
-        if not numbers:
             self.watch.event(
-                f"trial {trial.number} begins: {words.knobs(trial.values, list(trial.values), between=', ')}"
+                f"finalists {numbers}: again with {self.options.seeds} more seed{'' if self.options.seeds == 1 else 's'} each"
             )
-
-    def _save(self) -> None:
-        numbers = {}
-        for number, slot in self.slots.items():
-            parameters = self.pack.parameters_of(slot.name)
-            numbers[number] = {f"adapter/{key}": p.detach() for key, p in parameters.items()}
-            numbers[number] |= {f"optimizer/{key}": value for key, value in slot.optimizer.state().items()}
-        save_state(self.folder, self.state, numbers)
-        proposals.keep(self.options, self.trials, self.folder)
-        self.saved = time.monotonic()
-
-    def _shrink(self) -> None:
-        """After running out of memory: half the slots, and every trial as it was when last written down."""
-        for number in list(self.slots):
-            self.pack.remove(_name(number))
-            del self.slots[number]
-        found = load_state(self.folder, self.fingerprint, self.trial_options)
-        assert found is not None
-        found.slots, found.seconds = self.state.slots // 2, self.state.seconds
-        self.state = found
-        self.watch.event(f"out of memory: going on with {found.slots} slots")
-        self._turn([])
 
     def _seconds_left(self) -> float | None:
         """By the steps that successive halving leaves, at the speed so far."""
@@ -386,7 +346,7 @@ class Search:
             distributions=space.distributions(),
             order=space.order(),
         )
-        source = self.folder / TRIALS / _name(found.best.number)
+        source = self.folder / TRIALS / name_of(found.best.number)
         made = record(
             found,
             self.trials,
@@ -409,56 +369,6 @@ class Search:
         title = f"The best of {self.options.trials} trials: {self.options.metric} {score:.4g}"
         runfile.write(options, self.folder / BEST_FILE, title)
         return SearchResult(found, made, self.folder)
-
-    # -- what the space spans -----------------------------------------------------------------------------------
-
-    def _combinations(self) -> list[LoraConfig]:
-        """The adapters of every set of targets in the space, of the greatest rank."""
-        knobs, values = self.options.space.knobs, self.options.space.prior(1)[0]
-        if RANK in knobs:
-            ranks = knobs[RANK]
-            values |= {RANK: ranks.high if isinstance(ranks, Range) else max(ranks.grid(RANK))}
-        sets: list[Any] = knobs[TARGETS].grid(TARGETS) if TARGETS in knobs else [None]
-        chosen = [values if one is None else values | {TARGETS: one} for one in sets]
-        return [self.loaded.config(self.trial_options(one, self.options.train.seed)) for one in chosen]
-
-
-def _name(number: int) -> str:
-    return f"trial-{number}"
-
-
-def _blown_up(trial: Trial) -> str:
-    """What there is to say of a loss that grew, or nothing."""
-    losses = trial.curve.loss
-    if len(losses) < 2 * WINDOW:
-        return ""
-    first, last = statistics.fmean(losses[:WINDOW]), statistics.fmean(losses[-WINDOW:])
-    return f"step {trial.step}: the loss went up from {first:.3g} to {last:.3g}" if last > BLOWN_UP * first else ""
-
-
-def _measured(trial: Trial) -> bool:
-    return bool(trial.curve.evaluations) and trial.curve.evaluations[-1]["step"] == trial.step
-
-
-def _used(model: PeftModel, name: str) -> dict[str, tuple[int, int, float]]:
-    """Module → its rank, how many directions its update uses, and how large that is beside the frozen weight."""
-    found = {}
-    for module, layer in model.base_model.layers.items():
-        if name not in layer.slots:
-            continue
-        a, b = layer.factors(name)
-        values = singular_values(a.detach(), b.detach()) * abs(layer.scaling[name])
-        energy = values.square()
-        used = int((energy.cumsum(0) < ENERGY * energy.sum()).sum()) + 1 if float(energy.sum()) else 0
-        weight = float(layer.frozen_weight.detach().float().norm())
-        found[module] = (layer.r[name], used, float(energy.sum().sqrt()) / (weight or 1.0))
-    return found
-
-
-def _check_folder(folder: Path, options: TuneOptions) -> None:
-    check_output(options.train)
-    if options.train.overwrite:
-        clear(folder)
 
 
 def _check_validation(loaded: Loaded) -> None:

@@ -1,0 +1,228 @@
+"""One pack and the trials in it: lets them in and out, trains, measures. Decides nothing, and writes adapters alone.
+
+A search has one in its own process, or several in others.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraloom.config import LoraConfig
+from loraloom.lora.inspection import ENERGY, singular_values
+from loraloom.lora.model import PeftModel
+from loraloom.lora.targets import Plan, plan
+from loraloom.train.load import build_empty
+from loraloom.train.loop import advance, evaluate
+from loraloom.train.options import TrainOptions
+from loraloom.train.pack import Pack
+from loraloom.train.run import Loaded, explain
+from loraloom.train.slot import Slot
+from loraloom.tune.knobs import Range
+from loraloom.tune.options import TuneOptions
+from loraloom.tune.space import RANK, TARGETS
+from loraloom.tune.trial import Trial
+
+#: Folder of the adapters of trials that came to their end.
+TRIALS = "trials"
+#: An adapter in every layer that some trial may adapt. It is never used: it keeps the layers as they are while trials
+#: come and go, so that what is computed together does not depend on which ones there are.
+SPAN = "span"
+#: Rows are filled up to a multiple of so many tokens, so that a trial's bits do not depend on who trains beside it.
+WIDTH = 16
+#: Numbers are handed over at least so often.
+SECONDS = 60.0
+#: A trial blows up whose mean loss over so many steps is so many times that of its first ones.
+WINDOW, BLOWN_UP = 10, 2.0
+#: Between the last rung and the end there is one more evaluation: curves of two points say nothing.
+BETWEEN = 2 / 3
+
+Numbers = dict[str, Tensor]
+
+
+@dataclass
+class Report:
+    """What a worker hands over: its trials as they are now, and their numbers."""
+
+    trials: list[Trial]
+    #: of these something is to be decided: they reached a milestone, and were measured, or failed
+    events: list[int]
+    numbers: dict[int, Numbers] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+    #: memory was not enough: the worker let go of all its trials
+    out_of_memory: bool = False
+
+
+class Space:
+    """What trials are on one model, without its weights: their options, sizes and steps."""
+
+    def __init__(self, options: TuneOptions, loaded: Loaded) -> None:
+        self.options, self.loaded = options, loaded
+        self._blueprint = build_empty(options.train.model, loaded.task, max(len(loaded.data.names), 1))
+
+    def trial_options(self, values: Mapping[str, Any], seed: int) -> TrainOptions:
+        return replace(self.options.space.to_options(values, self.options.train, self._blueprint), seed=seed)
+
+    def plan(self, config: LoraConfig) -> Plan:
+        return plan(self._blueprint, config)
+
+    def largest(self) -> list[LoraConfig]:
+        """The adapters of every set of targets in the space, of the greatest rank."""
+        knobs, values = self.options.space.knobs, self.options.space.prior(1)[0]
+        if RANK in knobs:
+            ranks = knobs[RANK]
+            values |= {RANK: ranks.high if isinstance(ranks, Range) else max(ranks.grid(RANK))}
+        sets: list[Any] = knobs[TARGETS].grid(TARGETS) if TARGETS in knobs else [None]
+        chosen = [values if one is None else values | {TARGETS: one} for one in sets]
+        return [self.loaded.config(self.trial_options(one, self.options.train.seed)) for one in chosen]
+
+
+class Worker:
+    """A pack on the frozen model of ``loaded``."""
+
+    def __init__(self, options: TuneOptions, loaded: Loaded, space: Space) -> None:
+        self.options, self.loaded = options, loaded
+        self.model = PeftModel(loaded.base)
+        span = {target.name for one in space.largest() for target in space.plan(one).targets}
+        self.model.add_adapter(SPAN, LoraConfig(r=1, target_modules=sorted(span), task_type=loaded.task))
+        self.pack = Pack(self.model, task=loaded.task, pad_id=loaded.tokenizer.pad_token_id, pad_to_multiple_of=WIDTH)
+        self.slots: dict[int, Slot] = {}
+        self.trials: dict[int, Trial] = {}
+
+    def run(
+        self,
+        enter: Sequence[tuple[Trial, Numbers]],
+        leave: Sequence[int],
+        tell: Callable[[list[Trial], float], None] = lambda trials, tokens_per_second: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Report:
+        """Let trials out and in, and train until there is something to decide, or to write down.
+
+        Args:
+            enter: trials with their numbers; none for one that begins.
+            tell: called after each step with the running trials and the tokens of a second.
+            stop: asked after each step.
+        """
+        for number in leave:
+            self._leave(number)
+        for trial, numbers in enter:
+            self._enter(trial, numbers)
+        started = last = time.monotonic()
+        tokens, events = 0, list[int]()
+        try:
+            while not events and self.slots:
+                seen = advance(self.pack, [self.slots[number] for number in sorted(self.slots)])
+                now = time.monotonic()
+                passed, last, tokens = now - last, now, tokens + seen
+                events = [number for number in self.slots if self._follow(number, passed / len(self.slots))]
+                tell(list(self.trials.values()), seen / max(passed, 1e-9))
+                if stop() or now - started > SECONDS:
+                    break
+            for number in events:
+                if self.trials[number].state == "running":
+                    self._measure(self.trials[number])
+        except (RuntimeError, MemoryError) as error:
+            if not explain(error).startswith("out of memory"):
+                raise
+            for number in list(self.slots):
+                self._leave(number)
+            return Report([], [], seconds=time.monotonic() - started, out_of_memory=True)
+        numbers_now = {number: self._numbers(number) for number in self.slots}
+        return Report(list(self.trials.values()), events, numbers_now, tokens, time.monotonic() - started)
+
+    def _follow(self, number: int, seconds: float) -> bool:
+        """Bring a trial up to its slot. Whether something is to be decided of it."""
+        trial, slot = self.trials[number], self.slots[number]
+        moved, trial.step = slot.step > trial.step, slot.step
+        trial.seconds += seconds
+        failure = slot.failure or (blown_up(trial) if moved else "")
+        if failure:
+            trial.state, trial.reason = "failed", failure
+        return bool(failure) or (moved and trial.step in milestones(self.options, trial))
+
+    def _measure(self, trial: Trial) -> None:
+        name, metric = name_of(trial.number), self.options.metric
+        found = evaluate(
+            self.model,
+            name,
+            self.loaded.task,
+            self.loaded.data.evaluation.examples,
+            self.loaded.tokenizer.pad_token_id,
+            self.options.train.eval_batch_size,
+        )
+        trial.curve.evaluations.append({"step": trial.step, **found})
+        if not math.isfinite(found[metric]):
+            trial.state, trial.reason = "failed", f"step {trial.step}: the held-out {metric} is {found[metric]}"
+        elif trial.step >= trial.steps:
+            trial.state, trial.used = "finished", _used(self.model, name)
+            self.model.save_pretrained(Path(self.options.train.output) / TRIALS, selected_adapters=[name])
+
+    def _enter(self, trial: Trial, numbers: Numbers) -> None:
+        name = name_of(trial.number)
+        self.pack.add(name, self.loaded.config(trial.options), seed=trial.options.seed)
+        with torch.no_grad():
+            for key, parameter in self.pack.parameters_of(name).items():
+                if numbers:
+                    parameter.copy_(numbers[f"adapter/{key}"])
+        slot = self.loaded.slot(name, self.model, trial.options, trial.steps)
+        moments = {
+            key.removeprefix("optimizer/"): value for key, value in numbers.items() if key.startswith("optimizer/")
+        }
+        slot.optimizer.load_state(moments)
+        slot.step, slot.curve = trial.step, trial.curve
+        self.slots[trial.number], self.trials[trial.number] = slot, trial
+
+    def _leave(self, number: int) -> None:
+        self.pack.remove(name_of(number))
+        del self.slots[number], self.trials[number]
+
+    def _numbers(self, number: int) -> Numbers:
+        """All that it takes to go on with a trial, to the bit."""
+        slot = self.slots[number]
+        found = {f"adapter/{key}": p.detach() for key, p in self.pack.parameters_of(slot.name).items()}
+        return found | {f"optimizer/{key}": value for key, value in slot.optimizer.state().items()}
+
+
+def name_of(number: int) -> str:
+    return f"trial-{number}"
+
+
+def milestones(options: TuneOptions, trial: Trial) -> dict[int, list[int]]:
+    """Steps at which a trial is measured → the rungs that it reaches there. At the end the verdict compares."""
+    places: dict[int, list[int]] = {}
+    for rung, share in enumerate([] if trial.repeats is not None else options.rungs):
+        places.setdefault(max(1, math.ceil(share * trial.steps)), []).append(rung)
+    places.setdefault(max(1, math.ceil(BETWEEN * trial.steps)), [])
+    return places | {trial.steps: []}
+
+
+def blown_up(trial: Trial) -> str:
+    """What there is to say of a loss that grew, or nothing."""
+    losses = trial.curve.loss
+    if len(losses) < 2 * WINDOW:
+        return ""
+    first, last = statistics.fmean(losses[:WINDOW]), statistics.fmean(losses[-WINDOW:])
+    return f"step {trial.step}: the loss went up from {first:.3g} to {last:.3g}" if last > BLOWN_UP * first else ""
+
+
+def _used(model: PeftModel, name: str) -> dict[str, tuple[int, int, float]]:
+    """Module → its rank, how many directions its update uses, and how large that is beside the frozen weight."""
+    found = {}
+    for module, layer in model.base_model.layers.items():
+        if name not in layer.slots:
+            continue
+        a, b = layer.factors(name)
+        energy = (singular_values(a.detach(), b.detach()) * layer.scaling[name]).square()
+        used = int((energy.cumsum(0) < ENERGY * energy.sum()).sum()) + 1 if float(energy.sum()) else 0
+        weight = float(layer.frozen_weight.detach().float().norm())
+        found[module] = (layer.r[name], used, float(energy.sum().sqrt()) / (weight or 1.0))
+    return found
