@@ -317,10 +317,8 @@ class Search:
             for trial in finalists:
                 self._add(trial.values, self.options.train.seed + further, repeats=trial.number)
         if finalists and self.options.seeds:
-            numbers = ", ".join(str(trial.number) for trial in finalists)
-            self.watch.event(
-                f"finalists {numbers}: again with {self.options.seeds} more seed{'' if self.options.seeds == 1 else 's'} each"
-            )
+            numbers, more = ", ".join(str(trial.number) for trial in finalists), self.options.seeds
+            self.watch.event(f"finalists {numbers}: again with {more} more {'seed' if more == 1 else 'seeds'} each")
 
     def _seconds_left(self) -> float | None:
         """By the steps that successive halving leaves, at the speed so far."""
