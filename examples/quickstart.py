@@ -1,14 +1,16 @@
-"""The first real run: MiniLM learns to tell which area of the standard library a docstring belongs to.
+"""The first real run: which LoRA makes MiniLM tell best which area of the standard library a docstring belongs to?
 
 Usage: ``python examples/quickstart.py [OUT]`` (by default ``runs/quickstart``). Everything is real and nothing is
 downloaded: a pretrained encoder of 22M parameters from the ``demo`` extra, and the docstrings of the Python that
-runs this. It ends with three ways to answer side by side: always the most common area, a new head on the frozen
-encoder, and LoRA. ``--rows`` and ``--max-steps`` make it shorter, and the answers worse.
+runs this. Eight configurations train side by side on the one frozen encoder; it ends with the leaderboard, the
+recommendation, and the best of them beside two answers without LoRA: always the most common area, and a new head on
+the frozen encoder. ``--rows`` and ``--max-steps`` make it shorter, and the answers worse.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -24,13 +26,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import docstrings
-from loraloom import LoraConfig
+from loraloom import PeftModel, plan
 from loraloom.data import collate, evaluation_batches
 from loraloom.errors import LoraloomError
-from loraloom.report.plot import PLOT_NAME, plot_run
-from loraloom.report.terminal import Meter, overview, predictions
+from loraloom.report.session import tune_run
+from loraloom.report.terminal import predictions
+from loraloom.report.tune import conclusion
 from loraloom.train.options import TrainOptions
-from loraloom.train.run import Prepared, prepare, run
+from loraloom.train.run import Loaded, Prepared, load, predict
+from loraloom.tune.options import TuneOptions
+from loraloom.tune.search import BEST_FILE, BEST_NAME, SearchResult
+from loraloom.tune.space import Space
+from loraloom.tune.words import knobs
 
 
 def main(out: Path, rows: int | None = None, max_steps: int | None = None) -> None:
@@ -45,50 +52,90 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None) -> No
         data=str(train),
         eval_split=str(held_out),
         task="seq-cls",
-        output=str(out / "adapter"),
-        lora=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear"),
-        epochs=3,
+        output=str(out / "search"),
+        epochs=1,
         max_steps=max_steps,
         batch_size=16,
-        learning_rate=2e-3,
         max_length=48,
         # Half precision pays on a processor that multiplies it in hardware, and crawls on any other.
         dtype="bfloat16" if _multiplies_bfloat16() else "float32",
         overwrite=True,
     )
-    prepared = prepare(options)
-    console.print(overview(prepared))
-    labels = [example.labels for example in prepared.data.evaluation.examples]
-    common = Counter(example.labels for example in prepared.data.train.examples).most_common(1)[0][0]
-    head, head_seconds, head_parameters = head_alone(prepared)
-    with Meter(console, prepared.steps) as meter:
-        result = run(prepared, meter)
-    plot = out / "adapter" / PLOT_NAME
-    plot_run(result.record, plot)
+    loaded = load(options)
+    data, names = loaded.data, loaded.data.names
+    console.print(
+        f"{len(data.train.examples):,} docstrings to learn from, {len(data.evaluation.examples)} never seen, "
+        f"{len(names)} areas; a trial that goes to its end takes {loaded.steps(options)[0]} steps of 16\n",
+        highlight=False,
+    )
+    head, head_seconds, head_parameters = head_alone(loaded)
+    search = TuneOptions(train=options, space=Space.default(options, "quick"), trials=8, finalists=2, seeds=1)
+    result = tune_run(search, console)
+    found = result.verdict
+    best = found.scores[found.best.number]
 
+    adapted = PeftModel.from_pretrained(loaded.base, result.folder / BEST_NAME)
+    config = loaded.config(found.best.options)
     console.print()
-    console.print(predictions(result.predictions))
-    table = Table(title=f"which of {len(prepared.data.names)} areas? accuracy on {len(labels)} docstrings never seen")
+    console.print(predictions(predict(Prepared(loaded, adapted, plan(loaded.base, config), 0, 0), 3)))
+    table = Table(
+        title=f"which of {len(names)} areas? accuracy on {len(data.evaluation.examples)} docstrings never seen"
+    )
     for name in ("", "accuracy", "trained parameters", "seconds"):
         table.add_column(name, justify="left" if not name else "right")
+    labels = [example.labels for example in data.evaluation.examples]
+    common = Counter(example.labels for example in data.train.examples).most_common(1)[0][0]
     share = sum(label == common for label in labels) / len(labels)
-    record = result.record
     table.add_row("always the most common area", f"{share:.3f}", "0", "0")
     table.add_row("a new head on the frozen encoder", f"{head:.3f}", f"{head_parameters:,}", f"{head_seconds:.0f}")
+    seconds = result.record["seconds"]
     table.add_row(
-        "LoRA",
-        f"[bold]{record['result']['accuracy']:.3f}[/]",
-        f"{record['trainable_parameters']:,}",
-        f"{record['seconds']:.0f}",
+        "the best LoRA of 8 searched",
+        f"[bold]{best.mean:.3f}[/]",
+        f"{found.best.parameters:,}",
+        f"{seconds:.0f} (all 8)",
     )
     console.print(table)
-    figures = {"common": share, "head": head, "head_parameters": head_parameters, "lora": record["result"]["accuracy"]}
-    figures |= {"lora_parameters": record["trainable_parameters"], "seconds": record["seconds"]}
-    (out / "result.json").write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    print(f"curves   {plot}\nadapter  {out / 'adapter'}\n{time.perf_counter() - started:.0f} s in all\n")
+    total = time.perf_counter() - started
+    write_record(
+        out / "result.json", result, {"common": share, "head": head, "head_parameters": head_parameters}, total
+    )
+    print(f"{total:.0f} s in all\n")
     print("try next:")
-    print(f"  loraloom inspect {out / 'adapter'}          which modules moved, and how much of r they use")
-    print(f"  loraloom train --model {MODEL_DIR} --data YOUR.jsonl --task seq-cls --output runs/mine")
+    print(f"  loraloom inspect {result.folder / BEST_NAME}          which modules moved, and how much of r they use")
+    print(f"  loraloom train {result.folder / BEST_FILE} --epochs 3    train the best for longer")
+    print(f"  loraloom tune --model {MODEL_DIR} --data YOUR.jsonl --task seq-cls --output runs/mine")
+
+
+def write_record(path: Path, result: SearchResult, baselines: dict[str, float], seconds: float) -> None:
+    found = result.verdict
+    words = Console(file=io.StringIO(), width=100)
+    words.print(conclusion(found))
+    assert isinstance(words.file, io.StringIO)
+    board = []
+    for number in found.ranking:
+        trial, score = found.trial(number), found.scores[number]
+        board.append(
+            {
+                "config": knobs(trial.values, list(trial.values), between=", "),
+                "accuracy": score.mean,
+                "noise": score.noise,
+                "parameters": trial.parameters,
+                "state": trial.state,
+                "steps": trial.step,
+            }
+        )
+    figures = {
+        **baselines,
+        "lora": found.scores[found.best.number].mean,
+        "lora_parameters": found.best.parameters,
+        "leaderboard": board,
+        "recommendation": words.file.getvalue().rstrip(),
+        "slots": result.record["machine"]["slots"],
+        "search_seconds": result.record["seconds"],
+        "seconds": seconds,
+    }
+    path.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def thin(path: Path, rows: int) -> None:
@@ -102,15 +149,15 @@ def _multiplies_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def head_alone(prepared: Prepared) -> tuple[float, float, int]:
+def head_alone(loaded: Loaded) -> tuple[float, float, int]:
     """A linear head on the frozen encoder's mean-pooled output: (held-out accuracy, seconds, parameters).
 
     The encoder does not change, so each text goes through it once; the head then trains on what came out.
     """
     started = time.perf_counter()
-    data = prepared.data
-    torch.manual_seed(prepared.options.seed)
-    x, y = features(prepared, data.train.examples)
+    data = loaded.data
+    torch.manual_seed(loaded.options.seed)
+    x, y = features(loaded, data.train.examples)
     mean, deviation = x.mean(0), x.std(0)
     head = torch.nn.Linear(x.shape[1], len(data.names))
     x = (x - mean) / deviation
@@ -120,22 +167,20 @@ def head_alone(prepared: Prepared) -> tuple[float, float, int]:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(head(x), y).backward()
         optimizer.step()
-    x, y = features(prepared, data.evaluation.examples)
+    x, y = features(loaded, data.evaluation.examples)
     with torch.no_grad():
         right = (head((x - mean) / deviation).argmax(-1) == y).float().mean()
     return float(right), time.perf_counter() - started, sum(p.numel() for p in head.parameters())
 
 
-def features(prepared: Prepared, examples: Any) -> tuple[Tensor, Tensor]:
-    """Mean-pooled outputs [rows, hidden] of the encoder without the adapter, and labels [rows]."""
-    model = prepared.model
-    encoder = model.get_base_model().bert
+def features(loaded: Loaded, examples: Any) -> tuple[Tensor, Tensor]:
+    """Mean-pooled outputs [rows, hidden] of the frozen encoder, and labels [rows]."""
+    encoder = loaded.base.eval().bert
     out: list[Tensor] = []
     labels: list[Tensor] = []
-    model.eval()
-    with torch.inference_mode(), model.disable_adapter():
+    with torch.inference_mode():
         for rows in evaluation_batches([len(e.input_ids) for e in examples], 64):
-            inputs = collate([examples[row] for row in rows], prepared.tokenizer.pad_token_id, prepared.task)
+            inputs = collate([examples[row] for row in rows], loaded.tokenizer.pad_token_id, loaded.task)
             labels.append(inputs.pop("labels"))
             hidden = encoder(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"].unsqueeze(-1)
@@ -147,7 +192,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, default=Path("runs/quickstart"), metavar="OUT")
     parser.add_argument("--rows", type=int, help="at most so many rows to train on, and as many to ask")
-    parser.add_argument("--max-steps", type=int, help="so many steps instead of three times through the rows")
+    parser.add_argument(
+        "--max-steps", type=int, help="steps of a trial that goes to its end, instead of once through the rows"
+    )
     given = parser.parse_args()
     try:
         main(given.out, given.rows, given.max_steps)
