@@ -37,28 +37,33 @@ def figures(said: str, name: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_lora_beats_always_the_same_answer_and_the_three_stand_side_by_side(said: str, out: Path) -> None:
-    record = json.loads((out / "adapter" / "run.json").read_bytes())
+def test_the_best_of_eight_stands_beside_two_answers_without_lora(said: str, out: Path) -> None:
+    record = json.loads((out / "search" / "result.json").read_bytes())
     rows = [json.loads(line) for line in (out / "data" / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     train = [json.loads(line) for line in (out / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     assert (len(train), len(rows)) == (ROWS, ROWS)
+    assert len([trial for trial in record["trials"] if trial["repeats"] is None]) == 8
     common = Counter(row["label"] for row in train).most_common(1)[0][0]
     share = sum(row["label"] == common for row in rows) / len(rows)
-    accuracy, parameters, _ = figures(said, "LoRA")
-    assert accuracy == f"{record['result']['accuracy']:.3f}"
-    assert parameters == f"{record['trainable_parameters']:,}"
+    accuracy, parameters, _ = figures(said, "the best LoRA of 8 searched")
+    assert accuracy == f"{record['best']['metric']:.3f}"
+    best = next(trial for trial in record["trials"] if trial["number"] == record["best"]["number"])
+    assert parameters == f"{best['parameters']:,}"
+    assert best["steps"] == STEPS
     assert figures(said, "always the most common area")[:2] == [f"{share:.3f}", "0"]
-    head, parameters, _ = figures(said, "a new head on the frozen encoder")
+    head, parameters, _ = figures(said, "a new head on the frozen")
     assert parameters == f"{384 * 11 + 11:,}"
-    assert record["steps"] == STEPS
-    assert float(accuracy) > share + 0.1
+    assert float(accuracy) > share + 0.03
     assert float(head) > share + 0.1
 
 
 @pytest.mark.slow
-def test_it_ends_with_the_curves_and_commands_that_are_right(said: str, out: Path) -> None:
-    assert f"curves   {out / 'adapter' / 'curves.png'}" in said
-    assert (out / "adapter" / "curves.png").is_file()
+def test_it_ends_with_a_recommendation_and_commands_that_are_right(said: str, out: Path) -> None:
+    written = json.loads((out / "result.json").read_bytes())
+    assert written["recommendation"].startswith("use r=")
+    assert len(written["leaderboard"]) == 8
+    for name in ("search.png", "pareto.png", "best.yaml"):
+        assert (out / "search" / name).is_file()
     tried = said[said.index("try next:") :]
     command = re.search(r"loraloom (inspect \S+)", tried)
     assert command is not None
@@ -66,4 +71,5 @@ def test_it_ends_with_the_curves_and_commands_that_are_right(said: str, out: Pat
         [sys.executable, "-m", "loraloom.cli", *command[1].split()], capture_output=True, text=True, check=True
     )
     assert "rank used" in done.stdout
-    assert "loraloom train --model" in tried
+    assert f"loraloom train {out / 'search' / 'best.yaml'} --epochs 3" in tried
+    assert "loraloom tune --model" in tried
