@@ -5,6 +5,7 @@ The floor is the frozen model's own forward and backward, with gradients to its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import loraloom
 from loraloom.config import TaskType
+from loraloom.train.flat import FlatAdamW
 from loraloom.train.objective import Objective
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -77,12 +79,19 @@ def stepper(name: str, shape: Shape, device: str) -> Callable[[], Any]:
         def loss() -> Tensor:
             with adapted.base_model.routed(["default"] * len(ids)):
                 return objective.loss(objective.forward({"input_ids": ids}), ids)
-    else:
-        half = name != "peft"
-        adapted = peft.get_peft_model(model, peft.LoraConfig(**fields), autocast_adapter_dtype=not half)
 
-        def loss() -> Tensor:
-            return adapted(input_ids=ids, labels=ids).loss
+        flat = FlatAdamW([(p, 1.0) for p in adapted.parameters() if p.requires_grad], 0.01)
+
+        def ours() -> None:
+            loss().backward()
+            flat.step(1e-4, math.inf)
+
+        return ours
+    half = name != "peft"
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**fields), autocast_adapter_dtype=not half)
+
+    def loss() -> Tensor:
+        return adapted(input_ids=ids, labels=ids).loss
 
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
