@@ -15,7 +15,8 @@ class Halving:
     """``rungs`` places on the way at which one of ``reduction`` trials goes on.
 
     While more trials can reach a rung, one in ``reduction`` of those seen goes on, rounded down, so that the first to
-    come is not carried through for coming first; once no more can, rounded up, and at least ``least``.
+    come is not carried through for coming first; once no more can, rounded up, and at least ``least``. One that was not
+    finite somewhere never goes on, and one that reached two rungs in one step goes on from the further one alone.
     """
 
     rungs: int
@@ -48,13 +49,18 @@ class Halving:
             ranked = sorted(sorted(self.seen[rung]), key=lambda trial: self.seen[rung][trial], reverse=True)
             share = len(ranked) / self.reduction
             quota = math.floor(share) if more else max(math.ceil(share), self.least)
-            waiting.append([trial for trial in ranked[:quota] if trial not in self.sent[rung]])
+            beyond = self.seen[rung + 1] if rung + 1 < self.rungs else {}
+            waiting.append(
+                [
+                    trial
+                    for trial in ranked[:quota]
+                    if trial not in self.sent[rung] and trial not in beyond and -math.inf not in self.seen[rung][trial]
+                ]
+            )
             more = more or bool(waiting[-1])
         for rung in reversed(range(self.rungs)):
             if waiting[rung]:
                 chosen = waiting[rung][0]
-                for below in range(rung + 1):  # short trials reach two rungs in one step
-                    if chosen in self.seen[below] and chosen not in self.sent[below]:
-                        self.sent[below].append(chosen)
+                self.sent[rung].append(chosen)
                 return chosen
         return None
