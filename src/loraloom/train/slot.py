@@ -107,6 +107,19 @@ class Slot:
         forward = self.accumulation - len(self._waiting) if self._waiting else 0
         return seed_of("dropout", self.seed, self.step, *([forward] if forward else []))
 
+    @property
+    def within(self) -> tuple[int, float]:
+        """How many forwards of the step under way were seen, and their part of its loss."""
+        return (self.accumulation - len(self._waiting), self._loss) if self._waiting else (0, 0.0)
+
+    def go_on(self, step: int, curve: Curve, within: tuple[int, float] = (0, 0.0)) -> None:
+        """Stand where another slot with these rows stood. The optimizer's state and gradients come apart from this."""
+        self.step, self.curve = step, curve
+        seen, self._loss = within
+        if seen:
+            self.next_examples()
+            del self._waiting[:seen]
+
     def rate(self, step: int) -> float:
         """The learning rate of ``step`` (from 0): up in a line through the warmup, then as ``schedule`` says."""
         if step < self.warmup:

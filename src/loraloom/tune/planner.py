@@ -18,7 +18,7 @@ from loraloom.train.load import build_empty
 from loraloom.train.loop import advance
 from loraloom.train.memory import Memory, estimate
 from loraloom.train.pack import Pack
-from loraloom.train.run import Loaded
+from loraloom.train.run import Loaded, explain
 
 #: More slots are taken as long as they train so much more in a second.
 GAIN = 1.05
@@ -70,11 +70,16 @@ def plan_slots(
 
 
 def measured(rate: Callable[[int], float], most: int) -> dict[int, float]:
-    """``rate(count)`` for 1, 2, 4, ... and ``most``, until more slots do not pay any longer."""
+    """``rate(count)`` for 1, 2, 4, ... and ``most``, until more slots do not pay or fit any longer."""
     rates: dict[int, float] = {}
     count = 1
     while True:
-        rates[count] = rate(count)
+        try:
+            rates[count] = rate(count)
+        except (RuntimeError, MemoryError) as error:
+            if not rates or not explain(error).startswith("out of memory"):
+                raise
+            return rates
         if count == most or (len(rates) > 1 and rates[count] < GAIN * max(r for n, r in rates.items() if n < count)):
             return rates
         count = min(2 * count, most)

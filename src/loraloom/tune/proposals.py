@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraloom.lora.atomic import write_files
 from loraloom.lora.initialize import seed_of
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.score import goodness
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 JOURNAL_NAME = "study.log"
-#: Proposals that repeat a configuration are asked again so many times; a small space may have no other.
+#: Proposals that repeat a configuration are asked again so many times; then the first that is left is taken.
 _ASK_AGAIN = 50
 
 
@@ -44,7 +46,11 @@ def propose(options: TuneOptions, trials: Sequence[Trial], sampler: BaseSampler 
         values = _ask(options, trials, sampler, seed_of("proposal", options.train.seed, number, attempt) % 2**32)
         if values not in tried:
             return values
-    return None
+    if options.space.size is None:
+        return None
+    corners = itertools.product(*options.space.grid().values())
+    rest = (dict(zip(options.space.knobs, corner, strict=True)) for corner in corners)
+    return next((values for values in rest if values not in tried), None)
 
 
 def _ask(options: TuneOptions, trials: Sequence[Trial], sampler: BaseSampler | None, seed: int) -> dict[str, Any]:
@@ -88,19 +94,41 @@ def frozen(options: TuneOptions, trial: Trial) -> FrozenTrial:
 
 
 def keep(options: TuneOptions, trials: Sequence[Trial], folder: Path) -> None:
-    """Add the trials that ended to Optuna's journal in ``folder``, those that are not in it yet."""
+    """Add the trials that ended to Optuna's journal in ``folder``, those that are not in it yet.
+
+    Its file is replaced as a whole: Optuna's own way of writing leaves a lock and half a line where it is killed.
+
+    Raises:
+        SaveError: the folder cannot be written.
+    """
     import optuna
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import BaseJournalBackend
 
+    class Lines(BaseJournalBackend):
+        def __init__(self, logs: list[dict[str, Any]]) -> None:
+            self.logs = logs
+
+        def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+            return self.logs[log_number_from:]
+
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            self.logs += json.loads(json.dumps(logs))
+
+    path = folder / JOURNAL_NAME
     ended = [t for t in trials if t.repeats is None and t.state in ("finished", "stopped", "failed")]
     with _quiet():
-        storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
-        study = optuna.create_study(study_name="loraloom", storage=storage, direction="maximize", load_if_exists=True)
+        lines = Lines([json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [])
+        study = optuna.create_study(
+            study_name="loraloom", storage=JournalStorage(lines), direction="maximize", load_if_exists=True
+        )
         there: set[Any] = {trial.user_attrs.get("trial") for trial in study.get_trials(deepcopy=False)}
-        for trial in ended:
-            if trial.number not in there:
-                study.add_trial(frozen(options, trial))
+        missing = [trial for trial in ended if trial.number not in there]
+        for trial in missing:
+            study.add_trial(frozen(options, trial))
+    if missing:
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines.logs)
+        write_files(folder, {JOURNAL_NAME: text.encode()})
 
 
 @contextmanager

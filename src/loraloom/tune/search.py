@@ -30,10 +30,10 @@ from loraloom.tune.halving import Halving
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.planner import plan_slots
 from loraloom.tune.score import goodness
-from loraloom.tune.state import State, clear, load_numbers, load_state, save_state
+from loraloom.tune.state import TRIALS, State, clear, load_numbers, load_state, save_state
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict, record, verdict
-from loraloom.tune.worker import TRIALS, Numbers, Report, Space, Worker, milestones, name_of
+from loraloom.tune.worker import Numbers, Report, Space, Worker, milestones, name_of
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -136,7 +136,7 @@ class Search:
 
     def run(self) -> SearchResult:
         if self.options.train.overwrite:
-            clear(self.folder)
+            clear(self.folder, RESULT_NAME, BEST_FILE, BEST_NAME)
         found = load_state(self.folder, self.fingerprint, self.space.trial_options)
         if found is not None:
             self.state = found
@@ -238,17 +238,20 @@ class Search:
         self._save(numbers)
         mine.sort(key=lambda trial: trial.number)
         working = set()
-        places = {worker: [t for t in mine if t.number in self.members[worker]] for worker in idle}
+        slots = self.state.slots  # fewer than before, once memory was not enough
+        places = {worker: [t for t in mine if t.number in self.members[worker]][:slots] for worker in idle}
         rest = [trial for trial in mine if not any(trial in place for place in places.values())]
         for worker in idle:
-            room = self.state.slots - len(places[worker])
+            room = slots - len(places[worker])
             places[worker], rest = places[worker] + rest[:room], rest[room:]
-            leave = [n for n in self.members[worker] if self.trials[n].state != "running"]
+            if not places[worker]:  # what it has it keeps until it is told otherwise
+                continue
+            numbers_now = sorted(trial.number for trial in places[worker])
+            leave = [n for n in self.members[worker] if n not in numbers_now]
             enter = [t for t in places[worker] if t.number not in self.members[worker]]
-            self.members[worker] = sorted(trial.number for trial in places[worker])
-            if self.members[worker]:
-                crew.start(worker, [(trial, self._begin(trial)) for trial in enter], leave)
-                working.add(worker)
+            self.members[worker] = numbers_now
+            crew.start(worker, [(trial, self._begin(trial)) for trial in enter], leave)
+            working.add(worker)
         return working
 
     def _begin(self, trial: Trial) -> Numbers:

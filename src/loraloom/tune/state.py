@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,11 +23,14 @@ from loraloom.lora.atomic import recover, write_files
 from loraloom.train.options import TrainOptions
 from loraloom.train.slot import Curve
 from loraloom.tune.halving import Halving
+from loraloom.tune.proposals import JOURNAL_NAME
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import plain
 
 STATE_NAME = "search.json"
 UNDER_WAY = "under-way"
+#: Folder of the adapters of trials that came to their end.
+TRIALS = "trials"
 
 Build = Callable[[Mapping[str, Any], int], TrainOptions]
 
@@ -82,11 +86,15 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
         return None
     try:
         found = json.loads(path.read_text())
-        if found["fingerprint"] != fingerprint:
-            raise ConfigError(
-                f"output: {folder} holds another search, of other options, space or data; choose another folder, or "
-                "give --overwrite to begin anew"
-            )
+        other = found["fingerprint"] != fingerprint
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+    if other:
+        raise ConfigError(
+            f"output: {folder} holds another search, of other options, space or data; choose another folder, or give "
+            "--overwrite to begin anew"
+        )
+    try:
         halving = found["halving"]
         return State(
             fingerprint=found["fingerprint"],
@@ -103,10 +111,14 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
             seconds=found["seconds"],
             finished=found["finished"],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path}: not what a search writes ({type(error).__name__}: {error}); give --overwrite to begin anew"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path}: not what a search writes ({type(error).__name__}: {error}); give --overwrite to begin anew"
+    )
 
 
 def load_numbers(folder: Path, state: State, number: int) -> dict[str, Tensor]:
@@ -127,11 +139,25 @@ def load_numbers(folder: Path, state: State, number: int) -> dict[str, Tensor]:
         ) from None
 
 
-def clear(folder: Path) -> None:
-    """Forget a search: what is under way and where it stands."""
-    (folder / STATE_NAME).unlink(missing_ok=True)
-    for path in (folder / UNDER_WAY).glob("trial-*.safetensors"):
-        path.unlink(missing_ok=True)
+def clear(folder: Path, *results: str) -> None:
+    """Forget the search in ``folder``, if there is one: where it stands, its journal, its adapters, its ``results``.
+
+    Raises:
+        SaveError: the folder cannot be written.
+    """
+    if not (folder / STATE_NAME).exists():
+        return
+    try:
+        for path in [folder / JOURNAL_NAME, *(folder / UNDER_WAY).glob("trial-*.safetensors")]:
+            path.unlink(missing_ok=True)
+        for path in [*(folder / TRIALS).glob("trial-*"), *(folder / name for name in results)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        (folder / STATE_NAME).unlink()
+    except OSError as error:
+        raise SaveError(f"{error.filename or folder}: cannot be deleted ({error.strerror})") from None
 
 
 def _trial(trial: Trial) -> dict[str, Any]:
@@ -147,7 +173,7 @@ def _read_trial(entry: dict[str, Any], build: Build) -> Trial:
         **entry,
         options=build(entry["values"], seed),
         curve=Curve(_numbers(curve["loss"]), _numbers(curve["learning_rate"]), evaluations),
-        used={name: (r, directions, norm) for name, (r, directions, norm) in used.items()},
+        used={name: (r, directions, _number(norm)) for name, (r, directions, norm) in used.items()},
     )
 
 

@@ -29,10 +29,9 @@ from loraloom.train.slot import Slot
 from loraloom.tune.knobs import Range
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.space import RANK, TARGETS
+from loraloom.tune.state import TRIALS
 from loraloom.tune.trial import Trial
 
-#: Folder of the adapters of trials that came to their end.
-TRIALS = "trials"
 #: An adapter in every layer that some trial may adapt. It is never used: it keeps the layers as they are while trials
 #: come and go, so that what is computed together does not depend on which ones there are.
 SPAN = "span"
@@ -112,13 +111,14 @@ class Worker:
             tell: called after each step with the running trials and the tokens of a second.
             stop: asked after each step.
         """
-        for number in leave:
-            self._leave(number)
-        for trial, numbers in enter:
-            self._enter(trial, numbers)
         started = last = time.monotonic()
         tokens, events = 0, list[int]()
         try:
+            for number in leave:
+                self._leave(number)
+            for trial, numbers in enter:
+                self._enter(trial, numbers)
+            last = time.monotonic()
             while not events and self.slots:
                 seen = advance(self.pack, [self.slots[number] for number in sorted(self.slots)])
                 now = time.monotonic()
@@ -133,8 +133,9 @@ class Worker:
         except (RuntimeError, MemoryError) as error:
             if not explain(error).startswith("out of memory"):
                 raise
-            for number in list(self.slots):
-                self._leave(number)
+            for name in set(self.pack.adapters) - {SPAN}:
+                self.pack.remove(name)
+            self.slots, self.trials = {}, {}
             return Report([], [], seconds=time.monotonic() - started, out_of_memory=True)
         numbers_now = {number: self._numbers(number) for number in self.slots}
         return Report(list(self.trials.values()), events, numbers_now, tokens, time.monotonic() - started)
@@ -160,8 +161,9 @@ class Worker:
             self.options.train.eval_batch_size,
         )
         trial.curve.evaluations.append({"step": trial.step, **found})
-        if not math.isfinite(found[metric]):
-            trial.state, trial.reason = "failed", f"step {trial.step}: the held-out {metric} is {found[metric]}"
+        # Of logits that are NaN some class is still the likeliest: the accuracy alone does not tell.
+        if broken := [name for name in (metric, "loss") if not math.isfinite(found[name])]:
+            trial.state, trial.reason = "failed", f"step {trial.step}: the held-out {broken[0]} is {found[broken[0]]}"
         elif trial.step >= trial.steps:
             trial.state, trial.used = "finished", _used(self.model, name)
             self.model.save_pretrained(Path(self.options.train.output) / TRIALS, selected_adapters=[name])
@@ -169,8 +171,9 @@ class Worker:
     def _enter(self, trial: Trial, numbers: Numbers) -> None:
         name = name_of(trial.number)
         self.pack.add(name, self.loaded.config(trial.options), seed=trial.options.seed)
+        parameters = self.pack.parameters_of(name)
         with torch.no_grad():
-            for key, parameter in self.pack.parameters_of(name).items():
+            for key, parameter in parameters.items():
                 if numbers:
                     parameter.copy_(numbers[f"adapter/{key}"])
         slot = self.loaded.slot(name, self.model, trial.options, trial.steps)
@@ -178,7 +181,11 @@ class Worker:
             key.removeprefix("optimizer/"): value for key, value in numbers.items() if key.startswith("optimizer/")
         }
         slot.optimizer.load_state(moments)
-        slot.step, slot.curve = trial.step, trial.curve
+        seen, loss = numbers["within"].tolist() if "within" in numbers else (0, 0.0)
+        slot.go_on(trial.step, trial.curve, (int(seen), loss))
+        for key, parameter in parameters.items():
+            if (gradient := numbers.get(f"gradient/{key}")) is not None:
+                parameter.grad = gradient.to(parameter, copy=True)
         self.slots[trial.number], self.trials[trial.number] = slot, trial
 
     def _leave(self, number: int) -> None:
@@ -188,8 +195,13 @@ class Worker:
     def _numbers(self, number: int) -> Numbers:
         """All that it takes to go on with a trial, to the bit."""
         slot = self.slots[number]
-        found = {f"adapter/{key}": p.detach() for key, p in self.pack.parameters_of(slot.name).items()}
-        return found | {f"optimizer/{key}": value for key, value in slot.optimizer.state().items()}
+        parameters = self.pack.parameters_of(slot.name)
+        found = {f"adapter/{key}": p.detach() for key, p in parameters.items()}
+        found |= {f"optimizer/{key}": value for key, value in slot.optimizer.state().items()}
+        if slot.within[0]:  # between the forwards of one step: who comes to a rung first must not depend on the clock
+            found |= {f"gradient/{key}": p.grad for key, p in parameters.items() if p.grad is not None}
+            found["within"] = torch.tensor(slot.within, dtype=torch.float64)
+        return found
 
 
 def name_of(number: int) -> str:
