@@ -59,7 +59,8 @@ def plan_slots(
         )
     if wanted is not None:
         count = min(wanted, fit, most)
-        return Slots(count, f"{count} as given" if count == wanted else f"{count} of the {wanted} given: {said}")
+        why = said if count == fit else "there are no more trials"
+        return Slots(count, f"{count} as given" if count == wanted else f"{count} of the {wanted} given: {why}")
     most = min(most, fit)
     rates = measured(lambda count: _rate(pack, loaded, config, count), most)
     best = max(rates.values())
