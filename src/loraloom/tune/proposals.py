@@ -118,7 +118,11 @@ def keep(options: TuneOptions, trials: Sequence[Trial], folder: Path) -> None:
     path = folder / JOURNAL_NAME
     ended = [t for t in trials if t.repeats is None and t.state in ("finished", "stopped", "failed")]
     with _quiet():
-        lines = Lines([json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [])
+        try:
+            logs = [json.loads(line) for line in path.read_text().splitlines()]
+        except (OSError, ValueError):  # there is none, or not a whole one: it is written for others, and can be again
+            logs = []
+        lines = Lines(logs)
         study = optuna.create_study(
             study_name="loraloom", storage=JournalStorage(lines), direction="maximize", load_if_exists=True
         )

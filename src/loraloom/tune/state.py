@@ -63,7 +63,7 @@ def save_state(folder: Path, state: State, numbers: Mapping[int, Mapping[str, Te
     live = {trial.number for trial in state.trials if trial.state in ("running", "waiting")}
     state.files = {number: name for number, name in state.files.items() if number in live}
     record = asdict(state) | {"trials": [_trial(trial) for trial in state.trials]}
-    text = json.dumps(plain_with_limits(record), indent=1, sort_keys=True).encode()
+    text = json.dumps(plain_with_limits(record), indent=1).encode()  # knobs stay in the order of the space
     write_files(folder, {**files, STATE_NAME: text})
     kept = set(state.files.values())
     for path in (folder / UNDER_WAY).glob("trial-*.safetensors"):
