@@ -1,0 +1,229 @@
+"""Promises of a worker: who trains beside a trial, and how often it is put down and taken up, changes no bit of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraloom import PeftModel
+from loraloom.train.load import load_base
+from loraloom.train.run import load, prepare, run
+from loraloom.train.slot import Curve
+from loraloom.tune import worker as module
+from loraloom.tune.options import TuneOptions
+from loraloom.tune.trial import Trial
+from loraloom.tune.worker import SPAN, TRIALS, Report, Space, Worker, blown_up, milestones, name_of
+
+Make = Callable[..., TuneOptions]
+#: All that trials of one search may differ in, at once.
+MIXED = {
+    "lora.r": [2, 4, 8],
+    "lora.lora_dropout": [0.0, 0.2],
+    "lora.target_modules": ["q-v", "all-linear"],
+    "train.learning_rate": [1e-3, 1e-2],
+    "train.gradient_accumulation_steps": [1, 3],
+    "train.batch_size": [4, 8],
+}
+POINTS: list[dict[str, Any]] = [
+    dict(zip(MIXED, point))
+    for point in [
+        (2, 0.2, "q-v", 1e-2, 3, 4), (8, 0.0, "all-linear", 1e-3, 1, 8), (4, 0.2, "all-linear", 1e-2, 1, 4),
+        (4, 0.0, "q-v", 1e-3, 3, 8),
+    ]
+]  # fmt: skip
+
+
+def begin(options: TuneOptions, numbers: list[int] | None = None, seeds: bool = True) -> tuple[Worker, list[Trial]]:
+    """Trials with seeds of their own, or the search's own seed, which also chooses the held-out rows."""
+    loaded = load(options.train)
+    space = Space(options, loaded)
+    worker = Worker(options, loaded, space)
+    trials = []
+    for number in [0, 1, 2, 3] if numbers is None else numbers:
+        made = space.trial_options(POINTS[number], number if seeds else options.train.seed)
+        trials.append(Trial(number, POINTS[number], made, loaded.steps(made)[0], state="running"))
+    return worker, trials
+
+
+def to_the_end(worker: Worker, trials: list[Trial]) -> list[tuple[list[int], list[int]]]:
+    """Everybody goes on from everywhere. Who came to something when, and the steps of all then."""
+    log = []
+    report = worker.run([(trial, {}) for trial in trials], [])
+    while True:
+        log.append((sorted(report.events), [trial.step for trial in sorted(trials, key=lambda t: t.number)]))
+        leave = [n for n in worker.trials if worker.trials[n].state != "running"]
+        if len(leave) == len(worker.trials):
+            return log
+        report = worker.run([], leave)
+
+
+def curves(trials: list[Trial]) -> dict[int, str]:
+    return {trial.number: repr(trial.curve) for trial in trials}
+
+
+def test_put_down_after_every_step_and_taken_up_by_another_worker_no_bit_changes(
+    classify: Make, tmp_path: Path
+) -> None:
+    options = classify(MIXED)
+    worker, whole = begin(options)
+    wanted = to_the_end(worker, whole)
+    adapters = {n: load_file(tmp_path / "search" / TRIALS / name_of(n) / "adapter_model.safetensors") for n in range(4)}
+
+    worker, trials = begin(options)
+    log, alive, numbers = [], [(trial, {}) for trial in trials], dict[int, Any]()
+    while alive:
+        report = worker.run(alive, [], stop=lambda: True)
+        if report.events:
+            log.append((sorted(report.events), [trial.step for trial in trials]))
+        numbers = {n: {k: v.clone() for k, v in found.items()} for n, found in report.numbers.items()}
+        alive = [(trial, numbers[trial.number]) for trial in report.trials if trial.state == "running"]
+        worker, _ = begin(options)
+    assert log == wanted
+    assert curves(trials) == curves(whole)
+    for number, tensors in adapters.items():
+        found = load_file(tmp_path / "search" / TRIALS / name_of(number) / "adapter_model.safetensors")
+        assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+
+def test_a_trial_is_the_same_to_the_bit_alone_and_beside_others(classify: Make) -> None:
+    worker, together = begin(classify(MIXED))
+    to_the_end(worker, together)
+    for number in range(4):
+        worker, alone = begin(classify(MIXED), [number])
+        to_the_end(worker, alone)
+        assert curves(alone)[number] == curves(together)[number]
+
+
+@pytest.mark.parametrize("task", ["classify", "complete"])
+def test_a_trial_is_what_loraloom_train_makes_of_its_options(
+    task: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    options = request.getfixturevalue(task)(MIXED)
+    worker, trials = begin(options, seeds=False)
+    to_the_end(worker, trials)
+    for trial in trials:
+        result = run(prepare(replace(trial.options, output=str(tmp_path / f"alone-{trial.number}"))))
+        curve = result.record["curve"]
+        assert trial.curve.loss == pytest.approx(curve["loss"], rel=1e-4)
+        assert trial.curve.learning_rate == curve["learning_rate"]
+        last, measured = curve["evaluations"][-1], trial.curve.evaluations[-1]
+        assert measured == pytest.approx(last, rel=1e-4)
+
+
+def test_trials_are_measured_at_the_rungs_between_and_at_the_end_with_all_held_out_rows(classify: Make) -> None:
+    options = classify(MIXED, train={"max_steps": 18})
+    worker, trials = begin(options, [1])
+    to_the_end(worker, trials)
+    # One ninth and a third of 18 steps, two thirds, all.
+    assert [e["step"] for e in trials[0].curve.evaluations] == [2, 6, 12, 18]
+    for evaluation in trials[0].curve.evaluations:
+        assert evaluation["accuracy"] * 40 == pytest.approx(round(evaluation["accuracy"] * 40))
+
+
+def test_milestones_of_short_trials_and_of_further_seeds(classify: Make) -> None:
+    options = classify(MIXED)
+    _, trials = begin(options, [0])
+    trial = trials[0]
+
+    def places(steps: int, repeats: int | None = None) -> dict[int, list[int]]:
+        trial.steps, trial.repeats = steps, repeats
+        return milestones(options, trial)
+
+    assert places(90) == {10: [0], 30: [1], 60: [], 90: []}
+    assert places(2) == {1: [0, 1], 2: []}
+    assert places(1) == {1: []}
+    assert places(90, repeats=3) == {60: [], 90: []}
+
+
+def test_an_adapter_that_came_to_its_end_is_saved_and_gives_what_was_measured(classify: Make, tmp_path: Path) -> None:
+    from loraloom.train.loop import evaluate
+
+    options = classify(MIXED)
+    worker, trials = begin(options)
+    to_the_end(worker, trials)
+    for trial in trials:
+        assert trial.state == "finished"
+        assert trial.used
+        assert all(0 <= used <= r == trial.options.lora.r for r, used, _ in trial.used.values())
+        base, _ = load_base(trial.options.model, worker.loaded.task, "float32", worker.loaded.data.names)
+        model = PeftModel.from_pretrained(base, tmp_path / "search" / TRIALS / name_of(trial.number))
+        found = evaluate(model, "default", worker.loaded.task, worker.loaded.data.evaluation.examples, 0, 64)
+        last = {key: value for key, value in trial.curve.evaluations[-1].items() if key != "step"}
+        assert found == pytest.approx(last, rel=1e-5)
+
+
+def test_numbers_are_handed_over_from_time_to_time(classify: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SECONDS", 0.0)
+    worker, trials = begin(classify(MIXED, train={"max_steps": 90}))
+    report = worker.run([(trial, {}) for trial in trials], [])
+    assert report.events == []
+    assert sorted(report.numbers) == [0, 1, 2, 3]
+
+
+def test_those_who_leave_leave_nothing_behind(classify: Make) -> None:
+    worker, trials = begin(classify(MIXED))
+    worker.run([(trial, {}) for trial in trials], [], stop=lambda: True)
+    worker.run([], [0, 1, 2, 3])
+    assert worker.pack.adapters == [SPAN]
+    assert (worker.slots, worker.trials) == ({}, {})
+
+
+@pytest.mark.parametrize("place", ["step", "enter", "evaluate"])
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory. Tried"), MemoryError()])
+def test_out_of_memory_is_a_report_and_the_worker_starts_again_with_fewer(
+    classify: Make, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
+) -> None:
+    worker, trials = begin(classify(MIXED))
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        if place == "enter":
+            patch.setattr(worker.loaded.__class__, "slot", fail)
+        else:
+            patch.setattr(module, {"step": "advance", "evaluate": "evaluate"}[place], fail)
+        report = worker.run([(trial, {}) for trial in trials], [])
+    assert report == Report([], [], seconds=report.seconds, out_of_memory=True)
+    assert worker.pack.adapters == [SPAN]
+    fresh = begin(classify(MIXED), [0])[1]
+    to_the_end(worker, fresh)
+    assert fresh[0].state == "finished"
+
+
+def test_another_error_is_raised(classify: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("odd")
+
+    worker, trials = begin(classify(MIXED))
+    monkeypatch.setattr(module, "advance", fail)
+    with pytest.raises(RuntimeError, match="odd"):
+        worker.run([(trial, {}) for trial in trials], [])
+
+
+def test_a_trial_whose_held_out_loss_is_not_finite_fails_though_its_accuracy_is(
+    classify: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "evaluate", lambda *_: {"loss": math.nan, "accuracy": 0.5})
+    worker, trials = begin(classify(MIXED), [1])
+    worker.run([(trials[0], {})], [])
+    assert (trials[0].state, trials[0].reason) == ("failed", "step 1: the held-out loss is nan")
+
+
+def test_a_loss_that_doubles_is_blown_up_and_one_that_is_short_or_falls_is_not() -> None:
+    def said(losses: list[float]) -> str:
+        trial = Trial(0, {}, options=None, steps=99, step=len(losses), curve=Curve(losses))  # type: ignore[arg-type]
+        return blown_up(trial)
+
+    assert said([1.0] * 10 + [2.1] * 10) == "step 20: the loss went up from 1 to 2.1"
+    assert said([1.0] * 10 + [1.9] * 10) == ""
+    assert said([1.0] * 9 + [9.0] * 10) == ""
+    assert said([1.0] * 30 + [0.1] * 10) == ""
+    assert said([1.0] * 30 + [9.0]) == ""  # one bad step is none
