@@ -6,6 +6,7 @@ any moment and run again, it comes to the same verdict. Workers train (``tune.wo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -28,7 +29,7 @@ from loraloom.train.run import Interrupted, Loaded, check_output, ctrl_c, load
 from loraloom.tune import proposals, words
 from loraloom.tune.halving import Halving
 from loraloom.tune.options import TuneOptions
-from loraloom.tune.planner import plan_slots
+from loraloom.tune.planner import Slots, plan_slots
 from loraloom.tune.score import goodness
 from loraloom.tune.state import TRIALS, State, clear, load_numbers, load_state, save_state
 from loraloom.tune.trial import Trial
@@ -69,10 +70,15 @@ class Crew(Protocol):
 
     count: int
 
+    def plan(self, most: int) -> Slots:
+        """How many trials each worker trains together, of ``most`` that there are for it."""
+
     def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None: ...
 
     def wait(self) -> tuple[int, Report | None]:
         """The next worker to report. None in place of the report: it is gone, and a fresh one stands in its place."""
+
+    def close(self) -> None: ...
 
 
 class Alone:
@@ -84,11 +90,19 @@ class Alone:
         self._worker, self._tell, self._stop = worker, tell, stop
         self._next: tuple[Sequence[tuple[Trial, Numbers]], Sequence[int]] = ((), ())
 
+    def plan(self, most: int) -> Slots:
+        space, options = self._worker.space, self._worker.options
+        largest = max(space.largest(), key=lambda one: space.plan(one).parameters)
+        return plan_slots(self._worker.pack, self._worker.loaded, largest, most, options.memory, options.slots)
+
     def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None:
         self._next = enter, leave
 
     def wait(self) -> tuple[int, Report | None]:
         return 0, self._worker.run(*self._next, self._tell, self._stop)
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass
@@ -110,6 +124,10 @@ def search(options: TuneOptions, watch: Watcher | None = None, sampler: BaseSamp
         SaveError: the folder cannot be written.
     """
     check_output(options.train)
+    if options.over_ray:
+        from loraloom.tune.ray_crew import need_ray
+
+        need_ray()
     loaded = load(options.train)
     _check_validation(loaded)
     options = replace(options, train=loaded.options)
@@ -143,15 +161,26 @@ class Search:
             done = sum(trial.state not in ("running", "waiting") for trial in found.trials)
             self.watch.event(f"going on in {self.folder}: {done} of {len(found.trials)} trials have ended")
         if not self.state.finished:
-            worker = Worker(self.options, self.loaded, self.space)
-            if found is None:
-                largest = max(self.space.largest(), key=lambda one: self.space.plan(one).parameters)
-                most, memory, wanted = self.options.trials, self.options.memory, self.options.slots
-                planned = plan_slots(worker.pack, self.loaded, largest, most, memory, wanted)
-                self.state.slots = planned.count
-                self.watch.event(f"slots: {planned.count} trials train together ({planned.why})")
-            self._train(Alone(worker, self._tell, lambda: self.pressed.is_set()))
+            with contextlib.closing(self._crew()) as crew:
+                most = math.ceil(self.options.trials / crew.count)
+                if found is None:
+                    planned = crew.plan(most)
+                    self.state.slots = planned.count
+                    on_each = f" on each of {crew.count} workers" if crew.count > 1 else ""
+                    self.watch.event(f"slots: {planned.count} trials train together{on_each} ({planned.why})")
+                self.state.slots = min(self.state.slots, most)  # there may have been fewer workers before
+                self._train(crew)
         return self._conclude()
+
+    def _crew(self) -> Crew:
+        def stop() -> bool:
+            return self.pressed.is_set()
+
+        if self.options.over_ray:
+            from loraloom.tune.ray_crew import RayCrew
+
+            return RayCrew(self.options, list(self.loaded.data.hashes.values()), self._tell, stop)
+        return Alone(Worker(self.options, self.loaded, self.space), self._tell, stop)
 
     def _train(self, crew: Crew) -> None:
         with ctrl_c() as self.pressed:
@@ -163,6 +192,8 @@ class Search:
                 numbers = self._receive(worker, report)
                 if self.pressed.is_set():
                     self._save(numbers)
+                    if busy:  # they hand over as well
+                        continue
                     raise Interrupted(f"stopped; the same command goes on with the search in {self.folder}")
                 idle = [other for other in self.members if other not in busy]
                 busy |= self._assign(crew, idle, numbers)
@@ -188,7 +219,10 @@ class Search:
                 if self.state.slots == 1:
                     raise MemoryError("out of memory with a single trial")
                 self.state.slots //= 2
-                self.watch.event(f"out of memory: going on with {self.state.slots} slots")
+                slots = "1 slot" if self.state.slots == 1 else f"{self.state.slots} slots"
+                self.watch.event(f"out of memory: going on with {slots}")
+            else:
+                self.watch.event(f"worker {worker} died: its trials go on from what was last written down")
             self.members[worker] = []
             self._back_to_disk()
             return {}
@@ -357,6 +391,7 @@ class Search:
                 "processor": platform.processor() or platform.machine(),
                 "threads": torch.get_num_threads(),
                 "slots": self.state.slots,
+                "workers": self.options.workers,
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "loraloom": loraloom.__version__,
