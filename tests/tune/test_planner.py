@@ -34,14 +34,14 @@ def rates(found: dict[int, float]) -> tuple[Callable[[int], float], list[int]]:
     [
         ({1: 10, 2: 20, 4: 40, 8: 80, 16: 160}, 16, [1, 2, 4, 8, 16]),
         ({1: 10, 2: 20, 4: 40, 6: 60}, 6, [1, 2, 4, 6]),
-        ({1: 10, 2: 20, 4: 20.9}, 16, [1, 2, 4]),  # below 1.05 times
-        ({1: 10, 2: 20, 4: 21.1, 8: 21}, 16, [1, 2, 4, 8]),
+        ({1: 10, 2: 20, 4: 18.9}, 16, [1, 2, 4]),  # below 0.95 times the best
+        ({1: 10, 2: 20, 4: 19.1, 8: 18}, 16, [1, 2, 4, 8]),
         ({1: 10, 2: 9}, 16, [1, 2]),
         ({1: 10}, 1, [1]),
         ({1: 10, 2: 20}, 2, [1, 2]),
     ],
 )
-def test_sizes_double_until_more_do_not_pay(found: dict[int, float], most: int, asked: list[int]) -> None:
+def test_sizes_double_until_more_cost_speed(found: dict[int, float], most: int, asked: list[int]) -> None:
     rate, seen = rates(found)
     assert measured(rate, most) == found
     assert seen == asked
@@ -90,15 +90,15 @@ def pack(loaded: Loaded) -> Pack:
     return Pack(model, task=loaded.task, pad_id=0)
 
 
-def test_the_smallest_number_that_nearly_reaches_the_best_rate_is_taken_and_the_figures_said(
+def test_the_largest_number_that_is_about_as_fast_as_the_best_is_taken_and_the_figures_said(
     pack: Pack, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {1: 1000.0, 2: 1900.0, 4: 2010.0, 8: 1990.0}
+    found = {1: 1000.0, 2: 1900.0, 4: 2010.0, 8: 1900.0}
     monkeypatch.setattr(planner, "_rate", lambda pack, loaded, config, count: found[count])
     slots = plan_slots(pack, loaded, ONE, 16, None, None)
-    # 4 is above 2 by more than a twentieth, 8 is not above 4.
+    # 8 is below 4 by more than a twentieth.
     assert slots.count == 4
-    assert slots.why == "tokens a second by number of slots: 1: 1,000, 2: 1,900, 4: 2,010, 8: 1,990"
+    assert slots.why == "tokens a second by number of slots: 1: 1,000, 2: 1,900, 4: 2,010, 8: 1,900"
 
 
 def test_what_is_measured_is_real_and_leaves_nothing_in_the_pack(pack: Pack, loaded: Loaded) -> None:

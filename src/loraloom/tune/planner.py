@@ -1,4 +1,4 @@
-"""How many trials train together: as many as pay, within the memory there is.
+"""How many trials train together: as many as cost no speed, within the memory there is.
 
 The need is counted from shapes, by ``train.memory``; what pays is measured for a moment, on the rows of the search.
 """
@@ -20,10 +20,13 @@ from loraloom.train.memory import Memory, estimate
 from loraloom.train.pack import Pack
 from loraloom.train.run import Loaded, explain
 
-#: More slots are taken as long as they train so much more in a second.
-GAIN = 1.05
+#: More slots are taken as long as they train at least this share of the most tokens in a second: who stays and who
+#: goes is decided better among many.
+AS_FAST = 0.95
 #: Of what is free, and of what the estimate says: it counts tensors, and an allocator needs some room beside them.
 SHARE, MARGIN = 0.9, 1.15
+#: A number of slots is measured for so many steps at most, and no longer than this if three are done.
+STEPS, SECONDS = 8, 1.0
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,14 @@ def plan_slots(
     most = min(most, fit)
     rates = measured(lambda count: _rate(pack, loaded, config, count), most)
     best = max(rates.values())
-    count = min(count for count, rate in rates.items() if rate * GAIN >= best)
+    count = max(count for count, rate in rates.items() if rate >= AS_FAST * best)
     figures = ", ".join(f"{n}: {rate:,.0f}" for n, rate in rates.items())
     limit = f"; no more than {fit} fit ({said})" if fit == most else ""
     return Slots(count, f"tokens a second by number of slots: {figures}{limit}")
 
 
 def measured(rate: Callable[[int], float], most: int) -> dict[int, float]:
-    """``rate(count)`` for 1, 2, 4, ... and ``most``, until more slots do not pay or fit any longer."""
+    """``rate(count)`` for 1, 2, 4, ... and ``most``, until more slots cost speed or do not fit."""
     rates: dict[int, float] = {}
     count = 1
     while True:
@@ -81,7 +84,7 @@ def measured(rate: Callable[[int], float], most: int) -> dict[int, float]:
             if not rates or not explain(error).startswith("out of memory"):
                 raise
             return rates
-        if count == most or (len(rates) > 1 and rates[count] < GAIN * max(r for n, r in rates.items() if n < count)):
+        if count == most or rates[count] < AS_FAST * max(rates.values()):
             return rates
         count = min(2 * count, most)
 
@@ -113,12 +116,16 @@ def _rate(pack: Pack, loaded: Loaded, config: LoraConfig, count: int) -> float:
     try:
         for name in names:
             pack.add(name, config)
-        slots = [loaded.slot(name, pack.model, loaded.options, steps=10) for name in names]
+        slots = [loaded.slot(name, pack.model, loaded.options, steps=STEPS + 1) for name in names]
         advance(pack, slots)
-        started, tokens = time.perf_counter(), 0
-        while tokens == 0 or time.perf_counter() - started < 0.5:
-            tokens += advance(pack, slots)
-        return tokens / (time.perf_counter() - started)
+        best, began = 0.0, time.perf_counter()
+        for step in range(STEPS):  # the fastest step says what there is: the machine may have other things to do
+            started = time.perf_counter()
+            tokens = advance(pack, slots)
+            best = max(best, tokens / (time.perf_counter() - started))
+            if step >= 2 and time.perf_counter() - began > SECONDS:
+                break
+        return best
     finally:
         for name in names:
             if name in pack.adapters:
