@@ -156,6 +156,10 @@ def tune(
     metric: Annotated[str | None, typer.Option(help="What to compare by: loss, or the task's own.")] = None,
     slots: Annotated[int | None, typer.Option(help="Trials that train together; by default as many as pay.")] = None,
     memory: Annotated[str | None, typer.Option(help="What may be used, such as 8GiB; by default what is free.")] = None,
+    workers: Annotated[int, typer.Option(help="Packs that train at once, each in a process of its own (Ray).")] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A Ray cluster for them: host:port, or auto; by default this machine.")
+    ] = None,
     eval_split: Annotated[str, typer.Option(help="Rows to compare on: a share, a count, or a file.")] = "0.1",
     epochs: Annotated[float, typer.Option(help="Times through the data, for a trial that goes to its end.")] = 3,
     max_steps: Annotated[int | None, typer.Option(help="Steps of such a trial, instead of epochs.")] = None,
@@ -174,7 +178,7 @@ def tune(
     from loraloom.tune.options import TuneOptions
 
     given = _given(context)
-    for name in ("preset", "trials", "sampler", "metric", "slots", "memory"):
+    for name in ("preset", "trials", "sampler", "metric", "slots", "memory", "workers", "ray_address"):
         if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE":
             given[f"tune.{name}"] = context.params[name]
     tune_run(TuneOptions.read(run_file, settings or (), given))

@@ -49,6 +49,10 @@ class TuneOptions:
     slots: int | None = None
     #: Bytes that the search may use, or text such as "8GiB"; by default what there is.
     memory: int | None = None
+    #: Packs that train at once, each in a process of its own, over Ray ...
+    workers: int = 1
+    #: ... on the cluster at this address, host:port or "auto"; None is this machine.
+    ray_address: str | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> TuneOptions:
         known = [spec.name for spec in fields(cls)]
@@ -61,7 +65,14 @@ class TuneOptions:
         for name, kind in (("train", TrainOptions), ("space", Space)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name}: must be {kind.__name__}, found {type(getattr(self, name)).__name__}")
-        for name, low in (("trials", 1), ("reduction", 2), ("finalists", 1), ("seeds", 0), ("slots", 1)):
+        for name, low in (
+            ("trials", 1),
+            ("reduction", 2),
+            ("finalists", 1),
+            ("seeds", 0),
+            ("slots", 1),
+            ("workers", 1),
+        ):
             value = getattr(self, name)
             if name == "slots" and value is None:
                 continue
@@ -82,6 +93,8 @@ class TuneOptions:
             )
         if self.finalists > self.trials:
             raise ConfigError(f"finalists: must be at most trials ({self.trials}), found {self.finalists}")
+        if self.ray_address is not None and (not isinstance(self.ray_address, str) or not self.ray_address.strip()):
+            raise ConfigError(f"ray_address: must be host:port or auto, found {self.ray_address!r}")
         self._check_metric()
         self.memory = read_bytes("memory", self.memory)
 
@@ -97,6 +110,10 @@ class TuneOptions:
     @property
     def higher_is_better(self) -> bool:
         return self.metric == "accuracy"
+
+    @property
+    def over_ray(self) -> bool:
+        return self.workers > 1 or self.ray_address is not None
 
     @property
     def rungs(self) -> list[float]:
@@ -135,9 +152,9 @@ class TuneOptions:
         return plain | {"train": self.train.to_dict(), "space": self.space.to_dict()}
 
     def fingerprint(self) -> str:
-        """A hash of all that makes it this search and no other: not where it is kept, nor how much runs at once."""
+        """A hash of all that makes it this search and no other: not where it is kept or runs, nor how much at once."""
         values = self.to_dict()
-        for name in ("slots", "memory"):
+        for name in ("slots", "memory", "workers", "ray_address"):
             del values[name]
         for name in ("output", "overwrite"):
             del values["train"][name]

@@ -89,7 +89,7 @@ class Worker:
     """A pack on the frozen model of ``loaded``."""
 
     def __init__(self, options: TuneOptions, loaded: Loaded, space: Space) -> None:
-        self.options, self.loaded = options, loaded
+        self.options, self.loaded, self.space = options, loaded, space
         self.model = PeftModel(loaded.base)
         span = {target.name for one in space.largest() for target in space.plan(one).targets}
         self.model.add_adapter(SPAN, LoraConfig(r=1, target_modules=sorted(span), task_type=loaded.task))
