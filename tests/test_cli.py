@@ -256,6 +256,59 @@ def test_an_adapter_is_replaced_only_when_asked(
     assert snapshot(tmp_path)[f"run/{WEIGHTS}"] != before[f"run/{WEIGHTS}"]
 
 
+# Tuning ---------------------------------------------------------------------------------------------------
+
+
+def test_a_search_says_which_to_use_and_its_file_trains_it(
+    call: Callable[..., Ended], encoder_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"task: seq-cls\nmodel: {{name: {encoder_folder}}}\ndata: {{train: {reviews}, validation: 40}}\n"
+        f"train: {{max_steps: 9, batch_size: 8}}\noutput: {tmp_path / 'search'}\ntune:\n  slots: 2\n  seeds: 1\n"
+        "  finalists: 2\n  space: {lora.r: [2, 4], train.learning_rate: [1e-3, 1e-2]}\n"
+    )
+    arguments = ["tune", tmp_path / "run.yaml", "--set", "train.seed=3", "--trials", 4]
+    ended = call(*arguments)
+    assert (ended.code, ended.err) == (0, "")
+    folder = tmp_path / "search"
+    record = json.loads((folder / "result.json").read_text())
+    assert {"best.yaml", "best", "result.json", "search.png", "pareto.png"} <= {*os.listdir(folder)}
+    assert len(record["trials"]) == 6
+    assert f"loraloom train {folder / 'best.yaml'}" in ended.out
+    for name in ("best", "result.json", "search.png", "pareto.png"):
+        assert str(folder / name) in ended.out
+    # The same command says it again, and an option that makes it another search is refused.
+    again = call(*arguments)
+    assert again.code == 0
+    conclusion = ended.out[ended.out.index("use ") :]
+    assert conclusion in again.out
+    before = snapshot(folder)
+    assert call(*arguments, "--seed", 4).code == 2
+    assert snapshot(folder) == before
+    ended = call("train", folder / "best.yaml", "--output", tmp_path / "full")
+    assert ended.code == 0
+    best = record["trials"][record["best"]["number"]]
+    full = json.loads((tmp_path / "full" / RUN_NAME).read_text())
+    assert full["result"]["accuracy"] == pytest.approx(best["metric"])
+    assert full["options"]["seed"] == 3
+
+
+def test_tunes_own_options_win_over_the_file(
+    call: Callable[..., Ended], encoder_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "tune: {trials: 5, sampler: grid, metric: accuracy, slots: 1, seeds: 0, space: {lora.r: [1, 2, 3]}}"
+    )
+    arguments = ["--model", encoder_folder, "--data", reviews, "--task", "seq-cls", "--output", tmp_path / "out"]
+    given = ["--trials", 2, "--sampler", "random", "--metric", "loss", "--slots", 2, "--max-steps", 1]
+    assert call("tune", file, *arguments, *given).code == 0
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert len(record["trials"]) == 2
+    assert record["best"]["metric_name"] == "loss"
+    assert record["machine"]["slots"] == 2
+
+
 # Plan and inspect -----------------------------------------------------------------------------------------
 
 
@@ -307,7 +360,11 @@ def test_the_singular_values_of_inspect_are_those_of_the_whole_update(
 def test_help_lists_the_commands_and_every_option(call: Callable[..., Ended]) -> None:
     ended = call("--help")
     assert ended.code == 0
-    for word in ("train", "plan", "inspect", "--version"):
+    for word in ("train", "tune", "plan", "inspect", "--version"):
+        assert word in ended.out
+    ended = call("tune", "-h")
+    assert ended.code == 0
+    for word in ("--preset", "--trials", "--sampler", "--metric", "--slots", "--memory", "--set", "RUN.yaml"):
         assert word in ended.out
     ended = call("train", "-h")
     assert ended.code == 0
@@ -400,6 +457,21 @@ class World:
         model, data = model or self.encoder, data or (self.chats if task == "causal-lm" else self.reviews)
         arguments = ["train", "--model", model, "--data", data, "--task", task, "--max-steps", "1"]
         return [*arguments, *([] if "--output" in more else ["--output", self.tmp / "out"]), *more]
+
+    def tune(self, *more: object, space: object = None, data: object = None, task: str = "seq-cls") -> list[object]:
+        """A search over two ranks, in slots that need no measuring."""
+        chosen = {"lora.r": [2, 4]} if space is None else space
+        model, data = self.decoder if task == "causal-lm" else self.encoder, data or self.reviews
+        arguments = ["tune", "--model", model, "--data", data, "--task", task, "--max-steps", 1, "--slots", 2]
+        arguments += [] if "--output" in more else ["--output", self.tmp / "out"]
+        return [*arguments, "--set", f"tune.space={json.dumps(chosen)}", *more]
+
+    def searched(self, text: str) -> Path:
+        """A folder with a ``search.json`` of ``text``."""
+        folder = self.tmp / "out"
+        folder.mkdir()
+        (folder / "search.json").write_text(text)
+        return folder
 
     def rows(self, *rows: object) -> Path:
         good = [{"text": "good film", "label": "a"}, {"text": "bad film", "label": "b"}] * 5
@@ -594,6 +666,90 @@ BAD_INPUT: dict[str, tuple[Callable[[World], list[object]], list[str]]] = {
     "a number that is none": (lambda w: w.train("--r", "eight"), ["--r"]),
     "a word too many": (lambda w: w.train("twice"), ["twice"]),
     "a missing option": (lambda w: ["train", "--model", w.encoder], ["Missing option '--data'"]),
+    # tune
+    "an empty space": (lambda w: w.tune(space={}), ["tune.space", "must map keys such as lora.r to lists or ranges"]),
+    "a space in which nothing varies": (lambda w: w.tune(space={"lora.r": [4]}), ["space: nothing varies"]),
+    "an empty list in a space": (lambda w: w.tune(space={"lora.r": []}), ["space.lora.r: the list is empty"]),
+    "a space with a rank of 0": (
+        lambda w: w.tune(space={"lora.r": [0, 4]}),
+        ["tune.space", "space.lora.r: must be at least 1, found 0"],
+    ),
+    "a space with a dropout of 1": (
+        lambda w: w.tune(space={"lora.lora_dropout": [0.0, 1.0]}),
+        ["space.lora.lora_dropout: must be at least 0 and below 1"],
+    ),
+    "a space with a range that ends at a dropout of 1": (
+        lambda w: w.tune(space={"lora.lora_dropout": {"range": [0.0, 1.0]}}),
+        ["space.lora.lora_dropout: must be at least 0 and below 1"],
+    ),
+    "a space with targets that match nothing": (
+        lambda w: w.tune(space={"lora.target_modules": ["q-v", "q_prj"]}),
+        ["space.lora.target_modules: 'q_prj' matches no module"],
+    ),
+    "a space that contradicts itself": (
+        lambda w: w.tune(space={"lora.lora_alpha": ["2r", "rslora"], "lora.use_rslora": [True, False]}),
+        ["space.lora.use_rslora: contradicts the choice rslora of lora.lora_alpha"],
+    ),
+    "a space that contradicts the run": (
+        lambda w: w.tune(space={"train.epochs": [1, 2]}),
+        ["space.train.epochs: has no effect, because max_steps is given"],
+    ),
+    "a key of a space that is unknown": (
+        lambda w: w.tune(space={"lora.lora_alhpa": [1, 2]}),
+        ["space.lora.lora_alhpa: there is no such key; did you mean 'lora_alpha'?"],
+    ),
+    "a key that cannot vary": (lambda w: w.tune(space={"train.seed": [1, 2]}), ["space.train.seed: must be the same"]),
+    "held-out rows of one class": (
+        lambda w: w.tune("--eval-split", w.file("held-out.csv", "text,label\ngood,praise\nfine,praise\n")),
+        ["held-out.csv: all 2 held-out rows are labelled 'praise'", "hold out more rows"],
+    ),
+    "a metric that the task lacks": (
+        lambda w: w.tune("--metric", "perplexity"),
+        ["metric: seq-cls is measured by accuracy or loss, found 'perplexity'"],
+    ),
+    "a metric of nobody": (lambda w: w.tune("--metric", "acuracy"), ["metric:", "did you mean 'accuracy'?"]),
+    "the folder of another search": (
+        lambda w: w.tune("--output", w.searched('{"fingerprint": "f"}')),
+        ["out holds another search, of other options, space or data", "--overwrite"],
+    ),
+    "a search that is damaged": (
+        lambda w: w.tune("--output", w.searched("{")),
+        ["search.json: not what a search writes", "--overwrite"],
+    ),
+    "a folder with an adapter": (
+        lambda w: w.tune("--output", w.copy(w.adapter)),
+        ["output:", "holds an adapter already"],
+    ),
+    "more finalists than trials": (
+        lambda w: w.tune("--set", "tune.finalists=3", "--trials", 2),
+        ["finalists: must be at most trials (2), found 3"],
+    ),
+    "more trials than the space has": (
+        lambda w: w.tune("--trials", 3),
+        ["trials: the space has 2 configurations, found 3"],
+    ),
+    "no trials": (lambda w: w.tune("--trials", 0), ["trials: must be a whole number of at least 1, found 0"]),
+    "no slots": (lambda w: w.tune("--slots", 0), ["slots: must be a whole number of at least 1, found 0"]),
+    "memory that is too small": (
+        lambda w: w.tune("--memory", "10KiB"),
+        ["memory: a trial needs", "lower batch_size, max_length or the ranks"],
+    ),
+    "memory that is no size": (lambda w: w.tune("--memory", "lots"), ["memory: must be bytes or a size such as 8GiB"]),
+    "an unknown key of a search": (
+        lambda w: w.tune(w.file("run.yaml", "task: seq-cls\ntune:\n  trails: 4\n")),
+        ["run.yaml:3: tune.trails: there is no such key; did you mean 'trials'?"],
+    ),
+    "an unknown preset": (lambda w: w.tune("--preset", "quik"), ["preset: must be one of", "did you mean 'quick'?"]),
+    "an unknown sampler": (lambda w: w.tune("--sampler", "tep"), ["sampler: must be one of", "did you mean 'tpe'?"]),
+    "a grid over a range": (
+        lambda w: w.tune("--sampler", "grid", space={"train.learning_rate": {"log": [1e-4, 1e-3]}}),
+        ["space.train.learning_rate: a grid needs choices or a step"],
+    ),
+    "a search of no data": (lambda w: w.tune(data=w.tmp / "none.csv"), ["none.csv: no such file"]),
+    "an encoder that is searched for a task that reads forwards": (
+        lambda w: ["tune", "--model", w.encoder, "--data", w.reviews, "--task", "causal-lm", "--output", w.tmp / "out"],
+        ["bert reads a text in both directions"],
+    ),
     # plan
     "a plan of no model": (lambda w: ["plan", "--model", w.tmp, "--task", "seq-cls"], ["holds no config.json"]),
     "a plan of a task unknown": (lambda w: ["plan", "--model", w.encoder, "--task", "qa"], ["task: must be one of"]),
