@@ -289,7 +289,7 @@ def _connect(ray: Any, options: TuneOptions) -> bool:
     except Exception as error:  # Ray has many for this
         raise ConfigError(
             f"ray_address: no Ray cluster answers at {address} ({_first_line(error)}); give host:port of its head "
-            "node, or auto for one on this machine"
+            "node, or auto for one on this machine; where it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
     return True
 
