@@ -55,6 +55,19 @@ WORDS: dict[str, dict[str, Any]] = {
         "common": "always the most common area",
         "new head": "a new head on the frozen encoder",
         "took": "The training of the last row took {seconds:.0f} s on two cores.",
+        "searched": ("docstrings never seen", "accuracy", "trained parameters", ""),
+        "held out": "{held_out:,} docstrings never seen",
+        "one of many": "LoRA, {config}",
+        "steps": "{state}, {steps:,} steps",
+        "search took": "The search over all {count} took {search_seconds:.0f} s on two cores, everything "
+        "{seconds:.0f} s. The accuracy of a stopped one is that of the step at which it was stopped. What it says in "
+        "the end:",
+        "pack": "throughput of {size} adapters together: {shape}",
+        "search": "a search over {trials} configurations, beside training them one after another",
+        "full": "accuracy in full: the best of the {trials}, and the one that the search chose",
+        "below": "≤ {goal:g} below: {found:.4f}",
+        "counted": " PEFT's time for {runs} runs is counted from {steps_measured} measured steps of each run's "
+        "{steps_per_run}.",
     },
     "README.zh-CN.md": {
         "head": ("{layers} 层 Llama", "peft", "loraloom", "快多少倍", "波动范围"),
@@ -88,9 +101,23 @@ WORDS: dict[str, dict[str, Any]] = {
         "common": "永远猜最常见的领域",
         "new head": "冻结编码器，只训新的分类头",
         "took": "最后一行的训练在两个核上用了 {seconds:.0f} s。",
+        "searched": ("没见过的 docstring", "准确率", "训练的参数", ""),
+        "held out": "{held_out:,} 条没见过的 docstring",
+        "one of many": "LoRA，{config}",
+        "steps": "{state}，{steps:,} 步",
+        "search took": "搜索全部 {count} 组在两个核上用了 {search_seconds:.0f} s，连同其余一共 {seconds:.0f} s。"
+        "被停掉的，准确率是停下那一步的。最后它这样说：",
+        "pack": "{size} 个适配器一起训练的吞吐：{shape}",
+        "search": "搜索 {trials} 组配置，对比一组一组地训练",
+        "full": "完整训练的准确率：{trials} 组里最好的，和搜索选中的",
+        "below": "最多低 {goal:g}：{found:.4f}",
+        "counted": "PEFT 跑 {runs} 次的时间，是由每次 {steps_per_run} 步中实测的 {steps_measured} 步算出来的。",
     },
 }
 ENGLISH = WORDS["README.md"]
+
+#: How far the configuration that a search chose may be below the best of all, trained in full.
+NEAR = 0.01
 
 
 # -- both READMEs --------------------------------------------------------------------------------------------------
@@ -121,7 +148,15 @@ def speed(words: Record, results: Path) -> str:
     """One short table of what training costs, each figure beside its goal."""
     rows: list[list[str]] = []
     used: list[Record] = []
-    for name, lines in (("step", _steps), ("memory", _memories), ("loss", _losses), ("end_to_end", _ends)):
+    parts: dict[str, Callable[[Record, Record], Iterable[list[str]]]] = {
+        "pack": _packs,
+        "sweep": _sweeps,
+        "step": _steps,
+        "memory": _memories,
+        "loss": _losses,
+        "end_to_end": _ends,
+    }
+    for name, lines in parts.items():
         record = _read(results, name)
         if record is not None:
             rows += lines(words, record)
@@ -129,8 +164,41 @@ def speed(words: Record, results: Path) -> str:
     if not rows:
         return ""
     note = words["floor"].format(commands=words["and"].join(f"`{record['command']}`" for record in used))
+    note += "".join(
+        words["counted"].format(**record["peft"]) for record in used if "steps_measured" in record.get("peft", {})
+    )
     machines = dict.fromkeys(_machine(words, record) for record in used)
     return "\n".join([*_table(words["speed"], rows), "", note, "", *machines, ""])
+
+
+def _packs(words: Record, record: Record) -> Iterable[list[str]]:
+    for figure in record["figures"]:
+        size, times = _best_size(figure)
+        what = words["pack"].format(size=size, shape=_llama(words, figure["shape"]))
+        yield [what, *_throughput(words, figure, size), _at_least(words, figure["goal"], times["median"])]
+
+
+def _sweeps(words: Record, record: Record) -> Iterable[list[str]]:
+    search, full = record["search"], record.get("full")
+    found = [f"{record[name]['seconds']:,.0f} s" for name in ("peft", "search")]
+    yield [words["search"].format(**search), *found, _at_least(words, record["goal"], record["speedup"])]
+    if full:
+        best, chosen = full["best_accuracy"], full["chosen_accuracy"]
+        below = _goal(words, words["below"].format(goal=NEAR, found=best - chosen), best - chosen <= NEAR)
+        yield [words["full"].format(**search), f"{best:.4f}", f"{chosen:.4f}", below]
+
+
+def _best_size(figure: Record) -> tuple[str, dict[str, float]]:
+    """The size of a pack with the greatest throughput, and how many times PEFT's that is."""
+    sizes: dict[str, dict[str, float]] = figure["throughput over peft"]
+    return max(sizes.items(), key=lambda pair: pair[1]["median"])
+
+
+def _throughput(words: Record, figure: Record, size: str) -> list[str]:
+    """Rows a second of PEFT, which trains one adapter after another, and of a pack."""
+    rows, seconds = figure["shape"]["rows"], figure["seconds"]
+    rates = [rows / statistics.median(seconds[PEFT]), int(size) * rows / statistics.median(seconds[f"pack of {size}"])]
+    return [words["rows a second"].format(rate) for rate in rates]
 
 
 def _steps(words: Record, record: Record) -> Iterable[list[str]]:
@@ -165,6 +233,8 @@ def quickstart(words: Record, results: Path) -> str | None:
     record = _read(results, "quickstart")
     if record is None:
         return None
+    if "leaderboard" in record:
+        return _searched(words, record)
     rows = [
         [words["common"], f"{record['common']:.3f}", "0"],
         [words["new head"], f"{record['head']:.3f}", f"{record['head_parameters']:,}"],
@@ -173,13 +243,47 @@ def quickstart(words: Record, results: Path) -> str | None:
     return "\n".join([*_table(words["quickstart"], rows), "", words["took"].format(**record), ""])
 
 
+def _searched(words: Record, record: Record) -> str:
+    """Two answers without LoRA, the leaderboard, and the recommendation as the command prints it."""
+    given = list(record.get("baseline", {}).values())
+    common, head = given if len(given) == 2 else (record["common"], record["head"])
+    parameters = f"{record['head_parameters']:,}" if "head_parameters" in record else ""
+    rows = [[words["common"], f"{common:.3f}", "0", ""], [words["new head"], f"{head:.3f}", parameters, ""]]
+    for entry in record["leaderboard"]:
+        accuracy = "–" if entry["accuracy"] is None else f"{entry['accuracy']:.3f}"
+        noise = f" ± {entry['noise']:.3f}" if entry["noise"] is not None else ""
+        state = words["steps"].format(**entry) if "steps" in entry else entry["state"]
+        what = words["one of many"].format(config=entry["config"])
+        rows.append([what, f"{accuracy}{noise}", f"{entry['parameters']:,}", state])
+    title = words["held out"].format(**record) if "held_out" in record else words["searched"][0]
+    took = words["search took"].format(count=len(record["leaderboard"]), **record)
+    table = _table([title, *words["searched"][1:]], rows)
+    return "\n".join([*table, "", took, "", *_said(record), ""])
+
+
+def _said(record: Record) -> list[str]:
+    return ["```text", *(line.rstrip() for line in record["recommendation"].strip("\n").splitlines()), "```"]
+
+
+def example(words: Record, results: Path) -> str:
+    """What the quickstart's search says in the end."""
+    record = _read(results, "quickstart")
+    if record is None or "recommendation" not in record:
+        return ""
+    return "\n".join(["This is what the search of `make quickstart` says in the end:", "", *_said(record), ""])
+
+
 # -- docs/performance.md -------------------------------------------------------------------------------------------
 
 
 def measured(words: Record, results: Path) -> str:
     """Every table of the page on performance, each with its heading, command and machine."""
-    parts = {
+    parts: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
+        "A pack": ("pack", _pack_table),
+        "A pack on a GPU": ("pack-cuda", _pack_table),
+        "A whole search": ("sweep", _sweep_table),
         "A step": ("step", _step_table),
+        "Where the time of a step goes": ("profile", _profile_table),
         "A step on a GPU": ("step-cuda", _step_table),
         "Memory of a step": ("memory", _memory_table),
         "Memory of a step on a GPU": ("memory-cuda", _memory_table),
@@ -196,6 +300,80 @@ def measured(words: Record, results: Path) -> str:
     if _read(results, "step-cuda") is None:
         out += ["", "No step has been measured on a GPU yet."]
     return "\n".join([*out[1:], ""])
+
+
+def _pack_table(record: Record) -> list[str]:
+    rows = []
+    for figure in record["figures"]:
+        best, _ = _best_size(figure)
+        for size, times in figure["throughput over peft"].items():
+            goal = _at_least(ENGLISH, figure["goal"], times["median"]) if size == best else ""
+            rows.append(
+                [
+                    _llama(ENGLISH, figure["shape"]),
+                    size,
+                    *_throughput(ENGLISH, figure, size),
+                    f"{times['median']:.2f}",
+                    _spread(times, 2),
+                    goal,
+                ]
+            )
+    turns = len(record["figures"][0]["seconds"][PEFT])
+    return [
+        "Adapters of r=16 on all seven projections, with AdamW and clipped gradients; the shape is that of each "
+        "adapter's own rows. PEFT takes a step of one adapter after another, loraloom one of all together. All in one "
+        f"process, in turns; medians of {turns} turns' own ratios.",
+        "",
+        *_table(["", "adapters", "peft", "loraloom", "times", "spread", "goal"], rows),
+    ]
+
+
+def _sweep_table(record: Record) -> list[str]:
+    search, peft, settings = record["search"], record["peft"], record["settings"]
+    said = ", ".join(f"{name} {_plainly(value)}" for name, value in settings.items())
+    lines = [
+        f"{search['trials']} configurations of the quickstart's data and model ({said}). The search is measured from "
+        f"beginning to end. PEFT's time is counted: {peft['steps_measured']} steps and what stands around them were "
+        f"measured. From that, each of {peft['runs']} runs of {peft['steps_per_run']} steps takes "
+        f"{peft['seconds_per_run']:,.0f} s.",
+        "",
+    ]
+    head = ["", "peft, one after another", "loraloom's search", "goal"]
+    lines += _table(head, list(_sweeps(ENGLISH, record)))
+    if not record.get("full"):
+        lines += ["", "The configurations have not all been trained in full yet."]
+    return lines
+
+
+def _plainly(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _profile_table(record: Record) -> list[str]:
+    figures = record["figures"]
+    parts = list(dict.fromkeys(name for figure in figures for name in figure["parts"]))
+    parts.sort(key=lambda name: name not in figures[0]["calls"])  # those with calls first
+    parts.sort(key=lambda name: name.startswith("calls"))  # and last what is left over
+    rows = []
+    for figure in figures:
+        shares = [
+            f"{figure['parts'][name]:,.1f} ms, {figure['parts'][name] / figure['floor']:.1%}"
+            + (f", {figure['calls'][name]} calls" if name in figure["calls"] else "")
+            if name in figure["parts"]
+            else ""
+            for name in parts
+        ]
+        times, goal = figure.get("times the floor", figure["step"] / figure["floor"]), figure.get("goal")
+        aim = "" if goal is None else _goal(ENGLISH, f"≤ {goal:.2f}", times <= goal)
+        found = [f"{figure['floor']:,.1f} ms", *shares, f"{times:.3f}", f"{figure['limit']:.3f}", aim]
+        rows.append([_llama(ENGLISH, figure["shape"]), *found])
+    return [
+        "Each part measured by itself, with the shapes and the number of calls of a step, as time and as a share of "
+        "the floor. The limit is a step in which the thin products, with `A` and with `B`, are all that is added to "
+        "the frozen model.",
+        "",
+        *_table(["", FLOOR, *parts, "times the floor", "limit", "goal"], rows),
+    ]
 
 
 def _step_table(record: Record) -> list[str]:
@@ -309,6 +487,10 @@ def _goal(words: Record, text: str, met: bool) -> str:
     return text if met else f"{text}{words['missed']}"
 
 
+def _at_least(words: Record, goal: float, found: float) -> str:
+    return _goal(words, words["times"].format(goal=goal, found=found), found >= goal)
+
+
 def _of_peft(words: Record, figure: Record) -> str:
     found, goal = figure["of peft"], figure["goal"]
     if goal is None:
@@ -326,7 +508,7 @@ def _times_faster(words: Record, record: Record, name: str) -> str:
     found = figures[OURS]["rows_per_second"] / figures[name]["rows_per_second"]
     if name != TRAINER:  # the goal is against the Trainer's defaults
         return str(words["times, no goal"].format(found=found))
-    return _goal(words, words["times"].format(goal=goal, found=found), found >= goal)
+    return _at_least(words, goal, found)
 
 
 def _llama(words: Record, shape: Record) -> str:
@@ -375,6 +557,7 @@ README_BLOCKS: dict[str, Block] = {"quickstart": quickstart, "figures": lifecycl
 BLOCKS: dict[str, dict[str, Block]] = {
     **dict.fromkeys(WORDS, README_BLOCKS),
     "docs/performance.md": {"measured": measured},
+    "docs/tune.md": {"searched": example},
 }
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loraloom.lora.status import get_model_status as get_model_status
     from loraloom.lora.targets import Plan as Plan
     from loraloom.lora.targets import plan as plan
+    from loraloom.train.pack import Pack as Pack
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _WHERE = {
     "set_peft_model_state_dict": "loraloom.lora.model",
     "get_layer_status": "loraloom.lora.status",
     "get_model_status": "loraloom.lora.status",
+    "Pack": "loraloom.train.pack",
     "Plan": "loraloom.lora.targets",
     "plan": "loraloom.lora.targets",
 }
