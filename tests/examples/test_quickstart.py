@@ -71,5 +71,5 @@ def test_it_ends_with_a_recommendation_and_commands_that_are_right(said: str, ou
         [sys.executable, "-m", "loraloom.cli", *command[1].split()], capture_output=True, text=True, check=True
     )
     assert "rank used" in done.stdout
-    assert f"loraloom train {out / 'search' / 'best.yaml'} --epochs 3" in tried
+    assert f"loraloom train {out / 'search' / 'best.yaml'} --epochs 3 --output" in tried
     assert "loraloom tune --model" in tried
