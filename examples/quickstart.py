@@ -109,7 +109,10 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None) -> No
     console.print(table)
     total = time.perf_counter() - started
     write_record(
-        out / "result.json", result, {"common": share, "head": head, "head_parameters": head_parameters}, total
+        out / "result.json",
+        result,
+        {"common": share, "head": head, "head_parameters": head_parameters, "held_out": len(labels)},
+        total,
     )
     print(f"{total:.0f} s in all\n")
     print("try next:")
