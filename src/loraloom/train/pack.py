@@ -36,8 +36,9 @@ class Pack:
         pad_to_multiple_of: rows are filled up to a multiple of so many tokens.
 
     An adapter's numbers depend on its own rows and seeds alone: not on the others, and not on its place among them. To
-    the last bit, on a CPU, where the others do not change the length to which its rows are filled up by less than a
-    vector register holds: rows of one length do not, nor does ``pad_to_multiple_of=16``.
+    the last bit, on a CPU and in float32 or bfloat16, where two things hold: the same layers carry adapters, in use or
+    not; and the others change the length to which its rows are filled up by whole vector registers at most, as rows of
+    one length do, or ``pad_to_multiple_of=16``.
     """
 
     def __init__(
