@@ -323,8 +323,8 @@ def _pack_table(record: Record) -> list[str]:
     return [
         "Adapters of r=16 on all seven projections, with AdamW and clipped gradients; the shape is that of each "
         "adapter's own rows. PEFT takes a step of one adapter after another, loraloom one of all together. All in one "
-        f"process, in turns; medians of {turns} turns' own ratios. The limit is what it would be if a pack took no longer "
-        "than the frozen model's own forward and backward on its rows.",
+        f"process, in turns; medians of {turns} turns' own ratios. The limit is what it would be if a pack took no "
+        "longer than the frozen model's own forward and backward on its rows.",
         "",
         *_table(["", "adapters", "peft", "loraloom", "times", "spread", "limit", "goal"], rows),
     ]
