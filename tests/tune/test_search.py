@@ -288,6 +288,25 @@ def test_stopped_after_every_few_steps_it_comes_to_the_same_verdict(classify: Ma
     assert sorted(trial.user_attrs["trial"] for trial in trials) == list(range(5))
 
 
+def test_a_search_is_gone_on_with_in_as_many_slots_as_are_given_now(classify: Make) -> None:
+    def stop(step: int) -> None:
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        search(classify(RATES, min_share=1, slots=4), Watch(stop))
+    for slots, told in ((1, ["slots: 1 trials train together (1 as given)"]), (1, [])):
+        watch = Watch(stop)
+        with pytest.raises(Interrupted):
+            search(classify(RATES, min_share=1, slots=slots), watch)
+        assert [event for event in watch.events if event.startswith("slots")] == told
+        assert all(running == 1 for running, _, _, _ in watch.updates)
+    result = search(classify(RATES, min_share=1, slots=2), watch := Watch())
+    assert max(running for running, _, _, _ in watch.updates) == 2
+    whole = search(classify(RATES, min_share=1, train={"overwrite": True}))
+    assert curves(result.record) == curves(whole.record)
+
+
 def test_a_search_that_is_done_leaves_nothing_of_the_way(classify: Make, tmp_path: Path) -> None:
     search(classify(RATES))
     left = sorted(path.name for path in (tmp_path / "search").iterdir())

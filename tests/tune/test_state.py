@@ -50,7 +50,7 @@ def state() -> State:
         trial(3, "finished", used={"a.b": (8, 3, 0.1 + 0.2), "c": (8, 1, math.inf)}),
         trial(4, seed=5, repeats=3),
     ]
-    return State("f" * 64, 4, halving, trials, seconds=12.5)
+    return State("f" * 64, 4, halving, (4, None), trials, seconds=12.5)
 
 
 def numbers(seed: int) -> dict[str, Tensor]:

@@ -142,6 +142,22 @@ def test_milestones_of_short_trials_and_of_further_seeds(classify: Make) -> None
     assert places(90, repeats=3) == {60: [], 90: []}
 
 
+@pytest.mark.parametrize(
+    ("space", "rows"),
+    [
+        ({"lora.r": [2, 4]}, 8),
+        ({"lora.r": [2, 4], "train.batch_size": [32, 4]}, 32),
+        ({"train.batch_size": {"range": [2, 12]}}, 12),
+        ({"lora.r": [2, 4], "train.batch_size": 16}, 16),
+    ],
+)
+def test_memory_is_planned_for_the_most_rows_that_a_trial_may_have(
+    classify: Make, space: dict[str, Any], rows: int
+) -> None:
+    options = classify(space, trials=2)
+    assert Space(options, load(options.train)).widest().options.batch_size == rows
+
+
 def test_an_adapter_that_came_to_its_end_is_saved_and_gives_what_was_measured(classify: Make, tmp_path: Path) -> None:
     from loraloom.train.loop import evaluate
 

@@ -105,8 +105,8 @@ class RemoteWorker:
         memory = self._options.memory and self._options.memory // self._options.workers
         if memory is None and neighbours > 1 and not torch.cuda.is_available():
             free = int(SHARE * free_memory() / neighbours)
-            memory = free + one_slot(worker.loaded, largest).base  # the models of all are there already
-        return plan_slots(worker.pack, worker.loaded, largest, most, memory, self._options.slots)
+            memory = free + one_slot(worker.space.widest(), largest).base  # the models of all are there already
+        return plan_slots(worker.pack, worker.space.widest(), largest, most, memory, self._options.slots)
 
     def run(
         self, enter: Sequence[tuple[Trial, bytes]], leave: Sequence[int], threads: int | None, neighbours: int

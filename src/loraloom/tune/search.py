@@ -93,7 +93,7 @@ class Alone:
     def plan(self, most: int) -> Slots:
         space, options = self._worker.space, self._worker.options
         largest = max(space.largest(), key=lambda one: space.plan(one).parameters)
-        return plan_slots(self._worker.pack, self._worker.loaded, largest, most, options.memory, options.slots)
+        return plan_slots(self._worker.pack, self._worker.space.widest(), largest, most, options.memory, options.slots)
 
     def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None:
         self._next = enter, leave
@@ -163,9 +163,10 @@ class Search:
         if not self.state.finished:
             with contextlib.closing(self._crew()) as crew:
                 most = math.ceil(self.options.trials / crew.count)
-                if found is None:
+                asked = self.options.slots, self.options.memory
+                if found is None or found.asked != asked:
                     planned = crew.plan(most)
-                    self.state.slots = planned.count
+                    self.state.slots, self.state.asked = planned.count, asked
                     on_each = f" on each of {crew.count} workers" if crew.count > 1 else ""
                     self.watch.event(f"slots: {planned.count} trials train together{on_each} ({planned.why})")
                 self.state.slots = min(self.state.slots, most)  # there may have been fewer workers before

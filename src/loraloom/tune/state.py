@@ -42,6 +42,8 @@ class State:
     fingerprint: str
     slots: int
     halving: Halving
+    #: the slots and the memory that the user gave when they were planned
+    asked: tuple[int | None, int | None] = (None, None)
     trials: list[Trial] = field(default_factory=list)
     #: trial → the file with its numbers
     files: dict[int, str] = field(default_factory=dict)
@@ -106,12 +108,13 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
                 [{int(n): _numbers(good) for n, good in rung.items()} for rung in halving["seen"]],
                 halving["sent"],
             ),
+            asked=(found["asked"][0], found["asked"][1]),
             trials=[_read_trial(entry, build) for entry in found["trials"]],
             files={int(number): name for number, name in found["files"].items()},
             seconds=found["seconds"],
             finished=found["finished"],
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from None
 
 

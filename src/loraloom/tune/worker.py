@@ -32,6 +32,7 @@ from loraloom.tune.space import RANK, TARGETS
 from loraloom.tune.state import TRIALS
 from loraloom.tune.trial import Trial
 
+BATCH = "train.batch_size"
 #: An adapter in every layer that some trial may adapt. It is never used: it keeps the layers as they are while trials
 #: come and go, so that what is computed together does not depend on which ones there are.
 SPAN = "span"
@@ -83,6 +84,13 @@ class Space:
         sets: list[Any] = knobs[TARGETS].grid(TARGETS) if TARGETS in knobs else [None]
         chosen = [values if one is None else values | {TARGETS: one} for one in sets]
         return [self.loaded.config(self.trial_options(one, self.options.train.seed)) for one in chosen]
+
+    def widest(self) -> Loaded:
+        """Rows and model, with as many rows in a forward as any trial may have."""
+        knob = self.options.space.knobs.get(BATCH)
+        fixed = self.options.space.fixed.get(BATCH, self.options.train.batch_size)
+        most = fixed if knob is None else knob.high if isinstance(knob, Range) else max(knob.grid(BATCH))
+        return replace(self.loaded, options=replace(self.loaded.options, batch_size=int(most)))
 
 
 class Worker:

@@ -1,0 +1,101 @@
+"""Promises of a search with a terminal: it shows what was found, where it is, and how to use it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from loraloom import LoraConfig
+from loraloom.errors import SaveError
+from loraloom.report import session
+from loraloom.report.session import tune_run
+from loraloom.report.tune import conclusion
+from loraloom.train.options import TrainOptions
+from loraloom.tune.options import TuneOptions
+from loraloom.tune.space import Space
+
+
+def options(model: Path, data: Path, output: Path, **changes: Any) -> TuneOptions:
+    lora = LoraConfig(target_modules="all-linear")
+    train = TrainOptions(
+        model=model, data=data, task="seq-cls", output=output, max_steps=9, batch_size=8, eval_split=40, lora=lora,
+        **changes,
+    )  # fmt: skip
+    space = Space.parse({"lora.r": [2, 4], "train.learning_rate": [1e-3, 1e-2]}, train)
+    return TuneOptions(train=train, space=space, trials=4, finalists=2, seeds=1, slots=2)
+
+
+def terminal() -> Console:
+    return Console(file=io.StringIO(), width=100)
+
+
+def text(console: Console) -> str:
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.fixture
+def searched(encoder_folder: Path, reviews: Path, tmp_path: Path) -> tuple[TuneOptions, session.SearchResult, str]:
+    given = options(encoder_folder, reviews, tmp_path / "a search")
+    console = terminal()
+    return given, tune_run(given, console), text(console)
+
+
+def test_the_terminal_shows_events_the_leaderboard_and_the_recommendation(
+    searched: tuple[TuneOptions, session.SearchResult, str],
+) -> None:
+    _, result, said = searched
+    for event in ("slots: 2 trials train together (2 as given)", "trial 3 begins", "again with 1 more seed each"):
+        assert event in said
+    for name in ("rate", "accuracy", "params", "state"):
+        assert name in said
+    console = terminal()
+    console.print(conclusion(result.verdict))
+    assert text(console) in said
+
+
+def test_the_terminal_names_what_was_written_and_the_command_that_uses_it(
+    searched: tuple[TuneOptions, session.SearchResult, str],
+) -> None:
+    given, result, said = searched
+    folder = Path(given.train.output)
+    assert f"loraloom train {shlex.quote(str(folder / 'best.yaml'))}" in said
+    for name in ("best", "result.json", "search.png", "pareto.png"):
+        assert f"{folder / name}" in said
+        assert (folder / name).exists()
+    for name in ("search.png", "pareto.png"):
+        with Image.open(folder / name) as picture:
+            picture.verify()
+            assert min(picture.size) > 200
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result.record))
+
+
+def test_a_finished_search_is_said_again_and_pictures_that_were_deleted_are_drawn_again(
+    searched: tuple[TuneOptions, session.SearchResult, str],
+) -> None:
+    given, result, said = searched
+    folder = Path(given.train.output)
+    (folder / "search.png").unlink()
+    console = terminal()
+    assert tune_run(given, console).record == result.record
+    assert (folder / "search.png").exists()
+    ending = said[said.index("adapter  ") :]
+    assert text(console).endswith(ending)
+    assert "begins" not in text(console)
+
+
+def test_a_picture_that_cannot_be_written_is_said_with_where_the_adapter_is(
+    encoder_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "search" / "pareto.png").mkdir(parents=True)
+    with pytest.raises(SaveError) as error:
+        tune_run(options(encoder_folder, reviews, tmp_path / "search"), terminal())
+    assert str(error.value).startswith(f"{tmp_path / 'search' / 'pareto.png'}: cannot be written (")
+    assert f"the best adapter and result.json are saved in {tmp_path / 'search'}" in str(error.value)
+    assert (tmp_path / "search" / "best" / "adapter_model.safetensors").exists()
