@@ -25,7 +25,16 @@ def test_an_unknown_option_is_refused_with_the_nearest() -> None:
     ("name", "value", "said"),
     [
         ("model", "", "must be a path or a name"),
-        ("data", None, "must be a path or a name, found None"),
+        ("data", None, "must be a path or a name, or a list of these, found None"),
+        ("data", [], "must be a path or a name, or a list of these, found []"),
+        ("data", [{"path": "a", "wieght": 2}], "did you mean 'weight'?"),
+        ("data", [{"path": "a", "weight": 0}], "a weight must be a number above 0, found 0"),
+        ("overlong", "cut", "must be one of truncate, error, drop, split, found 'cut'"),
+        ("columns", ["text"], "must give names for names"),
+        ("optim_args", {"lr": 1}, "adamw takes none"),
+        ("decay_ratio", 2, "at most 1, found 2"),
+        ("report_to", 3, "must be a list of names, found 3"),
+        ("early_stopping_patience", 0, "must be a whole number of at least 1, found 0"),
         ("task", "causal_lm", "did you mean 'causal-lm'?"),
         ("dtype", "flaot16", "did you mean 'float16'?"),
         ("batch_size", True, "must be a whole number of at least 1, found True"),
@@ -73,3 +82,34 @@ def test_all_options_are_plain_json(tmp_path: Path) -> None:
     assert json.loads(json.dumps(values)) == values
     assert values["model"] == str(tmp_path)
     assert values["lora"] == LoraConfig(task_type="SEQ_CLS").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eval_steps": 5, "eval_minutes": 1}, "eval_minutes: eval_steps is given as well"),
+        ({"save_strategy": "epoch", "save_steps": 5}, "save_steps: does nothing with save_strategy=epoch"),
+        ({"eval_strategy": "minutes"}, "eval_strategy: minutes needs eval_minutes"),
+        ({"eval_strategy": "no", "early_stopping_patience": 2}, "early_stopping_patience: needs evaluations"),
+        ({"save_strategy": "no", "load_best_model_at_end": True}, "load_best_model_at_end: needs checkpoints"),
+        ({"max_steps": 5, "warmup_steps": 6}, "warmup_steps: must be at most max_steps (5), found 6"),
+    ],
+)
+def test_options_that_contradict_or_do_nothing_are_errors(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        options(**changes)
+    assert str(error.value).startswith(said)
+
+
+def test_moments_follow_from_what_is_given() -> None:
+    assert options().eval_at == options().save_at == "epoch"
+    assert options(eval_steps=5).eval_at == "steps"
+    assert options(save_minutes=0.5).save_at == "minutes"
+    assert options(save_strategy="no").save_at == "no"
+
+
+def test_sources_are_paths_or_lists_with_weights() -> None:
+    assert options(data=Path("a.csv")).data == "a.csv"
+    assert options(data=["a", {"path": "b", "weight": 2}]).data == ["a", {"path": "b", "weight": 2}]
+    assert options(data={"path": "b"}).data == [{"path": "b", "weight": 1}]
+    assert options(eval_split=["a", "b"]).eval_split == ["a", "b"]

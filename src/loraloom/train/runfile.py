@@ -31,20 +31,50 @@ _ELSEWHERE = {
     "output": "output",
     "overwrite": "overwrite",
     "model": "model.name",
-    "dtype": "model.dtype",
+    **{name: f"model.{name}" for name in ("revision", "dtype", "attn_implementation", "device")},
     "data": "data.train",
     "eval_split": "data.validation",
-    "max_length": "data.max_length",
+    "data_workers": "data.workers",
+    **{
+        name: f"data.{name}"
+        for name in (
+            *("format", "columns", "max_length", "overlong", "on_bad_row", "allow_untrained", "chat_template"),
+            *("stride", "problem_type"),
+        )
+    },
+    **{name: f"eval.{name.removeprefix('eval_')}" for name in ("eval_strategy", "eval_steps", "eval_minutes")},
+    "eval_batch_size": "eval.batch_size",
+    **{
+        name: f"eval.{name}"
+        for name in (
+            *("metrics", "metric_for_best_model", "load_best_model_at_end", "early_stopping_patience"),
+            *("early_stopping_threshold", "max_new_tokens"),
+        )
+    },
 }
 #: A field of TrainOptions → its key, such as ``"learning_rate"`` → ``"train.learning_rate"``; ``lora`` is a section.
 KEYS = {s.name: _ELSEWHERE.get(s.name, f"train.{s.name}") for s in fields(TrainOptions) if s.name != "lora"}
 #: A field of LoraConfig → its key. Without those that a run sets itself.
 LORA_KEYS = {s.name: f"lora.{s.name}" for s in fields(LoraConfig) if s.name not in ("task_type", "runtime_config")}
 _FIELDS = {key: name for name, key in (*KEYS.items(), *LORA_KEYS.items())}
-_SECTIONS = ("model", "data", "lora", "train", "tune")
+_SECTIONS = ("model", "data", "lora", "train", "eval", "tune")
 _NEEDED = ("model", "data", "task", "output")
 #: What people write from habit.
-_HABITS = {"lr": "train.learning_rate", "validation": "data.validation", "alpha": "lora.lora_alpha", "rank": "lora.r"}
+_HABITS = {
+    "lr": "train.learning_rate",
+    "validation": "data.validation",
+    "alpha": "lora.lora_alpha",
+    "rank": "lora.r",
+    "dropout": "lora.lora_dropout",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "per_device_eval_batch_size": "eval.batch_size",
+    "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "dataset": "data.train",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
 
 
 @dataclass(frozen=True)
@@ -227,8 +257,8 @@ def _hint(section: str, name: str) -> str:
 
 
 def _example(section: str, sign: str = ": ") -> str:
-    keys = {"model": "name", "data": "train", "lora": "r", "train": "batch_size", "tune": "trials"}
-    values = {"model": "my-model", "data": "rows.jsonl", "lora": "16", "train": "16", "tune": "16"}
+    keys = {"model": "name", "data": "train", "lora": "r", "train": "batch_size", "eval": "steps", "tune": "trials"}
+    values = {"model": "my-model", "data": "rows.jsonl", "lora": "16", "train": "16", "eval": "100", "tune": "16"}
     return f"{keys[section]}{sign}{values[section]}"
 
 
@@ -316,5 +346,5 @@ def _written(options: TrainOptions) -> Iterable[tuple[str, Any]]:
     values = {key: value for key, value in train.items() if value is not None} | lora
     if not options.overwrite:
         del values["overwrite"]
-    order = ["task", "model", "data", "lora", "train", "output", "overwrite"]
+    order = ["task", "model", "data", "lora", "train", "eval", "output", "overwrite"]
     return sorted(values.items(), key=lambda item: order.index(item[0].partition(".")[0]))
