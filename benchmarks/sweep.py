@@ -1,16 +1,17 @@
 """A search over 16 configurations against training all 16 with PEFT, one after another.
 
-Usage: ``python benchmarks/sweep.py [--full] [--peft-steps 60]``. The quickstart's rows and model; a full trial goes
-once through the rows. PEFT's time is that of one run, a training loop of its own (no Trainer around it), measured for
-``--peft-steps`` steps and an evaluation and counted for all steps of 16 runs; so is loraloom's whole search, from the
-first read of the data to the verdict, measured in full. ``--full`` also trains all 16 to their end, to say what the
-search missed.
+Usage: ``python benchmarks/sweep.py``, and ``python benchmarks/sweep.py --full`` afterwards. The quickstart's rows and
+model; a full trial goes three times through the rows, the default of ``loraloom train``. loraloom's search is measured
+whole, from the first read of the data to the verdict. PEFT's time is the sum over the 16 configurations that it tried:
+of each, loading, ``--peft-steps`` steps of a training loop of its own (no Trainer around it; rows of similar length
+together, as ours) and an evaluation are measured, and counted for all steps. ``--full`` trains the 16 configurations of
+the recorded search to their end, to say what the search missed; that takes its time, and no time is taken of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import sys
 import tempfile
 import time
@@ -42,13 +43,14 @@ TRIALS, GOAL = 16, 8.0
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="train all 16 to their end as well")
-    parser.add_argument("--peft-steps", type=int, default=60)
+    parser.add_argument("--full", action="store_true", help="train the 16 of the recorded search to their end")
+    parser.add_argument("--peft-steps", type=int, default=20, help="measured of each configuration")
     parser.add_argument("--reduction", type=int, default=4)
-    parser.add_argument("--min-share", type=float, default=1 / 16)
-    parser.add_argument("--finalists", type=int, default=2)
+    parser.add_argument("--min-share", type=float, default=1 / 32)
+    parser.add_argument("--finalists", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=0)
-    parser.add_argument("--max-steps", type=int, help="of a full trial, instead of once through the rows")
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--max-steps", type=int, help="of a full trial, instead of epochs")
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             eval_split=str(held_out),
             task="seq-cls",
             output=str(Path(scratch) / "search"),
-            epochs=1,
+            epochs=options.epochs,
             max_steps=options.max_steps,
             batch_size=16,
             max_length=48,
@@ -70,43 +72,51 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         )
         settings = {name: getattr(options, name) for name in ("reduction", "min_share", "finalists", "seeds")}
         wanted = TuneOptions(train=base, space=Space.default(base, "quick"), trials=TRIALS, **settings)
-        started = time.perf_counter()
-        result = search(wanted)
-        seconds = time.perf_counter() - started
-        best = result.verdict.best
-        chosen = {
-            "seconds": seconds,
-            "trials": TRIALS,
-            "slots": result.record["machine"]["slots"],
-            "chosen": best.values,
-            "number": best.number,
-            "accuracy": result.record["best"]["metric"],
-        }
-        print(f"search: {chosen}", flush=True)
-        sequential = one_after_another(load(base), best.options, options.peft_steps)
-        print(f"peft: {sequential}", flush=True)
-        full = None
         if options.full:
-            tried = [trial.values for trial in result.verdict.trials if trial.repeats is None]
-            full = everything(wanted, tried, Path(scratch) / "full", best.number)
-            print(f"all in full: {full}", flush=True)
-    speedup = sequential["seconds"] / seconds
-    print(f"the search is {speedup:.2f} times as fast (goal {GOAL:g})")
-    settings |= {"dtype": base.dtype, "steps of a full trial": sequential["steps_per_run"], "batch_size": 16}
-    record = {
-        "settings": settings,
-        "search": chosen,
-        "peft": sequential,
-        "full": full,
-        "speedup": speedup,
-        "goal": GOAL,
-    }
+            record = json.loads((options.results / "sweep.json").read_text())
+            tried = [entry["values"] for entry in record["search"]["configurations"]]
+            record["full"] = everything(wanted, tried, Path(scratch) / "full", record["search"]["number"])
+            print(f"all in full: {record['full']}")
+        else:
+            record = compare(wanted, options.peft_steps) | {"full": None, "goal": GOAL}
+            record["settings"] |= settings
     print(f"written to {common.write('sweep', record, options.results)}")
     return record
 
 
-def one_after_another(loaded: Loaded, options: TrainOptions, steps: int) -> dict[str, Any]:
-    """What 16 runs like that of ``options`` take PEFT: measured on ``steps`` steps and one evaluation."""
+def compare(wanted: TuneOptions, peft_steps: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    result = search(wanted)
+    seconds = time.perf_counter() - started
+    best, trials = result.verdict.best, [trial for trial in result.verdict.trials if trial.repeats is None]
+    chosen = {
+        "seconds": seconds,
+        "slots": result.record["machine"]["slots"],
+        "chosen": best.values,
+        "number": best.number,
+        "accuracy": result.record["best"]["metric"],
+        "configurations": [{"values": trial.values, "steps": trial.step, "state": trial.state} for trial in trials],
+        "steps": sum(trial.step for trial in trials),
+    }
+    print(f"search: {chosen}", flush=True)
+    loaded = load(wanted.train)
+    runs = [one_run(loaded, trial.options, peft_steps) for trial in trials]
+    sequential = sum(run["seconds"] for run in runs)
+    print(f"peft: {sequential:.0f} s", flush=True)
+    speedup = sequential / seconds
+    print(f"the search is {speedup:.2f} times as fast (goal {GOAL:g})")
+    steps, _ = loaded.steps(loaded.options)
+    settings = {"dtype": wanted.train.dtype, "steps of a full trial": steps, "batch_size": wanted.train.batch_size}
+    return {
+        "settings": settings,
+        "search": chosen,
+        "peft": {"seconds": sequential, "steps": steps * len(runs), "runs": runs, "steps_measured": peft_steps},
+        "speedup": speedup,
+    }
+
+
+def one_run(loaded: Loaded, options: TrainOptions, steps: int) -> dict[str, float]:
+    """What a run like that of ``options`` takes PEFT: measured on ``steps`` steps and one evaluation."""
     total, _ = loaded.steps(loaded.options)
     started = time.perf_counter()
     base, _ = load_base(loaded.options.model, loaded.task, loaded.options.dtype, loaded.data.names)
@@ -127,31 +137,23 @@ def one_after_another(loaded: Loaded, options: TrainOptions, steps: int) -> dict
     def inputs(rows: list[int], part: Any) -> dict[str, torch.Tensor]:
         return collate([part.examples[row] for row in rows], loaded.tokenizer.pad_token_id, loaded.task)
 
-    times = []
-    order = bucketed(loaded.data.train.lengths, loaded.options.batch_size, 0, 0)
-    for rows in order[: steps + 3]:
-        started = time.perf_counter()
+    order = bucketed(loaded.data.train.lengths, loaded.options.batch_size, 0, 0)[: steps + 3]
+    for number, rows in enumerate(order):
+        if number == 3:
+            started = time.perf_counter()
         model(**inputs(rows, loaded.data.train)).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter() - started)
+    step = (time.perf_counter() - started) / (len(order) - 3)
     started = time.perf_counter()
     model.eval()
     with torch.inference_mode():
         for rows in evaluation_batches(loaded.data.evaluation.lengths, 64):
             model(**inputs(rows, loaded.data.evaluation)).logits.argmax(-1)
     evaluation = time.perf_counter() - started
-    each = set_up + total * statistics.fmean(times[3:]) + evaluation
-    return {
-        "seconds_per_run": each,
-        "steps_measured": len(times) - 3,
-        "seconds_per_step": statistics.fmean(times[3:]),
-        "evaluation_seconds": evaluation,
-        "steps_per_run": total,
-        "runs": TRIALS,
-        "seconds": TRIALS * each,
-    }
+    each = {"set_up": set_up, "step": step, "evaluation": evaluation}
+    return each | {"seconds": set_up + total * step + evaluation}
 
 
 class Given(optuna.samplers.BaseSampler):
@@ -182,8 +184,7 @@ def everything(
         "best_accuracy": max(accuracy for accuracy in found if accuracy is not None),
         "chosen_accuracy": found[best],
         "accuracies": found,
-        "configs": list(configurations),
-        "seconds": result.record["seconds"],
+        "configurations": list(configurations),
     }
 
 

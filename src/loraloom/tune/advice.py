@@ -237,7 +237,7 @@ def _cheapest(trials: Sequence[Trial], best: Trial, knob: str) -> Any:
 def apart(evidence: Evidence) -> Advice | None:
     """Training loss goes on down while held-out loss has turned up: rows are learnt by heart."""
     trial = evidence.best
-    held = [(int(e["step"]), measured(e, "loss")) for e in trial.curve.evaluations]
+    held = [(int(e["step"]), measured(e, "loss")) for e in trial.curve.evaluations if "rows" not in e]
     losses = _finite_ones(trial.curve.loss)
     if len(held) < 3 or len(losses) < CURVE_STEPS or not all(math.isfinite(loss) for _, loss in held):
         return None
@@ -265,7 +265,7 @@ def slow(evidence: Evidence) -> Advice | None:
     level, slope, error, scatter = _line(losses)
     start = level - slope * len(losses) / 2
     fall = -slope * len(losses) / start if start > 0 else 0.0
-    held = [measured(e, "loss") for e in trial.curve.evaluations]
+    held = [measured(e, "loss") for e in trial.curve.evaluations if "rows" not in e]
     turned = len(held) > 1 and not held[-1] < held[-2]
     if fall < FALL or -slope < FALL_ERRORS * error or scatter > EVEN * level or turned:
         return None

@@ -25,7 +25,7 @@ from loraloom.train.run import Loaded, explain
 AS_FAST = 0.95
 #: Of what is free, and of what the estimate says: it counts tensors, and an allocator needs some room beside them.
 SHARE, MARGIN = 0.9, 1.15
-#: A number of slots is measured for so many steps at most, and no longer than this if three are done.
+#: A number of slots is measured for so many steps at most, and no longer than this if two are done.
 STEPS, SECONDS = 8, 1.0
 
 
@@ -123,7 +123,7 @@ def _rate(pack: Pack, loaded: Loaded, config: LoraConfig, count: int) -> float:
             started = time.perf_counter()
             tokens = advance(pack, slots)
             best = max(best, tokens / (time.perf_counter() - started))
-            if step >= 2 and time.perf_counter() - began > SECONDS:
+            if step >= 1 and time.perf_counter() - began > SECONDS:
                 break
         return best
     finally:

@@ -6,6 +6,7 @@ A search has one in its own process, or several in others.
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,9 @@ WIDTH = 16
 SECONDS = 60.0
 #: A trial blows up whose mean loss over so many steps is so many times that of its first ones.
 WINDOW, BLOWN_UP = 10, 2.0
+#: At a rung a trial is measured on as many rows as a training comes to see by then, on these at least, and on all where
+#: there are no more: measuring many that have hardly begun would take longer than training them.
+RUNG_ROWS = 256
 #: Between the last rung and the end there is one more evaluation: curves of two points say nothing.
 BETWEEN = 2 / 3
 
@@ -160,21 +164,33 @@ class Worker:
 
     def _measure(self, trial: Trial) -> None:
         name, metric = name_of(trial.number), self.options.metric
+        examples = self.loaded.data.evaluation.examples
+        rows = self._rows(trial)
         found = evaluate(
             self.model,
             name,
             self.loaded.task,
-            self.loaded.data.evaluation.examples,
+            examples if rows is None else [examples[row] for row in rows],
             self.loaded.tokenizer.pad_token_id,
             self.options.train.eval_batch_size,
         )
-        trial.curve.evaluations.append({"step": trial.step, **found})
+        trial.curve.evaluations.append({"step": trial.step, **found} | ({} if rows is None else {"rows": len(rows)}))
         # Of logits that are NaN some class is still the likeliest: the accuracy alone does not tell.
         if broken := [name for name in (metric, "loss") if not math.isfinite(found[name])]:
             trial.state, trial.reason = "failed", f"step {trial.step}: the held-out {broken[0]} is {found[broken[0]]}"
         elif trial.step >= trial.steps:
             trial.state, trial.used = "finished", _used(self.model, name)
             self.model.save_pretrained(Path(self.options.train.output) / TRIALS, selected_adapters=[name])
+
+    def _rows(self, trial: Trial) -> list[int] | None:
+        """The held-out rows to measure ``trial`` on, the same for all that come so far; None for all there are."""
+        rungs = milestones(self.options, trial)[trial.step]
+        there = len(self.loaded.data.evaluation.examples)
+        options = self.loaded.options
+        steps, _ = self.loaded.steps(options)
+        seen = steps * options.batch_size * options.gradient_accumulation_steps
+        count = max(RUNG_ROWS, *(math.ceil(self.options.rungs[rung] * seen) for rung in rungs)) if rungs else there
+        return sorted(random.Random("rung").sample(range(there), count)) if count < there else None
 
     def _enter(self, trial: Trial, numbers: Numbers) -> None:
         name = name_of(trial.number)
