@@ -8,13 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from loraloom.data.batches import bucketed
 from loraloom.data.encode import IGNORE, Example
 from loraloom.lora.initialize import seed_of
-from loraloom.train.flat import FlatAdamW
+from loraloom.train import optimizers
+from loraloom.train.schedule import Schedule
+from loraloom.train.world import World
+
+#: Half precision's gradients are lost below 2**-24: losses are multiplied with this, and with half as much after each
+#: step whose gradients were not finite, and with twice as much after so many in a row that were.
+SCALE, GROWS_AFTER = 2.0**16, 2000
 
 
 @dataclass
@@ -34,6 +41,11 @@ class Slot:
         steps: how many optimizer steps this slot takes in all.
         batch_size: rows of one forward; ``gradient_accumulation_steps`` of these make a step.
         loraplus_lr_ratio: the learning rate of B over that of everything else (LoRA+, Hayou et al. 2024).
+        warmup_steps: in place of ``warmup_ratio``, a share of the steps.
+        decay_ratio: the share of the steps in which ``warmup_stable_decay`` goes down.
+        optim: ``adamw``, or a class of torch.optim that takes ``optim_args``.
+        scaled: losses are scaled, as half precision needs it.
+        world: the processes that share each batch.
     """
 
     def __init__(
@@ -50,31 +62,43 @@ class Slot:
         lr_scheduler_type: str = "linear",
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.0,
+        warmup_steps: int | None = None,
+        decay_ratio: float = 0.2,
+        optim: str = "adamw",
+        optim_args: Mapping[str, Any] | None = None,
         max_grad_norm: float = 1.0,
         seed: int = 0,
+        scaled: bool = False,
+        world: World | None = None,
     ) -> None:
         self.name, self.seed = name, seed
         self.steps, self.step = steps, 0
         self.accumulation = gradient_accumulation_steps
-        self.learning_rate, self.schedule = learning_rate, lr_scheduler_type
-        self.warmup = math.ceil(warmup_ratio * steps)
+        warmup = math.ceil(warmup_ratio * steps) if warmup_steps is None else warmup_steps
+        self._schedule = Schedule(learning_rate, steps, warmup, lr_scheduler_type, math.ceil(decay_ratio * steps))
         self.max_grad_norm = max_grad_norm
+        self.world = world or World()
+        #: what losses are multiplied with, and for how many steps that went well
+        self.scale: tuple[float, int] = (SCALE if scaled else 1.0, 0)
+        self._scaled = scaled
         self.curve = Curve()
-        #: why it cannot go on, once it cannot
+        #: why it cannot go on, once it cannot, and the examples that it was working on
         self.failure = ""
-        self.optimizer = FlatAdamW(
-            [(p, loraplus_lr_ratio if _is_b(key) else 1.0) for key, p in parameters.items()], weight_decay
-        )
+        self.failed: list[int] = []
+        #: why it ends before its last step
+        self.enough = ""
+        timed = [(p, loraplus_lr_ratio if _is_b(key) else 1.0) for key, p in parameters.items()]
+        self.optimizer = optimizers.build(optim, timed, weight_decay, optim_args or {})
         self._examples = examples
         self._lengths, self._batch_size = [len(e.input_ids) for e in examples], batch_size
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         #: the batches of this step that are yet to come, with their shares of its labels
-        self._waiting: list[tuple[list[Example], float]] = []
+        self._waiting: list[tuple[list[int], float]] = []
         self._loss = 0.0
 
     @property
     def done(self) -> bool:
-        return self.step >= self.steps
+        return self.step >= self.steps or bool(self.enough)
 
     @property
     def running(self) -> bool:
@@ -86,20 +110,28 @@ class Slot:
         return self._examples[0]
 
     def next_examples(self) -> tuple[list[Example], float]:
-        """The rows of the next forward, and their share of the labels of the step."""
+        """The rows of the next forward, and what their mean loss is to be multiplied with.
+
+        That is their share of the labels of the step, and the scale. A process without a row of a batch takes one that
+        counts nothing, for all go through the same products.
+        """
         if not self._waiting:
             first = self.step * self.accumulation
             batches = [self._batch(number) for number in range(first, first + self.accumulation)]
-            labels = [sum(_labels(example) for example in batch) for batch in batches]
-            self._waiting = [(batch, count / sum(labels)) for batch, count in zip(batches, labels, strict=True)]
-        return self._waiting[0]
+            labels = sum(_labels(example) for batch in batches for example in batch)
+            for batch in batches:
+                mine = self.world.share(batch)
+                share = sum(_labels(example) for example in mine) / labels
+                self._waiting.append((mine or batch[:1], share))
+        examples, share = self._waiting[0]
+        return examples, share * self.scale[0]
 
-    def _batch(self, number: int) -> list[Example]:
+    def _batch(self, number: int) -> list[int]:
         """Batch ``number`` of this slot's order, which goes through the rows again and again, each time anew."""
         epoch, place = divmod(number, -(-len(self._lengths) // self._batch_size))
         if self._epoch[0] != epoch:
             self._epoch = epoch, bucketed(self._lengths, self._batch_size, self.seed, epoch)
-        return [self._examples[row] for row in self._epoch[1][place]]
+        return self._epoch[1][place]
 
     @property
     def dropout_seed(self) -> int:
@@ -112,35 +144,48 @@ class Slot:
         """How many forwards of the step under way were seen, and their part of its loss."""
         return (self.accumulation - len(self._waiting), self._loss) if self._waiting else (0, 0.0)
 
-    def go_on(self, step: int, curve: Curve, within: tuple[int, float] = (0, 0.0)) -> None:
+    def go_on(
+        self,
+        step: int,
+        curve: Curve,
+        within: tuple[int, float] = (0, 0.0),
+        scale: tuple[float, int] | None = None,
+    ) -> None:
         """Stand where another slot with these rows stood. The optimizer's state and gradients come apart from this."""
         self.step, self.curve = step, curve
+        self.scale = scale or self.scale
         seen, self._loss = within
         if seen:
             self.next_examples()
             del self._waiting[:seen]
 
     def rate(self, step: int) -> float:
-        """The learning rate of ``step`` (from 0): up in a line through the warmup, then as ``schedule`` says."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        left = (self.steps - step) / max(self.steps - self.warmup, 1)
-        if self.schedule == "cosine":
-            return self.learning_rate * (1 - math.cos(math.pi * left)) / 2
-        return self.learning_rate * (left if self.schedule == "linear" else 1.0)
+        """The learning rate of ``step``, from 0."""
+        return self._schedule.rate(step)
 
     def update(self, loss: float) -> None:
-        """Go on after a backward; ``loss`` is that of its rows. A step once all forwards of the step were seen."""
+        """Go on after a backward; ``loss`` is that of its rows. A step once all forwards of the step were seen.
+
+        Where a scaled loss gave gradients that are not finite, the step is to be taken again, with half the scale.
+        """
         _, share = self._waiting.pop(0)
-        self._loss += share * loss
+        # A row that stands in for none says nothing, not even that its loss is NaN.
+        loss = self.world.total(share * loss if share else 0.0)
+        self._loss += loss
         if not math.isfinite(loss):
             self.failure = f"step {self.step + 1}: the loss is {loss}"
         elif not self._waiting:
-            rate = self.rate(self.step)
-            norm = self.optimizer.step(rate, self.max_grad_norm)
+            rate, (scale, good) = self.rate(self.step), self.scale
+            reduce = self.world.sum if self.world.size > 1 else None
+            norm = self.optimizer.step(rate, self.max_grad_norm, scale, reduce)
             if not math.isfinite(norm):
-                self.failure = f"step {self.step + 1}: the norm of the gradients is {norm}"
+                if self._scaled and scale > 1.0:
+                    self.scale, self._loss = (scale / 2, 0), 0.0
+                else:
+                    self.failure = f"step {self.step + 1}: the norm of the gradients is {norm}"
                 return
+            if self._scaled:
+                self.scale = (scale, good + 1) if good + 1 < GROWS_AFTER else (2 * scale, 0)
             self.step += 1
             self.curve.loss.append(self._loss)
             self.curve.learning_rate.append(rate)
