@@ -71,15 +71,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             dtype="bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32",
         )
         settings = {name: getattr(options, name) for name in ("reduction", "min_share", "finalists", "seeds")}
-        wanted = TuneOptions(train=base, space=Space.default(base, "quick"), trials=TRIALS, **settings)
+        # In a slot each, what is tried does not depend on how fast the machine is at the moment.
+        space = Space.default(base, "quick")
+        wanted = TuneOptions(train=base, space=space, trials=TRIALS, slots=TRIALS, **settings)
         if options.full:
             record = json.loads((options.results / "sweep.json").read_text())
             tried = [entry["values"] for entry in record["search"]["configurations"]]
             record["full"] = everything(wanted, tried, Path(scratch) / "full", record["search"]["number"])
             print(f"all in full: {record['full']}")
         else:
-            record = compare(wanted, options.peft_steps) | {"full": None, "goal": GOAL}
+            record = compare(wanted, options.peft_steps) | {"goal": GOAL}
             record["settings"] |= settings
+            record["full"] = known(record, options.results / "sweep.json")
     print(f"written to {common.write('sweep', record, options.results)}")
     return record
 
@@ -113,6 +116,14 @@ def compare(wanted: TuneOptions, peft_steps: int) -> dict[str, Any]:
         "peft": {"seconds": sequential, "steps": steps * len(runs), "runs": runs, "steps_measured": peft_steps},
         "speedup": speedup,
     }
+
+
+def known(record: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """What an earlier ``--full`` found of the same configurations, to their end, and the same choice among them."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    keys = ("configurations", "number")
+    same = before.get("full") and all(before["search"].get(key) == record["search"][key] for key in keys)
+    return before["full"] if same and before["settings"] == record["settings"] else None
 
 
 def one_run(loaded: Loaded, options: TrainOptions, steps: int) -> dict[str, float]:

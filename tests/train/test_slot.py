@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from loraloom.data import Example, bucketed
-from loraloom.train.slot import Slot
+from loraloom.train.slot import GROWS_AFTER, Slot
+from loraloom.train.world import World
 
 ROWS = [Example([1] * (1 + i % 5), i) for i in range(10)]
 
@@ -133,3 +134,44 @@ def test_gradients_that_are_not_finite_change_nothing_and_stop_the_slot() -> Non
     assert one.failure == "step 1: the norm of the gradients is inf"
     assert not one.running
     assert torch.equal(used, torch.ones(2))
+
+
+def test_a_scaled_step_whose_gradients_overflow_is_taken_again_with_half_the_scale() -> None:
+    used = nn.Parameter(torch.zeros(2))
+    one = slot(used, scaled=True, optim="SGD")
+    rows, weight = one.next_examples()
+    seed = one.dropout_seed
+    used.grad = torch.full((2,), float("inf"))
+    one.update(1.0)
+    assert (one.step, one.failure, one.curve.loss) == (0, "", [])
+    again, half = one.next_examples()
+    assert (again, half, one.dropout_seed) == (rows, weight / 2, seed)
+    used.grad = torch.full((2,), 0.1 * half)
+    one.update(1.0)
+    assert one.step == 1
+    torch.testing.assert_close(used.detach(), torch.full((2,), -0.1))
+
+
+def test_a_scale_that_went_well_for_long_grows() -> None:
+    one = slot(nn.Parameter(torch.zeros(1)), scaled=True, steps=GROWS_AFTER + 1)
+    before = one.scale[0]
+    while not one.done:
+        go_on(one)
+    assert one.scale == (2 * before, 1)
+
+
+def test_processes_share_a_batch_and_its_weights_add_up_to_one() -> None:
+    rows = [Example([1] * n, [-100] + [1] * (n - 1)) for n in (2, 3, 5, 9, 4)]
+    whole = Slot("s", {}, rows, steps=2, batch_size=3, learning_rate=1.0)
+    parts = [Slot("s", {}, rows, steps=2, batch_size=3, learning_rate=1.0, world=World(rank, 2)) for rank in range(2)]
+    seen = [one.next_examples() for one in parts]
+    assert sorted(len(e.input_ids) for examples, _ in seen for e in examples) == sorted(
+        len(e.input_ids) for e in whole.next_examples()[0]
+    )
+    assert sum(weight for _, weight in seen) == pytest.approx(1)
+
+
+def test_a_process_without_a_row_takes_one_that_counts_nothing() -> None:
+    one = Slot("s", {}, [Example([1], 0)], steps=1, batch_size=1, learning_rate=1.0, world=World(1, 2))
+    examples, weight = one.next_examples()
+    assert (len(examples), weight) == (1, 0.0)

@@ -7,7 +7,7 @@ each; the parameters are views of one tensor and follow by themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +28,17 @@ class FlatAdamW:
         self._groups: list[list[int]] = []
         self._optimizer: torch.optim.AdamW | None = None
 
-    def step(self, learning_rate: float, max_norm: float) -> float:
-        """Clip the gradients together to ``max_norm``, update, and let the gradients go. Returns their norm before.
+    def step(
+        self,
+        learning_rate: float,
+        max_norm: float,
+        scale: float = 1.0,
+        reduce: Callable[[Tensor], None] | None = None,
+    ) -> float:
+        """Divide the gradients by ``scale``, clip them together to ``max_norm``, update, and let the gradients go.
 
-        Where the norm is not finite, nothing is changed.
+        ``reduce`` changes the gathered gradients first, as a sum over processes does. Returns their norm before
+        clipping. Where it is not finite, nothing is changed.
         """
         known = {i for members in self._groups for i in members}
         new = [i for i, (p, _) in enumerate(self._parameters) if i not in known and p.grad is not None]
@@ -45,15 +52,18 @@ class FlatAdamW:
             flat.grad = torch.cat(
                 [(p.new_zeros(p.shape) if p.grad is None else p.grad).reshape(-1) for p in parameters]
             )
+            if reduce is not None:
+                reduce(flat.grad)
             norms.append(torch.linalg.vector_norm(flat.grad))
             group["lr"] = learning_rate * self._parameters[members[0]][1]
             for parameter in parameters:
                 parameter.grad = None
-        norm = math.hypot(*torch.stack([n.to(norms[0]) for n in norms]).tolist())
+        norm = math.hypot(*torch.stack([n.to(norms[0]) for n in norms]).tolist()) / scale
         if math.isfinite(norm):
+            factor = (max_norm / (norm + 1e-6) if norm > max_norm else 1.0) / scale
             for group in self._optimizer.param_groups:
-                if norm > max_norm:
-                    group["params"][0].grad.mul_(max_norm / (norm + 1e-6))
+                if factor != 1.0:
+                    group["params"][0].grad.mul_(factor)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from loraloom.config import TaskType
 from loraloom.data.batches import bucketed
 from loraloom.data.encode import IGNORE, Example
 from loraloom.lora.initialize import seed_of
@@ -22,6 +23,8 @@ from loraloom.train.world import World
 #: Half precision's gradients are lost below 2**-24: losses are multiplied with this, and with half as much after each
 #: step whose gradients were not finite, and with twice as much after so many in a row that were.
 SCALE, GROWS_AFTER = 2.0**16, 2000
+#: Tasks whose loss is a mean over tokens; elsewhere it is one over rows.
+PER_TOKEN = (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS, TaskType.SEQ_2_SEQ_LM)
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Slot:
         warmup_steps: in place of ``warmup_ratio``, a share of the steps.
         decay_ratio: the share of the steps in which ``warmup_stable_decay`` goes down.
         optim: ``adamw``, or a class of torch.optim that takes ``optim_args``.
+        task: what the rows' labels are.
         scaled: losses are scaled, as half precision needs it.
         world: the processes that share each batch.
     """
@@ -68,10 +72,11 @@ class Slot:
         optim_args: Mapping[str, Any] | None = None,
         max_grad_norm: float = 1.0,
         seed: int = 0,
+        task: TaskType = TaskType.CAUSAL_LM,
         scaled: bool = False,
         world: World | None = None,
     ) -> None:
-        self.name, self.seed = name, seed
+        self.name, self.seed, self._task = name, seed, task
         self.steps, self.step = steps, 0
         self.accumulation = gradient_accumulation_steps
         warmup = math.ceil(warmup_ratio * steps) if warmup_steps is None else warmup_steps
@@ -118,13 +123,15 @@ class Slot:
         if not self._waiting:
             first = self.step * self.accumulation
             batches = [self._batch(number) for number in range(first, first + self.accumulation)]
-            labels = sum(_labels(example) for batch in batches for example in batch)
+            labels = sum(self._labels(batch) for batch in batches)
             for batch in batches:
                 mine = self.world.share(batch)
-                share = sum(_labels(example) for example in mine) / labels
-                self._waiting.append((mine or batch[:1], share))
-        examples, share = self._waiting[0]
-        return examples, share * self.scale[0]
+                self._waiting.append((mine or batch[:1], self._labels(mine) / max(labels, 1)))
+        rows, share = self._waiting[0]
+        return [self._examples[row] for row in rows], share * self.scale[0]
+
+    def _labels(self, rows: Sequence[int]) -> int:
+        return sum(_asked(self._examples[row], self._task) for row in rows)
 
     def _batch(self, number: int) -> list[int]:
         """Batch ``number`` of this slot's order, which goes through the rows again and again, each time anew."""
@@ -168,12 +175,12 @@ class Slot:
 
         Where a scaled loss gave gradients that are not finite, the step is to be taken again, with half the scale.
         """
-        _, share = self._waiting.pop(0)
+        rows, share = self._waiting.pop(0)
         # A row that stands in for none says nothing, not even that its loss is NaN.
         loss = self.world.total(share * loss if share else 0.0)
         self._loss += loss
         if not math.isfinite(loss):
-            self.failure = f"step {self.step + 1}: the loss is {loss}"
+            self.failure, self.failed = f"step {self.step + 1}: the loss is {loss}", rows
         elif not self._waiting:
             rate, (scale, good) = self.rate(self.step), self.scale
             reduce = self.world.sum if self.world.size > 1 else None
@@ -182,7 +189,7 @@ class Slot:
                 if self._scaled and scale > 1.0:
                     self.scale, self._loss = (scale / 2, 0), 0.0
                 else:
-                    self.failure = f"step {self.step + 1}: the norm of the gradients is {norm}"
+                    self.failure, self.failed = f"step {self.step + 1}: the norm of the gradients is {norm}", rows
                 return
             if self._scaled:
                 self.scale = (scale, good + 1) if good + 1 < GROWS_AFTER else (2 * scale, 0)
@@ -196,6 +203,8 @@ def _is_b(key: str) -> bool:
     return ".lora_B." in f"{key}." or ".lora_embedding_B." in f"{key}."
 
 
-def _labels(example: Example) -> int:
-    """How many predictions of a row are asked for: one, or one for each labelled token but the first."""
-    return sum(label != IGNORE for label in example.labels[1:]) if isinstance(example.labels, list) else 1
+def _asked(example: Example, task: TaskType) -> int:
+    """How many predictions of a row are asked for: one, or one for each labelled token, in causal-lm but the first."""
+    if task in PER_TOKEN and isinstance(example.labels, list):
+        return sum(label != IGNORE for label in example.labels[task is TaskType.CAUSAL_LM :])
+    return 1
