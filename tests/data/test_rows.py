@@ -36,6 +36,12 @@ def saved(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
+def read(path: Path) -> list[tuple[dict[str, object], int]]:
+    rows = read_rows(path)
+    assert {row.file for row in rows} == {str(path)}
+    return [(row.fields, row.line) for row in rows]
+
+
 def refused(path: Path, *words: str) -> None:
     with pytest.raises(DataError) as error:
         read_rows(path)
@@ -55,13 +61,13 @@ def labelled(*labels: object) -> list[Row]:
 def test_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path, end: str, mark: bytes) -> None:
     json_lines = end.join(['{"text": "é", "label": 1}', "", '{"text": "b", "label": 2}'])
     csv_lines = end.join(["text,label", "é,1", "", "b,2"]) + end
-    assert read_rows(saved(tmp_path, "a.jsonl", mark + json_lines.encode())) == [
-        Row({"text": "é", "label": 1}, 1),
-        Row({"text": "b", "label": 2}, 3),
+    assert read(saved(tmp_path, "a.jsonl", mark + json_lines.encode())) == [
+        ({"text": "é", "label": 1}, 1),
+        ({"text": "b", "label": 2}, 3),
     ]
-    assert read_rows(saved(tmp_path, "a.CSV", mark + csv_lines.encode())) == [
-        Row({"text": "é", "label": "1"}, 2),
-        Row({"text": "b", "label": "2"}, 4),
+    assert read(saved(tmp_path, "a.CSV", mark + csv_lines.encode())) == [
+        ({"text": "é", "label": "1"}, 2),
+        ({"text": "b", "label": "2"}, 4),
     ]
 
 
@@ -74,8 +80,8 @@ def test_any_json_objects_come_back_as_they_were_written(
     tmp_path_factory: pytest.TempPathFactory, objects: list[dict[str, object]]
 ) -> None:
     text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in objects)
-    rows = read_rows(saved(tmp_path_factory.mktemp("rows"), "a.jsonl", text))
-    assert rows == [Row(value, line) for line, value in enumerate(objects, start=1)]
+    rows = read(saved(tmp_path_factory.mktemp("rows"), "a.jsonl", text))
+    assert rows == [(value, line) for line, value in enumerate(objects, start=1)]
 
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
@@ -102,7 +108,7 @@ def test_a_csv_row_is_known_by_the_line_on_which_it_starts(tmp_path: Path) -> No
 
 def test_a_line_separator_inside_a_json_string_ends_no_line(tmp_path: Path) -> None:
     path = saved(tmp_path, "a.jsonl", '{"text": "one\u2028two\x85three"}\n{"text": "four"}\n')
-    assert read_rows(path) == [Row({"text": "one\u2028two\x85three"}, 1), Row({"text": "four"}, 2)]
+    assert read(path) == [({"text": "one\u2028two\x85three"}, 1), ({"text": "four"}, 2)]
 
 
 def test_the_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
@@ -140,7 +146,7 @@ def test_a_csv_file_with_only_a_header_is_refused(tmp_path: Path) -> None:
     refused(saved(tmp_path, "a.csv", "text,label\n"), "empty")
 
 
-@pytest.mark.parametrize(("name", "found"), [("a.json", "'.json'"), ("a.parquet", "'.parquet'"), ("a", "no suffix")])
+@pytest.mark.parametrize(("name", "found"), [("a.jsom", "'.jsom'"), ("a.docx", "'.docx'"), ("a", "no suffix")])
 def test_an_unknown_suffix_is_named_with_what_is_read(tmp_path: Path, name: str, found: str) -> None:
     refused(saved(tmp_path, name, "{}"), found, ".jsonl", ".csv")
 
@@ -215,10 +221,10 @@ def test_a_task_goes_by_its_option_its_peft_name_and_its_enum(name: str) -> None
 
 
 def test_a_task_that_rows_are_not_read_for_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'seq_cl' is not one of seq-cls, causal-lm; did you mean 'seq-cls'"):
+    with pytest.raises(ConfigError, match=r"'seq_cl' is not one of seq-cls, causal-lm, .*; did you mean 'seq-cls'"):
         as_task("seq_cl")
-    with pytest.raises(ConfigError, match="TOKEN_CLS"):
-        as_task(TaskType.TOKEN_CLS)
+    with pytest.raises(ConfigError, match="FEATURE_EXTRACTION"):
+        as_task(TaskType.FEATURE_EXTRACTION)
 
 
 def test_the_columns_of_each_task_are_recognised() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-#: A message in OpenAI's form: ``role`` and ``content``, and where they apply ``tool_calls``, ``tool_call_id``, ``name``.
+#: A message in OpenAI's form: ``role``, ``content``, and where they apply ``tool_calls``, ``tool_call_id``, ``name``.
 Message = dict[str, Any]
 
 
@@ -35,8 +35,10 @@ class Chat:
     ``role`` is ``system``, ``developer``, ``user``, ``assistant`` or ``tool``. ``content`` is a string always (the
     text parts of a list are joined; ``""`` beside tool calls where the file has null). A tool call is
     ``{"type": "function", "function": {"name": ..., "arguments": {...}}}`` with ``id`` where the file has one, its
-    arguments an object (a JSON text is parsed), which is what chat templates take. ``tools`` are the JSON schemas
-    of the functions, or None.
+    arguments an object (a JSON text is parsed), which is what chat templates take. Other keys of a message that are
+    not null are passed on, for templates that know them (``reasoning_content``). ``weight`` is 0 on an assistant's
+    message that is not to be trained on, as in OpenAI's files, and on one that is part of a prompt. ``tools`` are
+    ``{"type": "function", "function": {...}}`` with the JSON schemas of the functions, or None.
     """
 
     messages: list[Message]

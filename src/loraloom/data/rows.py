@@ -1,26 +1,21 @@
-"""From a JSONL or CSV file to checked rows, each with its line number.
+"""Rows: one record of the user's data each, where it stands, what may be wrong with it, and its label.
 
-This file knows file formats, the columns that each task needs, and labels. It does not know tokenizers or
-tensors. Everything that is wrong with the user's file is found here and named by file and line.
+This file knows what a row is, the columns and labels of the two oldest tasks, and how to say where a row stands.
+It does not know file formats (``readers``), sources, tokenizers or tensors.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import hashlib
-import io
 import json
-import os
-import random
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loraloom.config import TaskType
+from loraloom.data.holdout import held_out
 from loraloom.errors import ConfigError, DataError, nearest
 
 #: The columns that a task reads; where there are several forms, the first that fits the first row is taken.
@@ -29,120 +24,110 @@ FORMS: dict[TaskType, tuple[tuple[str, ...], ...]] = {
     TaskType.CAUSAL_LM: (("prompt", "completion"), ("text",)),
 }
 
+#: The tasks that rows are read for, by their option.
+ROW_TASKS = {
+    "seq-cls": TaskType.SEQ_CLS,
+    "causal-lm": TaskType.CAUSAL_LM,
+    "token-cls": TaskType.TOKEN_CLS,
+    "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
+    "question-answering": TaskType.QUESTION_ANS,
+}
+
 WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]*")
+
+#: How a place in a file is counted: by line, or by record where a file has no lines of its own.
+Unit = Literal["line", "row"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record of a data file: its columns, and the line (from 1) on which it starts."""
+    """One record of the data: its columns, and the line or row (from 1) on which it starts in its file."""
 
     fields: dict[str, Any]
     line: int
+    file: str = ""
+    unit: Unit = "line"
+
+    @property
+    def where(self) -> str:
+        """``"chats.jsonl, line 7"``, or ``"chats.parquet, row 7"`` where a file has no lines."""
+        return f"{self.file}, {self.unit} {self.line}" if self.file else f"{self.unit} {self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used: where it stands, why, and what was there.
+
+    ``column`` is the character of the line (from 1) where that is known, ``field`` the user's name of the column
+    at fault. ``raw`` is the row as text: the line itself, or JSON of the columns; its start where it is huge.
+    """
+
+    file: str
+    line: int
+    reason: str
+    column: int | None = None
+    field: str = ""
+    raw: str = ""
+    unit: Unit = "line"
+
+    @property
+    def message(self) -> str:
+        """What an error says of it: file, line and reason."""
+        where = f"{self.file}, {self.unit} {self.line}" if self.file else f"{self.unit} {self.line}"
+        return f"{where}: {self.reason}"
+
+
+#: What is told of each bad row where they are skipped; without it the first one is raised.
+OnBad = Callable[[BadRow], None]
+
+
+class RowError(DataError):
+    """One row of the data is wrong, and the others may be right; ``bad`` says which and why."""
+
+    def __init__(self, bad: BadRow) -> None:
+        super().__init__(bad.message)
+        self.bad = bad
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[BadRow]]:
+        # An exception is rebuilt from its message otherwise, and this one may come from a worker process.
+        return type(self), (self.bad,)
+
+
+def row_error(row: Row, reason: str, field: str = "") -> RowError:
+    """The error that says ``reason`` of ``row``, with the row's columns as JSON beside it."""
+    raw = json.dumps(row.fields, default=repr)
+    return RowError(BadRow(row.file, row.line, reason, None, field, raw, row.unit))
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a ``.jsonl`` or ``.csv`` file (UTF-8, with or without a byte order mark).
+    """All rows of one data file at once, as ``sources.resolve`` reads them."""
+    # Inside, because sources stands above this file: goes when the last caller reads sources itself.
+    from loraloom.data.sources import read_rows as read
 
-    Blank lines are skipped and still counted. The values of a CSV file are all strings. Raises ``DataError``,
-    with file and line, for whatever cannot be read as it stands; nothing is repaired or left out in silence.
-    """
-    path = _file(path)
-    readers = {".jsonl": _jsonl, ".csv": _csv}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        found = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
-        raise DataError(f"{path}: {found}; a data file is .jsonl (one JSON object per line) or .csv")
-    rows = list(reader(_decode(_bytes(path), path), path))
-    if not rows:
-        raise DataError(f"{path}: the file is empty: no rows were found")
-    return rows
+    return read(path)
 
 
 def data_hash(path: str | Path) -> str:
     """The SHA-256 of the file's bytes, in hexadecimal."""
-    return hashlib.sha256(_bytes(_file(path))).hexdigest()
+    from loraloom.data.readers import file_hash
 
-
-def _file(path: str | Path) -> Path:
-    # Not Path.is_dir(): it raises for a name that the system cannot hold.
-    if os.path.isdir(path):
-        raise DataError(f"{path}: a directory, where a data file (.jsonl or .csv) is needed")
-    return Path(path)
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        siblings = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
-        raise DataError(f"{path}: no such file{nearest(path.name, siblings)}") from None
-    except OSError as exc:
-        raise DataError(f"{path}: cannot be read: {exc.strerror}") from exc
-
-
-def _decode(raw: bytes, path: Path) -> str:
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path}: the file is UTF-16; save it as UTF-8")
-    raw = raw.removeprefix(codecs.BOM_UTF8)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as exc:
-        line = raw.count(b"\n", 0, exc.start) + 1
-        byte = exc.start - raw.rfind(b"\n", 0, exc.start)
-        raise DataError(
-            f"{path}, line {line}: not UTF-8: byte {byte} of the line is 0x{raw[exc.start]:02x}; save the file as UTF-8"
-        ) from None
-
-
-def _jsonl(text: str, path: Path) -> Iterator[Row]:
-    # Not splitlines(): it also breaks at U+2028 and its like, which are legal inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as exc:
-            raise DataError(f"{path}, line {number}: not JSON: {exc.msg} (character {exc.colno})") from None
-        except (ValueError, RecursionError) as exc:
-            raise DataError(f"{path}, line {number}: JSON that cannot be read: {exc}") from None
-        if not isinstance(value, dict):
-            raise DataError(f"{path}, line {number}: a JSON object is needed on every line, found {_shown(value)}")
-        yield Row(value, number)
-
-
-def _csv(text: str, path: Path) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    start = 1
-    try:
-        for cells in reader:
-            line, start = start, reader.line_num + 1
-            if len(cells) <= 1 and not "".join(cells).strip():
-                continue
-            if header is None:
-                header = cells
-                twice = sorted({name for name in cells if cells.count(name) > 1})
-                if twice:
-                    raise DataError(f"{path}, line {line}: the column {twice[0]!r} is there twice")
-                continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"{path}, line {line}: {len(cells)} fields, where the header has {len(header)}; "
-                    f"a field with a comma, a quote or a line break in it must stand in double quotes"
-                )
-            yield Row(dict(zip(header, cells, strict=True)), line)
-    except csv.Error as exc:
-        raise DataError(f"{path}, line {start}: not CSV: {exc}; is a double quote not closed?") from None
+    return file_hash(path)
 
 
 def as_task(task: TaskType | str) -> TaskType:
     """``"seq-cls"``, ``"SEQ_CLS"`` or the enum itself as a ``TaskType`` that rows can be read for."""
+    if isinstance(task, str) and task in ROW_TASKS:
+        return ROW_TASKS[task]
     name = (task.value if isinstance(task, TaskType) else str(task)).upper().replace("-", "_")
-    known = {kind.value: kind for kind in FORMS}
+    known = {kind.value: kind for kind in ROW_TASKS.values()}
     if name not in known:
-        options = [value.lower().replace("_", "-") for value in known]
-        raise ConfigError(f"task: {task!r} is not one of {', '.join(options)}{nearest(str(task), options)}")
+        raise ConfigError(f"task: {task!r} is not one of {', '.join(ROW_TASKS)}{nearest(str(task), ROW_TASKS)}")
     return known[name]
+
+
+def task_option(task: TaskType) -> str:
+    """The task by its option, as messages name it: ``"seq2seq-lm"``."""
+    return next(option for option, kind in ROW_TASKS.items() if kind is task)
 
 
 def check_columns(rows: Sequence[Row], task: TaskType | str, path: str | Path) -> tuple[str, ...]:
@@ -153,6 +138,8 @@ def check_columns(rows: Sequence[Row], task: TaskType | str, path: str | Path) -
     empty or cannot be written as UTF-8, and a label that is neither a string nor a whole number.
     """
     kind = as_task(task)
+    if kind not in FORMS:
+        raise ConfigError(f"{kind.value}: its rows are read by shapes.recognise")
     columns = _form(rows[0], kind)
     for row in rows:
         where = f"{path}, line {row.line}"
@@ -181,7 +168,7 @@ def _form(row: Row, kind: TaskType) -> tuple[str, ...]:
 
 def _check_text(column: str, value: object, where: str) -> None:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} must be a string, found {_shown(value)}")
+        raise DataError(f"{where}: {column!r} must be a string, found {shown(value)}")
     # An empty prompt is a row without one; an empty text or completion leaves nothing to learn.
     if column != "prompt" and not value.strip():
         raise DataError(f"{where}: {column!r} is empty")
@@ -194,23 +181,35 @@ def _check_text(column: str, value: object, where: str) -> None:
 def _check_label(value: object, where: str) -> None:
     whole = isinstance(value, (int, str)) or (isinstance(value, float) and value.is_integer())
     if not whole or isinstance(value, bool):
-        raise DataError(f"{where}: 'label' must be a string or a whole number, found {_shown(value)}")
+        raise DataError(f"{where}: 'label' must be a string or a whole number, found {shown(value)}")
     if isinstance(value, str) and not value.strip():
         raise DataError(f"{where}: 'label' is empty")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as errors show it, with its type and not at full length: ``int 3``, ``list [1, 2, ...]``, ``null``."""
     return "null" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
 
 
+def class_name(label: object) -> str:
+    """A label as text: ``1``, ``1.0`` and ``"1"`` are one class, whichever format they came from."""
+    return str(int(label)) if isinstance(label, float) else str(label)
+
+
 def label_name(row: Row) -> str:
-    """The row's class as text: ``1``, ``1.0`` and ``"1"`` are one class, whichever format they came from."""
-    value = row.fields["label"]
-    return str(int(value)) if isinstance(value, float) else str(value)
+    """The row's class as text (see ``class_name``)."""
+    return class_name(row.fields["label"])
 
 
-def label_names(rows: Sequence[Row], path: str | Path) -> list[str]:
-    """The classes in the order of their ids: by value where all are whole numbers, else by name.
+def ordered_labels(names: Iterable[str]) -> list[str]:
+    """The classes in the order of their ids: by value where all are whole numbers, else by name; each once."""
+    distinct = set(names)
+    numbers = all(WHOLE_NUMBER.fullmatch(name) for name in distinct)
+    return sorted(distinct, key=int) if numbers else sorted(distinct)
+
+
+def label_names(rows: Collection[Row], path: str | Path) -> list[str]:
+    """The classes of ``rows`` in the order of their ids.
 
     Raises ``DataError`` when there are fewer than two.
     """
@@ -218,8 +217,7 @@ def label_names(rows: Sequence[Row], path: str | Path) -> list[str]:
     if len(names) < 2:
         only = next(iter(names), "none")
         raise DataError(f"{path}: a classifier needs two classes or more; all {len(rows)} rows are labelled {only!r}")
-    numbers = all(WHOLE_NUMBER.fullmatch(name) for name in names)
-    return sorted(names, key=int) if numbers else sorted(names)
+    return ordered_labels(names)
 
 
 def label_ids(rows: Sequence[Row], labels: Sequence[str], path: str | Path) -> list[int]:
@@ -243,28 +241,8 @@ def check_labels(train: Sequence[Row], evaluation: Sequence[Row], path: str | Pa
 def split(rows: Sequence[Row], amount: float, seed: int, keep_labels: bool = False) -> tuple[list[Row], list[Row]]:
     """Hold out rows at random: (training rows, evaluation rows), both in the order of the file.
 
-    ``amount`` is a share (a float between 0 and 1, at least one row) or a number of rows (an int). The choice
-    depends on ``seed`` and on nothing else. With ``keep_labels``, training keeps at least one row of every
-    label, so that no label is held out altogether. Raises ``ConfigError`` for an amount out of range and
-    ``DataError`` when there are too few rows.
+    What ``holdout.held_out`` chooses, with the rows' labels where ``keep_labels`` is set.
     """
-    if isinstance(amount, bool) or not (
-        0 < amount < 1 if isinstance(amount, float) else isinstance(amount, int) and amount >= 1
-    ):
-        raise ConfigError(f"rows to hold out: a share between 0 and 1 or a whole number of rows, not {amount!r}")
-    count = max(1, round(amount * len(rows))) if isinstance(amount, float) else amount
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    kept: set[str] = set()
-    free = []
-    for index in order:
-        name = label_name(rows[index]) if keep_labels else ""
-        if name in kept:
-            free.append(index)
-        kept.add(name)
-    if count > len(free):
-        reason = f" with one row of each of {len(kept)} labels kept for training" if keep_labels else ""
-        raise DataError(f"{count} of {len(rows)} rows cannot be held out{reason}; give more rows or hold out fewer")
-    held = set(free[:count])
-    train = [row for index, row in enumerate(rows) if index not in held]
-    return train, [rows[index] for index in sorted(held)]
+    held = held_out(len(rows), amount, seed, [label_name(row) for row in rows] if keep_labels else None)
+    chosen = set(held)
+    return [row for index, row in enumerate(rows) if index not in chosen], [rows[index] for index in held]

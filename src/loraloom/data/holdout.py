@@ -1,0 +1,82 @@
+"""Which rows of how many: those held out for evaluation, and those of an epoch where sources have weights.
+
+Knows row numbers alone, so that no row need be in memory. What is chosen follows from the arguments and from
+nothing else, on every machine: a run that goes on must hold out what it held out before.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from loraloom.errors import ConfigError, DataError
+
+#: No row comes more often than this in an epoch; a weight above it is a slip.
+MOST = 1000.0
+
+
+def held_out(rows: int, amount: float, seed: int, labels: Sequence[str | Sequence[str]] | None = None) -> list[int]:
+    """The numbers (from 0, in order) of the rows to hold out at random of ``rows``.
+
+    ``amount`` is a share (a float between 0 and 1, at least one row) or a number of rows (an int). With
+    ``labels``, one for each row or several, training keeps at least one row of every label, so that no label is
+    held out altogether. Raises ``ConfigError`` for an amount out of range and ``DataError`` when there are too
+    few rows.
+    """
+    if isinstance(amount, bool) or not (
+        0 < amount < 1 if isinstance(amount, float) else isinstance(amount, int) and amount >= 1
+    ):
+        raise ConfigError(f"rows to hold out: a share between 0 and 1 or a whole number of rows, not {amount!r}")
+    if labels is not None and len(labels) != rows:
+        raise ValueError(f"{len(labels)} labels for {rows} rows")
+    count = max(1, round(amount * rows)) if isinstance(amount, float) else amount
+    order = list(range(rows))
+    random.Random(seed).shuffle(order)
+    kept: set[str] = set()
+    free = []
+    for place, index in enumerate(order):
+        label = labels[index] if labels is not None else ""
+        names = {label} if isinstance(label, str) else set(label)
+        # The first row stays for training also where it has no label at all: something must be left.
+        if place and names <= kept:
+            free.append(index)
+        kept |= names
+    if count > len(free):
+        reason = f" with one row of each of {len(kept)} labels kept for training" if labels is not None else ""
+        raise DataError(f"{count} of {rows} rows cannot be held out{reason}; give more rows or hold out fewer")
+    return sorted(free[:count])
+
+
+def check_weight(weight: object, name: str) -> float:
+    """The weight of the source ``name`` as a float; ``ConfigError`` unless it is above 0 and at most ``MOST``."""
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not 0 < weight <= MOST:  # type: ignore[operator]
+        raise ConfigError(
+            f"weight of {name}: a number above 0 and at most {MOST:g}, not {weight!r} "
+            f"(2 means that each of its rows comes twice an epoch, 0.5 that every second one does)"
+        )
+    return float(weight)  # type: ignore[arg-type]
+
+
+def weighted(counts: Sequence[int], weights: Sequence[float], seed: int | str) -> list[int]:
+    """The row numbers of one epoch, in order, where source k has ``counts[k]`` rows and weight ``weights[k]``.
+
+    Rows are numbered from 0 through all sources, one after the other. A row of a source with weight w comes w
+    times: as often as the whole part of w says, and once more for a share of the rows, chosen by ``seed``, as
+    large as the fraction (rounded to whole rows, and never so that a source that has rows gives none). With all
+    weights 1 these are simply all rows.
+    """
+    chosen: list[int] = []
+    start = 0
+    for number, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+        times = math.floor(check_weight(weight, f"source {number + 1}"))
+        more = round((weight - times) * count)
+        if not times and not more:
+            more = min(1, count)
+        # A text seed mixes both numbers whole, and a source's choice does not hang on the sizes of others.
+        extra = set(random.Random(f"{seed}/{number}").sample(range(count), more))
+        for index in range(count):
+            chosen.extend([start + index] * (times + (index in extra)))
+        start += count
+    return chosen

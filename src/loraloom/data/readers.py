@@ -1,0 +1,284 @@
+"""From the bytes of one file to rows, one at a time: JSON lines, JSON arrays and plain text.
+
+This file knows encodings, lines and JSON, and what can be wrong with them. Tables (CSV, TSV, Parquet) are read by
+``tables``; columns and tasks are not known here. However large a file is, no more than one row is in memory, and
+no row is larger than ``ROW_LIMIT``.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from loraloom.data.rows import BadRow, OnBad, Row, RowError, Unit, shown
+from loraloom.errors import DataError, nearest
+
+#: The largest row that is read, in bytes: some four million tokens, more than any model takes.
+ROW_LIMIT = 16 * 2**20
+
+#: Characters kept of a row that is too large to show whole.
+SHOWN = 1000
+
+#: What a file starts with that is not text, and what it then is.
+SIGNS = {
+    b"PAR1": "Parquet: name it .parquet",
+    b"\x1f\x8b": "compressed with gzip: name it .gz as well, or unpack it",
+    b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save it as CSV",
+    b"BZh": "compressed with bzip2: unpack it",
+    b"\xfd7zXZ": "compressed with xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it",
+    b"ARROW1": "Arrow: save it as Parquet, or name the folder that save_to_disk wrote",
+    b"%PDF": "a PDF: take the text out of it first",
+}
+
+
+class Line(NamedTuple):
+    """One line of a file: its number (from 1), its bytes, its end, and whether it went over the limit."""
+
+    number: int
+    raw: bytes
+    end: str
+    cut: bool
+
+
+def report(bad: OnBad | None, row: BadRow) -> None:
+    """Tell of a bad row where someone listens, raise it where nobody does."""
+    if bad is None:
+        raise RowError(row)
+    bad(row)
+
+
+def file_hash(path: str | Path) -> str:
+    """The SHA-256 of the file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open_file(Path(path), unpack=False) as file:
+        while block := guarded(file, Path(path), 2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_file(path: Path, unpack: bool = True) -> BinaryIO:
+    """The file, open for reading bytes (unpacked, where its name ends in .gz and ``unpack`` is set)."""
+    try:
+        # Not Path.is_dir(): it raises for a name that the system cannot hold.
+        if os.path.isdir(path):
+            raise DataError(f"{path}: a directory, where a data file is needed")
+        if unpack and path.suffix.lower() == ".gz":
+            return cast(BinaryIO, gzip.open(path, "rb"))
+        return open(path, "rb")
+    except FileNotFoundError:
+        siblings = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
+        raise DataError(f"{path}: no such file{nearest(path.name, siblings)}") from None
+    except OSError as exc:
+        raise DataError(f"{path}: cannot be read: {exc.strerror}") from exc
+
+
+def guarded(file: BinaryIO, path: Path, size: int, line: bool = False) -> bytes:
+    """``file.read(size)`` or ``file.readline(size)``; what goes wrong names the file."""
+    try:
+        return file.readline(size) if line else file.read(size)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
+        raise DataError(f"{path}: the gzip file is damaged or cut short: {exc}") from exc
+    except OSError as exc:
+        raise DataError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
+
+
+def _checked_start(start: bytes, path: Path) -> None:
+    """Refuse what is no UTF-8 text by its first bytes."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}: the file is UTF-16; save it as UTF-8")
+    for sign, what in SIGNS.items():
+        if start.startswith(sign):
+            raise DataError(f"{path}: the file is not text; it is {what}")
+    if b"\0" in start[:4] and len(start) > 1:
+        raise DataError(f"{path}: zero bytes at its start: the file is UTF-16 or not text at all; save it as UTF-8")
+
+
+def lines(path: Path, limit: int | None = None) -> Iterator[Line]:
+    """The lines of a file, ended by LF or CRLF, without a byte order mark at its start.
+
+    A line longer than ``limit`` bytes (``ROW_LIMIT`` by default) is cut after ``SHOWN`` of them and marked so.
+    """
+    limit = ROW_LIMIT if limit is None else limit
+    number = 0
+    with open_file(path) as file:
+        while raw := guarded(file, path, limit + 1, line=True):
+            number += 1
+            if number == 1:
+                _checked_start(raw[:16], path)
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            cut = len(raw) > limit
+            if cut:
+                rest = raw
+                while rest and not rest.endswith(b"\n"):
+                    rest = guarded(file, path, limit, line=True)
+                raw = raw[:SHOWN]
+            end = "\r\n" if raw.endswith(b"\r\n") else "\n" if raw.endswith(b"\n") else ""
+            yield Line(number, raw[: len(raw) - len(end)], end, cut)
+
+
+def decoded(line: Line, path: Path) -> str | BadRow:
+    """The line as text, or what is wrong with it: too long, not UTF-8, or with zero bytes in it."""
+    number, raw, _, cut = line
+    if cut:
+        return too_large(path, number, raw.decode("utf-8", "replace"))
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        reason = f"not UTF-8: byte {exc.start + 1} of the line is 0x{raw[exc.start]:02x}; save the file as UTF-8"
+        shown_text = raw.decode("utf-8", "backslashreplace")
+        column = len(raw[: exc.start].decode("utf-8")) + 1
+        return BadRow(str(path), number, reason, column, raw=shown_text)
+    if "\0" in text:
+        column = text.index("\0") + 1
+        reason = f"a zero byte (character {column}): the file is UTF-16, damaged, or not text"
+        return BadRow(str(path), number, reason, column, raw=text)
+    return text
+
+
+def too_large(path: Path, number: int, start: str, unit: Unit = "line") -> BadRow:
+    """The bad row that is larger than ``ROW_LIMIT``, of which only the start is kept."""
+    limit = f"{ROW_LIMIT / 2**20:g} MiB"
+    return BadRow(str(path), number, f"a row of more than {limit}; cut it into several rows", raw=start, unit=unit)
+
+
+# JSON -----------------------------------------------------------------------------------------------------
+
+
+class StrictJson:
+    """JSON objects as the standard has them: no key twice, no NaN or Infinity.
+
+    What is wrong in that way is noted and not raised, so that the end of the value is still found: ask ``fault``
+    after each value.
+    """
+
+    def __init__(self) -> None:
+        self._fault = ""
+        self._json = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            self._fault = self._fault or f"the key {twice!r} is there twice in one object"
+        return fields
+
+    def _constant(self, name: str) -> None:
+        self._fault = self._fault or f"{name} is not JSON; a number that is missing is null"
+
+    def fault(self) -> str:
+        """What was noted since the last call, or the empty string."""
+        fault, self._fault = self._fault, ""
+        return fault
+
+    def decode(self, text: str) -> Any:
+        """The one value that ``text`` is; raises as ``json.loads`` does."""
+        return self._json.decode(text)
+
+    def decode_from(self, text: str, start: int) -> tuple[Any, int]:
+        """The value that starts at ``start``, and where it ends."""
+        return self._json.raw_decode(text, start)
+
+
+def read_json(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
+    """The rows of a JSON file: an object on each line, or one array of objects, whichever it is.
+
+    Blank lines are skipped and still counted. In an array, rows are counted from 1.
+    """
+    from loraloom.data.arrays import read_array  # it takes its bytes from here
+
+    return read_array(path, bad) if _first_sign(path) == b"[" else _json_lines(path, bad)
+
+
+def _first_sign(path: Path) -> bytes:
+    """The first byte that is no blank and no byte order mark; empty where there is none."""
+    with open_file(path) as file:
+        start = guarded(file, path, 16)
+        _checked_start(start, path)
+        start = start.removeprefix(codecs.BOM_UTF8)
+        while not start.strip():
+            start = guarded(file, path, 2**16)
+            if not start:
+                return b""
+        return start.lstrip()[:1]
+
+
+def _json_lines(path: Path, bad: OnBad | None) -> Iterator[Row]:
+    strict, name = StrictJson(), str(path)
+    first = True
+    for line in lines(path):
+        text = decoded(line, path)
+        number = line.number
+        if isinstance(text, BadRow):
+            report(bad, text)
+            continue
+        # Not text.strip(): a no-break space is no blank of JSON's, and is said to be wrong.
+        if not text.strip(" \t\r"):
+            continue
+        column = None
+        try:
+            value = strict.decode(text)
+        except json.JSONDecodeError as exc:
+            reason, column = f"not JSON: {exc.msg} (character {exc.colno})", exc.colno
+            if first and text.strip() == "{":
+                raise DataError(
+                    f"{path}, line {number}: an object over several lines; a file of JSON lines has a whole object "
+                    f"on each line, and a .json file may also be one array of objects"
+                ) from None
+        except (ValueError, RecursionError) as exc:
+            reason = f"JSON that cannot be read: {exc}"
+        else:
+            reason = strict.fault()
+            if not reason and not isinstance(value, dict):
+                reason = f"a JSON object is needed on every line, found {shown(value)}"
+            if not reason:
+                first = False
+                yield Row(value, number, name)
+                continue
+        strict.fault()
+        report(bad, BadRow(name, number, reason, column, raw=text))
+
+
+# Plain text -----------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path, bad: OnBad | None = None, by: str = "paragraph") -> Iterator[Row]:
+    """Rows with the one column ``text``, of a plain text file.
+
+    A row is a paragraph: the lines between blank lines, joined by LF, as they stand. With ``by="line"`` it is
+    each line that is not blank, with ``by="file"`` the whole file. A row is known by its first line.
+    """
+    parts: list[str] = []
+    start, size = 1, 0
+    wrong: BadRow | None = None
+    for line in chain(lines(path), [None]):
+        text = "" if line is None else decoded(line, path)
+        blank = isinstance(text, str) and not text.strip()
+        ends = line is None or (by == "line" or (by == "paragraph" and blank))
+        if not blank or (parts and not ends):
+            if not parts:
+                start = line.number if line else start
+            if isinstance(text, BadRow):
+                wrong, text = wrong or text, text.raw
+            size += len(text) + 1
+            if size > ROW_LIMIT:
+                wrong = wrong or too_large(path, start, "")
+                text = ""
+            parts.append(text[:SHOWN] if wrong else text)
+        if ends and parts:
+            whole = "\n".join(parts)
+            if wrong is None:
+                yield Row({"text": whole.rstrip("\n")}, start, str(path))
+            else:
+                report(bad, replace(wrong, raw=whole[:ROW_LIMIT]))
+            parts, size, wrong = [], 0, None
