@@ -73,25 +73,37 @@ def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> f
 def collate(examples: Sequence[Example], pad_id: int, task: TaskType | str) -> dict[str, Tensor]:
     """Tensors of one batch (at least one example), padded on the right to its longest example.
 
-    All are int64: ``input_ids`` [rows, longest] filled with ``pad_id``, ``attention_mask`` [rows, longest]
-    with 1 on tokens and 0 on padding, and ``labels``: [rows] for seq-cls; [rows, longest] for causal-lm,
-    with ``IGNORE`` on padding.
+    ``input_ids`` [rows, longest] are filled with ``pad_id``, ``attention_mask`` [rows, longest] is 1 on tokens and 0 on
+    padding, and ``token_type_ids`` [rows, longest] are there where an example has them, filled with 0; all int64.
+    ``labels`` are int64, or float32 where they are numbers or several classes: [rows] for seq-cls and regression,
+    [rows, classes] for several classes, [rows, 2] for question-answering, [rows, longest] for causal-lm and token-cls,
+    [rows, longest target] for seq2seq-lm; where they are by token, with ``IGNORE`` on the padding.
     """
     width = max(len(example.input_ids) for example in examples)
     # Not ids == pad_id: many tokenizers pad with the end-of-text token, which is a real token at the end.
     mask = [[1] * len(example.input_ids) for example in examples]
-    labels = [example.labels for example in examples]
-    if as_task(task) is TaskType.CAUSAL_LM:
-        labels = [_padded(row, width, IGNORE) for row in labels if isinstance(row, list)]
-    return {
+    found = {
         "input_ids": torch.tensor([_padded(example.input_ids, width, pad_id) for example in examples]),
         "attention_mask": torch.tensor([_padded(row, width, 0) for row in mask]),
-        "labels": torch.tensor(labels),
     }
+    if any(example.token_type_ids is not None for example in examples):
+        types = [example.token_type_ids or [0] * len(example.input_ids) for example in examples]
+        found["token_type_ids"] = torch.tensor([_padded(row, width, 0) for row in types])
+    return {**found, "labels": _labels([example.labels for example in examples], width, as_task(task))}
 
 
-def _padded(values: list[int], width: int, filler: int) -> list[int]:
-    return values + [filler] * (width - len(values))
+def _labels(labels: Sequence[int | float | list[int] | list[float]], width: int, task: TaskType) -> Tensor:
+    if task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS, TaskType.SEQ_2_SEQ_LM):
+        rows = [row for row in labels if isinstance(row, list)]
+        if task is TaskType.SEQ_2_SEQ_LM:
+            width = max(map(len, rows))
+        return torch.tensor([_padded(row, width, IGNORE) for row in rows], dtype=torch.int64)
+    first = labels[0][0] if isinstance(labels[0], list) else labels[0]
+    return torch.tensor(labels, dtype=torch.float32 if isinstance(first, float) else torch.int64)
+
+
+def _padded(values: Sequence[float], width: int, filler: int) -> list[float]:
+    return [*values, *[filler] * (width - len(values))]
 
 
 def join(parts: Sequence[tuple[str, Sequence[Example]]], pad_id: int, task: TaskType | str) -> Batch:

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraloom.config import TaskType
+from loraloom.data.answers import AnswerEncoder
 from loraloom.data.causal import CausalEncoder
 from loraloom.data.example import CHUNK, IGNORE, OVERLONG, Encoded1, Encoder, Example, Settings
 from loraloom.data.labels import LabelEncoder
 from loraloom.data.records import Labelled, Pair, Record, Text
 from loraloom.data.rows import Row, as_task, check_columns, label_ids, label_name
+from loraloom.data.tags import TagEncoder
+from loraloom.data.translations import TranslationEncoder
 from loraloom.errors import ConfigError, DataError, ModelError, nearest
 
 if TYPE_CHECKING:
@@ -30,6 +33,9 @@ __all__ = ["CHUNK", "ENCODERS", "IGNORE", "Encoded", "Encoded1", "Encoder", "Exa
 ENCODERS: dict[TaskType, tuple[Callable[[Any, Settings], Encoder], int]] = {
     TaskType.CAUSAL_LM: (CausalEncoder, 2),  # the first token is never predicted
     TaskType.SEQ_CLS: (LabelEncoder, 1),
+    TaskType.TOKEN_CLS: (TagEncoder, 1),
+    TaskType.SEQ_2_SEQ_LM: (TranslationEncoder, 1),
+    TaskType.QUESTION_ANS: (AnswerEncoder, 2),
 }
 
 

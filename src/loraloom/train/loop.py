@@ -10,16 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from loraloom.config import TaskType
-from loraloom.data.batches import collate, evaluation_batches
-from loraloom.data.encode import Example
+from loraloom.data.batches import collate
 from loraloom.errors import TrainingError
 from loraloom.lora.model import PeftModel
-from loraloom.train import tasks
-from loraloom.train.objective import Objective
-from loraloom.train.pack import Pack, evaluating
+from loraloom.train.evaluation import evaluate as evaluate
+from loraloom.train.pack import Pack
 from loraloom.train.slot import Slot
 
 
@@ -85,21 +81,3 @@ def train_pack(
             "bfloat16 or float32 instead of float16"
         )
     return tokens
-
-
-def evaluate(
-    model: PeftModel, name: str, task: TaskType, examples: Sequence[Example], pad_id: int, batch_size: int
-) -> dict[str, float]:
-    """``{"loss", metric}`` of one adapter over all ``examples``. The model's mode is as it was afterwards."""
-    objective = Objective(model, task)
-    device = next(model.parameters()).device
-    parts = []
-    with evaluating(model, torch.inference_mode()):
-        for rows in evaluation_batches([len(e.input_ids) for e in examples], batch_size):
-            inputs = collate([examples[row] for row in rows], pad_id, task)
-            inputs = {key: value.to(device) for key, value in inputs.items()}
-            labels = inputs.pop("labels")
-            with model.base_model.routed([name] * len(rows)):
-                parts.append(objective.score(objective.forward(inputs), labels))
-    scores = tasks.total(parts)
-    return {"loss": scores.loss, tasks.metric_name(task): tasks.metric(task, scores)}

@@ -21,7 +21,7 @@ from loraloom.lora.layers import HALF
 from loraloom.lora.model import PeftModel
 from loraloom.lora.route import Route
 from loraloom.train.loss import head_cross_entropy, head_scores, linear_cross_entropy
-from loraloom.train.tasks import Scores
+from loraloom.train.metrics import Scores
 
 #: Tokens in a row up to which plain attention is the faster in half precision on a CPU.
 PLAIN_ATTENTION = 128
@@ -34,6 +34,7 @@ class Objective:
         self._task = task
         self._router = model.base_model.router
         self._model = model.get_base_model()
+        self._config = getattr(self._model, "config", None)
         self._dtype = next(p.dtype for p in self._model.parameters() if p.is_floating_point())
         self._head: nn.Module | None = None
         if task is TaskType.CAUSAL_LM and (found := trunk_and_head(model)) is not None:
@@ -44,13 +45,16 @@ class Objective:
     def forward(self, inputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
         """[rows, ...] for ``losses`` and ``score``: hidden states where the head is applied later, else logits.
 
-        ``labels`` are read by models alone whose decoder begins from them (seq2seq-lm).
+        For question-answering [rows, length, 2]: each token as the start and as the end of the answer. ``labels`` are
+        read by models alone whose decoder begins from them (seq2seq-lm).
         """
         if self._task is TaskType.SEQ_2_SEQ_LM and labels is not None and "decoder_input_ids" not in inputs:
             shift = self._model.prepare_decoder_input_ids_from_labels
             inputs = {**inputs, "decoder_input_ids": shift(labels=labels)}  # type: ignore[operator]
         with _attention(inputs["input_ids"].shape[-1], self._dtype, inputs["input_ids"].device):
             out = self._model(**inputs, **self._options)
+        if self._task is TaskType.QUESTION_ANS:
+            return _spans(out, inputs.get("attention_mask"))
         found: Tensor = out.logits if self._head is None else out[0]
         return found
 
@@ -59,10 +63,15 @@ class Objective:
         return self.losses(out, labels, {"": slice(None)})[""]
 
     def losses(self, out: Tensor, labels: Tensor, rows: Mapping[str, slice]) -> dict[str, Tensor]:
-        """Each slot's mean over its rows (seq-cls: labels [rows]) or over its labelled tokens (labels [rows, length]).
+        """Each slot's mean over its rows or, where labels are [rows, length], over its labelled tokens.
 
-        For causal-lm each position predicts the next. ``rows`` tile the batch in its order.
+        By rows go seq-cls (labels [rows], whole numbers or measured ones, or [rows, classes] of 0 and 1) and
+        question-answering (labels [rows, 2], the first and the last token of the answer). For causal-lm each position
+        predicts the next. ``rows`` tile the batch in its order.
         """
+        if self._by_rows(labels):
+            each = self._row_losses(_wide(out), labels)
+            return {name: each[own].mean() for name, own in rows.items()}
         if self._head is not None and not _frozen(self._head):
             return {name: self._through_head(name, out[own], labels[own]).mean() for name, own in rows.items()}
         found, targets = self._predictions(out, labels)
@@ -73,7 +82,7 @@ class Objective:
             assert weight is not None
             each = linear_cross_entropy(found, weight, bias, targets)
         counts = self._asked(labels)
-        sizes = [len(labels[own]) if counts is None else int(counts[own].sum()) for own in rows.values()]
+        sizes = [int(counts[own].sum()) for own in rows.values()]
         return {name: part.mean() for name, part in zip(rows, torch.split(each, sizes), strict=True)}
 
     def _through_head(self, name: str, out: Tensor, labels: Tensor) -> Tensor:
@@ -91,12 +100,13 @@ class Objective:
         return head_cross_entropy(hidden, head, self._vocabulary, targets)
 
     def score(self, out: Tensor, labels: Tensor) -> Scores:
+        if self._by_rows(labels):
+            return Scores(float(self._row_losses(_wide(out), labels).sum()), len(labels))
         found, targets = self._predictions(out, labels)
         if self._head is None:
-            summed = F.cross_entropy(found, targets, reduction="sum")
-            return Scores(float(summed), targets.numel(), int((found.argmax(-1) == targets).sum()))
-        total, correct = head_scores(found, self._head, self._vocabulary, targets)
-        return Scores(total, targets.numel(), correct)
+            return Scores(float(F.cross_entropy(found, targets, reduction="sum")), targets.numel())
+        total, _ = head_scores(found, self._head, self._vocabulary, targets)
+        return Scores(total, targets.numel())
 
     @property
     def _vocabulary(self) -> int:
@@ -105,21 +115,43 @@ class Objective:
         assert isinstance(weight, Tensor)
         return weight.shape[0]
 
-    def _asked(self, labels: Tensor) -> Tensor | None:
-        """Which positions a prediction is asked for: [rows, ...] of truth values, or None for each row."""
-        if labels.dim() == 1:
-            return None
+    def _by_rows(self, labels: Tensor) -> bool:
+        return self._task in (TaskType.SEQ_CLS, TaskType.QUESTION_ANS) or labels.dim() == 1
+
+    def _row_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """[rows]. Which loss a classifier has follows from its config or, as in transformers, from its labels."""
+        if self._task is TaskType.QUESTION_ANS:
+            return F.cross_entropy(logits, labels, reduction="none").mean(-1)
+        kind = getattr(self._config, "problem_type", None)
+        if kind == "regression" or (kind is None and logits.shape[-1] == 1):
+            wanted = labels.to(logits.dtype).view(logits.shape)
+            return F.mse_loss(logits, wanted, reduction="none").mean(-1)
+        if kind == "multi_label_classification" or labels.is_floating_point():
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1)
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def _asked(self, labels: Tensor) -> Tensor:
+        """Which positions a prediction is asked for: [rows, ...] of truth values."""
         return (labels[:, 1:] if self._task is TaskType.CAUSAL_LM else labels) != IGNORE
 
     def _predictions(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What is asked for: hidden states [n, dim] or logits [n, classes] in at least float32, and targets [n]."""
-        asked = self._asked(labels)
-        if asked is not None:
-            if self._task is TaskType.CAUSAL_LM:
-                out, labels = out[:, :-1], labels[:, 1:]
-            kept = asked.flatten().nonzero().squeeze(-1)
-            out, labels = out.flatten(0, 1).index_select(0, kept), labels.flatten().index_select(0, kept)
-        return (out if self._head is not None else out.to(torch.promote_types(out.dtype, torch.float32))), labels
+        kept = self._asked(labels).flatten().nonzero().squeeze(-1)
+        if self._task is TaskType.CAUSAL_LM:
+            out, labels = out[:, :-1], labels[:, 1:]
+        out, labels = out.flatten(0, 1).index_select(0, kept), labels.flatten().index_select(0, kept)
+        return (out if self._head is not None else _wide(out)), labels
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In at least float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _spans(out: Any, mask: Tensor | None) -> Tensor:
+    """[rows, length, 2], with no weight on padding: a row's loss is not to depend on the length of other rows."""
+    both = torch.stack([out.start_logits, out.end_logits], -1)
+    return both if mask is None else both.masked_fill((mask == 0).unsqueeze(-1), -torch.inf)
 
 
 def _attention(length: int, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:

@@ -21,8 +21,11 @@ from loraloom.errors import AdapterError, ConfigError, nearest
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.train.objective import Objective
 
-#: What fills up shorter rows, by the name of a model's argument; ``input_ids`` take the padding token.
-_FILLERS = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
+#: What fills up shorter rows, by the name of a model's argument; ids take the padding token.
+_FILLERS = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
+_IDS = {"input_ids", "decoder_input_ids"}
+#: Tasks whose labels are some numbers for each row, and not one for each token.
+_BY_ROWS = (TaskType.SEQ_CLS, TaskType.QUESTION_ANS)
 
 
 class Pack:
@@ -185,7 +188,9 @@ class Pack:
         return joined, rows
 
     def _cat(self, key: str, tensors: Sequence[Tensor]) -> Tensor:
-        fillable = key in {"input_ids", *_FILLERS} and {tensor.dim() for tensor in tensors} == {2}
+        fillable = key in {*_IDS, *_FILLERS} and {tensor.dim() for tensor in tensors} == {2}
+        if key == "labels" and self.task in _BY_ROWS:
+            fillable = False
         if len({tensor.shape[1:] for tensor in tensors}) > 1 or (fillable and tensors[0].shape[1] % self._multiple):
             if not fillable:
                 shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)

@@ -37,9 +37,9 @@ from loraloom.lora.targets import Plan, matches_name, plan
 from loraloom.train.dataset import Data, encode_run_rows, read_data, read_run_rows
 from loraloom.train.load import length_within, load_base, load_limit, load_tokenizer
 from loraloom.train.loop import Progress, evaluate, train_pack
+from loraloom.train.metrics import metric_name
 from loraloom.train.options import TASKS, TrainOptions
 from loraloom.train.slot import Slot
-from loraloom.train.tasks import metric_name
 
 RUN_NAME = "run.json"
 ADAPTER = "default"

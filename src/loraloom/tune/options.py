@@ -13,8 +13,8 @@ from typing import Any
 
 from loraloom.errors import ConfigError, nearest
 from loraloom.train import runfile
+from loraloom.train.metrics import greater_is_better, metric_name
 from loraloom.train.options import TASKS, TrainOptions
-from loraloom.train.tasks import metric_name
 from loraloom.tune.space import PRESETS, Space
 
 SAMPLERS = ("tpe", "random", "grid")
@@ -109,7 +109,8 @@ class TuneOptions:
 
     @property
     def higher_is_better(self) -> bool:
-        return self.metric == "accuracy"
+        assert self.metric is not None
+        return greater_is_better(self.metric)
 
     @property
     def over_ray(self) -> bool:

@@ -12,17 +12,13 @@ from dataclasses import dataclass, field
 from statistics import fmean, median_low, variance
 from typing import Any
 
+from loraloom.train.metrics import greater_is_better as greater_is_better
 from loraloom.tune.trial import Trial
 
-LESS_IS_BETTER = ("loss", "perplexity")
 #: Fewer trials than these say nothing about knobs.
 COMPARED = 8
 #: A configuration whose seeds differ this many times more than the others' is unstable: that is its own noise alone.
 UNSTABLE = 10
-
-
-def greater_is_better(metric: str) -> bool:
-    return metric not in LESS_IS_BETTER and not metric.endswith("_loss")
 
 
 def goodness(metric: str, value: float) -> float:

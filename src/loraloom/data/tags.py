@@ -1,0 +1,113 @@
+"""Tags of words: the words' tokens, with the tag's number on the first piece of each word.
+
+This file knows how words become tokens and where each word begins. It does not know what tags mean, nor files,
+batches or models.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from loraloom.data.example import IGNORE, Encoded1, Example, Settings, over_length, tokenize
+from loraloom.data.records import Record, Tagged
+from loraloom.errors import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from loraloom.data.rows import Row
+
+
+class TagEncoder:
+    """``Tagged`` to token ids and one label per token: the tag's place in ``settings.labels``, or ``IGNORE``.
+
+    The words are joined by spaces and tokenized as one text, which any tokenizer can do and which is what the model has
+    seen in its training. A row over length may be split: its parts are cut between words.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.notes: list[str] = []
+        self.ids = {name: number for number, name in enumerate(settings.labels)}
+
+    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
+        texts = []
+        for _, record in records:
+            assert isinstance(record, Tagged)
+            texts.append(" ".join(record.tokens))
+        encodings = tokenize(self.tokenizer, texts)
+        return [self._encode(record, tokens) for (_, record), tokens in zip(records, encodings, strict=True)]
+
+    def _encode(self, record: Record, tokens: Any) -> Encoded1:
+        assert isinstance(record, Tagged)
+        names = [str(tag) for tag in record.tags]
+        for name in names:
+            if name not in self.ids:
+                return Encoded1(
+                    error=f"the tag {name!r} is never seen in training, which has {len(self.ids)} tags"
+                    f"{nearest(name, self.ids)}"
+                )
+        first = first_pieces(record.tokens, tokens)
+        labels = [IGNORE] * len(tokens.ids)
+        for word, place in first.items():
+            labels[place] = self.ids[names[word]]
+        merged = len(first) < len(names)
+        if not first:
+            return Encoded1(problem="the tokenizer finds no token in 'tokens'")
+        overlong, limit = len(tokens.ids) > self.settings.max_length, self.settings.max_length
+        if not overlong:
+            return Encoded1([Example(tokens.ids, labels)], merged=merged)
+        if self.settings.overlong == "error":
+            return Encoded1(overlong=True, error=over_length(len(tokens.ids), self.settings))
+        if self.settings.overlong == "drop":
+            return Encoded1(overlong=True)
+        parts = _parts(tokens.special_tokens_mask, sorted(first.values()), limit)
+        if self.settings.overlong == "truncate":
+            parts = parts[:1]
+        examples = [Example([tokens.ids[i] for i in part], [labels[i] for i in part]) for part in parts]
+        return Encoded1([one for one in examples if any(x != IGNORE for x in one.labels)], True, merged)  # type: ignore[union-attr]
+
+
+def first_pieces(words: Sequence[str], tokens: Any) -> dict[int, int]:
+    """Word → the first token that starts in it, of ``words`` joined by spaces.
+
+    Words without a token of their own (of characters that the tokenizer drops, or within another word's token) are
+    left out.
+    """
+    starts = [0, *accumulate(len(word) + 1 for word in words)][:-1]
+    found: dict[int, int] = {}
+    for place, ((start, stop), special) in enumerate(zip(tokens.offsets, tokens.special_tokens_mask, strict=True)):
+        if special or start == stop:
+            continue
+        word = bisect_right(starts, start) - 1
+        if start >= starts[word] + len(words[word]):  # begins with the space in front of its word
+            if stop <= start + 1 or word + 1 == len(words):
+                continue  # the space alone
+            word += 1
+        found.setdefault(word, place)
+    return found
+
+
+def _parts(special: Sequence[int], firsts: Sequence[int], limit: int) -> list[list[int]]:
+    """The tokens of each part: the special ones at both ends, and between them words as long as there is room.
+
+    A word that is too long for a part of its own goes on in the next one.
+    """
+    size = len(special)
+    body = [i for i in range(size) if not special[i]]
+    front, back = list(range(body[0])), list(range(body[-1] + 1, size))
+    room = limit - len(front) - len(back)
+    begins = set(firsts)
+    parts, start = [], body[0]
+    while start <= body[-1]:
+        stop = min(start + room, body[-1] + 1)
+        while stop <= body[-1] and stop not in begins and stop > start:
+            stop -= 1
+        stop = stop if stop > start else min(start + room, body[-1] + 1)
+        parts.append([*front, *range(start, stop), *back])
+        start = stop
+    return parts

@@ -1,0 +1,66 @@
+"""Texts for models with an encoder and a decoder: what the encoder reads, and what the decoder is to write.
+
+This file does not know files, batches or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loraloom.data.example import Encoded1, Example, Settings, over_length
+from loraloom.data.records import Record, Translated
+from loraloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from loraloom.data.rows import Row
+
+
+class TranslationEncoder:
+    """``Translated`` to the source's ids, and the target's as labels, which end in the end-of-text token.
+
+    Both are cut to ``max_length``: the source keeps the special tokens around it, and a target that is cut has no end.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        if settings.overlong == "split":
+            raise ConfigError(
+                "overlong: seq2seq-lm cannot split a row, since it is not known which part of the target belongs to "
+                "which part of the source; choose truncate, drop or error"
+            )
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.notes: list[str] = []
+
+    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
+        sources, targets = [], []
+        for _, record in records:
+            assert isinstance(record, Translated)
+            sources.append(record.source)
+            targets.append(record.target)
+        limit = self.settings.max_length
+        read = self.tokenizer(sources, truncation=True, max_length=limit, padding=False).encodings
+        # A mode of its own: some models mark the target's language, or split it by another vocabulary.
+        written = self.tokenizer(text_target=targets, truncation=False, padding=False, verbose=False).encodings
+        return [self._encode(*pair) for pair in zip(read, written, strict=True)]
+
+    def _encode(self, source: object, target: object) -> Encoded1:
+        ids: list[int] = list(source.ids)  # type: ignore[attr-defined]
+        labels: list[int] = list(target.ids)  # type: ignore[attr-defined]
+        if all(source.special_tokens_mask):  # type: ignore[attr-defined]
+            return Encoded1(problem="the tokenizer finds no token in 'source'")
+        if all(target.special_tokens_mask):  # type: ignore[attr-defined]
+            return Encoded1(problem="the tokenizer finds no token in 'target'")
+        end, limit = self.tokenizer.eos_token_id, self.settings.max_length
+        if end is not None and end not in labels[-2:]:  # mBART's language follows the end
+            labels.append(end)
+        rest = source.overflowing  # type: ignore[attr-defined]
+        overlong = bool(rest) or len(labels) > limit
+        if overlong and self.settings.overlong == "error":
+            longest = max(len(ids) + sum(len(part.ids) for part in rest), len(labels))
+            return Encoded1(overlong=True, error=over_length(longest, self.settings))
+        if overlong and self.settings.overlong == "drop":
+            return Encoded1(overlong=True)
+        return Encoded1([Example(ids, labels[:limit])], overlong=overlong)

@@ -1,0 +1,234 @@
+"""The numbers that metrics are: from what was predicted and what was right to a figure.
+
+Plain Python values in, one float out. Knows no model, no tensors and no names of metrics; ``train.metrics`` has those.
+All shares are from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from itertools import chain
+
+# -- classes ------------------------------------------------------------------------------------------------------
+
+
+def accuracy(predicted: Sequence[object], right: Sequence[object]) -> float:
+    """The share that is right as a whole (of several labels: the share of rows with exactly these)."""
+    return _ratio(sum(a == b for a, b in zip(predicted, right, strict=True)), len(right))
+
+
+def f1_micro(predicted: Sequence[Collection[Hashable]], right: Sequence[Collection[Hashable]]) -> float:
+    """F1 of all labels of all rows together."""
+    return _f1(*(sum(counts.values()) for counts in _counts(predicted, right)))
+
+
+def f1_macro(predicted: Sequence[Collection[Hashable]], right: Sequence[Collection[Hashable]]) -> float:
+    """The mean of the labels' F1. Labels that are neither predicted nor right anywhere are left out."""
+    hits, said, true = _counts(predicted, right)
+    labels = said.keys() | true.keys()
+    # Sorted: a sum in another order is another number in its last bits.
+    each = sorted(_f1(hits[label], said[label], true[label]) for label in labels)
+    return _mean(each) if each else 0.0
+
+
+def _counts(
+    predicted: Sequence[Collection[Hashable]], right: Sequence[Collection[Hashable]]
+) -> tuple[Counter[Hashable], Counter[Hashable], Counter[Hashable]]:
+    """By label: hits, predictions, occurrences."""
+    hits = Counter(chain.from_iterable(set(a) & set(b) for a, b in zip(predicted, right, strict=True)))
+    return hits, Counter(chain.from_iterable(map(set, predicted))), Counter(chain.from_iterable(map(set, right)))
+
+
+def _f1(hits: int, predicted: int, right: int) -> float:
+    return _ratio(2 * hits, predicted + right)
+
+
+# -- numbers ------------------------------------------------------------------------------------------------------
+
+
+def mse(predicted: Sequence[float], right: Sequence[float]) -> float:
+    return _mean([(a - b) ** 2 for a, b in zip(predicted, right, strict=True)])
+
+
+def mae(predicted: Sequence[float], right: Sequence[float]) -> float:
+    return _mean([abs(a - b) for a, b in zip(predicted, right, strict=True)])
+
+
+def r2(predicted: Sequence[float], right: Sequence[float]) -> float:
+    """The share of the variance that is explained; below 0 for worse than the mean, NaN where all are the same."""
+    mean = _mean(right)
+    spread = math.fsum((b - mean) ** 2 for b in right)
+    return 1 - math.fsum((a - b) ** 2 for a, b in zip(predicted, right, strict=True)) / spread if spread else math.nan
+
+
+def pearson(predicted: Sequence[float], right: Sequence[float]) -> float:
+    """Correlation, NaN where either side is all the same or not finite."""
+    if not all(map(math.isfinite, chain(predicted, right))):
+        return math.nan
+    a, b = ([value - _mean(side) for value in side] for side in (predicted, right))
+    size = math.sqrt(math.fsum(x * x for x in a)) * math.sqrt(math.fsum(y * y for y in b))
+    return max(-1.0, min(1.0, math.fsum(x * y for x, y in zip(a, b, strict=True)) / size)) if size else math.nan
+
+
+def spearman(predicted: Sequence[float], right: Sequence[float]) -> float:
+    """The correlation of ranks; equal values share the mean of theirs."""
+    if not all(map(math.isfinite, chain(predicted, right))):
+        return math.nan
+    return pearson(_ranks(predicted), _ranks(right))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0.0] * len(values)
+    start = 0
+    for stop in range(1, len(order) + 1):
+        if stop == len(order) or values[order[stop]] != values[order[start]]:
+            for place in order[start:stop]:
+                ranks[place] = (start + stop - 1) / 2
+            start = stop
+    return ranks
+
+
+# -- entities -----------------------------------------------------------------------------------------------------
+
+Entity = tuple[str, int, int]
+
+
+def entities(tags: Sequence[str]) -> set[Entity]:
+    """(type, first word, last word) of each entity in IOB2 tags (``B-PER``, ``I-PER``, ``O``), or IOBES.
+
+    Lenient as conlleval and seqeval are: an ``I-`` that continues nothing of its type begins an entity.
+    """
+    found: set[Entity] = set()
+    kind, start, last = "", 0, "O"
+    for place, tag in enumerate([*tags, "O"]):
+        prefix, _, name = tag.partition("-")
+        if last != "O" and (prefix in ("O", "B", "S") or last in ("E", "S") or name != kind):
+            found.add((kind, start, place - 1))
+            last = "O"
+        if prefix != "O" and last == "O":
+            kind, start = name, place
+        last = prefix
+    return found
+
+
+def entity_precision(predicted: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> float:
+    hits, said, _ = _entity_counts(predicted, right)
+    return _ratio(hits, said)
+
+
+def entity_recall(predicted: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> float:
+    hits, _, true = _entity_counts(predicted, right)
+    return _ratio(hits, true)
+
+
+def entity_f1(predicted: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> float:
+    return _f1(*_entity_counts(predicted, right))
+
+
+def _entity_counts(predicted: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> tuple[int, int, int]:
+    pairs = [(entities(a), entities(b)) for a, b in zip(predicted, right, strict=True)]
+    return sum(len(a & b) for a, b in pairs), sum(len(a) for a, _ in pairs), sum(len(b) for _, b in pairs)
+
+
+def word_accuracy(predicted: Sequence[Sequence[object]], right: Sequence[Sequence[object]]) -> float:
+    """The share of words whose tag is right."""
+    return accuracy([*chain.from_iterable(predicted)], [*chain.from_iterable(right)])
+
+
+# -- answers ------------------------------------------------------------------------------------------------------
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(answer: str) -> str:
+    """As the official script of SQuAD has it: lower case, without punctuation, articles and further spaces."""
+    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
+
+
+def answer_exact(predicted: Sequence[str], right: Sequence[Sequence[str]]) -> float:
+    """The share that is one of the right answers, normalised. No right answer: ``""`` is right."""
+    return _best(predicted, right, lambda a, b: float(normalised(a) == normalised(b)))
+
+
+def answer_f1(predicted: Sequence[str], right: Sequence[Sequence[str]]) -> float:
+    """The mean of the F1 of words, normalised, with the nearest right answer of each."""
+    return _best(predicted, right, _shared_words)
+
+
+def _best(predicted: Sequence[str], right: Sequence[Sequence[str]], score: Callable[[str, str], float]) -> float:
+    best = []
+    for said, answers in zip(predicted, right, strict=True):
+        kept = [answer for answer in answers if normalised(answer)] or [""]
+        best.append(max(score(said, answer) for answer in kept))
+    return _mean(best)
+
+
+def _shared_words(predicted: str, right: str) -> float:
+    a, b = normalised(predicted).split(), normalised(right).split()
+    if not a or not b:
+        return float(a == b)
+    return _f1((Counter(a) & Counter(b)).total(), len(a), len(b))
+
+
+# -- texts --------------------------------------------------------------------------------------------------------
+
+#: Words of letters and digits; of scripts that put no spaces between words, each character.
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
+
+
+def text_exact(predicted: Sequence[str], right: Sequence[str]) -> float:
+    """The share that is the very text, but for spaces around it."""
+    return accuracy([text.strip() for text in predicted], [text.strip() for text in right])
+
+
+def rouge1(predicted: Sequence[str], right: Sequence[str]) -> float:
+    return _rouge_n(predicted, right, 1)
+
+
+def rouge2(predicted: Sequence[str], right: Sequence[str]) -> float:
+    return _rouge_n(predicted, right, 2)
+
+
+def rouge_l(predicted: Sequence[str], right: Sequence[str]) -> float:
+    """The mean of the F1 of the longest common subsequence of words, without stemming."""
+    pairs = [(_words(a), _words(b)) for a, b in zip(predicted, right, strict=True)]
+    return _mean([_f1(_common(a, b), len(a), len(b)) for a, b in pairs])
+
+
+def _rouge_n(predicted: Sequence[str], right: Sequence[str], n: int) -> float:
+    """The mean of the F1 of shared runs of ``n`` words (Lin 2004), without stemming."""
+    pairs = [(_runs(_words(a), n), _runs(_words(b), n)) for a, b in zip(predicted, right, strict=True)]
+    return _mean([_f1((a & b).total(), a.total(), b.total()) for a, b in pairs])
+
+
+def _words(text: str) -> list[str]:
+    return _WORDS.findall(text.lower())
+
+
+def _runs(words: list[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(zip(*(words[start:] for start in range(n)), strict=False))
+
+
+def _common(a: list[str], b: list[str]) -> int:
+    """The length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        before = 0
+        for place, other in enumerate(b, start=1):
+            before, row[place] = row[place], before + 1 if word == other else max(row[place], row[place - 1])
+    return row[-1]
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values) if values else math.nan
