@@ -18,8 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraloom.data.example import IGNORE, Encoded1, Example, Settings, over_length, tokenize
-from loraloom.data.records import Pair, Record, Text
+from loraloom.data.chat import ChatEncoder
+from loraloom.data.example import IGNORE, Encoded1, Settings, tokenize
+from loraloom.data.records import Chat, Pair, Record, Text
+from loraloom.data.templates import find_template
+from loraloom.data.windows import fitted, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,20 +31,32 @@ if TYPE_CHECKING:
 
 
 class CausalEncoder:
-    """``Text`` and ``Pair`` to token ids and one label per token."""
+    """``Text``, ``Pair`` and ``Chat`` to token ids and one label per token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
-        self.notes: list[str] = []
+        self._chat: ChatEncoder | None = None
+        if settings.chat_template is not None:
+            find_template(tokenizer, settings.chat_template)  # one that is broken is told before any row is read
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be said of the chat template, once a conversation was met."""
+        return self._chat.notes if self._chat is not None else []
 
     def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
-        parts = [_parts(record) for _, record in records]
+        chats = [record for _, record in records if isinstance(record, Chat)]
+        if chats and self._chat is None:
+            self._chat = ChatEncoder(self.tokenizer, self.settings)
+        spoken = iter(self._chat.encode(chats) if self._chat is not None else [])
+        parts = [_parts(record) for _, record in records if not isinstance(record, Chat)]
         texts = [prompt + completion for prompt, completion, _ in parts]
-        return [
+        written = (
             self._completed(tokens, len(prompt), column)
             for (prompt, _, column), tokens in zip(parts, tokenize(self.tokenizer, texts), strict=True)
-        ]
+        )
+        return [next(spoken if isinstance(record, Chat) else written) for _, record in records]
 
     def _completed(self, tokens: Any, boundary: int, column: str) -> Encoded1:
         ids, targets, front = _targets(tokens, boundary)
@@ -58,64 +73,19 @@ class CausalEncoder:
         if end is not None and ids[-1:] != [end]:
             ids.append(end)
             targets.append(end)
-        return fitted(ids, targets, front, self.settings, merged=merged, what=repr(column), whole=boundary == 0)
-
-
-def fitted(
-    ids: list[int],
-    targets: list[int],
-    front: int,
-    settings: Settings,
-    *,
-    merged: bool,
-    what: str,
-    whole: bool,
-) -> Encoded1:
-    """The example or examples of a row that may be over length, by ``settings.overlong``.
-
-    ``front`` is the number of special tokens that open the row, ``what`` names what is trained on in messages;
-    ``whole`` says that there is no prompt.
-    """
-    limit = settings.max_length
-    overlong = len(ids) > limit
-    if overlong and settings.overlong == "error":
-        return Encoded1(overlong=True, merged=merged, error=over_length(len(ids), settings))
-    if overlong and settings.overlong == "drop":
-        return Encoded1(overlong=True, merged=merged)
-    if overlong and settings.overlong == "split":
-        first = next((place for place, target in enumerate(targets) if target != IGNORE), len(ids))
-        if first >= limit:
+        limit = self.settings.max_length
+        if self.settings.overlong != "split" or len(ids) <= limit:
+            return fitted(ids, targets, self.settings, merged=merged, what=repr(column))
+        prompt = next(place for place, target in enumerate(targets) if target != IGNORE)
+        if prompt >= limit:
             return Encoded1(
                 overlong=True,
                 merged=merged,
-                error=f"the prompt alone has {first} tokens, where max_length is {limit}, so the row cannot be split; "
-                f"raise max_length, or shorten the prompt",
+                error=f"the prompt alone has {prompt} tokens, where max_length is {limit}, so the row cannot be "
+                f"split; raise max_length, or shorten the prompt",
             )
-        context = 1 if whole else max(1, (limit - front) // 2)
-        return Encoded1(_windows(ids, targets, front, limit, context), overlong=True, merged=merged)
-    # The first position is never predicted, so a target there trains nothing.
-    if all(target == IGNORE for target in targets[1:limit]):
-        return Encoded1(
-            overlong=overlong,
-            merged=merged,
-            problem=f"nothing of {what} is left to train on within max_length={limit}; raise max_length, "
-            f"or shorten the prompts",
-        )
-    return Encoded1([Example(ids[:limit], targets[:limit])], overlong=overlong, merged=merged)
-
-
-def _windows(ids: list[int], targets: list[int], front: int, limit: int, context: int) -> list[Example]:
-    """Windows of at most ``limit`` tokens over the row; each target is in exactly one of them."""
-    windows = [Example(ids[:limit], targets[:limit])]
-    done = limit
-    opening = ids[:front]
-    while done < len(ids):
-        start = max(front, done - context)
-        stop = min(len(ids), start + limit - front)
-        labels = [IGNORE] * (front + done - start) + targets[done:stop]
-        windows.append(Example(opening + ids[start:stop], labels))
-        done = stop
-    return windows
+        context = (limit - front) // 2 if boundary else 1
+        return Encoded1(windows(ids, targets, limit, front, context), overlong=True, merged=merged)
 
 
 def _parts(record: Record) -> tuple[str, str, str]:

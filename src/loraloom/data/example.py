@@ -74,9 +74,11 @@ class Settings:
 
 
 class Encoder(Protocol):
-    """Records of one task in, examples out. ``notes`` are what the user should be told once, before training."""
+    """Records of one task in, examples out."""
 
-    notes: list[str]
+    @property
+    def notes(self) -> list[str]:
+        """What the user should be told once, before training."""
 
     def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
         """One ``Encoded1`` for each record, in order; rows are tokenized together, so give them in chunks."""

@@ -1,0 +1,177 @@
+"""Which chat template a run uses, and a conversation as the text that it writes.
+
+This file knows where templates come from and how their errors are told. It does not know what is trained on.
+Templates are the tokenizer's own or the user's, and foreign code either way: transformers renders them in its
+sandbox, exactly as it does when the model is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraloom.errors import ConfigError, DataError, ModelError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from loraloom.data.records import Message
+
+#: The name of the template for tokenizers that have none.
+PLAIN = "loraloom-plain"
+
+#: A form that any tokenizer can write, since it needs no token of its own: headings, and the end-of-text token
+#: where the assistant ends. BOS and END are put in by ``plain_template``.
+PLAIN_TEXT = """\
+{{- BOS }}
+{%- if tools %}
+{{- '### Tools:\\n' }}
+{%- for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}
+{{- '\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{{- '### Assistant:\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}
+{{- END }}
+{%- if not loop.last %}{{ '\\n\\n' }}{% endif %}
+{%- else %}
+{{- '### ' + message.role | capitalize + ':\\n' + message.content + '\\n\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{%- if messages and messages[-1].role == 'assistant' %}{{ '\\n\\n' }}{% endif %}
+{{- '### Assistant:\\n' }}
+{%- endif %}"""
+
+#: What ends the assistant's turn in the plain template where the tokenizer has no end-of-text token.
+PLAIN_END = "\n### End"
+
+
+class Refusal(DataError):
+    """A conversation that the template does not take; the message is the template's own."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template with its tokenizer. ``name`` says in messages where it is from."""
+
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    #: the template; None is what the tokenizer itself chooses (some have one for tools beside the usual one)
+    text: str | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the default for tokenizers that have none."""
+        return self.name == PLAIN
+
+    def render(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, *, prompt: bool = False
+    ) -> str:
+        """The text of ``messages``; with ``prompt``, also what the template writes for the assistant to go on from.
+
+        Raises ``Refusal`` where the template says that it cannot take the conversation, and ``ModelError`` where
+        it fails, with its own message and line.
+        """
+        from jinja2 import TemplateError, TemplateSyntaxError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                chat_template=self.text,
+                add_generation_prompt=prompt,
+                tokenize=False,
+            )
+        except TemplateSyntaxError as exc:
+            raise ModelError(f"{self.name}, line {exc.lineno}: {exc.message}") from None
+        except Exception as exc:  # a template can raise whatever Python can
+            said = f"{exc}" or type(exc).__name__
+            if type(exc) is TemplateError:  # what raise_exception raises, and nothing else
+                raise Refusal(f"{self.name} does not take this conversation: {said}") from None
+            raise ModelError(f"{self.name}{_line(exc)}: {said}") from None
+        assert isinstance(text, str)
+        return text
+
+
+def find_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> Template:
+    """The template that ``chat_template`` asks for, else the tokenizer's own, else ``loraloom-plain``.
+
+    ``chat_template`` is the path of a file (``.jinja``), the template itself, or the name of one of several that
+    the tokenizer has. Raises ``ConfigError`` for one that is none of these, and ``ModelError`` for a template that
+    is broken.
+    """
+    template = _chosen(tokenizer, chat_template)
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    try:
+        with suppress(Refusal):  # it is for other conversations than this
+            template.render(talk)
+    except ModelError:
+        # It may count on a system message; one that fails with it as well is broken.
+        with suppress(Refusal):
+            template.render([{"role": "system", "content": "Be kind."}, *talk])
+    return template
+
+
+def _chosen(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Template:
+    own = getattr(tokenizer, "chat_template", None)
+    named = own if isinstance(own, dict) else {}
+    if chat_template is None:
+        if not own:
+            return Template(tokenizer, PLAIN, plain_template(tokenizer))
+        if named and "default" not in named:
+            raise ConfigError(f"chat_template: the tokenizer has {', '.join(sorted(named))}; choose one by its name")
+        return Template(tokenizer, "the tokenizer's chat template", None)
+    if chat_template in named:
+        return Template(tokenizer, f"the tokenizer's chat template {chat_template!r}", named[chat_template])
+    if chat_template == PLAIN:
+        return Template(tokenizer, PLAIN, plain_template(tokenizer))
+    if "{{" in chat_template or "{%" in chat_template:
+        return Template(tokenizer, "chat_template", chat_template)
+    # Not Path.is_file(): it raises for a name that the system cannot hold.
+    if not os.path.isfile(chat_template):
+        known = [PLAIN, *named]
+        raise ConfigError(
+            f"chat_template: {chat_template!r} is neither a file nor a template (there is no {{{{ or {{% in it)"
+            f"{nearest(chat_template, known)}"
+        )
+    try:
+        text = Path(chat_template).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"chat_template: {chat_template} cannot be read: {exc}") from None
+    if not text.strip():
+        raise ConfigError(f"chat_template: {chat_template} is empty")
+    return Template(tokenizer, f"chat_template {chat_template}", text)
+
+
+def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """``loraloom-plain`` for this tokenizer, as a template that can be saved beside it.
+
+    It opens with the beginning-of-text token where the tokenizer itself puts one before a text, as it was while
+    the model was pretrained; the assistant's turns end with the end-of-text token, or with ``### End`` where
+    there is none.
+    """
+    first = tokenizer("").input_ids[:1]
+    bos = tokenizer.bos_token if first and first[0] == tokenizer.bos_token_id else ""
+    end = tokenizer.eos_token or PLAIN_END
+    return PLAIN_TEXT.replace("BOS", _quoted(bos)).replace("END", _quoted(end))
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"
+
+
+def _line(exc: BaseException) -> str:
+    """``, line 7``: where in the template an error arose; the innermost line where it called itself."""
+    line, frame = None, exc.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == "<template>":
+            line = frame.tb_lineno
+        frame = frame.tb_next
+    return f", line {line}" if line else ""

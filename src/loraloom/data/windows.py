@@ -1,0 +1,47 @@
+"""A row of tokens that may be over ``max_length``: left, cut, or in windows.
+
+This file knows token ids and labels. It does not know texts or tokenizers.
+"""
+
+from __future__ import annotations
+
+from loraloom.data.example import IGNORE, Encoded1, Example, Settings, over_length
+
+
+def fitted(ids: list[int], targets: list[int], settings: Settings, *, merged: bool, what: str) -> Encoded1:
+    """The row as one example, cut to ``max_length`` where it is longer, unless that is an error or it is dropped.
+
+    ``what`` names in messages what is trained on.
+    """
+    limit = settings.max_length
+    overlong = len(ids) > limit
+    if overlong and settings.overlong == "error":
+        return Encoded1(overlong=True, merged=merged, error=over_length(len(ids), settings))
+    if overlong and settings.overlong == "drop":
+        return Encoded1(overlong=True, merged=merged)
+    # The first position is never predicted, so a target there trains nothing.
+    if all(target == IGNORE for target in targets[1:limit]):
+        return Encoded1(
+            overlong=overlong,
+            merged=merged,
+            problem=f"nothing of {what} is left to train on within max_length={limit}; raise max_length, "
+            f"or shorten the prompts",
+        )
+    return Encoded1([Example(ids[:limit], targets[:limit])], overlong=overlong, merged=merged)
+
+
+def windows(ids: list[int], targets: list[int], limit: int, front: int, context: int) -> list[Example]:
+    """Windows of at most ``limit`` tokens over the row; every target is in exactly one of them.
+
+    Each window after the first opens with the row's first ``front`` tokens (the special ones) and with up to
+    ``context`` tokens that go before it, none of which is trained on again.
+    """
+    made = [Example(ids[:limit], targets[:limit])]
+    done = limit
+    while done < len(ids):
+        start = max(front, done - context)
+        stop = min(len(ids), start + limit - front)
+        labels = [IGNORE] * (front + done - start) + targets[done:stop]
+        made.append(Example(ids[:front] + ids[start:stop], labels))
+        done = stop
+    return [example for example in made if any(label != IGNORE for label in example.labels[1:])]  # type: ignore[index]
