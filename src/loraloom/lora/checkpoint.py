@@ -89,7 +89,7 @@ def save(
             if lost := [key for key, tensor in tensors.items() if id(tensor) not in gathered]:
                 raise AdapterError(f"state_dict: it lacks {lost[0]}{_more(lost)}; pass a whole one or none")
             tensors = {key: gathered[id(tensor)] for key, tensor in tensors.items()}
-        files[place + WEIGHTS_NAME] = partial(_write_tensors, tensors)
+        files[place + WEIGHTS_NAME] = partial(write_tensors, tensors)
         config = model.peft_config[name].copy(inference_mode=True)
         if config.task_type is None:  # what PEFT needs to find the base by itself
             base = type(model.model)
@@ -98,7 +98,7 @@ def save(
     write_files(folder, files)
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Straight from the tensors to the file. Sorted and unshared: the same adapter gives the same bytes."""
     seen: set[int] = set()
     plain: dict[str, Tensor] = {}
