@@ -1,0 +1,339 @@
+"""Examples as flat arrays, on disk or in memory: written front to back, read at any place.
+
+This file knows ids, labels and where each example begins. It does not know texts, tokenizers or tasks. A million
+examples are a few files that the system maps into memory as they are read; an ``Example`` is made when it is asked for.
+Small data is the same arrays in memory, so what comes out does not depend on where they lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from loraloom.data.example import Example
+from loraloom.data.rows import Row, Unit
+
+Array = npt.NDArray[Any]
+
+#: What a row is marked with: over length; with a token of text that is trained on and text that is not; with nothing
+#: to train on; not written whole by the chat template.
+OVERLONG, MERGED, UNTRAINED, LEFT_OUT = 1, 2, 4, 8
+
+#: Arrays with one number for each token, example or row. Little-endian whatever the machine is.
+DTYPES: dict[str, str] = {
+    "ids": "<i4",
+    "types": "|u1",
+    "labels": "<i4",
+    "lengths": "<i4",
+    "label_lengths": "<i4",
+    "example_rows": "<i4",
+    "digests": "<u8",
+    "row_flags": "|u1",
+    "row_files": "<i4",
+    "row_lines": "<i8",
+}
+#: ``labels`` of an example: a whole number, a number, or a list of them.
+KINDS = {"class": "<i4", "number": "<f8", "classes": "<i4", "numbers": "<f8"}
+LISTS = ("classes", "numbers")
+
+
+@dataclass
+class Packed:
+    """Some rows and what was made of them, as arrays; ``example_rows`` count from the first of these rows."""
+
+    columns: dict[str, Array]
+    kind: str
+    #: what ``row_files`` number: files, and how a place in them is counted
+    files: list[tuple[str, Unit]]
+
+    @property
+    def rows(self) -> int:
+        return len(self.columns["row_flags"])
+
+
+def pack(rows: Sequence[Row], examples: Sequence[Sequence[Example]], flags: Sequence[int]) -> Packed:
+    """Arrays of ``rows``; ``examples[i]`` and ``flags[i]`` belong to row ``i``."""
+    flat = list(chain.from_iterable(examples))
+    lengths = np.fromiter((len(e.input_ids) for e in flat), "<i4", len(flat))
+    ids = np.fromiter(chain.from_iterable(e.input_ids for e in flat), "<i4", int(lengths.sum()))
+    names = list(dict.fromkeys((row.file, row.unit) for row in rows))
+    number = {name: i for i, name in enumerate(names)}
+    columns: dict[str, Array] = {
+        "ids": ids,
+        "lengths": lengths,
+        "example_rows": np.repeat(np.arange(len(rows), dtype="<i4"), [len(part) for part in examples]),
+        "digests": _digests(ids, lengths),
+        "row_flags": np.array(flags, "|u1"),
+        "row_files": np.fromiter((number[row.file, row.unit] for row in rows), "<i4", len(rows)),
+        "row_lines": np.fromiter((row.line for row in rows), "<i8", len(rows)),
+    }
+    kind = _kind(flat)
+    if kind in LISTS:
+        lists: list[list[Any]] = [e.labels for e in flat]  # type: ignore[misc]
+        columns["label_lengths"] = np.fromiter((len(one) for one in lists), "<i4", len(lists))
+        columns["labels"] = np.fromiter(chain.from_iterable(lists), KINDS[kind])
+    elif flat:
+        columns["labels"] = np.array([e.labels for e in flat], KINDS[kind])
+    if any(types := [e.token_type_ids for e in flat]):
+        parts = (one or [0] * len(e.input_ids) for one, e in zip(types, flat, strict=True))
+        columns["types"] = np.fromiter(chain.from_iterable(parts), "|u1", len(ids))
+    return Packed(columns, kind, names)
+
+
+def _kind(examples: Sequence[Example]) -> str:
+    """What the labels are. A list of none says nothing of what it would hold."""
+    kinds = {_kind_of(e.labels) for e in examples} - {""}
+    if kinds == {"classes", "numbers"}:
+        return "numbers"
+    if len(kinds) > 1:
+        raise TypeError(f"labels of several kinds in one set of examples: {', '.join(sorted(kinds))}")
+    return kinds.pop() if kinds else ("classes" if examples else "")
+
+
+def _kind_of(labels: Any) -> str:
+    if isinstance(labels, list):
+        if not labels:
+            return ""
+        return "numbers" if any(isinstance(label, float) for label in labels) else "classes"
+    return "number" if isinstance(labels, float) else "class"
+
+
+def _digests(ids: Array, lengths: Array) -> Array:
+    """A hash of each example's ids: rows that the model cannot tell apart have the same."""
+    data, ends = memoryview(ids.tobytes()), [0, *accumulate(int(n) * 4 for n in lengths)]
+    pieces = (hashlib.blake2b(data[start:end], digest_size=8).digest() for start, end in pairwise(ends))
+    return np.frombuffer(b"".join(pieces), "<u8")
+
+
+class File(Protocol):
+    def write(self, data: bytes | memoryview) -> None: ...
+
+
+class Folder(Protocol):
+    """Where arrays are written: a draft of an entry of the cache."""
+
+    def file(self, name: str) -> Any: ...
+
+
+class Memory:
+    """A folder in memory, for small data."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytearray] = {}
+
+    def file(self, name: str) -> Any:
+        self.files[name] = bytearray()
+        return _Grown(self.files[name])
+
+
+@dataclass
+class _Grown:
+    data: bytearray
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.data += data
+
+
+class Writer:
+    """Takes packed rows one after the other. ``finish`` returns what, with the arrays, makes a ``Table``."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._files: dict[str, File] = {}
+        self._sizes: dict[str, int] = {}
+        self._names: dict[tuple[str, Unit], int] = {}
+        self.kind = ""
+        self.rows, self.largest = 0, -1
+
+    def add(self, packed: Packed) -> None:
+        columns = dict(packed.columns)
+        if packed.kind:
+            if self.kind and self.kind != packed.kind:
+                raise TypeError(f"labels of several kinds in one set of examples: {self.kind} and {packed.kind}")
+            self.kind = packed.kind
+        numbers = np.array([self._names.setdefault(name, len(self._names)) for name in packed.files], "<i4")
+        columns["row_files"] = numbers[columns["row_files"]] if len(numbers) else columns["row_files"]
+        columns["example_rows"] = columns["example_rows"] + np.int32(self.rows)
+        if "types" in columns or "types" in self._files:
+            # Only some examples come with segments: those that do not lie in the first.
+            missing = self._sizes.get("ids", 0) - self._sizes.get("types", 0)
+            self._write("types", np.zeros(missing, "|u1"))
+            columns.setdefault("types", np.zeros(len(columns["ids"]), "|u1"))
+        for name, array in columns.items():
+            self._write(name, array)
+        self.rows += packed.rows
+        if len(columns["ids"]):
+            self.largest = max(self.largest, int(columns["ids"].max()))
+
+    def _write(self, name: str, array: Array) -> None:
+        if name not in self._files:
+            self._files[name] = self._folder.file(f"{name}.bin")
+        dtype = KINDS[self.kind] if name == "labels" else DTYPES[name]
+        self._files[name].write(np.ascontiguousarray(array, dtype).tobytes())
+        self._sizes[name] = self._sizes.get(name, 0) + len(array)
+
+    def finish(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "sizes": self._sizes,
+            "files": list(self._names),
+            "rows": self.rows,
+            "largest": self.largest,
+        }
+
+
+class Table:
+    """All examples of one reading, in the order of the rows. ``info`` is what the ``Writer`` returned."""
+
+    def __init__(self, arrays: Mapping[str, Array], info: Mapping[str, Any], keep: Any = None) -> None:
+        self.kind: str = info["kind"]
+        self.files: list[tuple[str, Unit]] = info["files"]
+        self.rows: int = info["rows"]
+        #: the greatest id, or -1
+        self.largest: int = info["largest"]
+        self._keep = keep
+
+        def column(name: str) -> Array:
+            return arrays[name] if name in arrays else np.zeros(0, DTYPES[name])
+
+        self.ids, self.labels, self.lengths = column("ids"), column("labels"), column("lengths")
+        self.types: Array | None = arrays.get("types")
+        self.example_rows, self.digests = column("example_rows"), column("digests")
+        self.row_flags, self.row_files, self.row_lines = column("row_flags"), column("row_files"), column("row_lines")
+        self._starts = _starts(self.lengths)
+        self._label_starts = _starts(column("label_lengths")) if self.kind in LISTS else self._starts
+
+    @classmethod
+    def written(cls, memory: Memory, info: Mapping[str, Any]) -> Table:
+        arrays = {name: np.frombuffer(bytes(memory.files[f"{name}.bin"]), _dtype(name, info)) for name in info["sizes"]}
+        return cls(arrays, info)
+
+    @classmethod
+    def opened(cls, folder: Path, info: Mapping[str, Any], keep: Any = None) -> Table:
+        """Arrays that stay on disk; ``keep`` is held as long as the table is."""
+        arrays = {}
+        for name, size in info["sizes"].items():
+            dtype = _dtype(name, info)
+            # A plain array over the map: slices of numpy's own class for maps are several times as slow.
+            mapped = np.memmap(folder / f"{name}.bin", dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
+            arrays[name] = np.asarray(mapped).view(np.ndarray)
+        return cls(arrays, info, keep)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> Example:
+        span = slice(self._starts[number], self._starts[number + 1])
+        labels: Any
+        if self.kind in LISTS:
+            labels = self.labels[self._label_starts[number] : self._label_starts[number + 1]].tolist()
+        else:
+            labels = self.labels[number].item()
+        if self.types is None:
+            return Example(self.ids[span].tolist(), labels)
+        return Example(self.ids[span].tolist(), labels, token_type_ids=self.types[span].tolist())
+
+    def where(self, row: int) -> str:
+        """The file and line of a row, in words."""
+        file, unit = self.files[self.row_files[row]]
+        return Row({}, int(self.row_lines[row]), file, unit).where
+
+
+def _dtype(name: str, info: Mapping[str, Any]) -> str:
+    return KINDS[info["kind"]] if name == "labels" else DTYPES[name]
+
+
+def _starts(lengths: Array) -> Array:
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
+
+
+class Examples(Sequence[Example]):
+    """Some examples of a table, in any order, each as often as wanted. By default all of them once, in order."""
+
+    def __init__(self, table: Table, index: Array | None = None) -> None:
+        self.table = table
+        self._index = index
+        #: tokens of each
+        self.lengths: Array = table.lengths if index is None else table.lengths[index]
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> Examples:
+        """Examples that are there already, one row each."""
+        parts = [[example] for example in examples]
+        rows = [Row({}, line) for line in range(1, len(parts) + 1)]
+        memory = Memory()
+        writer = Writer(memory)
+        writer.add(pack(rows, parts, [0] * len(parts)))
+        return cls(Table.written(memory, writer.finish()))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, number: int) -> Example: ...
+    @overload
+    def __getitem__(self, number: slice) -> Examples: ...
+    def __getitem__(self, number: int | slice) -> Example | Examples:
+        if isinstance(number, slice):
+            return self.view(np.arange(len(self))[number])
+        if number < 0:
+            number += len(self)
+        if not 0 <= number < len(self):
+            raise IndexError(f"example {number} of {len(self)}")
+        return self.table[number if self._index is None else int(self._index[number])]
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[number] for number in range(len(self)))
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def rows(self) -> Array:
+        """The row that each came from, numbered from 0 as they were read."""
+        rows = self.table.example_rows
+        return rows if self._index is None else rows[self._index]
+
+    @property
+    def digests(self) -> Array:
+        """A hash of each one's ids."""
+        digests = self.table.digests
+        return digests if self._index is None else digests[self._index]
+
+    def flagged(self, flag: int) -> int:
+        """How many of the rows that these came from are marked so."""
+        return int(np.count_nonzero(self.table.row_flags[np.unique(self.rows)] & flag))
+
+    def view(self, indices: Any) -> Examples:
+        """Those at ``indices``, in that order. Nothing is copied but the numbers."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return Examples(self.table, chosen if self._index is None else self._index[chosen])
+
+    def where(self, number: int) -> str:
+        """The file and line that example ``number`` came from, in words."""
+        at = number if self._index is None else self._index[number]
+        return self.table.where(int(self.table.example_rows[at]))
+
+
+def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
+    """Tokens of each example, without making them where they lie in a table."""
+    if isinstance(examples, Examples):
+        return examples.lengths  # type: ignore[return-value] # an array of whole numbers serves as a sequence of them
+    return [len(example.input_ids) for example in examples]
+
+
+def unpicked(total: int, wanted: Array) -> Array:
+    """The numbers below ``total`` that are not in ``wanted``, in order."""
+    left = np.ones(total, bool)
+    left[wanted] = False
+    return np.flatnonzero(left)
