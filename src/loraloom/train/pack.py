@@ -20,6 +20,7 @@ from loraloom.data.encode import IGNORE
 from loraloom.errors import AdapterError, ConfigError, nearest
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.train.objective import Objective
+from loraloom.train.recompute import recomputed
 
 #: What fills up shorter rows, by the name of a model's argument; ids take the padding token.
 _FILLERS = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
@@ -213,6 +214,8 @@ def train_adapters(model: PeftModel) -> None:
     for wrapper in model.base_model.saved_modules.values():
         for module in wrapper.modules_to_save.modules():
             module.training = not isinstance(module, _DropoutNd)
+    for module in recomputed(model):
+        module.training = True
 
 
 @contextmanager
