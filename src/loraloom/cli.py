@@ -53,14 +53,48 @@ Layers = Annotated[
 ]
 
 Model = Annotated[str, typer.Option(help="Folder or hub name of the pretrained model.")]
-Task = Annotated[str, typer.Option(help="seq-cls or causal-lm.")]
+TASK_HELP = "causal-lm, seq-cls, token-cls, seq2seq-lm or question-answering."
+Task = Annotated[str, typer.Option(help=TASK_HELP)]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: what the frozen model is held in.")]
+
+# The options of rows; `train`, `tune` and `data` share them.
+DATA, EVAL, KEPT = "Data", "Evaluation", "Checkpoints and trackers"
+DataSource = Annotated[
+    str | None,
+    typer.Option(
+        help="JSONL, JSON, CSV, TSV, Parquet or text; a folder or glob of these, a saved or a hub dataset.",
+        rich_help_panel=DATA,
+    ),
+]
+Split = Annotated[
+    str, typer.Option(help="Rows to validate on: a share, a count, or a source of their own.", rich_help_panel=DATA)
+]
+Shape = Annotated[
+    str | None, typer.Option(help="The shape of the rows, which is otherwise recognised.", rich_help_panel=DATA)
+]
+Columns = Annotated[
+    str | None, typer.Option(help='Our column → yours, in JSON: {"text": "body"}.', rich_help_panel=DATA)
+]
 Length = Annotated[
     int | None,
     typer.Option(
-        help="Tokens of a row; longer ones are cut, and counted. By default 512, or what the model reads at most."
+        help="Tokens of a row. By default 512, or what the model reads at most.",
+        rich_help_panel=DATA,
     ),
 ]
+Overlong = Annotated[
+    str, typer.Option(help="Longer rows: truncate, error, drop or split. They are counted.", rich_help_panel=DATA)
+]
+BadRow = Annotated[
+    str, typer.Option(help="stop, or skip: bad rows go to a file with the reasons.", rich_help_panel=DATA)
+]
+Template = Annotated[
+    str | None,
+    typer.Option(help="A chat template in place of the tokenizer's: a file, or the text.", rich_help_panel=DATA),
+]
+
+#: What ``--resume`` means that names no checkpoint.
+NEWEST = "newest"
 
 RunFile = Annotated[
     str | None, typer.Argument(metavar="RUN.yaml", help="A run file. Options given beside it win over it.")
@@ -92,30 +126,87 @@ def train(
     run_file: RunFile = None,
     settings: Settings = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the pretrained model.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="JSONL or CSV with text and label, prompt and completion, or text.")
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    dtype: Dtype = "float32",
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default an accelerator.")] = None,
+    data: DataSource = None,
+    task: Annotated[str | None, typer.Option(help=TASK_HELP, rich_help_panel=DATA)] = None,
+    eval_split: Split = "0.1",
+    format: Shape = None,
+    columns: Columns = None,
+    max_length: Length = None,
+    overlong: Overlong = "truncate",
+    on_bad_row: BadRow = "stop",
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="Leave out rows without a trained token.", rich_help_panel=DATA)
+    ] = False,
+    chat_template: Template = None,
+    stride: Annotated[int, typer.Option(help="Tokens that windows share.", rich_help_panel=DATA)] = 128,
+    problem_type: Annotated[
+        str | None, typer.Option(help="What a seq-cls label is; by default recognised.", rich_help_panel=DATA)
     ] = None,
-    task: Annotated[str | None, typer.Option(help="seq-cls or causal-lm.")] = None,
+    data_workers: Annotated[int | None, typer.Option(help="Processes that tokenise.", rich_help_panel=DATA)] = None,
     output: Annotated[str | None, typer.Option(help="Folder for the adapter, run.json and the plot.")] = None,
-    eval_split: Annotated[str, typer.Option(help="Rows to validate on: a share, a count, or a file.")] = "0.1",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the output folder.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="[CHECKPOINT]", help="Go on from a checkpoint; by default the newest whole one."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but train: check, estimate, say.")] = False,
     epochs: Annotated[float, typer.Option(help="Times through the data.")] = 3,
     max_steps: Annotated[int | None, typer.Option(help="Steps in all, instead of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of one forward.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Rows of one forward, over all processes.")] = 16,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Forwards whose gradients make a step.")] = 1,
-    eval_batch_size: Annotated[int, typer.Option(help="Rows at once when validating.")] = 64,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
+    ] = False,
     learning_rate: Annotated[
         float, typer.Option("--lr", "--learning-rate", help="Peak learning rate; about ten times full fine-tuning's.")
     ] = 2e-4,
     loraplus_lr_ratio: Annotated[float, typer.Option(help="The rate of B over that of A (LoRA+).")] = 1.0,
-    lr_scheduler_type: Annotated[str, typer.Option(help="After the warmup: linear, cosine, constant.")] = "linear",
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
+    lr_scheduler_type: Annotated[
+        str, typer.Option(help="After the warmup: linear, cosine, constant, warmup_stable_decay.")
+    ] = "linear",
     warmup_ratio: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.05,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps in which it rises, instead of a share.")] = None,
+    decay_ratio: Annotated[float, typer.Option(help="Share of the steps in which warmup_stable_decay falls.")] = 0.2,
+    optim: Annotated[str, typer.Option(help="adamw, or a class of torch.optim.")] = "adamw",
+    optim_args: Annotated[str | None, typer.Option(help='Its arguments, in JSON: {"momentum": 0.9}.')] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of the optimizer.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
-    eval_steps: Annotated[int | None, typer.Option(help="Validate every so many steps; by default each epoch.")] = None,
-    max_length: Length = None,
     seed: Annotated[int, typer.Option(help="Of the split, the order, the start and the dropout.")] = 0,
-    dtype: Dtype = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the output folder.")] = False,
+    eval_strategy: Annotated[
+        str | None, typer.Option(help="no, steps, epoch or minutes; by default each epoch.", rich_help_panel=EVAL)
+    ] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Validate every so many steps.", rich_help_panel=EVAL)] = None,
+    eval_minutes: Annotated[float | None, typer.Option(help="... or minutes.", rich_help_panel=EVAL)] = None,
+    eval_batch_size: Annotated[int, typer.Option(help="Rows at once when validating.", rich_help_panel=EVAL)] = 64,
+    metrics: Annotated[
+        str | None, typer.Option(help="Names with commas between, or package.module:function.", rich_help_panel=EVAL)
+    ] = None,
+    metric_for_best_model: Annotated[
+        str | None, typer.Option(help="What is best; by default the first metric.", rich_help_panel=EVAL)
+    ] = None,
+    load_best_model_at_end: Annotated[
+        bool, typer.Option("--load-best-model-at-end", help="End with the best adapter.", rich_help_panel=EVAL)
+    ] = False,
+    early_stopping_patience: Annotated[
+        int | None, typer.Option(help="End after so many evaluations without a better one.", rich_help_panel=EVAL)
+    ] = None,
+    early_stopping_threshold: Annotated[float, typer.Option(help="Better by this.", rich_help_panel=EVAL)] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens generated for metrics.", rich_help_panel=EVAL)] = 64,
+    save_strategy: Annotated[
+        str | None, typer.Option(help="no, steps, epoch or minutes; by default each epoch.", rich_help_panel=KEPT)
+    ] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Checkpoint every so many steps.", rich_help_panel=KEPT)
+    ] = None,
+    save_minutes: Annotated[float | None, typer.Option(help="... or minutes.", rich_help_panel=KEPT)] = None,
+    save_total_limit: Annotated[int, typer.Option(help="Checkpoints that stay.", rich_help_panel=KEPT)] = 2,
+    report_to: Annotated[
+        str, typer.Option(help="Trackers with commas between, or none.", rich_help_panel=KEPT)
+    ] = "tensorboard",
     r: Rank = 8,
     lora_alpha: Alpha = 8,
     lora_dropout: Dropout = 0.0,
@@ -136,7 +227,8 @@ def train(
     from loraloom.report.session import train_run
     from loraloom.train import runfile
 
-    train_run(runfile.read(run_file, settings or (), _given(context)).options)
+    options = runfile.read(run_file, settings or (), _given(context)).options
+    train_run(options, resume=resume == NEWEST or resume, dry_run=dry_run)
 
 
 @app.command()
@@ -145,10 +237,13 @@ def tune(
     run_file: RunFile = None,
     settings: Settings = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the pretrained model.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="JSONL or CSV with text and label, prompt and completion, or text.")
-    ] = None,
-    task: Annotated[str | None, typer.Option(help="seq-cls or causal-lm.")] = None,
+    data: DataSource = None,
+    task: Annotated[str | None, typer.Option(help=TASK_HELP, rich_help_panel=DATA)] = None,
+    format: Shape = None,
+    columns: Columns = None,
+    overlong: Overlong = "truncate",
+    on_bad_row: BadRow = "stop",
+    chat_template: Template = None,
     output: Annotated[str | None, typer.Option(help="Folder of the search; one in it is gone on with.")] = None,
     preset: Annotated[str, typer.Option(help="How far to search: quick, standard, thorough.")] = "standard",
     trials: Annotated[int | None, typer.Option(help="Configurations to try; by default the preset's.")] = None,
@@ -160,7 +255,7 @@ def tune(
     ray_address: Annotated[
         str | None, typer.Option(help="A Ray cluster for them: host:port, or auto; by default this machine.")
     ] = None,
-    eval_split: Annotated[str, typer.Option(help="Rows to compare on: a share, a count, or a file.")] = "0.1",
+    eval_split: Split = "0.1",
     epochs: Annotated[float, typer.Option(help="Times through the data, for a trial that goes to its end.")] = 3,
     max_steps: Annotated[int | None, typer.Option(help="Steps of such a trial, instead of epochs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of one forward of a trial.")] = 16,
@@ -243,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     try:
-        code = app(arguments, prog_name="loraloom", standalone_mode=False)
+        code = app(_whole_resume(arguments), prog_name="loraloom", standalone_mode=False)
         if code == 130:  # how the parser says Ctrl-C
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
@@ -266,6 +361,15 @@ def _run(arguments: list[str]) -> int:
         return _fail(f"unexpected, please report it: {what} (LORALOOM_TRACEBACK=1 shows where)", 1)
 
 
+def _whole_resume(arguments: list[str]) -> list[str]:
+    """``--resume`` may stand alone, which the parser does not know."""
+    out = []
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        alone = following.startswith("-") or following.lower().endswith((".yaml", ".yml"))
+        out.append(f"--resume={NEWEST}" if argument == "--resume" and alone else argument)
+    return out
+
+
 def _fail(message: str, code: int) -> int:
     Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     return code
@@ -281,7 +385,7 @@ def _given(context: typer.Context) -> dict[str, Any]:
         if source is None or source.name != "COMMANDLINE":
             continue
         if name in KEYS:
-            given[KEYS[name]] = value
+            given[KEYS[name]] = _mapping(name, value) if name in ("columns", "optim_args") and value else value
         elif name in LORA_KEYS:
             given[LORA_KEYS[name]] = _field(name, value)
     return given
@@ -326,9 +430,8 @@ def _mapping(name: str, value: str) -> dict[str, Any]:
     try:
         found = json.loads(value)
     except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{name}: not JSON ({error.msg}); write it as '{{\"q_proj\": 16}}', found {value!r}"
-        ) from None
+        example = '{"q_proj": 16}' if name.endswith("_pattern") else '{"name": "value"}'
+        raise ConfigError(f"{name}: not JSON ({error.msg}); write it as '{example}', found {value!r}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{name}: must be a JSON object, found {value!r}")
     return found
