@@ -13,8 +13,19 @@ from torch import nn
 from loraloom.config import TaskType
 from loraloom.errors import ConfigError, ModelError
 
+#: Task → the class of transformers that has a model for it.
+AUTO = {
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+}
+#: Tasks whose head is new in most folders, and is trained in full.
+HEADED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
-def load_tokenizer(name: str) -> Any:
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a folder or name, with a padding token.
 
     Raises:
@@ -24,7 +35,7 @@ def load_tokenizer(name: str) -> Any:
 
     _check_folder(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **_revision(revision))
     except Exception as error:
         raise ModelError(f"{_where(name)}: its tokenizer cannot be loaded ({_first_line(error)})") from None
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
@@ -49,13 +60,13 @@ def tokens_at_most(config: Any) -> int | None:
     return limit - offset if any(word in config.model_type for word in shifted) else limit
 
 
-def load_limit(name: str) -> int | None:
+def load_limit(name: str, revision: str | None = None) -> int | None:
     """``tokens_at_most`` of a folder or name, from its config alone."""
     from transformers import AutoConfig
 
     _check_folder(name)
     try:
-        return tokens_at_most(AutoConfig.from_pretrained(name))
+        return tokens_at_most(AutoConfig.from_pretrained(name, **_revision(revision)))
     except Exception as error:
         raise ModelError(f"{_where(name)}: its config cannot be read ({_first_line(error)})") from None
 
@@ -73,13 +84,26 @@ def length_within(limit: int | None, wanted: int | None, name: str) -> int:
     return wanted
 
 
-def load_base(name: str, task: TaskType, dtype: str, labels: Sequence[str] = ()) -> tuple[nn.Module, list[str]]:
+def load_base(
+    name: str,
+    task: TaskType,
+    dtype: str,
+    labels: Sequence[str] = (),
+    problem_type: str | None = None,
+    *,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[nn.Module, list[str]]:
     """The model for ``task`` in ``dtype``, and the modules whose weights the folder lacks (a new head, say).
+
+    ``labels`` are the classes or tags by number, none for regression. ``problem_type`` is what a label of seq-cls is,
+    by default one class.
 
     Raises:
         ModelError: no such folder, no model in it, a damaged file, or no architecture for the task.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     _check_folder(name)
@@ -87,22 +111,18 @@ def load_base(name: str, task: TaskType, dtype: str, labels: Sequence[str] = ())
         "dtype": getattr(torch, dtype),
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # a head for other labels makes way for a new one; see _check_new
+        **_revision(revision),
+        **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+        **_head(task, labels, problem_type),
     }
-    if task is TaskType.SEQ_CLS:
-        auto: Any = AutoModelForSequenceClassification
-        options |= {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: i for i, label in enumerate(labels)},
-            "problem_type": "single_label_classification",
-        }
-    else:
-        auto = AutoModelForCausalLM
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, info = auto.from_pretrained(name, **options)
+        _check_direction(name, AutoConfig.from_pretrained(name, **_revision(revision)), task)
+        model, info = getattr(transformers, AUTO[task]).from_pretrained(name, **options)
+    except ModelError:
+        raise
     except Exception as error:
         raise _unloadable(name, task, error) from None
     finally:
@@ -113,15 +133,30 @@ def load_base(name: str, task: TaskType, dtype: str, labels: Sequence[str] = ())
     new = {*info["missing_keys"], *mismatched}
     _check_new(name, model, task, new, mismatched)
     if model.config.pad_token_id is None and task is TaskType.SEQ_CLS:
-        model.config.pad_token_id = load_tokenizer(name).pad_token_id  # decoders find the last real token by it
+        model.config.pad_token_id = load_tokenizer(name, revision).pad_token_id  # decoders find the last token by it
     return model, sorted({key.rpartition(".")[0] for key in new})
+
+
+def _head(task: TaskType, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
+    """What the config is to say of a classifier's outputs."""
+    if task not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+        return {}
+    if problem_type == "regression":
+        return {"num_labels": 1, "problem_type": problem_type}
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if task is TaskType.TOKEN_CLS:
+        return {"num_labels": len(labels), **names}
+    return {"num_labels": len(labels), "problem_type": problem_type or "single_label_classification", **names}
+
+
+def _revision(revision: str | None) -> dict[str, str]:
+    return {"revision": revision} if revision else {}
 
 
 def _check_new(name: str, model: Any, task: TaskType, new: set[str], mismatched: set[str]) -> None:
     """A new head is what fine-tuning is for. Anything else without weights is a folder that is not whole."""
-    _check_direction(name, model.config, task)
     inside = f"{model.base_model_prefix}."
-    head = {key for key in new if task is TaskType.SEQ_CLS and not key.startswith(inside)}
+    head = {key for key in new if task in HEADED and not key.startswith(inside)}
     # Many encoders are published without their pooler, which only a classifier reads.
     head |= {key for key in new - mismatched if task is TaskType.SEQ_CLS and ".pooler." in key}
     lost = sorted(new - head)
@@ -134,38 +169,63 @@ def _check_new(name: str, model: Any, task: TaskType, new: set[str], mismatched:
 
 
 def _check_direction(name: str, config: Any, task: TaskType) -> None:
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    if task is TaskType.SEQ_2_SEQ_LM and not both:
+        instead = "seq-cls or token-cls" if _two_ways(config) else "causal-lm"
+        raise ModelError(
+            f"{name}: {config.model_type} has no encoder and decoder, which seq2seq-lm needs; choose a model such as "
+            f"T5 or BART, or the task {instead}"
+        )
+    # Some of them load as their decoder alone, which has learnt to read what their encoder says.
+    if task is TaskType.CAUSAL_LM and both:
+        raise ModelError(
+            f"{name}: {config.model_type} has an encoder and a decoder, so it cannot learn causal-lm; choose a decoder "
+            "such as Llama or GPT-2, or the task seq2seq-lm with source and target"
+        )
     # An encoder's language head would see the tokens that it is to predict.
-    if task is TaskType.CAUSAL_LM and getattr(config, "is_decoder", None) is False:
+    if task is TaskType.CAUSAL_LM and _two_ways(config):
         raise ModelError(
             f"{name}: {config.model_type} reads a text in both directions, so it cannot learn causal-lm; "
             "choose a decoder, or the task seq-cls"
         )
 
 
-def build_empty(name: str, task: TaskType, labels: int = 2) -> nn.Module:
+def _two_ways(config: Any) -> bool:
+    """It reads a text in both directions: there is a masked language model of its kind, and it is not set to decode."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    known = config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation")
+    return known and not getattr(config, "is_decoder", False)
+
+
+def build_empty(
+    name: str, task: TaskType, labels: int = 2, problem_type: str | None = None, *, revision: str | None = None
+) -> nn.Module:
     """The model without its weights (on the meta device), for planning: needs the folder's config alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     _check_folder(name)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(name)
-        auto: Any = AutoModelForCausalLM
-        if task is TaskType.SEQ_CLS:
-            auto, config.num_labels = AutoModelForSequenceClassification, labels
+        config = AutoConfig.from_pretrained(name, **_revision(revision))
+        _check_direction(name, config, task)
+        if task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+            config.num_labels = 1 if problem_type == "regression" else labels
             if config.pad_token_id is None:
                 config.pad_token_id = 0  # decoders find the last real token by it
         with torch.device("meta"):
-            model: nn.Module = auto.from_config(config)
+            model: nn.Module = getattr(transformers, AUTO[task]).from_config(config)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"{_where(name)}: its config gives no model for {_words(task)} ({_first_line(error)})"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
-    _check_direction(name, model.config, task)
     return model
 
 

@@ -39,8 +39,11 @@ class Objective:
         self._head: nn.Module | None = None
         if task is TaskType.CAUSAL_LM and (found := trunk_and_head(model)) is not None:
             self._model, self._head = found
+        arguments = inspect.signature(self._model.forward).parameters
         #: A cache of keys and values is for generation; filling it costs time and memory in every step.
-        self._options = {"use_cache": False} if "use_cache" in inspect.signature(self._model.forward).parameters else {}
+        self._options = {"use_cache": False} if "use_cache" in arguments else {}
+        #: Tokenizers may tell segments apart that the model does not.
+        self._segments = "token_type_ids" in arguments and getattr(self._config, "type_vocab_size", 2) > 1
 
     def forward(self, inputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
         """[rows, ...] for ``losses`` and ``score``: hidden states where the head is applied later, else logits.
@@ -51,6 +54,8 @@ class Objective:
         if self._task is TaskType.SEQ_2_SEQ_LM and labels is not None and "decoder_input_ids" not in inputs:
             shift = self._model.prepare_decoder_input_ids_from_labels
             inputs = {**inputs, "decoder_input_ids": shift(labels=labels)}  # type: ignore[operator]
+        if not self._segments:
+            inputs = {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
         with _attention(inputs["input_ids"].shape[-1], self._dtype, inputs["input_ids"].device):
             out = self._model(**inputs, **self._options)
         if self._task is TaskType.QUESTION_ANS:
