@@ -59,7 +59,8 @@ class TranslationEncoder:
         rest = source.overflowing  # type: ignore[attr-defined]
         overlong = bool(rest) or len(labels) > limit
         if overlong and self.settings.overlong == "error":
-            longest = max(len(ids) + sum(len(part.ids) for part in rest), len(labels))
+            further = sum(part.special_tokens_mask.count(0) for part in rest)
+            longest = max(len(ids) + further, len(labels))
             return Encoded1(overlong=True, error=over_length(longest, self.settings))
         if overlong and self.settings.overlong == "drop":
             return Encoded1(overlong=True)
