@@ -1,0 +1,118 @@
+"""The columns of one row as a shape asks for them, under the shape's names, checked for being what is needed.
+
+This file knows how the user's names map to ours and what a text, a list or a whole number is. It does not know
+which columns make a shape.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from loraloom.data.rows import Row, RowError, row_error, shown
+from loraloom.errors import nearest
+
+#: What ``found`` gives where there is nothing.
+ABSENT = object()
+
+
+class Fields:
+    """A row seen through ``columns``, which maps our names to the user's where they differ."""
+
+    __slots__ = ("columns", "row")
+
+    def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
+        self.row = row
+        self.columns = columns
+
+    def named(self, name: str) -> str:
+        """The user's name of our column ``name``."""
+        return self.columns.get(name, name)
+
+    def found(self, name: str) -> Any:
+        """The value of our column ``name``, or ``ABSENT``."""
+        return lookup(self.row, self.named(name))
+
+    def get(self, name: str) -> Any:
+        """The value of our column ``name``; an error where there is no such column."""
+        value = self.found(name)
+        if value is ABSENT:
+            raise self.missing(name)
+        return value
+
+    def missing(self, name: str) -> RowError:
+        """The error that there is no column ``name``, with the columns that there are."""
+        wanted = self.named(name)
+        there = ", ".join(map(repr, self.row.fields)) or "none"
+        reason = f"no column {wanted!r}; the columns are {there}{nearest(wanted, self.row.fields)}"
+        return row_error(self.row, reason, wanted)
+
+    def wrong(self, name: str, reason: str) -> RowError:
+        """The error that says ``reason`` of our column ``name``."""
+        wanted = self.named(name)
+        return row_error(self.row, f"{wanted!r} {reason}", wanted)
+
+    def text(self, name: str, empty: bool = False) -> str:
+        """A string that can be written as UTF-8 and, unless ``empty``, has more than blanks in it."""
+        value = self.get(name)
+        fault = text_fault(value, empty)
+        if fault:
+            raise self.wrong(name, fault)
+        return value  # type: ignore[no-any-return]
+
+    def text_or_none(self, name: str) -> str | None:
+        """The same, or None where there is no such column, or null or nothing but blanks in it."""
+        value = self.found(name)
+        if value is ABSENT or value is None or value == "":
+            return None
+        text = self.text(name, empty=True)
+        return text if text.strip() else None
+
+    def items(self, name: str) -> list[Any]:
+        """A list; also one that is written as JSON in a string, which is how CSV has lists."""
+        value: list[Any] = self.parsed(name, list, "a list")
+        return value
+
+    def parsed(self, name: str, kind: Any, what: str) -> Any:
+        """A value of type ``kind``, or a string with JSON of one."""
+        value = self.get(name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise self.wrong(name, f"must be {what} (or JSON of one), found {shown(value)}") from None
+        if not isinstance(value, kind):
+            raise self.wrong(name, f"must be {what}, found {shown(value)}")
+        return value
+
+
+def lookup(row: Row, name: str) -> Any:
+    """The row's column ``name``, or ``ABSENT``; ``a.b`` is the key b of the column a, where none is called a.b."""
+    if name in row.fields:
+        return row.fields[name]
+    value: Any = row.fields
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return ABSENT
+        value = value[part]
+    return value
+
+
+def text_fault(value: object, empty: bool = False) -> str:
+    """What is wrong with a value where a text is needed, to be said behind its name; or the empty string."""
+    if not isinstance(value, str):
+        return f"must be a string, found {shown(value)}"
+    if not empty and not value.strip():
+        return "is empty"
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as exc:
+            return f"holds half of a surrogate pair (character {exc.start + 1})"
+    return ""
+
+
+def is_name(value: object) -> bool:
+    """Is it a string, or a whole number, as classes and tags are?"""
+    return isinstance(value, str | int) and not isinstance(value, bool)
