@@ -21,6 +21,7 @@ from loraloom.train.load import build_empty, length_within, load_limit
 from loraloom.train.loss import AT_A_TIME
 from loraloom.train.objective import trunk_and_head
 from loraloom.train.options import DTYPES, TASKS
+from loraloom.train.recompute import repeated
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,24 @@ class Memory:
         return self.base + self.adapter + self.gradients + self.optimizer + (self.activations or 0)
 
 
-def estimate(model: nn.Module, config: LoraConfig, *, rows: int, length: int, dtype: str) -> tuple[Plan, Memory]:
+def estimate(
+    model: nn.Module, config: LoraConfig, *, rows: int, length: int, dtype: str, recompute: bool = False
+) -> tuple[Plan, Memory]:
     """Plan ``config`` on ``model`` (which lies on the meta device and is changed) and count a step's memory.
 
     ``rows`` × ``length`` tokens go through at once; the base is held in ``dtype``; AdamW keeps two numbers for each
-    trained one.
+    trained one. With ``recompute``, layers keep their inputs, and what one of them needs exists at a time.
     """
     model = model.to(getattr(torch, dtype))
     made = plan(model, config)
     peft = get_peft_model(model, config)
+    task = peft.peft_config["default"].task_type or TaskType.SEQ_CLS
     return made, Memory(
         base=made.base_bytes,
         adapter=made.bytes,
         gradients=made.bytes,
         optimizer=2 * made.bytes,
-        activations=_saved_bytes(peft, peft.peft_config["default"].task_type or TaskType.SEQ_CLS, rows, length),
+        activations=_saved_bytes(peft, task, rows, length, recompute),
     )
 
 
@@ -84,7 +88,7 @@ def forecast(
     return made, memory, length
 
 
-def _saved_bytes(model: PeftModel, task: TaskType, rows: int, length: int) -> int | None:
+def _saved_bytes(model: PeftModel, task: TaskType, rows: int, length: int, recompute: bool) -> int | None:
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -95,19 +99,24 @@ def _saved_bytes(model: PeftModel, task: TaskType, rows: int, length: int) -> in
         return tensor
 
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    given = {"input_ids": ids} | ({"decoder_input_ids": ids} if task is TaskType.SEQ_2_SEQ_LM else {})
+    inputs: list[int] = []
+    for layer in repeated(model) if recompute else ():
+        layer.register_forward_hook(lambda module, args, out: inputs.append(args[0].numel() * args[0].element_size()))
     model.eval()  # the frozen model runs as it does in use, and the adapters' dropout keeps nothing
     try:
         found = trunk_and_head(model) if task is TaskType.CAUSAL_LM else None
         part = model.get_base_model() if found is None else found[0]
         with torch.no_grad(), model.base_model.routed(None):
-            part(input_ids=ids)  # the layers learn what they share, as before the loop's first step
+            part(**given)  # the layers learn what they share, as before the loop's first step
         with (
             _FusedAttention(),
             model.base_model.routed(None),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
             # Not by ``Objective``: without a cache, transformers looks at the numbers of a mask.
-            result = part(input_ids=ids)
+            inputs.clear()
+            result = part(**given)
         out: Tensor = result.logits if found is None else result[0]
     except Exception:  # models that look at values in their forward cannot be counted this way
         return None
@@ -117,7 +126,10 @@ def _saved_bytes(model: PeftModel, task: TaskType, rows: int, length: int) -> in
         vocabulary = next(found[1].parameters()).shape[0]
         logits = min(rows * length, max(1, AT_A_TIME["cpu"] // vocabulary)) * vocabulary
         extra = out.numel() * out.element_size() + logits * (4 + out.element_size())
-    return int(extra + sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    if inputs:
+        saved = sum(inputs) + saved // len(inputs)
+    return int(extra + saved)
 
 
 class _FusedAttention(TorchFunctionMode):

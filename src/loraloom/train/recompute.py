@@ -22,14 +22,14 @@ def enable(model: PeftModel) -> None:
         ModelError: the model's layers cannot.
     """
     base: Any = model.get_base_model()
-    if not any(_layers(base)):
+    if not any(repeated(base)):
         raise ModelError(
             f"gradient_checkpointing: the layers of {type(base).__name__} cannot compute again; leave it out"
         )
     # transformers renamed it; both know the same argument.
     switch = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     switch({"use_reentrant": False})
-    for layer in _layers(base):
+    for layer in repeated(base):
         for name, value in vars(layer).items():
             if "drop" in name and isinstance(value, float):  # drawn by a function that looks at the layer's mode
                 setattr(layer, name, 0.0)
@@ -39,10 +39,11 @@ def recomputed(model: nn.Module) -> list[nn.Module]:
     """The layers for which it is on."""
     if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return []
-    return [layer for layer in _layers(model) if layer.gradient_checkpointing]
+    return [layer for layer in repeated(model) if layer.gradient_checkpointing]
 
 
-def _layers(model: nn.Module) -> Iterator[Any]:
+def repeated(model: nn.Module) -> Iterator[Any]:
+    """The layers that could."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))

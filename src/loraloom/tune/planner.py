@@ -5,18 +5,16 @@ The need is counted from shapes, by ``train.memory``; what pays is measured for 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from loraloom.config import LoraConfig
 from loraloom.errors import ConfigError
 from loraloom.train.load import build_empty
 from loraloom.train.loop import advance
 from loraloom.train.memory import Memory, estimate
+from loraloom.train.outlook import free_memory
 from loraloom.train.pack import Pack
 from loraloom.train.run import Loaded, explain
 
@@ -96,18 +94,6 @@ def one_slot(loaded: Loaded, config: LoraConfig) -> Memory:
     empty = build_empty(options.model, loaded.task, max(len(loaded.data.names), 1))
     _, need = estimate(empty, config, rows=options.batch_size, length=length, dtype=options.dtype)
     return need
-
-
-def free_memory() -> int:
-    """Bytes that this process could still take: of the accelerator where there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _rate(pack: Pack, loaded: Loaded, config: LoraConfig, count: int) -> float:
