@@ -18,12 +18,10 @@ from loraloom.errors import TrainingError
 from loraloom.lora.model import PeftModel
 from loraloom.train import evaluation
 from loraloom.train.evaluation import evaluate as evaluate
+from loraloom.train.failures import CALMER
 from loraloom.train.pack import Pack
 from loraloom.train.slot import Slot
 from loraloom.train.world import World
-
-#: What to do about a loss that is not finite.
-CALMER = "lower the learning rate or lora_alpha, or use dtype bfloat16 or float32 instead of float16"
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,8 @@ def train_pack(
     evaluate_every: int | Every,
     evaluate: Callable[[Slot], dict[str, float]],
     save_every: Every | None = None,
-    save: Callable[[Slot], None] = lambda slot: None,
-    measured: Callable[[Slot], None] = lambda slot: None,
+    save: Callable[[Progress], None] = lambda progress: None,
+    measured: Callable[[Progress], None] = lambda progress: None,
     watch: Callable[[Progress], None] = lambda progress: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> int:
@@ -103,6 +101,10 @@ def train_pack(
         TrainingError: the loss was not finite with all of them.
     """
     every = Every(evaluate_every) if isinstance(evaluate_every, int) else evaluate_every
+    started, tokens = time.perf_counter(), 0
+
+    def now(slot: Slot) -> Progress:
+        return Progress(slot, tokens, time.perf_counter() - started)
 
     def look(slot: Slot, due: bool) -> None:
         """Evaluate if it is ``due`` and was not done at this step, as it may have been before the slot was saved."""
@@ -111,7 +113,7 @@ def train_pack(
             slot.curve.evaluations.append({"step": slot.step, **evaluate(slot)})
             there = True
         if there:
-            measured(slot)
+            measured(now(slot))
 
     def ended() -> bool:
         """What one process is asked, all do: at the end of a step, for gradients within it are each one's own."""
@@ -123,7 +125,6 @@ def train_pack(
     for slot in slots:
         if slot.step and not slot.within[0]:
             look(slot, every.at(slot.step))
-    started, tokens = time.perf_counter(), 0
     while (running := [slot for slot in slots if slot.running]) and not ended():
         before = [slot.step for slot in running]
         tokens += advance(pack, running)
@@ -131,9 +132,9 @@ def train_pack(
             if slot.step == step:
                 continue
             if save_every is not None and world.agree(save_every.due(slot.step)):
-                save(slot)
+                save(now(slot))
             look(slot, world.agree(every.due(slot.step)))
-            watch(Progress(slot, tokens, time.perf_counter() - started))
+            watch(now(slot))
     if slots and all(slot.failure for slot in slots):
         raise TrainingError(f"{slots[0].failure}, so training cannot go on; {CALMER}")
     return tokens

@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import loraloom
 from loraloom.data.encode import Example
 from loraloom.errors import ConfigError
 from loraloom.lora.checkpoint import WEIGHTS_NAME
@@ -26,12 +24,11 @@ from loraloom.lora.model import PeftModel
 from loraloom.train import best, checkpoints
 from loraloom.train.checkpoints import Checkpoint
 from loraloom.train.options import TrainOptions
+from loraloom.train.record import RUN_NAME, machine, versions
 from loraloom.train.slot import Curve, Slot
 
 if TYPE_CHECKING:
     from loraloom.train.run import Prepared
-
-RUN_NAME = "run.json"
 
 #: Options that say nothing about what is learnt, or whose contents are compared instead: the model's weights, the
 #: bytes of the data.
@@ -58,20 +55,12 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     """All that a run's numbers depend on: its options, data, examples, model, and what computes."""
     data = prepared.data
     trained = {id(p) for name in prepared.model.peft_config for p in prepared.model.adapter_parameters(name).values()}
-    import transformers
-
     return {
         "options": prepared.options.to_dict(),
         "data": list(data.hashes.values()),
         "examples": _hash_of_examples(data.train.examples),
         "base": _hash_of_weights(prepared.model, trained),
-        "machine": {
-            "loraloom": loraloom.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": versions() | machine(),
     }
 
 
@@ -99,6 +88,11 @@ def _hash_of_weights(model: nn.Module, without: set[int]) -> str:
     return found.hexdigest()
 
 
+def identity_in(record: Mapping[str, Any]) -> dict[str, Any]:
+    """That of the run that wrote ``run.json``."""
+    return {**record["identity"], "options": record["options"], "machine": record["versions"] | record["machine"]}
+
+
 def check_same(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
     """Compare two identities. Returns what may change the last bits, in words.
 
@@ -119,8 +113,8 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> l
         )
     if then["examples"] != now["examples"]:
         raise ConfigError(
-            f"resume: {where} was trained on other tokens, though the files are the same: the tokenizer, or how rows are "
-            f"read, has changed; go on with the model and the versions of then, or {advice}"
+            f"resume: {where} was trained on other tokens, though the files are the same: the tokenizer, or how rows "
+            f"are read, has changed; go on with the model and the versions of then, or {advice}"
         )
     old, new = then["machine"], now["machine"]
     changes = [f"{name} {old.get(name)} is now {new[name]}" for name in new if old.get(name) != new[name]]
@@ -133,13 +127,12 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> l
     return changes
 
 
-def check_options(then: Mapping[str, Any], now: Mapping[str, Any], where: str, without: Sequence[str] = ()) -> None:
+def check_options(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """
     Raises:
         ConfigError: options that change what is learnt differ.
     """
-    found = differences(then, now)
-    if found := {name: values for name, values in found.items() if name not in without}:
+    if found := differences(then, now):
         told = "; ".join(f"{name} is {new!r} and was {old!r}" for name, (old, new) in found.items())
         raise ConfigError(
             f"resume: {where} was trained with other options: {told}. Give those of then to go on, or train anew, in "
@@ -231,6 +224,30 @@ def find(options: TrainOptions, resume: Resume, say: Say = lambda text: None) ->
     if checkpoint is None and record:
         return Found(finished=record)
     return Found(checkpoint)
+
+
+def goes_on(options: TrainOptions, resume: Resume) -> bool:
+    """Whether a run with ``options`` finds something to go on from in its own output folder.
+
+    Raises:
+        ConfigError: what it finds was trained with other options, or is no whole checkpoint: as ``find``, and before
+            anything is loaded.
+    """
+    found = find(options, resume)
+    if found.finished:
+        then, where = found.finished["options"], f"the finished run in {options.output}"
+    elif found.checkpoint:
+        then, where = found.checkpoint.state["identity"]["options"], str(found.checkpoint.path)
+    else:
+        return False
+    check_options(then, _as_then(options, then), where)
+    return found.checkpoint is None or found.checkpoint.path.parent.resolve() == Path(options.output).resolve()
+
+
+def _as_then(options: TrainOptions, then: Mapping[str, Any]) -> dict[str, Any]:
+    """The options before anything was loaded: what is left open is what it was."""
+    now = options.to_dict()
+    return now if now["max_length"] is not None else now | {"max_length": then["max_length"]}
 
 
 def _given(path: Path, options: TrainOptions) -> Checkpoint:

@@ -1,47 +1,37 @@
 """One run from options to a folder: data, model, adapter, loop, files.
 
 The folder gets the adapter in PEFT's format and ``run.json``: every setting, the versions, the data's hash, curves.
+On the way it gets checkpoints, from which a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import platform
-import shlex
-import shutil
-import signal
-import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
-import loraloom
 from loraloom.config import LoraConfig, TaskType
 from loraloom.data.encode import Example
 from loraloom.data.rows import Row
-from loraloom.errors import ConfigError, FailureError, LoraloomError, ModelError, SaveError, TrainingError
-from loraloom.lora.atomic import write_files
-from loraloom.lora.checkpoint import WEIGHTS_NAME
+from loraloom.errors import ModelError
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, matches_name, plan
+from loraloom.train.course import Course
 from loraloom.train.dataset import Data, encode_run_rows, read_data, read_run_rows
+from loraloom.train.failures import Interrupted, explain
 from loraloom.train.load import length_within, load_base, load_limit, load_tokenizer
-from loraloom.train.loop import Progress, evaluate, train_pack
-from loraloom.train.metrics import metric_name
+from loraloom.train.loop import Progress, evaluate
 from loraloom.train.options import TASKS, TrainOptions
+from loraloom.train.output import check_output
+from loraloom.train.record import RUN_NAME
+from loraloom.train.resume import Resume, Say, goes_on
+from loraloom.train.signals import asked_to_stop
 from loraloom.train.slot import Slot
 
-RUN_NAME = "run.json"
 ADAPTER = "default"
 
 
@@ -52,14 +42,6 @@ class RunResult:
     record: dict[str, Any]
     model: PeftModel
     predictions: list[dict[str, str]] = field(default_factory=list)
-
-
-class Interrupted(FailureError):
-    """Training was stopped by the user; what was there is saved. ``record`` is what ``run.json`` then holds."""
-
-    def __init__(self, message: str, record: dict[str, Any] | None = None) -> None:
-        super().__init__(message)
-        self.record = record
 
 
 @dataclass
@@ -154,13 +136,16 @@ class Prepared:
         return self.loaded.new_modules
 
 
-def prepare(options: TrainOptions) -> Prepared:
+def prepare(options: TrainOptions, resume: Resume = None) -> Prepared:
     """Read and check everything: options, output, data, tokenizer, model.
+
+    Args:
+        resume: what ``run`` will be given: the folder may then hold what is gone on with.
 
     Raises:
         InputError: anything wrong with what the user gave. Nothing was written.
     """
-    check_output(options)
+    check_output(options, going_on=goes_on(options, resume))
     loaded = load(options)
     options, config = loaded.options, loaded.config(loaded.options)
     made = plan(loaded.base, config)
@@ -169,92 +154,48 @@ def prepare(options: TrainOptions) -> Prepared:
     return Prepared(loaded, model, made, steps, per_epoch)
 
 
-def explain(error: Exception) -> str:
-    """One line on an error that is not loraloom's own; for the commonest one, what to do."""
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-        return "out of memory; lower batch_size or max_length, or use dtype bfloat16"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def run(
+    prepared: Prepared,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    resume: Resume = None,
+    say: Say = lambda text: None,
+) -> RunResult:
+    """Train, evaluate, and write the folder, with checkpoints on the way. What ends it early, loses nothing.
 
-
-def run(prepared: Prepared, watch: Callable[[Progress], None] = lambda progress: None) -> RunResult:
-    """Train, evaluate, and write the folder. Whatever ends training early, the adapter as it was then is written.
+    Args:
+        watch: called after each step.
+        resume: True goes on from the newest whole checkpoint of the output folder, and begins afresh where there is
+            none; a path goes on from that checkpoint. On a CPU, with as many threads, the adapter comes out as that of
+            a run that was never stopped, to the byte. A run that has come to its end is not trained again.
+        say: told what there is to know beside the steps: where it goes on, which checkpoint is damaged.
 
     Raises:
-        Interrupted: Ctrl-C.
+        ConfigError: what is to be resumed was trained with other options, data or weights.
+        Interrupted: Ctrl-C, or SIGTERM.
         TrainingError: the loss is not finite, or the machine's memory was not enough.
-        SaveError: the folder cannot be written; the message says where the adapter is instead.
+        SaveError: the folder cannot be written; the message says what is saved, and where.
     """
     options, model, task = prepared.options, prepared.model, prepared.task
-    pad_id = prepared.tokenizer.pad_token_id
     slot = prepared.loaded.slot(ADAPTER, model, options, prepared.steps)
+    pad_id = prepared.tokenizer.pad_token_id
 
     def measure(slot: Slot) -> dict[str, float]:
         return evaluate(model, slot.name, task, prepared.data.evaluation.examples, pad_id, options.eval_batch_size)
 
-    started = time.perf_counter()
-    tokens, ended = 0, None
-
-    def count(progress: Progress) -> None:
-        nonlocal tokens
-        tokens = progress.tokens
-        watch(progress)
-
-    with ctrl_c() as pressed:
+    course = Course(prepared, slot, measure, watch, say)
+    if finished := course.begin(resume):
+        return RunResult(finished, model, predict(prepared, count=3))
+    record, ended = None, None
+    with asked_to_stop() as stop:
         try:
-            train_pack(
-                model,
-                [slot],
-                task,
-                pad_id,
-                evaluate_every=options.eval_steps or prepared.steps_per_epoch,
-                evaluate=measure,
-                watch=count,
-                stopped=pressed.is_set,
-            )
-        except BaseException as error:  # saved below, then raised again
+            course.train(stop)
+        except BaseException as error:  # what is there is saved below, then it is raised again
             ended = error
-        seconds = time.perf_counter() - started
-        record = _record(prepared, slot, tokens, seconds, "finished")
         if slot.done and ended is None:
-            _save(prepared, record)
-    if ended is not None or not slot.done:
-        _end_early(prepared, slot, tokens, seconds, ended, measure)
+            record = course.finish()
+    if record is None:
+        course.end_early(ended, stop)
     return RunResult(record, model, predict(prepared, count=3))
-
-
-def _end_early(
-    prepared: Prepared,
-    slot: Slot,
-    tokens: int,
-    seconds: float,
-    error: BaseException | None,
-    measure: Callable[[Slot], dict[str, float]],
-) -> NoReturn:
-    """Save what is there, then say why training ended. ``error`` is None for a Ctrl-C that was waited for."""
-    stopped = error is None or isinstance(error, KeyboardInterrupt)
-    record = _record(prepared, slot, tokens, seconds, "interrupted" if stopped else "failed")
-    where = "nothing was written"
-    if slot.step:
-        _save(prepared, record)
-        where = (
-            f"the adapter as it was after step {slot.step} is saved in {prepared.options.output}; "
-            f"to see it: loraloom inspect {shlex.quote(prepared.options.output)}"
-        )
-    if stopped:
-        if error is None and slot.step and not any(e["step"] == slot.step for e in slot.curve.evaluations):
-            # After saving: a second Ctrl-C may end this, and nothing is lost.
-            with contextlib.suppress(KeyboardInterrupt):
-                slot.curve.evaluations.append({"step": slot.step, **measure(slot)})
-                record = _record(prepared, slot, tokens, seconds, "interrupted")
-                _save(prepared, record)
-        at = f"stopped at step {slot.step} of {slot.steps}" if slot.step else "stopped before the first step"
-        raise Interrupted(f"{at}; {where}", record if slot.step else None) from None
-    assert error is not None
-    if isinstance(error, Exception) and slot.step:
-        said = str(error) if isinstance(error, LoraloomError) else f"step {slot.step + 1}: {explain(error)}"
-        raise TrainingError(f"{said.rstrip('.')}; {where}") from error
-    raise error
 
 
 def _check_vocabulary(model: nn.Module, data: Data, name: str) -> None:
@@ -319,124 +260,13 @@ def _complete(prepared: Prepared, row: Row, example: Example) -> dict[str, str]:
     }
 
 
-# -- files --------------------------------------------------------------------------------------------------------
-
-
-def check_output(options: TrainOptions) -> None:
-    """An output that cannot be used is said before training, not after it. Leaves no trace."""
-    folder = Path(options.output)
-    made: list[Path] = []
-    try:
-        if (folder / WEIGHTS_NAME).exists() and not options.overwrite:
-            raise ConfigError(f"output: {folder} holds an adapter already; choose another folder, or give --overwrite")
-        if (folder / "config.json").exists():
-            # With an adapter in it, transformers would load the folder as model and adapter together.
-            raise ConfigError(f"output: {folder} holds a model; choose another folder")
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output: {folder} cannot be written ({error.strerror}); choose another folder") from None
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-
-
-def _record(prepared: Prepared, slot: Slot, tokens: int, seconds: float, state: str) -> dict[str, Any]:
-    import transformers
-
-    last = slot.curve.evaluations[-1] if slot.curve.evaluations else {}
-    data = prepared.data
-    return {
-        "state": state,
-        "steps": slot.step,
-        "seconds": seconds,
-        "tokens": tokens,
-        "tokens_per_second": tokens / max(seconds, 1e-9),
-        "metric": metric_name(prepared.task),
-        "result": {key: value for key, value in last.items() if key != "step"},
-        "options": prepared.options.to_dict(),
-        "trainable_parameters": prepared.plan.parameters,
-        "base_parameters": prepared.plan.base_parameters,
-        "trained_in_full": [extra.name for extra in prepared.plan.saved],
-        "data": {
-            "sha256": data.hashes,
-            "rows": len(data.train.examples),
-            "evaluation_rows": len(data.evaluation.examples),
-            "truncated": data.train.truncated,
-            "labels": data.names,
-            "padding_share": data.padding,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "loraloom": loraloom.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "curve": asdict(slot.curve),
-    }
-
-
-def _save(prepared: Prepared, record: dict[str, Any]) -> None:
-    text = json.dumps(_finite(record), indent=2, sort_keys=True, allow_nan=False).encode()
-
-    def write(folder: str) -> None:
-        prepared.model.save_pretrained(folder)
-        write_files(folder, {RUN_NAME: text})
-
-    try:
-        write(prepared.options.output)
-    except SaveError as error:
-        rescue = None
-        try:
-            rescue = tempfile.mkdtemp(prefix="loraloom-rescued-")
-            write(rescue)
-        except (SaveError, OSError):
-            if rescue:
-                shutil.rmtree(rescue, ignore_errors=True)
-            raise SaveError(
-                f"{error}. The trained adapter could not be saved in {tempfile.gettempdir()} either"
-            ) from None
-        raise SaveError(f"{error}. The trained adapter is saved in {rescue} instead") from None
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, list) else value
-
-
-@contextmanager
-def ctrl_c() -> Iterator[threading.Event]:
-    """The first Ctrl-C asks the loop to end after its step; the second one ends at once."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-
-    def once(number: int, frame: Any) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, before)
-        print("\nstopping after this step; press Ctrl-C again to end at once", file=sys.stderr)
-
-    before = signal.signal(signal.SIGINT, once)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 __all__ = [
+    "RUN_NAME",
     "Interrupted",
     "Loaded",
     "Prepared",
     "RunResult",
+    "check_output",
     "explain",
     "load",
     "predict",

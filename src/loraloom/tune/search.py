@@ -25,7 +25,8 @@ from loraloom.config import TaskType
 from loraloom.errors import DataError
 from loraloom.lora.atomic import write_files
 from loraloom.train import runfile
-from loraloom.train.run import Interrupted, Loaded, check_output, ctrl_c, load
+from loraloom.train.run import Interrupted, Loaded, check_output, load
+from loraloom.train.signals import asked_to_stop
 from loraloom.tune import proposals, words
 from loraloom.tune.halving import Halving
 from loraloom.tune.options import TuneOptions
@@ -184,7 +185,7 @@ class Search:
         return Alone(Worker(self.options, self.loaded, self.space), self._tell, stop)
 
     def _train(self, crew: Crew) -> None:
-        with ctrl_c() as self.pressed:
+        with asked_to_stop() as self.pressed:
             self.members = {worker: [] for worker in range(crew.count)}
             busy = self._assign(crew, list(self.members), {})
             while busy:
