@@ -29,7 +29,7 @@ def test_an_unknown_option_is_refused_with_the_nearest() -> None:
         ("data", [], "must be a path or a name, or a list of these, found []"),
         ("data", [{"path": "a", "wieght": 2}], "did you mean 'weight'?"),
         ("data", [{"path": "a", "weight": 0}], "a weight must be a number above 0, found 0"),
-        ("overlong", "cut", "must be one of truncate, error, drop, split, found 'cut'"),
+        ("overlong", "cut", "must be one of error, truncate, drop, split, found 'cut'"),
         ("columns", ["text"], "must give names for names"),
         ("optim_args", {"lr": 1}, "adamw takes none"),
         ("decay_ratio", 2, "at most 1, found 2"),

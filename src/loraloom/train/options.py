@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.config import LoraConfig, TaskType
+from loraloom.data.example import OVERLONG
+from loraloom.data.sources import KEYS
 from loraloom.errors import ConfigError, nearest
 
 #: The names of tasks on the command line and in run files.
@@ -21,7 +23,6 @@ TASKS = {
 }
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant", "warmup_stable_decay")
-OVERLONG = ("truncate", "error", "drop", "split")
 ON_BAD_ROW = ("stop", "skip")
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 MOMENTS = ("no", "steps", "epoch", "minutes")
@@ -309,13 +310,11 @@ def _sources(name: str, value: Any) -> Any:
 
 def _weighted(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     for key in entry:
-        if key not in ("path", "weight"):
-            raise ConfigError(
-                f"{name}: a source has path and weight, found {key!r}{nearest(str(key), ('path', 'weight'))}"
-            )
+        if key not in KEYS:
+            raise ConfigError(f"{name}: a source has {', '.join(KEYS)}; found {key!r}{nearest(str(key), KEYS)}")
     weight = entry.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
         raise ConfigError(f"{name}: a weight must be a number above 0, found {weight!r}")
     if not isinstance(entry.get("path"), str | Path) or not str(entry["path"]):
         raise ConfigError(f"{name}: a source must have a path, found {dict(entry)!r}")
-    return {"path": str(entry["path"]), "weight": weight}
+    return {**entry, "path": str(entry["path"]), "weight": weight}
