@@ -137,9 +137,6 @@ class Turns:
         message = messages[number]
         upto = self.template.render(messages[: number + 1], tools)
         here, alone = self._words(message, number, text), self._words(message, number, upto)
-        if MARK.findall(text[here[0] : here[1]]) != MARK.findall(upto[alone[0] : alone[1]]):
-            # As an earlier turn it is written with less (its reasoning dropped): no common measure for its start.
-            alone = (alone[1] - (here[1] - here[0]), alone[1])
         calls = bool(message.get("tool_calls"))
         start = self._start(messages, tools, number, text, upto, here[0], alone[0])
         end, ended = self._end(text[here[1] :], upto[alone[1] :], calls)
@@ -170,9 +167,9 @@ class Turns:
             if mark in said:
                 before, _, after = content.partition(f"Qx{mark}Zqx")
                 if span[0] == start:
-                    start -= _agreement(text[:start][::-1], before.lstrip()[::-1])
+                    start -= len(_shared_tags(text[:start], before, -1).lstrip())
                 if span[1] == end:
-                    end += _agreement(text[end:], after.rstrip())
+                    end += len(_shared_tags(text[end:], after, 1).rstrip())
         return start, end
 
     def _start(
@@ -194,19 +191,17 @@ class Turns:
             lead = upto[len(prompt) : alone]
             if text[:here].endswith(lead):
                 return here - len(lead)
+        # What the template writes in front of a plain answer is the heading of the turn, whatever follows here.
+        answer = self._try([*before, {"role": "assistant", "content": PROBE}], tools, prompt=False) or ""
+        header = max(answer.find(PROBE), 0)
+        if prompt is not None and answer.startswith(prompt) and not answer[len(prompt) : header].strip():
+            header = len(prompt)
+        if header and text.startswith(answer[:header]) and header <= here:
+            return header
         if not calls_only:
             return here
-        # A call has words of the template in front of it. What is in front of a plain answer is not part of it.
-        answer = self.template.render([*before, {"role": "assistant", "content": PROBE}], tools)
-        if PROBE not in answer:
-            raise DataError(f"{self.template.name} does not say where {self._name(number)} starts")
-        header = answer.index(PROBE)
-        base = len(prompt) if prompt is not None and answer.startswith(prompt) else 0
-        if base and not answer[base:header].strip() and upto.startswith(answer[:base]):
-            header = base
-        shared = min(_agreement(upto, answer), header)
-        lead = upto[shared:alone]
-        if (shared < header and answer[shared:header].strip()) or not text[:here].endswith(lead):
+        lead = upto[header:alone]
+        if not (header and upto.startswith(answer[:header]) and text[:here].endswith(lead)):
             raise DataError(f"{self.template.name} does not say where {self._name(number)} starts")
         return here - len(lead)
 
@@ -325,6 +320,19 @@ def _quotes(layout: _Layout, messages: Sequence[Message]) -> bool:
     added = [MARK.sub("\0", layout.text[start:end]) for start, end in layout.spans]
     others = [str(message.get("content") or "").strip() for message in messages if message.get("role") != "assistant"]
     return any(len(other) > 2 and other in part for other in others for part in added)
+
+
+def _shared_tags(text: str, words: str, step: int) -> str:
+    """The tags and white space that stand at the end of both (``step`` -1) or at the start of both (1)."""
+    shared = ""
+    pieces = [piece for piece in re.split(r"(\s+|<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\])", words) if piece]
+    for piece in pieces[::step]:
+        longer = shared + piece if step > 0 else piece + shared
+        known = piece.isspace() or TAG.fullmatch(piece)
+        if not known or not (text.startswith(longer) if step > 0 else text.endswith(longer)):
+            break
+        shared = longer
+    return shared
 
 
 def _agreement(one: str, other: str) -> int:
