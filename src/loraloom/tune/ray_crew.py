@@ -24,7 +24,8 @@ from safetensors.torch import load, save
 from loraloom.errors import ConfigError, DataError, LoraloomError, TrainingError
 from loraloom.lora.atomic import write_files
 from loraloom.tune.options import TuneOptions
-from loraloom.tune.planner import SHARE, Slots, free_memory, one_slot, plan_slots
+from loraloom.train.outlook import free_memory
+from loraloom.tune.planner import SHARE, Slots, one_slot, plan_slots
 from loraloom.tune.state import TRIALS
 from loraloom.tune.trial import Trial
 from loraloom.tune.worker import Numbers, Report, Space, Worker, name_of
