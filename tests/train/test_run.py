@@ -302,7 +302,7 @@ def test_ctrl_c_ends_after_its_step_and_saves_the_adapter_with_its_figures(
     assert record == json.loads(json.dumps(error.value.record))
     assert (record["state"], record["steps"]) == ("interrupted", 4)
     assert record["curve"]["evaluations"][-1]["step"] == 4
-    assert record["result"].keys() == {"loss", "accuracy"}
+    assert {"loss", "accuracy"} <= record["result"].keys()
     assert saved(prepared.options.output, prepared)
 
 
@@ -343,8 +343,13 @@ def test_ctrl_c_before_the_first_step_writes_nothing(classify: Callable[..., Tra
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
-        (MemoryError(), "step 3: out of memory; lower batch_size or max_length, or use dtype bfloat16; the adapter as"),
-        (RuntimeError("CUDA out of memory. Tried"), "step 3: out of memory; lower batch_size"),
+        (
+            MemoryError(),
+            "step 3: out of memory; set gradient_checkpointing, with which it can go on, or begin anew with batch_size 8 "
+            "and gradient_accumulation_steps 2, as many rows in a step; or a lower max_length than 64; or dtype bfloat16; "
+            "the adapter as it was after step 2 is saved",
+        ),
+        (RuntimeError("CUDA out of memory. Tried"), "step 3: out of memory; set gradient_checkpointing"),
         (RuntimeError("odd\nand more"), "step 3: RuntimeError: odd; the adapter as it was after step 2 is saved"),
         (TrainingError("step 3: why."), "step 3: why; the adapter as it was after step 2 is saved"),
     ],

@@ -35,18 +35,17 @@ def _less(options: TrainOptions | None, evaluating: bool) -> str:
         return "lower batch_size or max_length, or use dtype bfloat16"
     if evaluating and options.eval_batch_size > 1:
         return f"lower eval_batch_size ({options.eval_batch_size}), which changes no result"
-    ways = []
+    anew = []
     if options.batch_size > 1:
         half, times = options.batch_size // 2, 2 * options.gradient_accumulation_steps
-        same = "" if options.batch_size % 2 else f" with gradient_accumulation_steps {times}: as many rows in a step"
-        ways.append(f"lower batch_size to {half}{same}")
-    if not options.gradient_checkpointing:
-        ways.append("set gradient_checkpointing")
+        same = "" if options.batch_size % 2 else f" and gradient_accumulation_steps {times}, as many rows in a step"
+        anew.append(f"batch_size {half}{same}")
     if options.max_length is not None:
-        ways.append(f"lower max_length ({options.max_length})")
+        anew.append(f"a lower max_length than {options.max_length}")
     if options.dtype == "float32":
-        ways.append("use dtype bfloat16")
-    return ", or ".join(ways) if len(ways) < 3 else f"{', '.join(ways[:-1])}, or {ways[-1]}"
+        anew.append("dtype bfloat16")
+    ways = f"begin anew with {'; or '.join(anew)}" if anew else "take a smaller model"
+    return ways if options.gradient_checkpointing else f"set gradient_checkpointing, with which it can go on, or {ways}"
 
 
 def not_finite(failure: str, failed: Sequence[int], guilty: Sequence[int], where: Callable[[int], str]) -> str:
