@@ -7,6 +7,7 @@ by the hash of all that it follows from, with a ``manifest.json`` that names eve
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,18 @@ def key_of(parts: Mapping[str, Any]) -> str:
     """The name of what follows from ``parts``, which are plain JSON values."""
     text = json.dumps(parts, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@functools.cache
+def code_hash() -> str:
+    """The hash of all that makes rows into tokens, beside what the user chose: this package and its libraries."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    for package in ("loraloom", "tokenizers", "transformers", "jinja2"):
+        with contextlib.suppress(PackageNotFoundError):
+            digest.update(f"{package} {version(package)}\n".encode())
+    return digest.hexdigest()
 
 
 class _Unwritable(Exception):

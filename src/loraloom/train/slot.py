@@ -15,6 +15,7 @@ from torch import nn
 from loraloom.config import TaskType
 from loraloom.data.batches import bucketed
 from loraloom.data.encode import IGNORE, Example
+from loraloom.data.store import lengths_of
 from loraloom.lora.initialize import seed_of
 from loraloom.train import optimizers
 from loraloom.train.schedule import Schedule
@@ -95,7 +96,7 @@ class Slot:
         timed = [(p, loraplus_lr_ratio if _is_b(key) else 1.0) for key, p in parameters.items()]
         self.optimizer = optimizers.build(optim, timed, weight_decay, optim_args or {})
         self._examples = examples
-        self._lengths, self._batch_size = [len(e.input_ids) for e in examples], batch_size
+        self._lengths, self._batch_size = lengths_of(examples), batch_size
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         #: the batches of this step that are yet to come, with their shares of its labels
         self._waiting: list[tuple[list[int], float]] = []
