@@ -1,0 +1,113 @@
+"""What a model will see of the data: rows with their trained tokens in colour, lengths, and what was done to them.
+
+Takes data that is read and tokenised already; gives what a terminal shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from loraloom.config import TaskType
+from loraloom.data.encode import IGNORE, Example
+from loraloom.train.dataset import Data, Part
+
+#: How trained tokens look, and the others.
+TRAINED, SEEN = "bold green", "dim"
+#: Tokens of a row that are shown, of its beginning and of its end; bars of the histogram, and their width.
+HEAD, TAIL, BARS, WIDE = 300, 100, 10, 40
+
+
+def picture(data: Data, tokenizer: Any, task: TaskType, rows: int = 3, max_length: int | None = None) -> RenderableType:
+    """The first training rows as the model sees them, what was noticed, and the figures."""
+    parts: list[RenderableType] = [Text(note) for note in data.notes]
+    parts += [Text(f"warning: {warning}", "yellow") for warning in data.warnings]
+    for number in range(min(rows, len(data.train.examples))):
+        where = data.train.examples.where(number)
+        parts += [Text(f"\n{where}", "bold"), shown(data.train.examples[number], tokenizer, task, data.names)]
+    parts += [Text(), *figures(data, task), Text(), histogram(data.train.lengths, max_length)]
+    return Group(*parts)
+
+
+def shown(example: Example, tokenizer: Any, task: TaskType, names: Sequence[str] = ()) -> Text:
+    """One example: what is trained on in colour, what the model only reads dim."""
+    ids, labels = example.input_ids, example.labels
+    if task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS) and isinstance(labels, list):
+        tags = names if task is TaskType.TOKEN_CLS else ()
+        return _pieces(tokenizer, ids, [int(label) for label in labels], tags)
+    text = _pieces(tokenizer, ids, [IGNORE] * len(ids))
+    if task is TaskType.SEQ_2_SEQ_LM and isinstance(labels, list):
+        return text.append("\n→ ").append(tokenizer.decode(labels), TRAINED)
+    if task is TaskType.QUESTION_ANS and isinstance(labels, list):
+        start, end = int(labels[0]), int(labels[1])
+        answer = tokenizer.decode(ids[start : end + 1]) if end else "(not in this window)"
+        return text.append("\n→ ").append(answer, TRAINED)
+    return text.append("\n→ ").append(_label(labels, names), TRAINED)
+
+
+def _label(labels: Any, names: Sequence[str]) -> str:
+    if isinstance(labels, list):
+        return ", ".join(name for name, applies in zip(names, labels, strict=True) if applies) or "(none)"
+    return names[labels] if names and isinstance(labels, int) else f"{labels:g}"
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int], labels: Sequence[int], names: Sequence[str] = ()) -> Text:
+    """Runs of tokens that are alike, each decoded as one; a long row without its middle."""
+    text = Text()
+    cut = len(ids) > HEAD + TAIL
+    spans = [range(HEAD), range(len(ids) - TAIL, len(ids))] if cut else [range(len(ids))]
+    for part, span in enumerate(spans):
+        if part:
+            text.append(f" … {len(ids) - HEAD - TAIL:,} tokens … ", "italic")
+        for label, group in groupby(span, key=lambda i: labels[i] if names else labels[i] != IGNORE):
+            run = [ids[i] for i in group]
+            trained = label not in (IGNORE, False)
+            text.append(tokenizer.decode(run), TRAINED if trained else SEEN)
+            if names and trained:
+                text.append(f"[{names[label]}]", "green")
+            if names:
+                text.append(" ")
+    return text
+
+
+def figures(data: Data, task: TaskType) -> Iterator[Text]:
+    """Counts in lines."""
+    for what, part in (("train", data.train), ("validation", data.evaluation)):
+        lengths = np.asarray(part.lengths)
+        yield Text(
+            f"{what:11}{part.rows:,} rows, {len(part.examples):,} examples, {part.tokens:,} tokens"
+            f"{_share_trained(part, task)}; length {lengths.min()} to {lengths.max()}, "
+            f"median {int(np.median(lengths))}"
+        )
+    yield Text(f"{'padding':11}{data.padding:.1%} of what goes through the model, rows of like length together")
+    if data.names:
+        yield Text(f"{'labels':11}{', '.join(data.names[:12])}{' …' if len(data.names) > 12 else ''}")
+
+
+def _share_trained(part: Part, task: TaskType) -> str:
+    """Of the first thousand examples, how many tokens carry loss."""
+    if task not in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS):
+        return ""
+    some = [part.examples[number] for number in range(min(1000, len(part.examples)))]
+    labels = [label for example in some if isinstance(example.labels, list) for label in example.labels]
+    trained = sum(label != IGNORE for label in labels)
+    return f" ({trained / max(len(labels), 1):.0%} trained on)"
+
+
+def histogram(lengths: Sequence[int], max_length: int | None = None) -> Text:
+    """Rows by their tokens, as bars."""
+    found = np.asarray(lengths)
+    counts, edges = np.histogram(found, bins=min(BARS, max(1, int(found.max() - found.min()) + 1)))
+    text = Text("tokens of a row\n", "bold")
+    for count, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
+        bar = "█" * round(WIDE * count / max(counts.max(), 1)) or ("▏" if count else "")
+        text.append(f"{int(np.ceil(low)):>7,} to {int(high):<7,} ").append(bar, "green").append(f" {count:,}\n")
+    if max_length is not None and (full := int((found >= max_length).sum())):
+        text.append(f"{full:,} of them at max_length={max_length}\n", "yellow")
+    text.rstrip()
+    return text
