@@ -223,6 +223,22 @@ def test_there_is_one_opening_token_where_template_and_tokenizer_both_write_one(
     assert one(TALK, made).examples[0].input_ids.count(0) == 1
 
 
+def test_a_tokenizer_of_the_sentencepiece_kind_trains_the_same_words() -> None:
+    raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=specials, show_progress=False)
+    raw.train_from_iterator(["Hello there, how are you today? I am fine. [INST] It is 12:30 [/INST]"] * 3, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    for name in ("llama2", "vicuna"):
+        made.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+        result = one([user("Hello there"), bot("I am fine é🙂."), user("Hello"), bot("It is")], made)
+        parts = [word.replace(" ", "") for word in trained(result, made)]
+        assert parts == ["Iamfineé🙂.</s>", "Itis</s>"]
+        assert not result.merged
+
+
 def test_an_answer_that_repeats_the_question_and_the_heading_is_told_apart() -> None:
     text = "<|im_start|>assistant\nHello"
     made = tokenizer("chatml")
@@ -568,4 +584,6 @@ def test_of_any_conversation_the_answers_and_their_ends_are_trained_on(name: str
     for _, answer in pairs:
         lead = " " if name in SPACED else ""
         expected.append(lead + (answer.strip() if trims else answer) + END[name])
+    if name == "hostile":  # where the turn starts is known by its words alone, and a space is part of the first token
+        words = [word.removeprefix(" ") for word in words]
     assert words == expected

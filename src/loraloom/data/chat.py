@@ -136,23 +136,24 @@ def template_notes(template: Template) -> list[str]:
 def _trained(spans: Spans, offsets: Sequence[tuple[int, int]]) -> tuple[list[bool], bool]:
     """For each token whether it is trained on, and whether a token was left out since it joins both sides."""
     text, trained, merged = spans.text, [], False
-    turns = iter(spans.spans)
-    turn = next(turns, None)
+    turns = iter([*spans.spans, (len(spans.text) + 1, len(spans.text) + 1)])
+    first, last = next(turns)
     done = 0
     for start, end in offsets:
         # Some tokenizers do not count spaces as part of their token; they are what lies between two tokens.
         if start > done and text[done:start].isspace():
             start = done
-        done = max(done, end)
-        while turn is not None and turn[1] <= start:
-            turn = next(turns, None)
-        if turn is None or (end <= turn[0] and not start == end == turn[0]):
-            trained.append(False)
-            continue
-        outside = text[start : max(start, turn[0])] + text[min(end, turn[1]) : end]
-        # A space before the first word is part of its token; a letter of the heading is not.
-        trained.append(not outside.strip())
-        merged = merged or bool(outside.strip())
+        if end > done:
+            done = end
+        while last <= start:
+            first, last = next(turns)
+        inside = first <= start and end <= last
+        if not inside and end > first:
+            outside = text[start : max(start, first)] + text[min(end, last) : end]
+            # A space before the first word is part of its token; a letter of the heading is not.
+            inside = not outside.strip()
+            merged = merged or not inside
+        trained.append(inside)
     return trained, merged
 
 
