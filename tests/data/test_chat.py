@@ -353,6 +353,18 @@ def test_tool_calls_that_the_template_does_not_write_are_an_error() -> None:
     assert "does not write the tool calls of message 2" in result.error
 
 
+def test_a_template_that_takes_arguments_as_text_and_writes_an_empty_answer_after_the_calls() -> None:
+    made = with_template(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% for call in m.tool_calls or [] %}"
+        "<|im_start|>call {{ call.function.name + ' ' + call.function.arguments }}<|im_end|>{% endfor %}"
+        "<|im_start|>bot {{ m.content }}<|im_end|>"
+        "{% else %}<|im_start|>{{ m.role + ' ' + m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    result = one([user("Paris?"), bot("", tool_calls=CALL), user("So?"), bot("Grey.")], made)
+    assert trained(result, made) == ['call weather {"city": "Paris"}<|im_end|>', "bot Grey.<|im_end|>"]
+
+
 # Templates that cannot be trusted ------------------------------------------------------------------------------
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"

@@ -26,7 +26,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from loraloom.data.templates import Template
-from loraloom.errors import DataError, InputError
+from loraloom.errors import DataError, InputError, ModelError
 
 if TYPE_CHECKING:
     from loraloom.data.records import Chat, Message
@@ -90,16 +90,24 @@ class Turns:
         Raises ``DataError`` where the template refuses the conversation, or where what it writes cannot be told
         apart with certainty, and ``ModelError`` where the template fails.
         """
-        text = self.template.render(chat.messages, chat.tools)
+        said = chat.messages
+        try:
+            text = self.template.render(said, chat.tools)
+        except ModelError:
+            # Some templates can only write the arguments of a call that are JSON text, as OpenAI gives them.
+            said = _text_arguments(chat.messages)
+            if said == chat.messages:
+                raise
+            text = self.template.render(said, chat.tools)
         reason = ""
         for level in (0, 1, 2):
-            messages, words = _marked(chat.messages, level)
+            messages, words = _marked(said, level)
             form = json.dumps([messages, chat.tools, level], ensure_ascii=False, default=str)
             found = self._layout(form)
             if isinstance(found, str):
                 reason = found
                 continue
-            if level == 2 and _quotes(found, chat.messages):
+            if level == 2 and _quotes(found, said):
                 reason = f"{self.template.name} writes words of others into the assistant's turn"
                 continue
             filled = _filled(found, words)
@@ -137,7 +145,7 @@ class Turns:
         message = messages[number]
         upto = self.template.render(messages[: number + 1], tools)
         here, alone = self._words(message, number, text), self._words(message, number, upto)
-        calls = bool(message.get("tool_calls"))
+        calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
         start = self._start(messages, tools, number, text, upto, here[0], alone[0])
         end, ended = self._end(text[here[1] :], upto[alone[1] :], calls)
         return start, here[1] + end, ended
@@ -205,15 +213,19 @@ class Turns:
             raise DataError(f"{self.template.name} does not say where {self._name(number)} starts")
         return here - len(lead)
 
-    def _end(self, here: str, alone: str, calls: bool) -> tuple[int, bool]:
+    def _end(self, here: str, alone: str, calls: str) -> tuple[int, bool]:
         """How much of ``here``, the text after a turn's words, is its end; ``alone`` is that with no turn after it.
 
-        Where the turn has calls, the rest of the calls comes first, and its end is the last token of its own.
+        Where the turn has ``calls`` (as text), the rest of the calls comes first: the end is then the token that
+        ends a plain answer, or else the last one.
         """
         shared = _agreement(here, alone)
         tokens = [match for match in self.added.finditer(alone) if match.end() <= shared]
         if tokens and calls:
-            final = [match for match in tokens if match[0] == self._answers_end]
+            usual = self._answers_end
+            final = [match for match in tokens if match[0] == usual]
+            if final and usual not in calls:
+                return final[0].end(), True  # some write an empty answer after the calls
             return (final or tokens)[-1].end(), True
         if tokens:
             return tokens[0].end(), True
@@ -282,6 +294,23 @@ def _marked(messages: Sequence[Message], level: int) -> tuple[list[Message], lis
             message["content"] = mark(message["content"])
         marked.append(message)
     return marked, words
+
+
+def _text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the arguments of calls as JSON text."""
+
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = function.get("arguments")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": text}}
+
+    return [
+        {**message, "tool_calls": [written(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
 
 
 def _numbers(message: Message) -> set[int]:
