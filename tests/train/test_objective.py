@@ -115,3 +115,112 @@ def test_a_model_that_is_none_of_transformers_is_taken_whole() -> None:
     objective = Objective(model, TaskType.CAUSAL_LM)
     ids = torch.tensor([[1, 2, 3]])
     assert float(objective.loss(objective.forward({"input_ids": ids}), ids)) > 0
+
+
+# Other tasks ----------------------------------------------------------------------------------------------
+
+BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 60}
+T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "vocab_size": 60}
+BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 32}
+HEAD = {"num_labels": 3}
+CLASSES, TAGS, ANSWERS, SEQ2SEQ = TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS, TaskType.SEQ_2_SEQ_LM
+AUTO = {CLASSES: "SequenceClassification", TAGS: "TokenClassification", ANSWERS: "QuestionAnswering"}
+AUTO |= {SEQ2SEQ: "Seq2SeqLM"}
+#: name → model type, its config, task, labels of three rows of nine tokens
+OTHERS: dict[str, tuple[str, dict[str, Any], TaskType, Any]] = {
+    "one class": ("bert", {**BERT, **HEAD, "problem_type": "single_label_classification"}, CLASSES, [2, 0, 1]),
+    "one class, not said": ("bert", {**BERT, **HEAD}, CLASSES, [2, 0, 1]),
+    "several classes": (
+        "bert", {**BERT, **HEAD, "problem_type": "multi_label_classification"}, CLASSES,
+        [[0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]],
+    ),
+    "several classes, not said": ("bert", {**BERT, **HEAD}, CLASSES, [[0.0, 1.0, 1.0], [0.0] * 3, [1.0] * 3]),
+    "a number": ("bert", {**BERT, "num_labels": 1, "problem_type": "regression"}, CLASSES, [0.5, -2.0, 3.25]),
+    "a number, not said": ("bert", {**BERT, "num_labels": 1}, CLASSES, [0.5, -2.0, 3.25]),
+    "several numbers": ("bert", {**BERT, **HEAD, "problem_type": "regression"}, CLASSES, [[0.5, -2.0, 1.0]] * 3),
+    "a decoder's class": ("llama", {**SIZES, **HEAD, "pad_token_id": 0}, CLASSES, [2, 0, 1]),
+    "tags": ("bert", {**BERT, **HEAD}, TAGS, [[-100, 0, 1, -100, 2, 2, 0, 1, -100]] * 3),
+    "a decoder's tags": ("llama", {**SIZES, **HEAD}, TAGS, [[1, 0, 1, -100, 2, 2, 0, 1, -100]] * 3),
+    "an answer": ("bert", BERT, ANSWERS, [[3, 5], [0, 0], [8, 8]]),
+    "t5": ("t5", T5, SEQ2SEQ, [[5, 6, 7, 1], [8, 1, -100, -100], [9, 9, 1, -100]]),
+    "t5, head of its own": ("t5", {**T5, "tie_word_embeddings": False}, SEQ2SEQ, [[5, 6, 7, 1], [8, 1, -100, -100]] * 2),
+    "bart": ("bart", BART, SEQ2SEQ, [[5, 6, 7, 2], [8, 2, -100, -100], [9, 9, 2, -100]]),
+}  # fmt: skip
+
+
+def other(name: str, **fields: Any) -> Any:
+    import transformers
+
+    kind, config, task, _ = OTHERS[name]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **config)
+    base = getattr(transformers, f"AutoModelFor{AUTO[task]}").from_config(config).double()
+    return get_peft_model(
+        base, LoraConfig(r=2, task_type=task, target_modules="all-linear", init_lora_weights=False, **fields)
+    ).eval()
+
+
+def labelled(name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    labels = torch.tensor(OTHERS[name][3])
+    ids = torch.randint(3, 60, (len(labels), 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if OTHERS[name][2] is not ANSWERS:  # where transformers lets padding be an answer
+        mask[0, 8:] = 0
+        ids[0, 8:] = 0
+    return {"input_ids": ids, "attention_mask": mask}, labels
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_loss_of_every_task_is_transformers_own(name: str) -> None:
+    model, task = other(name), OTHERS[name][2]
+    inputs, labels = labelled(name)
+    objective = Objective(model, task)
+    with model.base_model.routed(["default"] * len(labels)):
+        out = objective.forward(inputs, labels)
+        found = objective.loss(out, labels)
+        score = objective.score(out, labels)
+    told = {"start_positions": labels[:, 0], "end_positions": labels[:, 1]} if task is ANSWERS else {"labels": labels}
+    if labels.is_floating_point():
+        told = {"labels": labels.double()}
+    wanted = model(**inputs, **told).loss
+    torch.testing.assert_close(found, wanted.double(), rtol=1e-6, atol=1e-7)
+    assert score.loss == pytest.approx(float(found), rel=1e-9)
+    parameters = [p for p in model.adapter_parameters("default").values() if p.requires_grad]
+    a, b = (torch.autograd.grad(value, parameters, allow_unused=True) for value in (found, wanted))
+    assert any(x is not None for x in a)
+    for x, y in zip(a, b, strict=True):
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+
+
+def test_padding_is_no_answer_so_a_rows_loss_does_not_depend_on_its_neighbours() -> None:
+    model = other("an answer")
+    objective = Objective(model, ANSWERS)
+    inputs, labels = labelled("an answer")
+    wide = {
+        "input_ids": F.pad(inputs["input_ids"], (0, 5)),
+        "attention_mask": F.pad(inputs["attention_mask"], (0, 5)),
+    }
+    with model.base_model.routed(["default"] * 3):
+        short, long = (objective.loss(objective.forward(x, labels), labels) for x in (inputs, wide))
+        unmasked = objective.forward({"input_ids": inputs["input_ids"]})
+    torch.testing.assert_close(short, long, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(unmasked, objective.forward(inputs))
+    parameters = [p for p in model.adapter_parameters("default").values()]
+    assert all(g.isfinite().all() for g in torch.autograd.grad(long, parameters))
+
+
+def test_segments_reach_a_model_that_tells_them_apart_and_no_other() -> None:
+    inputs, labels = labelled("one class")
+    types = torch.zeros_like(inputs["input_ids"])
+    types[:, 5:] = 1
+    outs = {}
+    for name in ("one class", "a decoder's class"):
+        model = other(name)
+        objective = Objective(model, CLASSES)
+        with model.base_model.routed(["default"] * 3):
+            outs[name] = [objective.forward(x) for x in (inputs, {**inputs, "token_type_ids": types})]
+    assert not torch.allclose(*outs["one class"])
+    assert torch.equal(*outs["a decoder's class"])

@@ -139,7 +139,9 @@ def load_base(
 
 def _head(task: TaskType, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
     """What the config is to say of a classifier's outputs."""
-    if task not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+    if task is TaskType.QUESTION_ANS:
+        return {"num_labels": 2}  # first and last token, whatever the folder's head was for
+    if task not in HEADED:
         return {}
     if problem_type == "regression":
         return {"num_labels": 1, "problem_type": problem_type}
@@ -212,8 +214,8 @@ def build_empty(
     try:
         config = AutoConfig.from_pretrained(name, **_revision(revision))
         _check_direction(name, config, task)
-        if task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
-            config.num_labels = 1 if problem_type == "regression" else labels
+        if task in HEADED:
+            config.num_labels = 2 if task is TaskType.QUESTION_ANS else 1 if problem_type == "regression" else labels
             if config.pad_token_id is None:
                 config.pad_token_id = 0  # decoders find the last real token by it
         with torch.device("meta"):
