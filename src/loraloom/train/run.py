@@ -200,7 +200,7 @@ def run(
 
 def _check_vocabulary(model: nn.Module, data: Data, name: str) -> None:
     known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    largest = max(max(e.input_ids) for part in (data.train, data.evaluation) for e in part.examples)
+    largest = max(data.train.largest, data.evaluation.largest)
     if largest >= known:
         raise ModelError(
             f"{name}: its tokenizer gives token {largest}, and the model has {known} (numbered from 0), so they do "
@@ -214,7 +214,8 @@ def _check_vocabulary(model: nn.Module, data: Data, name: str) -> None:
 def predict(prepared: Prepared, count: int) -> list[dict[str, str]]:
     """A few held-out rows with what the adapter says of them: ``{"input", "expected", "predicted"}``."""
     model, task = prepared.model, prepared.task
-    rows, examples = prepared.data.evaluation_rows[:count], prepared.data.evaluation.examples[:count]
+    held, examples = prepared.data.evaluation_rows, prepared.data.evaluation.examples[:count]
+    rows = [held[at] for at in held.of[:count]]  # a row may have several examples
     training = model.training
     model.eval()
     try:

@@ -90,7 +90,7 @@ def measured(rate: Callable[[int], float], most: int) -> dict[int, float]:
 def one_slot(loaded: Loaded, config: LoraConfig) -> Memory:
     """What a step of a single adapter needs, for the longest rows there are."""
     options = loaded.options
-    length = max(len(example.input_ids) for example in loaded.data.train.examples)
+    length = int(max(loaded.data.train.lengths))
     empty = build_empty(options.model, loaded.task, max(len(loaded.data.names), 1))
     _, need = estimate(empty, config, rows=options.batch_size, length=length, dtype=options.dtype)
     return need
