@@ -15,25 +15,31 @@ from loraloom.report.terminal import Meter, outcome, overview
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
 from loraloom.train.options import TrainOptions
+from loraloom.train.resume import Resume
 from loraloom.train.run import RUN_NAME, Interrupted, RunResult, prepare, run
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.search import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, search
 
 
-def train_run(options: TrainOptions, console: Console | None = None) -> RunResult:
+def train_run(options: TrainOptions, console: Console | None = None, *, resume: Resume = None) -> RunResult:
     """Train as ``options`` say, and tell ``console`` (by default the terminal) about it.
 
-    The output folder gets the adapter, ``run.json`` and ``curves.png``.
+    The output folder gets the adapter, ``run.json`` and ``curves.png``, and checkpoints on the way. ``resume`` is True
+    to go on from the newest of them, or the path of one: see ``train.run.run``.
 
     Raises:
         LoraloomError: as ``prepare`` and ``run``. What training reached is saved whenever it took a step.
     """
     console = console or Console()
-    prepared = prepare(options)
+    prepared = prepare(options, resume)
     console.print(overview(prepared), soft_wrap=True)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     try:
         with Meter(console, prepared.steps) as meter:
-            result = run(prepared, meter)
+            result = run(prepared, meter, resume, say)
     except Interrupted as error:
         if error.record:
             _draw(error.record, options.output)

@@ -81,6 +81,9 @@ class Meter:
 
     def __call__(self, progress: Progress) -> None:
         slot = progress.slot
+        if self.loss is None:  # the time left is worked out from steps of now, not from those of a run gone on with
+            self.bar.reset(self.task, completed=slot.step - 1)
+            self.seen = sum(one["step"] < slot.step for one in slot.curve.evaluations)
         latest = slot.curve.loss[-1]
         self.loss = latest if self.loss is None else 0.9 * self.loss + 0.1 * latest
         speed = progress.tokens / progress.seconds
