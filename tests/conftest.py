@@ -69,8 +69,9 @@ def _words(folder: Path, *, template: str, specials: dict[str, str]) -> int:
     words = [*specials.values(), *GOOD, *BAD, *OTHERS]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=specials["unk_token"]))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    second = " [SEP]:1" if "[SEP]" in template else ""
     raw.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(word, words.index(word)) for word in specials.values() if word in template]
+        single=template, pair=f"{template} $B:1{second}", special_tokens=[(word, words.index(word)) for word in specials.values() if word in template]
     )
     PreTrainedTokenizerFast(tokenizer_object=raw, **specials).save_pretrained(folder)
     return len(words)
@@ -123,6 +124,31 @@ def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def translator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small T5: an encoder and a decoder."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("translator")
+    specials = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    size = _words(folder, template="$A </s>", specials=specials)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=size,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
     return folder
 
 
