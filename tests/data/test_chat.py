@@ -188,6 +188,15 @@ def test_a_whole_row_by_hand() -> None:
     assert result.examples[0].labels == [IGNORE] * len(before) + answer
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_an_answer_of_weight_0_is_read_and_not_trained_on(name: str) -> None:
+    made = tokenizer(name)
+    weighed = one([user("a?"), bot("bad", weight=0), user("b?"), bot("good", weight=1)], made)
+    plain = one([user("a?"), bot("bad"), user("b?"), bot("good")], made)
+    assert weighed.examples[0].input_ids == plain.examples[0].input_ids
+    assert trained(weighed, made) == trained(plain, made)[-1:]
+
+
 @pytest.mark.parametrize("name", [n for n in ALL if n != "gemma"])
 def test_a_system_message_is_not_trained_on(name: str) -> None:
     made = tokenizer(name)

@@ -7,8 +7,8 @@ The text that the chat template writes is tokenized once and as a whole, without
 what transformers does when the model is used. The loss is on what the model will have to write: everything after
 the prompt for the assistant's turn (an empty ``<think></think>`` too, where the template writes one), tool calls
 as the template writes them, and the token that ends the turn. It is not on the heading of the turn, on white space
-after its end, or on what tools answer. ``{% generation %}`` marks are not asked: most templates have none, and of
-those that do, some put the heading inside and some leave the end outside.
+after its end, on what tools answer, or on turns of weight 0. ``{% generation %}`` marks are not asked: most
+templates have none, and of those that do, some put the heading inside and some leave the end outside.
 
 Over ``max_length``, with ``split``: a conversation is split between exchanges (a message of the user, and all
 until the next one that follows an answer). Each part opens with the system message and has as many exchanges as
@@ -56,7 +56,7 @@ class ChatEncoder:
                 results.append(Encoded1(problem="the assistant says nothing in the conversation"))
                 continue
             try:
-                found.append(self.turns.find(chat))
+                found.append(self._find(chat))
                 results.append(None)
             except InputError as exc:
                 results.append(Encoded1(error=str(exc)))
@@ -66,6 +66,13 @@ class ChatEncoder:
             result if result is not None else self._labelled(chat, *next(encodings), settings)
             for chat, result in zip(chats, results, strict=True)
         ]
+
+    def _find(self, chat: Chat) -> Spans:
+        """The assistant's turns that are to be trained on: not those of weight 0, which no template is shown."""
+        plain = [{key: value for key, value in message.items() if key != "weight"} for message in chat.messages]
+        spans = self.turns.find(Chat(plain, chat.tools))
+        weights = [message.get("weight", 1) for message in chat.messages if message.get("role") == "assistant"]
+        return replace(spans, spans=[span for span, weight in zip(spans.spans, weights, strict=True) if weight])
 
     def _labelled(self, chat: Chat, spans: Spans, tokens: Any, settings: Settings) -> Encoded1:
         ids: list[int] = list(tokens.ids)
