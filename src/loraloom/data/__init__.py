@@ -5,7 +5,8 @@ Nothing here knows a model, an adapter's weights or the training loop.
 
 from __future__ import annotations
 
-from loraloom.data.batches import Batch, bucketed, collate, evaluation_batches, join, padding_share
+from typing import TYPE_CHECKING, Any
+
 from loraloom.data.encode import IGNORE, Encoded, Example, encode
 from loraloom.data.rows import (
     Row,
@@ -19,6 +20,9 @@ from loraloom.data.rows import (
     read_rows,
     split,
 )
+
+if TYPE_CHECKING:
+    from loraloom.data.batches import Batch, bucketed, collate, evaluation_batches, join, padding_share
 
 __all__ = [
     "IGNORE",
@@ -42,3 +46,12 @@ __all__ = [
     "read_rows",
     "split",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # When first used: batches need torch, and the processes that tokenise do not, of which there may be many.
+    if name not in __all__:
+        raise AttributeError(f"module 'loraloom.data' has no attribute {name!r}")
+    from loraloom.data import batches
+
+    return getattr(batches, name)

@@ -1,7 +1,7 @@
-"""From the bytes of one file to rows, one at a time: JSON lines, JSON arrays and plain text.
+"""From the bytes of one file to lines and values, one at a time, and plain text to rows.
 
-This file knows encodings, lines and JSON, and what can be wrong with them. Tables (CSV, TSV, Parquet) are read by
-``tables``; columns and tasks are not known here. However large a file is, no more than one row is in memory, and
+This file knows encodings, lines and JSON, and what can be wrong with them. ``jsonfiles`` and ``tables`` make rows of
+them; columns and tasks are not known here. However large a file is, no more than one row is in memory, and
 no row is larger than ``ROW_LIMIT``.
 """
 
@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from loraloom.data.rows import BadRow, OnBad, Row, RowError, Unit, shown
+from loraloom.data.rows import BadRow, OnBad, Row, RowError, Unit
 from loraloom.errors import DataError, nearest
 
 #: The largest row that is read, in bytes: some four million tokens, more than any model takes.
@@ -92,7 +92,7 @@ def guarded(file: BinaryIO, path: Path, size: int, line: bool = False) -> bytes:
         raise DataError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
 
 
-def _checked_start(start: bytes, path: Path) -> None:
+def checked_start(start: bytes, path: Path) -> None:
     """Refuse what is no UTF-8 text by its first bytes."""
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{path}: the file is UTF-16; save it as UTF-8")
@@ -114,7 +114,7 @@ def lines(path: Path, limit: int | None = None) -> Iterator[Line]:
         while raw := guarded(file, path, limit + 1, line=True):
             number += 1
             if number == 1:
-                _checked_start(raw[:16], path)
+                checked_start(raw[:16], path)
                 raw = raw.removeprefix(codecs.BOM_UTF8)
             cut = len(raw) > limit
             if cut:
@@ -188,65 +188,6 @@ class StrictJson:
     def decode_from(self, text: str, start: int) -> tuple[Any, int]:
         """The value that starts at ``start``, and where it ends."""
         return self._json.raw_decode(text, start)
-
-
-def read_json(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
-    """The rows of a JSON file: an object on each line, or one array of objects, whichever it is.
-
-    Blank lines are skipped and still counted. In an array, rows are counted from 1.
-    """
-    from loraloom.data.arrays import read_array  # it takes its bytes from here
-
-    return read_array(path, bad) if _first_sign(path) == b"[" else _json_lines(path, bad)
-
-
-def _first_sign(path: Path) -> bytes:
-    """The first byte that is no blank and no byte order mark; empty where there is none."""
-    with open_file(path) as file:
-        start = guarded(file, path, 16)
-        _checked_start(start, path)
-        start = start.removeprefix(codecs.BOM_UTF8)
-        while not start.strip():
-            start = guarded(file, path, 2**16)
-            if not start:
-                return b""
-        return start.lstrip()[:1]
-
-
-def _json_lines(path: Path, bad: OnBad | None) -> Iterator[Row]:
-    strict, name = StrictJson(), str(path)
-    first = True
-    for line in lines(path):
-        text = decoded(line, path)
-        number = line.number
-        if isinstance(text, BadRow):
-            report(bad, text)
-            continue
-        # Not text.strip(): a no-break space is no blank of JSON's, and is said to be wrong.
-        if not text.strip(" \t\r"):
-            continue
-        column = None
-        try:
-            value = strict.decode(text)
-        except json.JSONDecodeError as exc:
-            reason, column = f"not JSON: {exc.msg} (character {exc.colno})", exc.colno
-            if first and text.strip() == "{":
-                raise DataError(
-                    f"{path}, line {number}: an object over several lines; a file of JSON lines has a whole object "
-                    f"on each line, and a .json file may also be one array of objects"
-                ) from None
-        except (ValueError, RecursionError) as exc:
-            reason = f"JSON that cannot be read: {exc}"
-        else:
-            reason = strict.fault()
-            if not reason and not isinstance(value, dict):
-                reason = f"a JSON object is needed on every line, found {shown(value)}"
-            if not reason:
-                first = False
-                yield Row(value, number, name)
-                continue
-        strict.fault()
-        report(bad, BadRow(name, number, reason, column, raw=text))
 
 
 # Plain text -----------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.data.holdout import check_weight
-from loraloom.data.readers import file_hash, open_file, read_json, read_text
+from loraloom.data.jsonfiles import read_json
+from loraloom.data.readers import file_hash, open_file, read_text
 from loraloom.data.rows import BadRow, OnBad, Row
 from loraloom.data.tables import read_parquet, read_table
 from loraloom.errors import ConfigError, DataError, nearest

@@ -101,7 +101,7 @@ def _kind_of(labels: Any) -> str:
     if isinstance(labels, list):
         if not labels:
             return ""
-        return "numbers" if any(isinstance(label, float) for label in labels) else "classes"
+        return "numbers" if isinstance(labels[0], float) else "classes"  # one kind in a list: that is the contract
     return "number" if isinstance(labels, float) else "class"
 
 
