@@ -55,7 +55,7 @@ def test_every_known_metric_can_be_asked_for(task: TaskType, problem: str | None
 
 
 def test_a_perfect_figure_is_the_better_one_for_every_metric() -> None:
-    less = {name for name in ("loss", "eval_loss", "perplexity", "mse", "mae", "rmse", "word_error", "wer", "my.loss")}
+    less = {"loss", "eval_loss", "perplexity", "mse", "mae", "rmse", "word_error", "wer", "my.loss"}
     more = {"accuracy", "f1", "f1_macro", "rougeL", "exact_match", "r2", "pearson", "bleu", "lossless"}
     assert not any(map(greater_is_better, less))
     assert all(map(greater_is_better, more))

@@ -273,5 +273,5 @@ def prompt_and_target(example: Example, task: TaskType) -> tuple[list[int], list
     while start > 0 and labels[start - 1] != IGNORE:
         start -= 1
     # A row's first token is never predicted; where all are trained on, some are the prompt.
-    start = start if start > 1 else min(8, len(labels) - 1)
+    start = start if start > 1 else max(1, min(8, stop - 1))
     return example.input_ids[:start], example.input_ids[start:stop]

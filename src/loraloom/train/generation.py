@@ -5,8 +5,8 @@ This file knows padding for generation and the model's room. It does not know ro
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,11 +41,10 @@ def generate(
             if room < 1:
                 continue
             inputs = _padded([prompts[row] for row in rows], tokenizer.pad_token_id, left=not both)
-            out = model.generate(
-                **{key: value.to(device) for key, value in inputs.items()},
-                adapter_names=[name] * len(rows),
-                generation_config=_greedy(base, tokenizer, room),
-            )
+            with _greedy(base, tokenizer, room):
+                out = model.generate(
+                    **{key: value.to(device) for key, value in inputs.items()}, adapter_names=[name] * len(rows)
+                )
             texts = tokenizer.batch_decode(out if both else out[:, width:], skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
                 written[row] = text
@@ -63,11 +62,15 @@ def _padded(prompts: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> dic
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _greedy(base: Any, tokenizer: Any, room: int) -> Any:
-    """The model's own tokens to begin and end with, and nothing else of its taste."""
+@contextmanager
+def _greedy(base: Any, tokenizer: Any, room: int) -> Iterator[None]:
+    """The model's own tokens to begin and end with, and nothing else of its taste, for a while.
+
+    Its own config is put aside: what another leaves open would be taken from it.
+    """
     from transformers import GenerationConfig
 
-    own = copy.deepcopy(base.generation_config)
+    own = base.generation_config
     ends = {int(end) for end in [*_list(own.eos_token_id), *_list(tokenizer.eos_token_id)]}
     config = GenerationConfig(
         do_sample=False,
@@ -80,7 +83,11 @@ def _greedy(base: Any, tokenizer: Any, room: int) -> Any:
     )
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         setattr(config, name, getattr(own, name, None))
-    return config
+    base.generation_config = config
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _list(value: Any) -> list[int]:
