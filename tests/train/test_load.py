@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from loraloom import TaskType
+from loraloom import LoraConfig, TaskType, get_peft_model
 from loraloom.errors import ConfigError, ModelError
 from loraloom.train.load import build_empty, length_within, load_base, load_limit, load_tokenizer, tokens_at_most
 
@@ -181,3 +181,107 @@ def test_a_name_that_was_fetched_before_loads_without_a_network(decoder_folder: 
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "model.layers.1.self_attn.v_proj" in done.stdout
+
+
+# Other tasks ----------------------------------------------------------------------------------------------
+
+TAGS, ANSWERS, SEQ2SEQ = TaskType.TOKEN_CLS, TaskType.QUESTION_ANS, TaskType.SEQ_2_SEQ_LM
+
+
+def test_tags_and_answers_get_new_heads_that_train_in_full(encoder_folder: Path) -> None:
+    for task, labels, head, size in ((TAGS, ["B-X", "I-X", "O"], "classifier", 3), (ANSWERS, [], "qa_outputs", 2)):
+        model, new = load_base(str(encoder_folder), task, "float32", labels)
+        assert new == [head]
+        assert getattr(model, head).weight.shape == (size, 32)
+        if labels:
+            assert model.config.id2label == dict(enumerate(labels))  # type: ignore[union-attr]
+            assert model.config.label2id == {label: i for i, label in enumerate(labels)}  # type: ignore[union-attr]
+        adapted = get_peft_model(model, LoraConfig(task_type=task, target_modules=["query"]))
+        assert any(f"{head}.weight" in name for name in adapted.adapter_parameters("default"))
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "size"),
+    [("regression", [], 1), ("multi_label_classification", ["a", "b", "c"], 3), (None, ["a", "b"], 2)],
+)
+def test_what_a_label_is_is_written_in_the_config(
+    encoder_folder: Path, problem: str | None, labels: list[str], size: int
+) -> None:
+    model, new = load_base(str(encoder_folder), CLASSES, "float32", labels, problem)
+    assert new == ["classifier"]
+    assert model.classifier.weight.shape[0] == size  # type: ignore[union-attr]
+    assert model.config.problem_type == (problem or "single_label_classification")  # type: ignore[union-attr]
+    assert build_empty(str(encoder_folder), CLASSES, len(labels), problem).classifier.weight.shape[0] == size  # type: ignore[union-attr]
+
+
+def test_a_translator_needs_nothing_new(translator_folder: Path) -> None:
+    model, new = load_base(str(translator_folder), SEQ2SEQ, "float32")
+    assert new == []
+    assert type(model).__name__ == "T5ForConditionalGeneration"
+
+
+def test_a_decoder_can_learn_classes_tags_and_answers(decoder_folder: Path) -> None:
+    for task, labels in ((CLASSES, ["a", "b"]), (TAGS, ["a", "b"])):
+        _, new = load_base(str(decoder_folder), task, "float32", labels)
+        assert new == ["score"]
+
+
+def test_a_folder_with_a_head_for_classes_gets_one_for_answers(encoder_folder: Path, tmp_path: Path) -> None:
+    first, _ = load_base(str(encoder_folder), CLASSES, "float32", ["a", "b", "c"])
+    first.save_pretrained(tmp_path)  # type: ignore[operator]
+    model, new = load_base(str(tmp_path), ANSWERS, "float32")
+    assert new == ["qa_outputs"]
+    assert model.qa_outputs.weight.shape == (2, 32)  # type: ignore[union-attr]
+    _, new = load_base(str(tmp_path), TAGS, "float32", ["x", "y"])
+    assert new == ["classifier"]
+
+
+@pytest.mark.parametrize("load", [lambda name, task: load_base(name, task, "float32", ["a", "b"]), build_empty])
+def test_a_model_of_the_wrong_direction_is_refused_with_the_task_that_fits(
+    encoder_folder: Path, decoder_folder: Path, translator_folder: Path, load: Any
+) -> None:
+    with pytest.raises(ModelError, match="t5 has an encoder and a decoder, .*; choose .*, or the task seq2seq-lm"):
+        load(str(translator_folder), LM)
+    with pytest.raises(ModelError, match="llama has no encoder and decoder, .* or the task causal-lm"):
+        load(str(decoder_folder), SEQ2SEQ)
+    with pytest.raises(ModelError, match="bert has no encoder and decoder, .* or the task seq-cls or token-cls"):
+        load(str(encoder_folder), SEQ2SEQ)
+    with pytest.raises(ModelError, match="bert reads a text in both directions"):
+        load(str(encoder_folder), LM)
+
+
+def test_the_decoder_of_a_bart_is_no_causal_model(tmp_path: Path) -> None:
+    from transformers import BartConfig
+
+    BartConfig(d_model=8, vocab_size=20).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="bart has an encoder and a decoder"):
+        build_empty(str(tmp_path), LM)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2", "opt", "bloom", "phi", "qwen2", "mistral", "gemma2", "falcon"])
+def test_a_decoder_is_none_that_reads_in_both_directions_whatever_its_config_leaves_out(
+    kind: str, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind, vocab_size=20).save_pretrained(tmp_path)
+    assert build_empty(str(tmp_path), LM)
+
+
+@pytest.mark.parametrize("task", [CLASSES, TAGS, ANSWERS, SEQ2SEQ])
+def test_an_empty_model_of_every_task_has_the_shapes_of_the_loaded_one(
+    encoder_folder: Path, translator_folder: Path, task: TaskType
+) -> None:
+    name = str(translator_folder if task is SEQ2SEQ else encoder_folder)
+    loaded, _ = load_base(name, task, "float32", ["a", "b", "c"])
+    empty = build_empty(name, task, 3)
+    assert {name: p.shape for name, p in empty.named_parameters()} == {
+        name: p.shape for name, p in loaded.named_parameters()
+    }
+
+
+def test_the_attention_asked_for_is_the_one_used(encoder_folder: Path) -> None:
+    model, _ = load_base(str(encoder_folder), CLASSES, "float32", ["a", "b"], attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match="cannot be loaded as a model for seq-cls .*nonsense"):
+        load_base(str(encoder_folder), CLASSES, "float32", ["a", "b"], attn_implementation="nonsense")
