@@ -221,9 +221,14 @@ def test_a_translator_needs_nothing_new(translator_folder: Path) -> None:
 
 
 def test_a_decoder_can_learn_classes_tags_and_answers(decoder_folder: Path) -> None:
-    for task, labels in ((CLASSES, ["a", "b"]), (TAGS, ["a", "b"])):
-        _, new = load_base(str(decoder_folder), task, "float32", labels)
-        assert new == ["score"]
+    whole, _ = load_base(str(decoder_folder), LM, "float32")
+    for task, head in ((CLASSES, "score"), (TAGS, "score"), (ANSWERS, "qa_outputs")):
+        model, new = load_base(str(decoder_folder), task, "float32", ["a", "b"])
+        assert new == [head]
+        assert torch.equal(
+            model.get_input_embeddings().weight,  # type: ignore[operator]
+            whole.get_input_embeddings().weight,  # type: ignore[operator]
+        )
 
 
 def test_a_folder_with_a_head_for_classes_gets_one_for_answers(encoder_folder: Path, tmp_path: Path) -> None:
@@ -285,3 +290,13 @@ def test_the_attention_asked_for_is_the_one_used(encoder_folder: Path) -> None:
     assert model.config._attn_implementation == "eager"  # type: ignore[union-attr]
     with pytest.raises(ModelError, match="cannot be loaded as a model for seq-cls .*nonsense"):
         load_base(str(encoder_folder), CLASSES, "float32", ["a", "b"], attn_implementation="nonsense")
+
+
+def test_a_kind_of_model_that_has_none_for_the_task_says_so(tmp_path: Path) -> None:
+    from transformers import BartConfig
+
+    BartConfig(d_model=8, vocab_size=20).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"gives no model for token-cls \(transformers has none of its kind\)"):
+        build_empty(str(tmp_path), TAGS)
+    with pytest.raises(ModelError, match=r"cannot be loaded as a model for token-cls \(transformers has none"):
+        load_base(str(tmp_path), TAGS, "float32", ["a", "b"])

@@ -119,7 +119,9 @@ def load_base(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        _check_direction(name, AutoConfig.from_pretrained(name, **_revision(revision)), task)
+        config = AutoConfig.from_pretrained(name, **_revision(revision))
+        _check_direction(name, config, task)
+        options |= _renamed(config, task)
         model, info = getattr(transformers, AUTO[task]).from_pretrained(name, **options)
     except ModelError:
         raise
@@ -149,6 +151,19 @@ def _head(task: TaskType, labels: Sequence[str], problem_type: str | None) -> di
     if task is TaskType.TOKEN_CLS:
         return {"num_labels": len(labels), **names}
     return {"num_labels": len(labels), "problem_type": problem_type or "single_label_classification", **names}
+
+
+def _renamed(config: Any, task: TaskType) -> dict[str, Any]:
+    """Of Llama's kin, the model for answers names its body otherwise than the models whose weights are published."""
+    if task is not TaskType.QUESTION_ANS:
+        return {}
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
+
+    wanted, given = (
+        getattr(mapping.get(type(config), None), "base_model_prefix", "")
+        for mapping in (MODEL_FOR_QUESTION_ANSWERING_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    )
+    return {"key_mapping": {rf"^{given}\.": f"{wanted}."}} if given and wanted and given != wanted else {}
 
 
 def _revision(revision: str | None) -> dict[str, str]:
@@ -264,5 +279,7 @@ def _words(task: TaskType) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if str(error).startswith("Unrecognized configuration class"):
+        return "transformers has none of its kind"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
