@@ -6,9 +6,8 @@ This file knows how a task's outputs become words, numbers and texts again. Whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -177,18 +176,19 @@ def _classes(examples: Sequence[Example], outputs: Sequence[Tensor | None], labe
     return said
 
 
-def _by_row(count: int, rows: Sequence[int] | None) -> Iterator[tuple[int, list[int]]]:
-    """(row, its examples), in order."""
-    places = list(range(count)) if rows is None else [int(row) for row in rows]
-    for row, group in groupby(range(count), key=places.__getitem__):
-        yield row, list(group)
+def _by_row(count: int, rows: Sequence[int] | None) -> dict[int, list[int]]:
+    """Row → its examples."""
+    found: dict[int, list[int]] = {}
+    for number in range(count):
+        found.setdefault(number if rows is None else int(rows[number]), []).append(number)
+    return found
 
 
 def _tags(examples: Sequence[Example], outputs: Sequence[Tensor | None], held_out: HeldOut) -> Said:
     """The words of a row whose examples are parts of it are put together again."""
     said = Said()
     names = held_out.labels
-    for _, parts in _by_row(len(examples), held_out.rows):
+    for parts in _by_row(len(examples), held_out.rows).values():
         found: list[str] = []
         right: list[str] = []
         for part in parts:
@@ -209,11 +209,13 @@ def _answers(examples: Sequence[Example], outputs: Sequence[Tensor | None], held
     asked = [record for _, record in held_out.records if isinstance(record, Asked)]
     empty = any(not record.answers for record in asked)
     said = Said()
-    for row, parts in _by_row(len(examples), held_out.rows):
+    for row, parts in _by_row(len(examples), held_out.rows).items():
         record = asked[row]
-        (windows,) = encoder.windows([record])
-        logits = [outputs[part] for part in parts]
-        said.predictions.append(best_answer(record.context, windows, [one for one in logits if one is not None], empty))
+        # By their tokens: where a few examples are looked at, some of a row's windows may not be there.
+        windows = {tuple(window.ids): window for window in encoder.windows([record])[0]}
+        seen = [windows[tuple(examples[part].input_ids)] for part in parts]
+        logits = [output for output in (outputs[part] for part in parts) if output is not None]
+        said.predictions.append(best_answer(record.context, seen, logits, empty))
         said.references.append([text for text, _ in record.answers])
         said.examples.append(parts[0])
     return said
