@@ -11,6 +11,7 @@ import torch
 from loraloom import PeftModel
 from loraloom.data import Example
 from loraloom.train import outlook
+from loraloom.train.load import build_empty
 from loraloom.train.outlook import Outlook, look_ahead
 from loraloom.train.pack import Pack
 
@@ -18,7 +19,7 @@ from loraloom.train.pack import Pack
 def looked(model: PeftModel, folder: Path, examples: list[Example], again: bool = False) -> Outlook:
     pack = Pack(model)
     return look_ahead(
-        pack, "default", model.peft_config["default"], examples, examples[:2], model=str(folder), labels=2,
+        pack, "default", model.peft_config["default"], examples, examples[:2], empty=build_empty(str(folder), pack.task),
         dtype="float32", batch_size=4, forwards=1000, evaluations=10, gradient_checkpointing=again,
     )  # fmt: skip
 

@@ -6,14 +6,13 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import nn
 
-from loraloom.config import LoraConfig, TaskType
+from loraloom.config import LoraConfig
 from loraloom.data.batches import collate
 from loraloom.data.encode import Example
-from loraloom.train.load import build_empty
 from loraloom.train.memory import Memory, estimate
 from loraloom.train.pack import Pack
 
@@ -43,8 +42,7 @@ def look_ahead(
     train: Sequence[Example],
     held_out: Sequence[Example],
     *,
-    model: str,
-    labels: int,
+    empty: nn.Module,
     dtype: str,
     batch_size: int,
     forwards: int,
@@ -53,10 +51,10 @@ def look_ahead(
 ) -> Outlook:
     """Memory counted for the longest rows, and time from a few forwards and backwards of rows of middling length.
 
-    The adapter keeps its numbers. ``forwards`` and ``evaluations`` are those of the whole training.
+    The adapter keeps its numbers. ``empty`` is the model without weights; ``forwards`` and ``evaluations`` are those of
+    the whole training.
     """
     lengths = sorted(len(example.input_ids) for example in train)
-    empty = build_empty(model, pack.task, labels)
     _, memory = estimate(
         empty, config, rows=batch_size, length=lengths[-1], dtype=dtype, recompute=gradient_checkpointing
     )

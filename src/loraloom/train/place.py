@@ -32,7 +32,7 @@ def find(device: str | None) -> Place:
         state = PartialState(cpu=(wanted is not None and wanted.type == "cpu") or not torch.cuda.is_available())
         if wanted is not None and wanted.index is not None:
             raise ConfigError(f"device: each process has one of its own, found {device!r}; give its kind, or nothing")
-        return Place(torch.device(state.device), World.here())
+        return Place(torch.device("cpu") if state.device.type == "cpu" else state.device, World.here())
     return Place(_known(device) if device is not None else _best(), World())
 
 

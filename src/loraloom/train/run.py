@@ -6,27 +6,30 @@ On the way it gets checkpoints, from which a run that was stopped goes on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from loraloom.config import LoraConfig, TaskType
+from loraloom.config import TaskType
 from loraloom.data.encode import Example
 from loraloom.data.rows import Row
-from loraloom.errors import ModelError
+from loraloom.errors import ConfigError
 from loraloom.lora.model import PeftModel, get_peft_model
-from loraloom.lora.targets import Plan, matches_name, plan
+from loraloom.lora.targets import Plan, plan
+from loraloom.train import doctor, recompute
 from loraloom.train.course import Course
-from loraloom.train.dataset import Data, encode_run_rows, read_data, read_run_rows
+from loraloom.train.dataset import Data, read_data
+from loraloom.train.doctor import Finding
 from loraloom.train.failures import Interrupted, explain
-from loraloom.train.load import length_within, load_base, load_limit, load_tokenizer
-from loraloom.train.loop import Progress, evaluate
-from loraloom.train.options import TASKS, TrainOptions
+from loraloom.train.loaded import Loaded, load
+from loraloom.train.loop import Progress
+from loraloom.train.options import TrainOptions
+from loraloom.train.outlook import Outlook, look_ahead
 from loraloom.train.output import check_output
+from loraloom.train.pack import Pack
+from loraloom.train.place import find as find_place
 from loraloom.train.record import RUN_NAME
 from loraloom.train.resume import Resume, Say, goes_on
 from loraloom.train.signals import asked_to_stop
@@ -42,67 +45,6 @@ class RunResult:
     record: dict[str, Any]
     model: PeftModel
     predictions: list[dict[str, str]] = field(default_factory=list)
-
-
-@dataclass
-class Loaded:
-    """What all adapters of a run or a search share: options with nothing left open, rows, tokenizer, frozen model."""
-
-    options: TrainOptions
-    data: Data
-    tokenizer: Any
-    base: nn.Module
-    task: TaskType
-    #: modules without weights in the model's folder, which are therefore trained in full
-    new_modules: list[str]
-
-    def config(self, options: TrainOptions) -> LoraConfig:
-        """The adapter of ``options`` on this model: its new modules train with it."""
-        given = list(options.lora.modules_to_save or ())
-        known = [*given, "classifier", "score"]
-        new = [n for n in self.new_modules if not any(matches_name(k, n) or f".{k}." in f".{n}." for k in known)]
-        return options.lora.copy(modules_to_save=[*given, *new] or None)
-
-    def steps(self, options: TrainOptions) -> tuple[int, int]:
-        """Optimizer steps of a whole training, and of once through the rows."""
-        rows = options.batch_size * options.gradient_accumulation_steps
-        per_epoch = math.ceil(len(self.data.train.examples) / rows)
-        return options.max_steps or max(1, round(per_epoch * options.epochs)), per_epoch
-
-    def slot(self, name: str, model: PeftModel, options: TrainOptions, steps: int) -> Slot:
-        return Slot(
-            name,
-            model.adapter_parameters(name),
-            self.data.train.examples,
-            steps=steps,
-            batch_size=options.batch_size,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            learning_rate=options.learning_rate,
-            loraplus_lr_ratio=options.loraplus_lr_ratio,
-            lr_scheduler_type=options.lr_scheduler_type,
-            weight_decay=options.weight_decay,
-            warmup_ratio=options.warmup_ratio,
-            max_grad_norm=options.max_grad_norm,
-            seed=options.seed,
-        )
-
-
-def load(options: TrainOptions) -> Loaded:
-    """Read and check rows, tokenizer and model, in the order in which it costs.
-
-    Raises:
-        InputError: anything wrong with what the user gave.
-    """
-    task = TASKS[options.task]
-    rows = read_run_rows(options)
-    limit = load_limit(options.model)
-    options = replace(options, max_length=length_within(limit, options.max_length, options.model))
-    tokenizer = load_tokenizer(options.model)
-    data = encode_run_rows(rows, options, tokenizer)
-    torch.manual_seed(options.seed)  # the new head's numbers
-    base, new = load_base(options.model, task, options.dtype, data.names)
-    _check_vocabulary(base, data, options.model)
-    return Loaded(options, data, tokenizer, base, task, new)
 
 
 @dataclass
@@ -145,13 +87,58 @@ def prepare(options: TrainOptions, resume: Resume = None) -> Prepared:
     Raises:
         InputError: anything wrong with what the user gave. Nothing was written.
     """
-    check_output(options, going_on=goes_on(options, resume))
-    loaded = load(options)
+    place = find_place(options.device)
+    place.world.agreed(lambda: check_output(options, going_on=goes_on(options, resume)))
+    loaded = load(options, place)
     options, config = loaded.options, loaded.config(loaded.options)
     made = plan(loaded.base, config)
     model = get_peft_model(loaded.base, config, adapter_name=ADAPTER, seed=options.seed)
+    if options.gradient_checkpointing:
+        recompute.enable(model)
     steps, per_epoch = loaded.steps(options)
     return Prepared(loaded, model, made, steps, per_epoch)
+
+
+def examine(prepared: Prepared) -> list[Finding]:
+    """What the doctor says of it.
+
+    Raises:
+        ConfigError: training would do nothing, or not what was asked.
+    """
+    options = prepared.options
+    found = doctor.examine(
+        prepared.model,
+        ADAPTER,
+        tokenizer=prepared.tokenizer,
+        learning_rate=options.learning_rate,
+        optim=options.optim,
+        rows=len(prepared.data.train.examples),
+        batch_size=options.batch_size * options.gradient_accumulation_steps,
+        steps=prepared.steps,
+    )
+    if found and found[0].stops:
+        raise ConfigError(found[0].text)
+    return found
+
+
+def outlook(prepared: Prepared) -> Outlook:
+    """What training will need, in memory and time: see ``train.outlook``. The adapter stays as it is."""
+    options, loaded = prepared.options, prepared.loaded
+    every = {"steps": options.eval_steps, "epoch": prepared.steps_per_epoch}.get(options.eval_at)
+    pack = Pack(prepared.model, task=prepared.task, pad_id=prepared.tokenizer.pad_token_id)
+    return look_ahead(
+        pack,
+        ADAPTER,
+        loaded.config(options),
+        prepared.data.train.examples,
+        prepared.data.evaluation.examples,
+        empty=loaded.empty(),
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        forwards=prepared.steps * options.gradient_accumulation_steps,
+        evaluations=1 if not every else max(1, prepared.steps // every),
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
 
 
 def run(
@@ -175,12 +162,11 @@ def run(
         TrainingError: the loss is not finite, or the machine's memory was not enough.
         SaveError: the folder cannot be written; the message says what is saved, and where.
     """
-    options, model, task = prepared.options, prepared.model, prepared.task
+    options, model = prepared.options, prepared.model
     slot = prepared.loaded.slot(ADAPTER, model, options, prepared.steps)
-    pad_id = prepared.tokenizer.pad_token_id
 
     def measure(slot: Slot) -> dict[str, float]:
-        return evaluate(model, slot.name, task, prepared.data.evaluation.examples, pad_id, options.eval_batch_size)
+        return prepared.loaded.evaluate(model, slot.name)
 
     course = Course(prepared, slot, measure, watch, say)
     if finished := course.begin(resume):
@@ -196,16 +182,6 @@ def run(
     if record is None:
         course.end_early(ended, stop)
     return RunResult(record, model, predict(prepared, count=3))
-
-
-def _check_vocabulary(model: nn.Module, data: Data, name: str) -> None:
-    known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    largest = max(data.train.largest, data.evaluation.largest)
-    if largest >= known:
-        raise ModelError(
-            f"{name}: its tokenizer gives token {largest}, and the model has {known} (numbered from 0), so they do "
-            "not belong together; resize the model's embeddings (resize_token_embeddings) or copy the right tokenizer"
-        )
 
 
 # -- predictions --------------------------------------------------------------------------------------------------

@@ -7,12 +7,14 @@ torch.distributed, no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from loraloom.errors import InputError
 
 T = TypeVar("T")
 
@@ -61,6 +63,21 @@ class World:
     def agree(self, flag: bool) -> bool:
         """What the first process says, whose clock counts."""
         return flag if self.size == 1 else self.total(float(flag and self.first)) > 0
+
+    def agreed(self, act: Callable[[], None]) -> None:
+        """Let the first process ``act`` for all. What it raises, ends all of them.
+
+        Raises:
+            InputError: the first process did.
+        """
+        problem: InputError | None = None
+        if self.first:
+            try:
+                act()
+            except InputError as error:
+                problem = error
+        if self.any(problem is not None):
+            raise problem or InputError("the first process says what is wrong")
 
     def gather(self, found: T) -> list[T]:
         """What each process found, in the order of their ranks."""
