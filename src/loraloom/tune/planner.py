@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from loraloom.config import LoraConfig
 from loraloom.errors import ConfigError
-from loraloom.train.load import build_empty
 from loraloom.train.loop import advance
 from loraloom.train.memory import Memory, estimate
 from loraloom.train.outlook import free_memory
@@ -91,8 +90,14 @@ def one_slot(loaded: Loaded, config: LoraConfig) -> Memory:
     """What a step of a single adapter needs, for the longest rows there are."""
     options = loaded.options
     length = int(max(loaded.data.train.lengths))
-    empty = build_empty(options.model, loaded.task, max(len(loaded.data.names), 1))
-    _, need = estimate(empty, config, rows=options.batch_size, length=length, dtype=options.dtype)
+    _, need = estimate(
+        loaded.empty(),
+        config,
+        rows=options.batch_size,
+        length=length,
+        dtype=options.dtype,
+        recompute=options.gradient_checkpointing,
+    )
     return need
 
 

@@ -21,8 +21,8 @@ from loraloom.config import LoraConfig
 from loraloom.lora.inspection import ENERGY, singular_values
 from loraloom.lora.model import PeftModel
 from loraloom.lora.targets import Plan, plan
-from loraloom.train.load import build_empty
-from loraloom.train.loop import advance, evaluate
+from loraloom.train import recompute
+from loraloom.train.loop import advance
 from loraloom.train.options import TrainOptions
 from loraloom.train.pack import Pack
 from loraloom.train.run import Loaded, explain
@@ -71,7 +71,7 @@ class Space:
 
     def __init__(self, options: TuneOptions, loaded: Loaded) -> None:
         self.options, self.loaded = options, loaded
-        self._blueprint = build_empty(options.train.model, loaded.task, max(len(loaded.data.names), 1))
+        self._blueprint = loaded.empty()
 
     def trial_options(self, values: Mapping[str, Any], seed: int) -> TrainOptions:
         return replace(self.options.space.to_options(values, self.options.train, self._blueprint), seed=seed)
@@ -105,6 +105,8 @@ class Worker:
         self.model = PeftModel(loaded.base)
         span = {target.name for one in space.largest() for target in space.plan(one).targets}
         self.model.add_adapter(SPAN, LoraConfig(r=1, target_modules=sorted(span), task_type=loaded.task))
+        if options.train.gradient_checkpointing:
+            recompute.enable(self.model)
         self.pack = Pack(self.model, task=loaded.task, pad_id=loaded.tokenizer.pad_token_id, pad_to_multiple_of=WIDTH)
         self.slots: dict[int, Slot] = {}
         self.trials: dict[int, Trial] = {}
@@ -164,16 +166,8 @@ class Worker:
 
     def _measure(self, trial: Trial) -> None:
         name, metric = name_of(trial.number), self.options.metric
-        examples = self.loaded.data.evaluation.examples
         rows = self._rows(trial)
-        found = evaluate(
-            self.model,
-            name,
-            self.loaded.task,
-            examples if rows is None else [examples[row] for row in rows],
-            self.loaded.tokenizer.pad_token_id,
-            self.options.train.eval_batch_size,
-        )
+        found = self.loaded.evaluate(self.model, name, rows)
         trial.curve.evaluations.append({"step": trial.step, **found} | ({} if rows is None else {"rows": len(rows)}))
         # Of logits that are NaN some class is still the likeliest: the accuracy alone does not tell.
         if broken := [name for name in (metric, "loss") if not math.isfinite(found[name])]:
