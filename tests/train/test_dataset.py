@@ -13,7 +13,7 @@ from loraloom.data import cache, prepare, survey
 from loraloom.data.example import IGNORE
 from loraloom.data.records import Pair
 from loraloom.errors import ConfigError, DataError
-from loraloom.train.dataset import Data, read_data, read_run_rows
+from loraloom.train.dataset import Data, encode_run_rows, read_data, read_run_rows
 from loraloom.train.load import load_tokenizer
 from loraloom.train.options import TrainOptions
 
@@ -85,7 +85,7 @@ def test_every_label_stays_in_training_however_many_rows_are_held_out(encoder_fo
     rows = read_run_rows(options(encoder_folder, reviews, "seq-cls", eval_split=198))
     classes = rows.train.classes()
     assert classes is not None
-    assert {classes[number][0] for number in rows.train_rows} == set(rows.names) == {"blame", "praise"}
+    assert {classes[number] for number in rows.train_rows} == set(rows.names) == {"blame", "praise"}
 
 
 def test_the_model_is_not_asked_before_the_rows_are_right(tmp_path: Path) -> None:
@@ -157,6 +157,18 @@ def test_changed_data_is_read_again(decoder_folder: Path, chats: Path, tmp_path:
     second = load(options(decoder_folder, own, eval_split=1))
     assert first.hashes != second.hashes
     assert [e.input_ids for e in first.train.examples] != [e.input_ids for e in second.train.examples]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_file_that_changes_while_it_is_read_is_said_and_nothing_is_kept(
+    decoder_folder: Path, chats: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    own = write(tmp_path / "own.jsonl", chats.read_text().splitlines(keepends=True))
+    given = options(decoder_folder, own)
+    rows = read_run_rows(given)
+    with pytest.raises(DataError, match="own.jsonl: changed while it was read"):
+        encode_run_rows(rows, given, load_tokenizer(given.model), lambda *what: own.write_bytes(chats.read_bytes()))
+    assert list(own_cache.glob("rows/*")) == []
 
 
 @pytest.mark.usefixtures("large")

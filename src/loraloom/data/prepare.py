@@ -206,6 +206,8 @@ def _build(folder: Any, survey: Survey, job: _Job, workers: int, say: cache.Say,
         bad += len(done.bad)
         writer.add(done.packed)
         watch("rows tokenised", writer.rows, survey.rows)
+    if survey.kept is None:
+        survey.check_unchanged()
     if writer.rows != survey.rows:
         names = ", ".join(source.name for source in survey.sources)
         raise DataError(f"{names}: changed while it was read; begin again once it is whole")

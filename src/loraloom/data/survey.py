@@ -8,6 +8,7 @@ once; of large data only numbers are, and these are kept in the cache.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,6 +60,8 @@ class Survey:
     label_counts: Array
     bad: int
     hashes: dict[str, str]
+    #: size and time of each file, from before it was hashed
+    stamps: dict[Path, tuple[int, int]]
     #: all rows, by source, where they are few
     kept: list[list[Row]] | None
     _bad_lines: IO[bytes] | Path | None = None
@@ -90,12 +93,20 @@ class Survey:
         """The record of row ``number``."""
         return self.shapes[int(np.searchsorted(np.cumsum(self.counts), number, "right"))].read(row)
 
-    def classes(self) -> list[list[str]] | None:
+    def check_unchanged(self) -> None:
+        """Raise ``DataError`` if a file is not as it was when it was hashed: what follows would go by a wrong name."""
+        for path, stamp in self.stamps.items():
+            if _stamp(path) != stamp:
+                raise DataError(f"{path}: changed while it was read; begin again once it is whole")
+
+    def classes(self) -> list[str] | list[list[str]] | None:
         """The names of the classes of each row, for holding out rows; None where there are no classes."""
         if not self.names:
             return None
-        ends = np.cumsum(self.label_counts).tolist()
         ids, names = self.label_ids.tolist(), self.names
+        if (self.label_counts == 1).all():
+            return [names[i] for i in ids]
+        ends = np.cumsum(self.label_counts).tolist()
         starts = [0, *ends[:-1]] if ends else []
         return [[names[i] for i in ids[start:end]] for start, end in zip(starts, ends, strict=True)]
 
@@ -148,8 +159,9 @@ def survey(
     problem = known.problem if known else problem
     shapes = [recognise(source.first(LOOK, on_bad), kind, format, columns, problem) for source in sources]
     _check_alike(sources, shapes)
+    stamps = {path: _stamp(path) for source in sources for path in source.files}
     hashes = {name: value for source in sources for name, value in source.hashes().items()}
-    made = Survey(list(sources), shapes, [], [], None, _NONE, _NONE, 0, hashes, None)
+    made = Survey(list(sources), shapes, [], [], None, _NONE, _NONE, 0, hashes, stamps, None)
     key = cache.key_of(
         {
             "code": cache.code_hash(),
@@ -166,7 +178,7 @@ def survey(
     tally = _Tally(kind, shapes[0].problem_type, known)
     with_bad = tempfile.SpooledTemporaryFile(SPOOL)  # noqa: SIM115 - the survey keeps it
     kept: list[list[Row]] | None = [[] for _ in sources]
-    if sum(path.stat().st_size for source in sources for path in source.files) > SMALL_BYTES:
+    if sum(size for size, _ in stamps.values()) > SMALL_BYTES:
         kept = None
 
     def note(row: BadRow) -> None:
@@ -195,6 +207,7 @@ def survey(
         made.counts.append(total - before)
         if total == before:
             raise DataError(f"{source.name}: no row is left; the first bad one is {first}")
+    made.check_unchanged()
     tally.finish(made, ", ".join(source.name for source in sources))
     made.kept, made._bad_lines = kept, with_bad
     if kept is None:
@@ -287,6 +300,14 @@ class _Tally:
         order = np.array([places[name] for name in self.numbers], "<i4")  # a dict keeps the order of first sight
         made.label_ids = order[np.frombuffer(self.ids, np.intc)] if self.ids else _NONE
         made.label_counts = np.array(self.counts, "<i4")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return found.st_size, found.st_mtime_ns
 
 
 def _pass_over(row: BadRow) -> None:
