@@ -358,3 +358,24 @@ def test_an_evaluation_leaves_the_mode_of_every_module(decoder: Maker, completio
     modes = [module.training for module in model.modules()]
     evaluate(model, "default", LM, completions[:2], 0, 2)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_some_of_the_examples_in_any_order_are_measured_too(encoder_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(encoder_folder))
+    task = TaskType.QUESTION_ANS
+    model = adapted(encoder_folder, task)
+    examples, named, rows = encoded(tokenizer, task, QUESTIONS, 14, stride=4)
+    metrics, notes = seen(task)
+    given: dict[str, Any] = {"records": named, "tokenizer": tokenizer, "max_length": 14, "stride": 4}
+    some = list(range(len(examples)))[::-2]
+    chosen = [examples[i] for i in some]
+    evaluate(model, "default", task, chosen, 0, 2, HeldOut(metrics, rows=[rows[i] for i in some], **given))
+    asked = dict.fromkeys(rows[i] for i in some)
+    assert notes[0][1] == [[text for text, _ in QUESTIONS[row].answers] for row in asked]
+    forwards = sorted(range(len(examples)), key=lambda i: (-rows[i], i))
+    for order in (range(len(examples)), forwards):
+        evaluate(
+            model, "default", task, [examples[i] for i in order], 0, 2,
+            HeldOut(metrics, rows=[rows[i] for i in order], **given),
+        )  # fmt: skip
+    assert notes[1][0] == notes[2][0][::-1]
