@@ -10,11 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from loraloom.config import TaskType
-from loraloom.data.encode import Example
-from loraloom.data.rows import Row
 from loraloom.errors import ConfigError
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, plan
@@ -30,6 +26,7 @@ from loraloom.train.outlook import Outlook, look_ahead
 from loraloom.train.output import check_output
 from loraloom.train.pack import Pack
 from loraloom.train.place import find as find_place
+from loraloom.train.predict import predict
 from loraloom.train.record import RUN_NAME
 from loraloom.train.resume import Resume, Say, goes_on
 from loraloom.train.signals import asked_to_stop
@@ -182,59 +179,6 @@ def run(
     if record is None:
         course.end_early(ended, stop)
     return RunResult(record, model, predict(prepared, count=3))
-
-
-# -- predictions --------------------------------------------------------------------------------------------------
-
-
-def predict(prepared: Prepared, count: int) -> list[dict[str, str]]:
-    """A few held-out rows with what the adapter says of them: ``{"input", "expected", "predicted"}``."""
-    model, task = prepared.model, prepared.task
-    held, examples = prepared.data.evaluation_rows, prepared.data.evaluation.examples[:count]
-    rows = [held[at] for at in held.of[:count]]  # a row may have several examples
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            return [
-                _classify(prepared, row, example) if task is TaskType.SEQ_CLS else _complete(prepared, row, example)
-                for row, example in zip(rows, examples, strict=True)
-            ]
-    finally:
-        model.train(training)
-
-
-def _classify(prepared: Prepared, row: Row, example: Example) -> dict[str, str]:
-    device = next(prepared.model.parameters()).device
-    logits = prepared.model(input_ids=torch.tensor([example.input_ids], device=device)).logits[0].float()
-    best = int(logits.argmax())
-    names = prepared.data.names
-    assert isinstance(example.labels, int)
-    return {
-        "input": str(row.fields["text"]),
-        "expected": names[example.labels],
-        "predicted": f"{names[best]} ({float(logits.softmax(-1)[best]):.0%})",
-    }
-
-
-def _complete(prepared: Prepared, row: Row, example: Example) -> dict[str, str]:
-    tokenizer = prepared.tokenizer
-    assert isinstance(example.labels, list)
-    # A plain text has no prompt: go on from its first tokens.
-    start = next((i for i, label in enumerate(example.labels) if label >= 0), 0) or min(8, len(example.input_ids))
-    prompt = torch.tensor([example.input_ids[:start]], device=next(prepared.model.parameters()).device)
-    out = prepared.model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=32,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return {
-        "input": str(row.fields.get("prompt") or tokenizer.decode(prompt[0], skip_special_tokens=True)),
-        "expected": tokenizer.decode(example.input_ids[start:], skip_special_tokens=True),
-        "predicted": tokenizer.decode(out[0, start:], skip_special_tokens=True),
-    }
 
 
 __all__ = [
