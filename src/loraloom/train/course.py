@@ -147,8 +147,8 @@ class Course:
         self._note(progress)
         slot, options = self.slot, self.options
         evaluations, asked = slot.curve.evaluations, options.metric_for_best_model
-        patience = options.early_stopping_patience
-        if patience and best.stalled(evaluations, asked, options.early_stopping_threshold) >= patience:
+        patience, threshold = options.early_stopping_patience, options.early_stopping_threshold
+        if patience and not slot.done and best.stalled(evaluations, asked, threshold) >= patience:
             times = f"{patience} evaluations" if patience > 1 else "an evaluation"
             slot.enough = f"no better {best.watched(evaluations[-1], asked)} in {times}"
         top = self._best
