@@ -13,7 +13,6 @@ import torch
 
 import loraloom
 from loraloom.train import best
-from loraloom.train.metrics import metric_name
 from loraloom.train.slot import Slot
 
 if TYPE_CHECKING:
@@ -58,8 +57,8 @@ def record(
     """
     data, evaluations = prepared.data, slot.curve.evaluations
     adapter_step = slot.step if adapter_step is None else adapter_step
-    metric = metric_name(prepared.task)
     result = next((one for one in reversed(evaluations) if one["step"] <= adapter_step), {})
+    metric = best.watched(result, None) if result else prepared.loaded.metrics.first
     found = best.best(evaluations, prepared.options.metric_for_best_model)
     return {
         "state": state,
