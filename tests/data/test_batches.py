@@ -121,6 +121,33 @@ def test_a_class_is_one_number_per_row() -> None:
     assert batch["labels"].dtype == torch.int64
 
 
+def test_numbers_and_several_classes_are_float32() -> None:
+    numbers = collate([Example([5, 6], 2.0), Example([7], -0.5)], PAD, "seq-cls")["labels"]
+    assert (numbers.tolist(), numbers.dtype) == ([2.0, -0.5], torch.float32)
+    several = collate([Example([5, 6], [1.0, 0.0]), Example([7], [0.0, 0.0])], PAD, "seq-cls")["labels"]
+    assert (several.tolist(), several.dtype) == ([[1.0, 0.0], [0.0, 0.0]], torch.float32)
+
+
+def test_an_answer_is_two_places_per_row() -> None:
+    labels = collate([Example([5, 6, 7], [1, 2]), Example([7], [0, 0])], PAD, "question-answering")["labels"]
+    assert (labels.tolist(), labels.dtype) == ([[1, 2], [0, 0]], torch.int64)
+
+
+def test_tags_are_as_long_as_the_tokens_and_targets_have_a_length_of_their_own() -> None:
+    tags = collate([Example([5, 6, 7], [IGNORE, 1, 2]), Example([7], [0])], PAD, "token-cls")
+    assert tags["labels"].tolist() == [[IGNORE, 1, 2], [0, IGNORE, IGNORE]]
+    targets = collate([Example([5, 6, 7], [1, 2]), Example([7], [3, 4, 5, 6])], PAD, "seq2seq-lm")
+    assert targets["labels"].tolist() == [[1, 2, IGNORE, IGNORE], [3, 4, 5, 6]]
+    assert targets["input_ids"].shape == (2, 3)
+    assert targets["labels"].dtype == torch.int64
+
+
+def test_segments_are_there_where_a_row_has_them_and_padded_with_the_first() -> None:
+    pairs = [Example([5, 6, 7], 0, [0, 1, 1]), Example([7, 8], 1)]
+    assert collate(pairs, PAD, "seq-cls")["token_type_ids"].tolist() == [[0, 1, 1], [0, 0, 0]]
+    assert "token_type_ids" not in collate(pairs[1:], PAD, "seq-cls")
+
+
 @CALM
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.lists(TOKENS, max_size=4)), min_size=1, max_size=4))
 def test_a_pack_names_the_slot_of_each_row_and_keeps_the_order(parts: list[tuple[str, list[list[int]]]]) -> None:
