@@ -280,6 +280,57 @@ def tune(
 
 
 @app.command()
+def data(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="DATA", help="As --data of train, or a run file (.yaml).")],
+    settings: Settings = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of the model whose eyes it is seen with.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="By default what the rows are for.", rich_help_panel=DATA)] = None,
+    eval_split: Split = "0.1",
+    format: Shape = None,
+    columns: Columns = None,
+    max_length: Length = None,
+    overlong: Overlong = "truncate",
+    on_bad_row: BadRow = "stop",
+    chat_template: Template = None,
+    rows: Annotated[int, typer.Option(help="Rows that are shown.")] = 3,
+) -> None:
+    """Show what a model will see: rows with trained tokens in colour, lengths, duplicates, time and memory."""
+    from loraloom.report.session import data_run
+    from loraloom.train import runfile
+    from loraloom.train.starter import guess
+
+    given = _given(context)
+    if source.lower().endswith((".yaml", ".yml")):
+        options = runfile.read(source, settings or (), {**given, "output": "-"}).options
+    else:
+        if model is None:
+            raise ConfigError("Missing option '--model'.")
+        given |= {"data.train": source, "output": "-"}
+        given.setdefault("task", task or guess(source, None, format, given.get("data.columns"))[0])
+        options = runfile.read(None, settings or (), given).options
+    data_run(options, rows=rows)
+
+
+@app.command()
+def init(
+    model: Model,
+    data: Annotated[str, typer.Option(help="What to train on: a file, folder, glob or name.")],
+    path: Annotated[str, typer.Argument(metavar="RUN.yaml", help="The file to write.")] = "run.yaml",
+    task: Annotated[str | None, typer.Option(help="By default what the rows are for.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run; by default after the file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Write a run file for a model and data, with comments on every key."""
+    from loraloom.train.starter import begin
+
+    found = begin(model, data, path, task=task, output=output, overwrite=overwrite)
+    print(f"{path}: {found}; next: loraloom train {path} --dry-run")
+
+
+@app.command()
 def plan(
     model: Model,
     task: Task,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from loraloom import PeftModel
 from loraloom.train.load import load_base
-from loraloom.train.run import load, prepare, run
+from loraloom.train.run import Loaded, load, prepare, run
 from loraloom.train.slot import Curve
 from loraloom.tune import worker as module
 from loraloom.tune.options import TuneOptions
@@ -206,7 +206,7 @@ def test_out_of_memory_is_a_report_and_the_worker_starts_again_with_fewer(
         if place == "enter":
             patch.setattr(worker.loaded.__class__, "slot", fail)
         else:
-            patch.setattr(module, {"step": "advance", "evaluate": "evaluate"}[place], fail)
+            patch.setattr(*((module, "advance") if place == "step" else (Loaded, "evaluate")), fail)
         report = worker.run([(trial, {}) for trial in trials], [])
     assert report == Report([], [], seconds=report.seconds, out_of_memory=True)
     assert worker.pack.adapters == [SPAN]
@@ -228,7 +228,7 @@ def test_another_error_is_raised(classify: Make, monkeypatch: pytest.MonkeyPatch
 def test_a_trial_whose_held_out_loss_is_not_finite_fails_though_its_accuracy_is(
     classify: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "evaluate", lambda *_: {"loss": math.nan, "accuracy": 0.5})
+    monkeypatch.setattr(Loaded, "evaluate", lambda *_: {"loss": math.nan, "accuracy": 0.5})
     worker, trials = begin(classify(MIXED), [1])
     worker.run([(trials[0], {})], [])
     assert (trials[0].state, trials[0].reason) == ("failed", "step 1: the held-out loss is nan")

@@ -2,51 +2,118 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from loraloom.errors import SaveError
+from loraloom.report import trackers
+from loraloom.report.data import picture
 from loraloom.report.plot import PLOT_NAME, plot_run
-from loraloom.report.terminal import Meter, outcome, overview
+from loraloom.report.terminal import Meter, expectations, outcome, overview
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
+from loraloom.train import runfile
+from loraloom.train.dataset import BAD_ROWS
+from loraloom.train.loop import Progress
 from loraloom.train.options import TrainOptions
 from loraloom.train.resume import Resume
-from loraloom.train.run import RUN_NAME, Interrupted, RunResult, prepare, run
+from loraloom.train.run import RUN_NAME, Interrupted, Prepared, RunResult, examine, outlook, prepare, run
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.search import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, search
 
+#: The options of a run, with nothing left open, as a run file that gives the same run again.
+RUN_FILE = "run.yaml"
+_TITLE = "The options of this run, with nothing left open."
 
-def train_run(options: TrainOptions, console: Console | None = None, *, resume: Resume = None) -> RunResult:
+
+def train_run(
+    options: TrainOptions, console: Console | None = None, *, resume: Resume = None, dry_run: bool = False
+) -> RunResult | None:
     """Train as ``options`` say, and tell ``console`` (by default the terminal) about it.
 
-    The output folder gets the adapter, ``run.json`` and ``curves.png``, and checkpoints on the way. ``resume`` is True
-    to go on from the newest of them, or the path of one: see ``train.run.run``.
+    The output folder gets the adapter, ``run.yaml``, ``run.json`` and ``curves.png``, and checkpoints on the way.
+    Of several processes the first one talks.
+
+    Args:
+        resume: True to go on from the newest checkpoint, or the path of one: see ``train.run.run``.
+        dry_run: do everything but train: None comes back, and nothing is written.
 
     Raises:
         LoraloomError: as ``prepare`` and ``run``. What training reached is saved whenever it took a step.
     """
-    console = console or Console()
+    trackers.check(options.report_to)
     prepared = prepare(options, resume)
+    first = prepared.loaded.place.world.first
+    console = console or Console(quiet=not first)
     console.print(overview(prepared), soft_wrap=True)
+    console.print(expectations(examine(prepared), outlook(prepared)), soft_wrap=True)
+    if dry_run:
+        console.print("nothing was trained (--dry-run)", highlight=False)
+        return None
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     try:
-        with Meter(console, prepared.steps) as meter:
-            result = run(prepared, meter, resume, say)
+        with Meter(console, prepared.steps) as meter, _tracked(prepared) as tell:
+
+            def watch(progress: Progress) -> None:
+                meter(progress)
+                tell(progress)
+
+            result = run(prepared, watch, resume, say)
     except Interrupted as error:
-        if error.record:
+        if error.record and first:
+            runfile.write(prepared.options, Path(options.output) / RUN_FILE, _TITLE)
             _draw(error.record, options.output)
         raise
-    plot = _draw(result.record, options.output)
-    console.print(outcome(result, options.output, plot, Path(options.output) / RUN_NAME), soft_wrap=True)
+    if first:
+        runfile.write(prepared.options, Path(options.output) / RUN_FILE, _TITLE)
+        plot = _draw(result.record, options.output)
+        console.print(outcome(result, options.output, plot, Path(options.output) / RUN_NAME), soft_wrap=True)
     return result
+
+
+@contextlib.contextmanager
+def _tracked(prepared: Prepared) -> Iterator[Callable[[Progress], None]]:
+    """Trackers that begin with the first step: where a run goes on is known then."""
+    options, began = prepared.options, list[trackers.Trackers]()
+    if not prepared.loaded.place.world.first:
+        yield lambda progress: None
+        return
+    with contextlib.ExitStack() as stack:
+
+        def tell(progress: Progress) -> None:
+            if not began:
+                made = trackers.Trackers(options.report_to, options.output, options.to_dict(), progress.slot.step - 1)
+                began.append(stack.enter_context(made))
+            began[0](progress)
+
+        yield tell
+
+
+def data_run(options: TrainOptions, console: Console | None = None, *, rows: int = 3) -> None:
+    """Show ``console`` what the model of ``options`` will see of the data, and what training on it will take.
+
+    Raises:
+        InputError: as ``prepare``. Nothing is written, whatever the output of ``options`` is.
+    """
+    console = console or Console()
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(replace(options, output=str(Path(folder) / "nothing"), overwrite=True))
+        console.print(picture(prepared.data, prepared.tokenizer, prepared.task, rows, prepared.options.max_length))
+        bad = Path(folder) / "nothing" / BAD_ROWS
+        if bad.exists():
+            console.print(f"\nbad rows:\n{bad.read_text()[:4000]}", markup=False, highlight=False, soft_wrap=True)
+        console.print()
+        console.print(expectations([], outlook(prepared)), soft_wrap=True)
 
 
 def tune_run(options: TuneOptions, console: Console | None = None) -> SearchResult:

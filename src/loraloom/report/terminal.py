@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from loraloom.config import LoraConfig
 from loraloom.lora.inspection import ENERGY, Inspection
 
 if TYPE_CHECKING:
+    from loraloom.train.doctor import Finding
     from loraloom.train.loop import Progress
     from loraloom.train.memory import Memory
+    from loraloom.train.outlook import Outlook
     from loraloom.train.run import Prepared, RunResult
 
 #: Characters of an example's text in the list of predictions.
@@ -36,18 +39,39 @@ def overview(prepared: Prepared) -> RenderableType:
         + (f", in full {', '.join(extra.name for extra in made.saved)}" if made.saved else ""),
         f"{_count(prepared.steps, 'step')}, {prepared.steps_per_epoch:,} an epoch",
     ]
-    warnings = []
-    for what, part in (("training", data.train), ("held-out", data.evaluation)):
-        if part.truncated:
-            warnings.append(
-                f"{part.truncated:,} {what} rows are cut to max_length={prepared.options.max_length} tokens"
+    notes = [Text(note) for note in data.notes]
+    return Text("\n").join([*notes, *map(Text, lines), *(Text(f"warning: {w}", "yellow") for w in data.warnings)])
+
+
+def expectations(findings: Sequence[Finding], ahead: Outlook) -> RenderableType:
+    """What training will take, and what the doctor has to say."""
+    memory = ahead.memory
+    more = memory.total - memory.base
+    lines = [
+        Text(
+            f"memory {size(memory.total)} (the frozen model {size(memory.base)}, and {size(more)} more, of "
+            f"{size(ahead.free)} free), time about {duration(ahead.seconds)}"
+        )
+    ]
+    if memory.activations is None:
+        lines.append(Text("what is kept for the backward cannot be told beforehand for this model", "yellow"))
+    if not ahead.fits:
+        lines.append(
+            Text(
+                "warning: that is more than there is: lower batch_size (and raise gradient_accumulation_steps by as "
+                "much), or max_length, or give --gradient-checkpointing or dtype bfloat16",
+                "yellow",
             )
-        if part.merged:
-            warnings.append(
-                f"{part.merged:,} {what} rows have a token across the end of the prompt, which is not trained on; "
-                "end prompts with a space or a line break, or begin completions with one"
-            )
-    return Text("\n").join([*(Text(line) for line in lines), *(Text(f"warning: {w}", "yellow") for w in warnings)])
+        )
+    return Text("\n").join([*lines, *(Text(f"warning: {finding.text}", "yellow") for finding in findings)])
+
+
+def duration(seconds: float) -> str:
+    """Time for people: ``"40 s"``, ``"12 min"``, ``"3 h 20 min"``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class Meter:

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from loraloom.config import LoraConfig, TaskType
+from loraloom.config import TASK_HEADS, LoraConfig, TaskType
 from loraloom.data.records import Record
 from loraloom.data.rows import Row
 from loraloom.errors import ModelError
@@ -44,7 +44,7 @@ class Loaded:
     def config(self, options: TrainOptions) -> LoraConfig:
         """The adapter of ``options`` on this model: its new modules train with it."""
         given = list(options.lora.modules_to_save or ())
-        known = [*given, "classifier", "score"]
+        known = [*given, *TASK_HEADS.get(self.task, ())]
         new = [n for n in self.new_modules if not any(matches_name(k, n) or f".{k}." in f".{n}." for k in known)]
         return options.lora.copy(modules_to_save=[*given, *new] or None)
 

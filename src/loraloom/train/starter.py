@@ -121,14 +121,14 @@ train:
   max_grad_norm: 1.0
   # optim: adamw  # or any class of torch.optim, with optim_args
   # gradient_checkpointing: true  # less memory, about a third more time
-  save_strategy: epoch  # checkpoints: no, steps, epoch or minutes, with save_steps or save_minutes
-  save_total_limit: 2
+  save_total_limit: 2  # checkpoints that stay, beside the best one
+  # save_steps: 200  # by default each epoch; or save_minutes: 30, or save_strategy: "no"
   seed: 0
   # report_to: [tensorboard]  # wandb, mlflow, trackio ..., or [] for none
 
 eval:
-  strategy: epoch  # no, steps, epoch or minutes, with steps or minutes
   batch_size: 64
+  # steps: 200  # by default each epoch; or minutes: 30, or strategy: "no"
   # metrics: [accuracy]  # or my_module:my_function
   # load_best_model_at_end: true
   # early_stopping_patience: 3
