@@ -172,3 +172,17 @@ def test_a_forward_that_looks_at_numbers_leaves_the_activations_open(
     memory = told(decoder_folder, "causal-lm", "float32", LoraConfig())
     assert memory.activations is None
     assert memory.total == memory.base + memory.adapter + memory.gradients + memory.optimizer
+
+
+@pytest.mark.parametrize("case", ["encoder, token-cls", "encoder, question-answering"], indirect=True)
+def test_tags_and_answers_are_counted_too(case: tuple[Path, str]) -> None:
+    memory = told(*case, "float32", config(case[0], "by default"))
+    assert memory.activations
+    assert memory.activations < 2 * (
+        told(case[0], "seq-cls", "float32", config(case[0], "by default")).activations or 0
+    )
+
+
+def test_an_encoder_with_a_decoder_is_counted_too(translator_folder: Path) -> None:
+    memory = told(translator_folder, "seq2seq-lm", "float32", LoraConfig(target_modules=["q", "v"]))
+    assert memory.activations

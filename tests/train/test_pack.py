@@ -395,3 +395,20 @@ def test_rows_filled_up_to_a_multiple_keep_their_labels(family: str, folders: di
     filled, _ = train(family, folders[family], NAMES, torch.float64, 2, multiple=16)
     for name in NAMES:
         assert filled[name] == pytest.approx(plain[name], rel=1e-9)
+
+
+def test_rows_without_a_second_segment_stand_beside_rows_with_one(folders: dict[str, Path]) -> None:
+    def loss(batches: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+        model = transformers.BertForSequenceClassification.from_pretrained(folders["bert"], dtype=torch.float64)
+        given = configs("bert")
+        return Pack(model, {"a": given["n0"], "b": given["n5"]}).backward(batches)
+
+    ids = torch.randint(3, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(1))
+    one = {"input_ids": ids, "labels": torch.tensor([0, 2])}
+    types = torch.zeros_like(ids)
+    two = {**one, "token_type_ids": types}
+    types[:, 3:] = 1
+    mixed = loss({"a": one, "b": two})
+    assert mixed["a"] == pytest.approx(loss({"a": one, "b": one})["a"], rel=1e-12)
+    assert mixed["b"] == pytest.approx(loss({"a": two, "b": two})["b"], rel=1e-12)
+    assert mixed["b"] != pytest.approx(loss({"a": one, "b": one})["b"], rel=1e-6)

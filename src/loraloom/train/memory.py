@@ -117,7 +117,10 @@ def _saved_bytes(model: PeftModel, task: TaskType, rows: int, length: int, recom
             # Not by ``Objective``: without a cache, transformers looks at the numbers of a mask.
             inputs.clear()
             result = part(**given)
-        out: Tensor = result.logits if found is None else result[0]
+        if task is TaskType.QUESTION_ANS:
+            out: Tensor = torch.stack([result.start_logits, result.end_logits])
+        else:
+            out = result.logits if found is None else result[0]
     except Exception:  # models that look at values in their forward cannot be counted this way
         return None
     if found is None:  # the loss works on a float32 copy of the logits and its gradient

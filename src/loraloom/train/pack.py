@@ -181,6 +181,8 @@ class Pack:
             found = [batch.get(key) for _, batch in parts]
             if key == "attention_mask":
                 found = [torch.ones_like(b["input_ids"]) if f is None else f for f, (_, b) in zip(found, parts)]
+            if key == "token_type_ids":  # rows without a second segment are all of the first
+                found = [torch.zeros_like(b["input_ids"]) if f is None else f for f, (_, b) in zip(found, parts)]
             tensors = [tensor.to(device) for tensor in found if tensor is not None]
             if len(tensors) < len(found):
                 lacks = next(name for (name, _), tensor in zip(parts, found, strict=True) if tensor is None)
