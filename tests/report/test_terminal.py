@@ -14,9 +14,11 @@ from rich.console import Console, RenderableType
 from loraloom import LoraConfig
 from loraloom.lora.inspection import inspect
 from loraloom.report.session import train_run
-from loraloom.report.terminal import Meter, inspection, memory_table, overview, predictions, size
+from loraloom.report.terminal import Meter, expectations, inspection, memory_table, overview, predictions, size
+from loraloom.train.doctor import Finding
 from loraloom.train.memory import Memory
 from loraloom.train.options import TrainOptions
+from loraloom.train.outlook import Outlook
 from loraloom.train.run import prepare
 
 
@@ -47,7 +49,20 @@ def test_the_overview_counts_rows_parameters_steps_and_padding(
     assert f"{tokens:,} tokens an epoch, padding {prepared.data.padding:.1%}" in text
     assert f"{trained:,} of {total:,} parameters train: LoRA in 4 modules, in full classifier" in text
     assert "30 steps, 10 an epoch" in text
-    assert "warning" not in text
+    assert f"{reviews}: text-label" in text
+    assert [line for line in text.splitlines() if "warning" in line] == [
+        f"warning: {warning}" for warning in prepared.data.warnings
+    ]
+
+
+def test_what_training_takes_and_what_the_doctor_says_is_told() -> None:
+    memory = Memory(base=2**20, adapter=2**10, gradients=2**10, optimizer=2**11, activations=2**20)
+    findings = [Finding("rate", "a rate of 1 is high")]
+    text = shown(expectations(findings, Outlook(memory, free=2**30, seconds=5000)), width=200)
+    assert "memory 2.0 MiB (the frozen model 1.0 MiB, and 1.0 MiB more, of 1.00 GiB free), time about 83 min" in text
+    assert "warning: a rate of 1 is high" in text
+    assert "more than there is" not in text
+    assert "more than there is: lower batch_size" in shown(expectations([], Outlook(memory, 2**10, 30)), width=400)
 
 
 def test_rows_that_were_cut_are_counted_aloud(encoder_folder: Path, reviews: Path, tmp_path: Path) -> None:
@@ -57,7 +72,7 @@ def test_rows_that_were_cut_are_counted_aloud(encoder_folder: Path, reviews: Pat
     prepared = prepare(options)
     cut = prepared.data.train.truncated
     assert cut > 0
-    assert f"warning: {cut} training rows are cut to max_length=6 tokens" in shown(overview(prepared))
+    assert f"warning: {cut} training rows are over max_length=6 tokens and cut" in shown(overview(prepared), width=400)
 
 
 # During ---------------------------------------------------------------------------------------------------
@@ -102,7 +117,9 @@ def test_a_run_as_a_function_says_what_it_did_and_where_it_is(
     result = train_run(options, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     figures = result.record["result"]
-    assert f"held-out loss {figures['loss']:.3f}, accuracy {figures['accuracy']:.3f} after 2 steps in" in text
+    said = ", ".join(f"{name.replace('loss', 'held-out loss')} {value:.3f}" for name, value in figures.items())
+    assert f"{said} after 2 steps in" in text
+    assert list(figures)[:2] == ["loss", "accuracy"]
     for name in ("", "/run.json", "/curves.png"):
         assert f" {tmp_path / 'run'}{name}\n" in text  # whole, however long: paths are there to be copied
         assert (tmp_path / f"run{name}").exists()

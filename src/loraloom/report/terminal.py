@@ -113,7 +113,7 @@ class Meter:
         speed = progress.tokens / progress.seconds
         figures = [f"loss {self.loss:.3f}"]
         if slot.curve.evaluations:
-            figures += _figures({k: v for k, v in slot.curve.evaluations[-1].items() if k != "loss"})
+            figures += _figures({k: v for k, v in slot.curve.evaluations[-1].items() if k != "loss"})[:1]
         self.bar.update(self.task, completed=slot.step, figures="  ".join([*figures, f"{speed:,.0f} tokens/s"]))
         if len(slot.curve.evaluations) > self.seen:
             self.seen = len(slot.curve.evaluations)
