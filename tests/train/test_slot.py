@@ -171,6 +171,12 @@ def test_processes_share_a_batch_and_its_weights_add_up_to_one() -> None:
     assert sum(weight for _, weight in seen) == pytest.approx(1)
 
 
+def test_processes_draw_masks_of_their_own() -> None:
+    ones = [slot(world=World(rank, 3)) for rank in range(3)]
+    assert len({one.dropout_seed for one in ones}) == 3
+    assert ones[0].dropout_seed == slot().dropout_seed
+
+
 def test_a_process_without_a_row_takes_one_that_counts_nothing() -> None:
     one = Slot("s", {}, [Example([1], 0)], steps=1, batch_size=1, learning_rate=1.0, world=World(1, 2))
     examples, weight = one.next_examples()

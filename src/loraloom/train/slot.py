@@ -143,9 +143,13 @@ class Slot:
 
     @property
     def dropout_seed(self) -> int:
-        """Of the next forward's dropout masks: it follows from the slot's own seed and step alone."""
+        """Of the next forward's dropout masks: it follows from the slot's own seed and step alone.
+
+        Processes draw masks of their own for their rows.
+        """
         forward = self.accumulation - len(self._waiting) if self._waiting else 0
-        return seed_of("dropout", self.seed, self.step, *([forward] if forward else []))
+        more = [forward, self.world.rank] if self.world.rank else [forward] if forward else []
+        return seed_of("dropout", self.seed, self.step, *more)
 
     @property
     def within(self) -> tuple[int, float]:
