@@ -379,3 +379,29 @@ def test_a_tokenizer_is_the_same_before_and_after_it_was_used(decoder_folder: Pa
     tokenizer.add_tokens(["dog"])
     assert prepare.tokenizer_hash(tokenizer) != before
     assert cache.code_hash() == cache.code_hash()
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_windows_of_a_long_context_and_targets_of_their_own_length_come_through(
+    size: str, encoder_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if size == "large":
+        request.getfixturevalue("large")
+    context = "the film was a book with the cat " * 4 + "in it and good"
+    asked = [
+        {"question": "was it ?", "context": context, "answers": {"text": ["good"], "answer_start": [len(context) - 4]}}
+    ] * 12
+    given = options(
+        encoder_folder, write(tmp_path / "q.jsonl", asked), "question-answering", max_length=24, stride=4, eval_split=2
+    )
+    data = load(given)
+    assert len(data.evaluation_rows) == 2
+    assert len(data.evaluation.examples) > 2
+    assert len(data.evaluation_rows.of) == len(data.evaluation.examples)
+    for example in data.evaluation.examples:
+        assert len(example.labels) == 2
+        assert len(example.token_type_ids or []) in (0, len(example.input_ids))
+    assert any(example.labels != [0, 0] for example in data.evaluation.examples)
+    pairs = [{"source": "the cat was good", "target": "the " * n + "cat"} for n in range(1, 13)]
+    data = load(options(encoder_folder, write(tmp_path / "s.jsonl", pairs), "seq2seq-lm", eval_split=2))
+    assert len({len(example.labels) for example in data.train.examples}) == 10
