@@ -76,8 +76,8 @@ def at(step: int, action: Callable[[], object]) -> Callable[[Progress], None]:
     return watch
 
 
-def fail(error: BaseException) -> Callable[[], None]:
-    def action() -> None:
+def fail(error: BaseException) -> Callable[..., None]:
+    def action(*_: object) -> None:
         raise error
 
     return action
@@ -282,7 +282,7 @@ def test_a_path_that_is_no_whole_checkpoint_is_refused_before_anything_loads(
     classify: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, said: str
 ) -> None:
     killed(classify(), 5)
-    monkeypatch.setattr("loraloom.train.run.load_base", fail(AssertionError()))
+    monkeypatch.setattr("loraloom.train.run.load", fail(AssertionError()))
     with pytest.raises(ConfigError, match=f"resume: .*{said}"):
         train(classify(), tmp_path / path)
 
@@ -318,7 +318,7 @@ def test_options_that_change_the_result_are_named_with_both_values(
         train(classify(save_strategy="no"))
     else:
         killed(classify(), 5)
-    monkeypatch.setattr("loraloom.train.run.load_base", fail(AssertionError()))  # before anything loads
+    monkeypatch.setattr("loraloom.train.run.load", fail(AssertionError()))  # before anything loads
     with pytest.raises(ConfigError) as error:
         train(classify(learning_rate=2e-2, seed=3, lora={"r": 4}, save_steps=1), True)
     for part in ("learning_rate is 0.02 and was 0.01", "seed is 3 and was 0", "lora.r is 4 and was 8"):
@@ -577,7 +577,7 @@ def test_out_of_memory_in_an_evaluation_is_told_apart_and_can_be_gone_on_from(
 ) -> None:
     train(classify("whole", eval_steps=3))
     with monkeypatch.context() as patch:
-        patch.setattr("loraloom.train.run.evaluate", lambda *_, **__: fail(MemoryError())())
+        patch.setattr("loraloom.train.loaded.Loaded.evaluate", fail(MemoryError()))
         with pytest.raises(TrainingError) as error:
             train(classify(eval_steps=3))
     said = str(error.value)
