@@ -2,7 +2,8 @@
 
 Usage: ``python benchmarks/data.py [--rows 1000000] [--workers N]``. A JSONL file of chats is generated. Each
 measurement is a fresh process, whose memory is counted with that of its workers: the sum of what all have resident,
-looked at every 50 ms. Pages that they share count for each, and so do those of the mapped arrays that were touched.
+looked at every 50 ms (pages that they share count for each). While examples are then read at random, pages of the
+mapped arrays are resident as well, which the system takes back when it needs them: that second figure leaves them out.
 """
 
 from __future__ import annotations
@@ -119,36 +120,44 @@ def measured(model: Path, rows: Path, options: argparse.Namespace, environment: 
     command = [sys.executable, __file__, "--alone", str(model), str(rows), "--task", options.task]
     command += ["--workers", str(options.workers)] if options.workers else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        peak, own = 0, 0
-        done = threading.Event()
+        peak, own, private = 0, 0, 0
+        ready, done = threading.Event(), threading.Event()
         out: list[str] = []
 
         def read() -> None:
             assert process.stdout is not None
-            out.append(process.stdout.read())
+            for line in process.stdout:
+                out.append(line)
+                ready.set()
             done.set()
 
         threading.Thread(target=read, daemon=True).start()
         while not done.wait(0.05):
-            first, *others = resident(process.pid)
-            peak, own = max(peak, first + sum(others)), max(own, first)
+            pages = resident(process.pid)
+            if ready.is_set():
+                private = max(private, pages[0][1])
+            else:
+                peak, own = max(peak, sum(size for size, _ in pages)), max(own, pages[0][0])
     if process.returncode:
         raise SystemExit(process.returncode)
-    return {**json.loads(out[0].strip().splitlines()[-1]), "peak bytes": peak, "main bytes": own}
+    return {**json.loads(out[-1]), "peak bytes": peak, "main bytes": own, "bytes while reading": private}
 
 
-def resident(pid: int) -> list[int]:
-    """Bytes that a process and those that it started have in memory."""
-    parents: dict[int, int] = {}
-    pages: dict[int, int] = {}
+def resident(pid: int) -> list[tuple[int, int]]:
+    """Bytes that a process and those that it started have in memory: all, and without mapped files."""
+    found: list[tuple[int, int]] = [(0, 0)]
+    unit = os.sysconf("SC_PAGE_SIZE")
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            parents[int(path.name)] = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            pages[int(path.name)] = int((path / "statm").read_text().split()[1])
+            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            _, pages, shared, *_ = map(int, (path / "statm").read_text().split())
         except OSError:  # it ended meanwhile
             continue
-    size = os.sysconf("SC_PAGE_SIZE")
-    return [pages.get(pid, 0) * size, *(pages[one] * size for one, parent in parents.items() if parent == pid)]
+        if int(path.name) == pid:
+            found[0] = pages * unit, (pages - shared) * unit
+        elif parent == pid:
+            found.append((pages * unit, (pages - shared) * unit))
+    return found
 
 
 def prepared(model: Path, rows: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -167,6 +176,7 @@ def prepared(model: Path, rows: Path, options: argparse.Namespace) -> dict[str, 
     read = time.perf_counter()
     data = encode_run_rows(found, settings, load_tokenizer(settings.model))
     encoded = time.perf_counter()
+    print("prepared", flush=True)
     order = bucketed(data.train.lengths, 16, 0, 1)
     shuffled = time.perf_counter()
     some = order[:1000]
