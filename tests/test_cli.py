@@ -705,7 +705,7 @@ BAD_INPUT: dict[str, tuple[Callable[[World], list[object]], list[str]]] = {
     ),
     "a metric that the task lacks": (
         lambda w: w.tune("--metric", "perplexity"),
-        ["metric: seq-cls is measured by accuracy or loss, found 'perplexity'"],
+        ["metric: seq-cls is measured by accuracy, f1_macro or loss, found 'perplexity'"],
     ),
     "a metric of nobody": (lambda w: w.tune("--metric", "acuracy"), ["metric:", "did you mean 'accuracy'?"]),
     "the folder of another search": (

@@ -58,9 +58,9 @@ def file(tmp_path: Path) -> Path:
         ("min_share", 1.5, "must be a share of the steps above 0 and at most 1, found 1.5"),
         ("min_share", float("nan"), "must be a share of the steps"),
         ("sampler", "tep", "must be one of tpe, random, grid, found 'tep'; did you mean 'tpe'?"),
-        ("metric", "f1", "seq-cls is measured by accuracy or loss, found 'f1'"),
+        ("metric", "f1", "seq-cls is measured by accuracy, f1_macro or loss, found 'f1'"),
         ("metric", "acuracy", "did you mean 'accuracy'?"),
-        ("metric", "perplexity", "seq-cls is measured by accuracy or loss, found 'perplexity'"),
+        ("metric", "perplexity", "seq-cls is measured by accuracy, f1_macro or loss, found 'perplexity'"),
         ("memory", "8 apples", "must be bytes or a size such as 8GiB or 500MB, found '8 apples'"),
         ("memory", 0, "must be above 0, found 0"),
         ("train", {}, "must be TrainOptions, found dict"),
@@ -174,7 +174,7 @@ def test_a_grid_takes_all_of_the_space_unless_told_otherwise(file: Path) -> None
         ("tune:\n  trials: 0", "7: tune.trials: must be a whole number of at least 1, found 0"),
         ("tune:\n  preset: quik", "7: tune.preset: must be one of quick, standard, thorough, found 'quik'; did you"),
         ("tune:\n  preset: [1]", "7: tune.preset: must be one of"),
-        ("tune:\n  metric: f1", "7: tune.metric: seq-cls is measured by accuracy or loss, found 'f1'"),
+        ("tune:\n  metric: f1", "7: tune.metric: seq-cls is measured by accuracy, f1_macro or loss, found 'f1'"),
         ("tune:\n  finalists: 20", "7: tune.finalists: must be at most trials (16), found 20"),
         # The default space is not in the file: the section is named.
         ("tune:\n  sampler: grid", "6: tune.space.train.learning_rate: a grid needs choices"),
@@ -226,3 +226,13 @@ def test_where_a_search_lies_and_how_much_runs_at_once_make_it_no_other() -> Non
     same = options(slots=3, memory="8GiB", train=base(output="elsewhere", overwrite=True))
     assert same.fingerprint() == options().fingerprint() == replace(options()).fingerprint()
     assert len(same.fingerprint()) == 64
+
+
+def test_any_metric_of_the_run_can_be_searched_by() -> None:
+    assert options(metric="f1_macro").higher_is_better
+    train = base(metrics=["f1_micro", "somebody.metrics:own"])
+    assert options(train=train).metric == "f1_micro"
+    assert options(train=train, metric="whatever_it_returns").metric == "whatever_it_returns"
+    assert options(train=base(problem_type="regression")).metric == "mse"
+    assert not options(train=base(problem_type="regression")).higher_is_better
+    assert options(train=base(metrics=["loss"])).metric == "loss"

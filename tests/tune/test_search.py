@@ -19,16 +19,17 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from loraloom import PeftModel
+from loraloom import LoraConfig, PeftModel
 from loraloom.cli import _run
 from loraloom.errors import ConfigError, DataError, TrainingError
 from loraloom.train.load import load_base
 from loraloom.train.loop import evaluate
-from loraloom.train.options import TASKS
+from loraloom.train.options import TASKS, TrainOptions
 from loraloom.train.run import RUN_NAME, Interrupted, load
 from loraloom.tune import worker
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.search import SearchResult, search
+from loraloom.tune.space import Space
 from loraloom.tune.state import STATE_NAME
 from loraloom.tune.trial import Trial
 
@@ -464,3 +465,38 @@ def test_ctrl_c_gives_a_message_and_the_same_command_goes_on(classify: Make, tmp
     assert done.returncode == 0, done.stderr
     assert f"going on in {tmp_path / 'run'}" in done.stdout.replace("\n", "")
     assert (tmp_path / "run" / "result.json").exists()
+
+
+# -- every task -------------------------------------------------------------------------------------------------------
+
+TASK_ROWS: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "numbers": ("seq-cls", "encoder_folder", {"text": "the good film", "label": 0.5}, "mse"),
+    "several": ("seq-cls", "encoder_folder", {"text": "the good film", "label": ["a", "b"]}, "f1_micro"),
+    "tags": ("token-cls", "encoder_folder", {"tokens": ["the", "good"], "tags": ["O", "B-X"]}, "f1"),
+    "translations": ("seq2seq-lm", "translator_folder", {"source": "the good", "target": "a bad film"}, "perplexity"),
+    "answers": (
+        "question-answering", "encoder_folder",
+        {"question": "was it", "context": "the good film", "answers": {"text": ["good"], "answer_start": [4]}}, "f1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TASK_ROWS)
+def test_every_task_can_be_searched_by_its_own_metric(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    task, folder, row, metric = TASK_ROWS[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(24)))
+    train = TrainOptions(
+        model=str(request.getfixturevalue(folder)), data=str(path), task=task, output=str(tmp_path / "search"),
+        max_steps=4, batch_size=4, eval_split=6, lora=LoraConfig(r=4, target_modules="all-linear"),
+    )  # fmt: skip
+    options = TuneOptions(
+        train=train, space=Space.parse(RATES, train), trials=4, finalists=1, seeds=0, slots=4, sampler="random"
+    )
+    record = search(options).record
+    best = record["best"]
+    assert best["metric_name"] == metric
+    assert best["metric"] is not None
+    assert all(metric in trial["curve"]["evaluations"][-1] for trial in record["trials"])

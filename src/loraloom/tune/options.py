@@ -13,7 +13,7 @@ from typing import Any
 
 from loraloom.errors import ConfigError, nearest
 from loraloom.train import runfile
-from loraloom.train.metrics import greater_is_better, metric_name
+from loraloom.train.metrics import DEFAULTS, greater_is_better, kind_of
 from loraloom.train.options import TASKS, TrainOptions
 from loraloom.tune.space import PRESETS, Space
 
@@ -43,7 +43,7 @@ class TuneOptions:
     #: The best configurations, repeated with so many further seeds; 0 seeds turns that off.
     finalists: int = 3
     seeds: int = 2
-    #: "loss" or the task's own, which is the default.
+    #: "loss" or one of the run's metrics, of which the first is the default.
     metric: str = ""
     #: Trials that train together; by default as many as pay.
     slots: int | None = None
@@ -99,12 +99,17 @@ class TuneOptions:
         self.memory = read_bytes("memory", self.memory)
 
     def _check_metric(self) -> None:
-        own = metric_name(TASKS[self.train.task])
-        self.metric = self.metric or own
-        if self.metric not in (own, "loss"):
+        train = self.train
+        measured = train.metrics or DEFAULTS[kind_of(TASKS[train.task], train.problem_type)]
+        given = [name for name in measured if ":" not in name and name != "loss"]
+        own = [spec.partition(":")[2] for spec in train.metrics or () if ":" in spec]
+        self.metric = self.metric or next(iter([*given, *own]), "loss")
+        # What a function returns is not known before.
+        if self.metric not in (*given, "loss") and not own:
+            words = " or ".join([", ".join(given), "loss"] if given else ["loss"])
             raise ConfigError(
-                f"metric: {self.train.task} is measured by {own} or loss, found {self.metric!r}"
-                f"{nearest(str(self.metric), (own, 'loss'))}"
+                f"metric: {train.task} is measured by {words}, found {self.metric!r}"
+                f"{nearest(str(self.metric), (*given, 'loss'))}"
             )
 
     @property

@@ -25,6 +25,7 @@ from loraloom.config import TaskType
 from loraloom.errors import DataError
 from loraloom.lora.atomic import write_files
 from loraloom.train import runfile
+from loraloom.train.metrics import metric_name
 from loraloom.train.run import Interrupted, Loaded, check_output, load
 from loraloom.train.signals import asked_to_stop
 from loraloom.tune import proposals, words
@@ -131,7 +132,10 @@ def search(options: TuneOptions, watch: Watcher | None = None, sampler: BaseSamp
         need_ray()
     loaded = load(options.train)
     _check_validation(loaded)
-    options = replace(options, train=loaded.options)
+    metric, own = options.metric, loaded.metrics
+    if metric == metric_name(loaded.task) and metric not in own.names and not own.own:
+        metric = own.first  # of classes, where it turned out that labels are numbers or several classes
+    options = replace(options, train=replace(loaded.options, problem_type=loaded.data.problem), metric=metric)
     options.space.check(loaded.base, options.train)
     return Search(options, loaded, watch or Silent(), sampler).run()
 
@@ -410,9 +414,9 @@ class Search:
 
 
 def _check_validation(loaded: Loaded) -> None:
-    """Rows that all have one answer cannot tell a good configuration from a poor one."""
+    """Rows that all are of one class cannot tell a good configuration from a poor one."""
     labels = {example.labels for example in loaded.data.evaluation.examples if isinstance(example.labels, int)}
-    if loaded.task is TaskType.SEQ_CLS and len(labels) < 2:
+    if loaded.task is TaskType.SEQ_CLS and len(labels) == 1:
         raise DataError(
             f"{loaded.options.eval_split if isinstance(loaded.options.eval_split, str) else loaded.options.data}: all "
             f"{len(loaded.data.evaluation.examples)} held-out rows are labelled "
