@@ -161,6 +161,9 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
     ] = False,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Spread the frozen model over the processes of torchrun.")
+    ] = False,
     learning_rate: Annotated[
         float, typer.Option("--lr", "--learning-rate", help="Peak learning rate; about ten times full fine-tuning's.")
     ] = 2e-4,

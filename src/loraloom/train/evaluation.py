@@ -24,6 +24,7 @@ from loraloom.train.generation import generate
 from loraloom.train.metrics import Metrics, Scores, choose, total
 from loraloom.train.objective import Objective
 from loraloom.train.pack import evaluating
+from loraloom.train.shard import sharded
 from loraloom.train.world import World
 
 #: An answer has at most so many tokens, as in the official baselines.
@@ -129,7 +130,8 @@ def run(
     mine = world.share(batches)
     # A sharded model is gathered by all processes together, so that each goes through it as often as the others.
     extra = batches[:1] * (-(-len(batches) // world.size) - len(mine))
-    with evaluating(model, torch.inference_mode()):
+    # What is gathered in inference mode could not be trained through afterwards.
+    with evaluating(model, torch.no_grad() if sharded(model) else torch.inference_mode()):
         for number, rows in enumerate([*mine, *extra]):
             inputs = collate([examples[row] for row in rows], pad_id, task)
             inputs = {key: value.to(device) for key, value in inputs.items()}

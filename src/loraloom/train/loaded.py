@@ -13,7 +13,7 @@ from torch import nn
 from loraloom.config import TASK_HEADS, LoraConfig, TaskType
 from loraloom.data.records import Record
 from loraloom.data.rows import Row
-from loraloom.errors import ModelError
+from loraloom.errors import ConfigError, ModelError
 from loraloom.lora.model import PeftModel
 from loraloom.lora.targets import matches_name
 from loraloom.train import best, optimizers, place
@@ -135,6 +135,8 @@ def load(options: TrainOptions, where: Place | None = None) -> Loaded:
     """
     task = TASKS[options.task]
     where = where or place.find(options.device)
+    if options.fsdp and where.world.size == 1:
+        raise ConfigError("fsdp: needs several processes; start them with torchrun or accelerate launch")
     if options.optim != "adamw":
         optimizers.find(options.optim, options.weight_decay, options.optim_args)
     if options.problem_type or task is not TaskType.SEQ_CLS:
@@ -145,6 +147,8 @@ def load(options: TrainOptions, where: Place | None = None) -> Loaded:
     tokenizer = load_tokenizer(options.model, options.revision)
     data = encode_run_rows(rows, options, tokenizer)
     metrics = choose(task, data.problem, options.metrics)
+    if options.fsdp and metrics.needs_generation:
+        raise ConfigError("fsdp: a model in parts cannot generate texts for metrics; leave these metrics out")
     if options.metric_for_best_model and not metrics.own:  # what a function returns is not known before
         best.watched(dict.fromkeys(["loss", *metrics.names], 0.0), options.metric_for_best_model)
     torch.manual_seed(options.seed)  # the new head's numbers
@@ -157,7 +161,8 @@ def load(options: TrainOptions, where: Place | None = None) -> Loaded:
         revision=options.revision,
         attn_implementation=options.attn_implementation,
     )
-    base.to(where.device)
+    if not options.fsdp:  # else its parts go there one by one
+        base.to(where.device)
     _check_vocabulary(base, data, options.model)
     return Loaded(options, data, tokenizer, base, task, new, metrics, where)
 

@@ -111,6 +111,8 @@ class TrainOptions:
     max_grad_norm: float = 1.0
     #: Compute activations again in the backward instead of keeping them: less memory, about a third more time.
     gradient_checkpointing: bool = False
+    #: Spread the frozen model over the processes, instead of a whole one on each.
+    fsdp: bool = False
     seed: int = 0
 
     # -- evaluation
@@ -182,7 +184,7 @@ class TrainOptions:
             self._number(name, low=0)
         for name in ("warmup_ratio", "decay_ratio"):
             self._number(name, low=0, high=1)
-        for name in ("overwrite", "allow_untrained", "gradient_checkpointing", "load_best_model_at_end"):
+        for name in ("overwrite", "allow_untrained", "gradient_checkpointing", "fsdp", "load_best_model_at_end"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: must be true or false, found {getattr(self, name)!r}")
         self._check_eval_split()

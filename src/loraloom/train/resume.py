@@ -54,12 +54,11 @@ Say = Callable[[str], None]
 def identity(prepared: Prepared) -> dict[str, Any]:
     """All that a run's numbers depend on: its options, data, examples, model, and what computes."""
     data = prepared.data
-    trained = {id(p) for name in prepared.model.peft_config for p in prepared.model.adapter_parameters(name).values()}
     return {
         "options": prepared.options.to_dict(),
         "data": list(data.hashes.values()),
         "examples": _hash_of_examples(data.train.examples),
-        "base": _hash_of_weights(prepared.model, trained),
+        "base": prepared.weights or hash_of_weights(prepared.model),
         "machine": versions() | machine(),
     }
 
@@ -75,11 +74,12 @@ def _hash_of_examples(examples: Sequence[Example]) -> str:
     return found.hexdigest()
 
 
-def _hash_of_weights(model: nn.Module, without: set[int]) -> str:
+def hash_of_weights(model: PeftModel) -> str:
     """Of the shapes of all frozen tensors and of some numbers of each: another model is noticed, in no time."""
     found = hashlib.sha256()
+    trained = {id(p) for name in model.peft_config for p in model.adapter_parameters(name).values()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in without:
+        if id(parameter) in trained:
             continue
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         flat = parameter.detach().flatten()

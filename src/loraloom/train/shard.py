@@ -1,0 +1,49 @@
+"""The frozen model in parts, one on each process (FSDP2): layers are gathered as they run. Adapters stay whole.
+
+Nothing of the base is trained, so nothing of it is reduced: its parts are gathered, used and let go of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraloom.lora.model import PeftModel
+from loraloom.train.place import Place
+from loraloom.train.recompute import repeated
+
+
+def shard(model: PeftModel, place: Place) -> None:
+    """Spread the frozen tensors of ``model`` over the processes of ``place``; adapters go to its device.
+
+    All processes hold the whole model on the CPU before, and come here together.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    base: Any = model.get_base_model()
+    kept = {p for name in model.peft_config for p in model.adapter_parameters(name).values()}
+    # The loss reads the head's weight itself, a few tokens at a time; gathered for each it would only travel.
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    kept |= set(head.parameters()) if head is not None else set()
+    mesh = init_device_mesh(place.device.type, (place.world.size,))
+    trunk = getattr(base, getattr(base, "base_model_prefix", ""), base)
+    # Without it what is first called would be taken for the last to be let go of, and kept.
+    options: dict[str, Any] = {"mesh": mesh, "ignored_params": kept, "reshard_after_forward": True}
+    for layer in list(repeated(model)):
+        fully_shard(layer, **options)
+    fully_shard(trunk, **options)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(place.device)
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether it is in parts."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
