@@ -15,8 +15,9 @@ from rich.console import Console
 from loraloom import LoraConfig
 from loraloom.errors import SaveError
 from loraloom.report import session
-from loraloom.report.session import tune_run
+from loraloom.report.session import data_run, train_run, tune_run
 from loraloom.report.tune import conclusion
+from loraloom.train import runfile
 from loraloom.train.options import TrainOptions
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.space import Space
@@ -74,6 +75,41 @@ def test_the_terminal_names_what_was_written_and_the_command_that_uses_it(
             picture.verify()
             assert min(picture.size) > 200
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result.record))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_kept_run_file_gives_the_same_run_again_and_a_dry_run_trains_nothing(
+    dtype: str, encoder_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    given = TrainOptions(
+        model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "a", max_steps=4, dtype=dtype,
+        lora=LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear"), lr_scheduler_type="cosine",
+        learning_rate=0.01, warmup_steps=1, eval_steps=2, save_steps=2, report_to=[], overwrite=True,
+    )  # fmt: skip
+    console = terminal()
+    assert train_run(given, console, dry_run=True) is None
+    assert "nothing was trained" in text(console)
+    assert not (tmp_path / "a").exists()
+    first = train_run(given, terminal())
+    assert first is not None
+    assert first.record["curve"]["loss"][-1] < first.record["curve"]["loss"][0]
+    kept = runfile.read(tmp_path / "a" / "run.yaml", {"output": str(tmp_path / "b")}).options
+    assert not kept.overwrite
+    train_run(kept, terminal())
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_data_is_shown_as_the_model_sees_it_and_nothing_is_written(
+    decoder_folder: Path, chats: Path, tmp_path: Path
+) -> None:
+    given = TrainOptions(model=decoder_folder, data=chats, task="causal-lm", output=tmp_path / "o")
+    console = terminal()
+    data_run(given, console, rows=2)
+    said = text(console)
+    for part in (f"{chats}, line", "prompt-completion", "trained on)", "tokens of a row", "padding", "memory", "time"):
+        assert part in said
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_finished_search_is_said_again_and_pictures_that_were_deleted_are_drawn_again(

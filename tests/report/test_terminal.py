@@ -29,7 +29,7 @@ def shown(what: RenderableType, width: int = 80) -> str:
 
 
 def progress(step: int, loss: float, evaluations: list[dict[str, float]], tokens: int = 1000) -> Any:
-    curve = SimpleNamespace(loss=[loss], evaluations=evaluations)
+    curve = SimpleNamespace(loss=[loss], learning_rate=[0.00025], evaluations=evaluations)
     return SimpleNamespace(slot=SimpleNamespace(step=step, curve=curve), tokens=tokens, seconds=2.0)
 
 
@@ -100,10 +100,27 @@ def test_elsewhere_than_in_a_terminal_each_evaluation_is_one_line() -> None:
         meter(progress(1, 2.0, [first]))
         meter(progress(2, 1.0, [first]))
         meter(progress(3, 1.0, [first, {"step": 3, "loss": 0.25, "accuracy": 0.875}]))
-    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
-        "step 1: training loss 2.000, held-out loss 0.500, accuracy 0.750, 500 tokens/s",
-        "step 3: training loss 1.810, held-out loss 0.250, accuracy 0.875, 500 tokens/s",
-    ]
+    memory = r"[0-9.]+ [KMG]iB"
+    for line, said in zip(
+        console.file.getvalue().splitlines(),  # type: ignore[attr-defined]
+        [
+            "step 1: training loss 2.000, held-out loss 0.500, accuracy 0.750, rate 0.00025, MEMORY, 500 tokens/s",
+            "step 3: training loss 1.810, held-out loss 0.250, accuracy 0.875, rate 0.00025, MEMORY, 500 tokens/s",
+        ],
+        strict=True,
+    ):
+        assert re.fullmatch(re.escape(said).replace("MEMORY", memory), line)
+
+
+def test_a_wide_terminal_has_the_rate_and_the_memory_as_well() -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
+    with Meter(console, 10_000) as meter:
+        meter(progress(9_999, 1.5, [{"step": 100, "loss": 12.345, "perplexity": 123.456}], tokens=246_912))
+        meter.bar.refresh()
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    last = text.replace("\n", "\r").rstrip("\r").split("\r")[-1].rstrip()
+    assert re.search(r"rate 0.00025  [0-9.]+ [KMG]iB  123,456 tokens/s", last)
+    assert len(last) <= 120
 
 
 # After ----------------------------------------------------------------------------------------------------

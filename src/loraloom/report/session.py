@@ -71,14 +71,19 @@ def train_run(
             result = run(prepared, watch, resume, say)
     except Interrupted as error:
         if error.record and first:
-            runfile.write(prepared.options, Path(options.output) / RUN_FILE, _TITLE)
+            _keep(prepared)
             _draw(error.record, options.output)
         raise
     if first:
-        runfile.write(prepared.options, Path(options.output) / RUN_FILE, _TITLE)
+        _keep(prepared)
         plot = _draw(result.record, options.output)
         console.print(outcome(result, options.output, plot, Path(options.output) / RUN_NAME), soft_wrap=True)
     return result
+
+
+def _keep(prepared: Prepared) -> None:
+    options = prepared.options
+    runfile.write(replace(options, overwrite=False), Path(options.output) / RUN_FILE, _TITLE)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Characters of an example's text in the list of predictions.
 SHOWN = 100
+#: Columns from which on the bar has room for the rate and the memory.
+WIDE = 100
 
 
 def overview(prepared: Prepared) -> RenderableType:
@@ -111,15 +114,18 @@ class Meter:
         latest = slot.curve.loss[-1]
         self.loss = latest if self.loss is None else 0.9 * self.loss + 0.1 * latest
         speed = progress.tokens / progress.seconds
+        state = [f"rate {slot.curve.learning_rate[-1]:.2g}", *([size(used)] if (used := memory_used()) else [])]
         figures = [f"loss {self.loss:.3f}"]
         if slot.curve.evaluations:
             figures += _figures({k: v for k, v in slot.curve.evaluations[-1].items() if k != "loss"})[:1]
+        figures += state if self.console.width >= WIDE else []
         self.bar.update(self.task, completed=slot.step, figures="  ".join([*figures, f"{speed:,.0f} tokens/s"]))
         if len(slot.curve.evaluations) > self.seen:
             self.seen = len(slot.curve.evaluations)
             held_out = ", ".join(_figures(slot.curve.evaluations[-1]))
             self.console.print(
-                f"step {slot.step}: training loss {self.loss:.3f}, {held_out}, {speed:,.0f} tokens/s",
+                f"step {slot.step}: training loss {self.loss:.3f}, {held_out}, {', '.join(state)}, "
+                f"{speed:,.0f} tokens/s",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -130,6 +136,19 @@ def _figures(evaluation: dict[str, float]) -> list[str]:
     return [
         f"{'held-out loss' if key == 'loss' else key} {value:.3f}" for key, value in evaluation.items() if key != "step"
     ]
+
+
+def memory_used() -> int | None:
+    """Bytes that this process holds: of the accelerator where there is one; None where that cannot be told."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_reserved())
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):  # not Linux
+        return None
 
 
 def outcome(result: RunResult, folder: str | Path, plot: Path, record_path: Path) -> RenderableType:
