@@ -341,6 +341,9 @@ def plan(
     max_length: Length = None,
     labels: Annotated[int, typer.Option(help="Classes of the new head (seq-cls).")] = 2,
     dtype: Dtype = "float32",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="As with train: layers keep their inputs alone.")
+    ] = False,
     r: Rank = 8,
     lora_alpha: Alpha = 8,
     lora_dropout: Dropout = 0.0,
@@ -360,7 +363,14 @@ def plan(
 
     config = _lora(locals())
     made, memory, length = forecast(
-        model, task, config, batch_size=batch_size, max_length=max_length, labels=labels, dtype=dtype
+        model,
+        task,
+        config,
+        batch_size=batch_size,
+        max_length=max_length,
+        labels=labels,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
     )
     print(made)
     print(f"memory of a training step with {batch_size} rows of {length} tokens in {dtype}:")

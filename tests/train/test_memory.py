@@ -143,6 +143,17 @@ def test_the_plan_is_that_of_the_loaded_model(decoder_folder: Path) -> None:
     assert settings.task_type is None
 
 
+def test_layers_that_compute_again_keep_less(case: tuple[Path, str]) -> None:
+    folder, task = case
+    given = {"batch_size": ROWS, "max_length": LENGTH}
+    whole, again = (forecast(str(folder), task, LoraConfig(), gradient_checkpointing=g, **given)[1] for g in (0, 1))  # type: ignore[arg-type]
+    assert whole.activations
+    assert again.activations
+    inputs = 2 * ROWS * LENGTH * 32 * 4  # two layers of width 32
+    assert inputs < again.activations < whole.activations
+    assert again.total - again.activations == whole.total - whole.activations
+
+
 def test_options_that_make_no_sense_and_models_that_are_none_are_refused(decoder_folder: Path, tmp_path: Path) -> None:
     name = str(decoder_folder)
     for said, call in {

@@ -69,6 +69,7 @@ def forecast(
     max_length: int | None = None,
     labels: int = 2,
     dtype: str = "float32",
+    gradient_checkpointing: bool = False,
 ) -> tuple[Plan, Memory, int]:
     """``estimate`` for a model's folder or name, which needs its config alone; and the tokens of a row that it is for.
 
@@ -84,7 +85,14 @@ def forecast(
             raise ConfigError(f"{name}: must be a whole number of at least 1, found {number}")
     length = length_within(load_limit(model), max_length, model)
     base = build_empty(model, TASKS[task], labels)
-    made, memory = estimate(base, config.copy(task_type=TASKS[task]), rows=batch_size, length=length, dtype=dtype)
+    made, memory = estimate(
+        base,
+        config.copy(task_type=TASKS[task]),
+        rows=batch_size,
+        length=length,
+        dtype=dtype,
+        recompute=gradient_checkpointing,
+    )
     return made, memory, length
 
 
