@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from loraloom import LoraConfig
 from loraloom.lora.inspection import inspect
 from loraloom.report.session import train_run
-from loraloom.report.terminal import Meter, expectations, inspection, memory_table, overview, predictions, size
+from loraloom.report.terminal import Meter, Reading, expectations, inspection, memory_table, overview, predictions, size
 from loraloom.train.doctor import Finding
 from loraloom.train.memory import Memory
 from loraloom.train.options import TrainOptions
@@ -73,6 +73,15 @@ def test_rows_that_were_cut_are_counted_aloud(encoder_folder: Path, reviews: Pat
     cut = prepared.data.train.truncated
     assert cut > 0
     assert f"warning: {cut} training rows are over max_length=6 tokens and cut" in shown(overview(prepared), width=400)
+
+
+def test_reading_many_rows_says_how_far_it_is_now_and_then() -> None:
+    console, times = Console(file=io.StringIO(), width=80), iter([0.0, 1.0, 20.0, 20.0, 21.0])
+    with Reading(console, lambda: next(times)) as reading:
+        reading("rows read", 10_000, None)
+        reading("rows tokenised", 20_000, 30_000)
+        reading("rows tokenised", 30_000, 30_000)
+    assert console.file.getvalue() == "20,000 of 30,000 rows tokenised\n"  # type: ignore[attr-defined]
 
 
 # During ---------------------------------------------------------------------------------------------------

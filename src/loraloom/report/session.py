@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from loraloom.errors import SaveError
 from loraloom.report import trackers
 from loraloom.report.data import picture
 from loraloom.report.plot import PLOT_NAME, plot_run
-from loraloom.report.terminal import Meter, expectations, outcome, overview
+from loraloom.report.terminal import Meter, Reading, expectations, outcome, overview
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
 from loraloom.train import runfile
@@ -49,9 +50,10 @@ def train_run(
         LoraloomError: as ``prepare`` and ``run``. What training reached is saved whenever it took a step.
     """
     trackers.check(options.report_to)
-    prepared = prepare(options, resume)
+    console = console or Console(quiet=int(os.environ.get("RANK", "0")) > 0)
+    with Reading(console) as reading:
+        prepared = prepare(options, resume, reading)
     first = prepared.loaded.place.world.first
-    console = console or Console(quiet=not first)
     console.print(overview(prepared), soft_wrap=True)
     console.print(expectations(examine(prepared), outlook(prepared)), soft_wrap=True)
     if dry_run:
@@ -112,7 +114,9 @@ def data_run(options: TrainOptions, console: Console | None = None, *, rows: int
     """
     console = console or Console()
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(replace(options, output=str(Path(folder) / "nothing"), overwrite=True))
+        with Reading(console) as reading:
+            nowhere = replace(options, output=str(Path(folder) / "nothing"), overwrite=True)
+            prepared = prepare(nowhere, reading=reading)
         console.print(picture(prepared.data, prepared.tokenizer, prepared.task, rows, prepared.options.max_length))
         bad = Path(folder) / "nothing" / BAD_ROWS
         if bad.exists():

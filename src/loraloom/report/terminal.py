@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Characters of an example's text in the list of predictions.
 SHOWN = 100
+#: Seconds between two lines on how far the reading of rows is.
+TELL = 15.0
 #: Columns from which on the bar has room for the rate and the memory.
 WIDE = 100
 
@@ -75,6 +78,32 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Reading:
+    """A watcher of rows as they are read and tokenised: a live line in a terminal, one line now and then elsewhere."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.clock = console, clock
+        self.status = console.status("reading") if console.is_terminal else None
+        self.told = clock()
+
+    def __enter__(self) -> Reading:
+        if self.status is not None:
+            self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.status is not None:
+            self.status.stop()
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        line = f"{done:,} {what}" if total is None else f"{done:,} of {total:,} {what}"
+        if self.status is not None:
+            self.status.update(line)
+        elif self.clock() - self.told >= TELL:
+            self.told = self.clock()
+            self.console.print(line, highlight=False)
 
 
 class Meter:

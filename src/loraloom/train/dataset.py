@@ -38,8 +38,8 @@ SHOWN = 16
 Array = npt.NDArray[Any]
 
 
-def _silent(what: str, done: int, total: int | None) -> None:
-    pass
+def silent(what: str, done: int, total: int | None) -> None:
+    """Nobody is told how far the reading is."""
 
 
 @dataclass
@@ -143,7 +143,7 @@ class HeldOut(Sequence[Row]):
         return self._survey.record(self._wanted[number], self[number])
 
 
-def read_data(options: TrainOptions, tokenizer: Any, watch: Watch = _silent) -> Data:
+def read_data(options: TrainOptions, tokenizer: Any, watch: Watch = silent) -> Data:
     """The rows of a run, checked, split and tokenised.
 
     Raises:
@@ -152,7 +152,7 @@ def read_data(options: TrainOptions, tokenizer: Any, watch: Watch = _silent) -> 
     return encode_run_rows(read_run_rows(options, watch), options, tokenizer, watch)
 
 
-def read_run_rows(options: TrainOptions, watch: Watch = _silent) -> Rows:
+def read_run_rows(options: TrainOptions, watch: Watch = silent) -> Rows:
     """Read and check all rows, and choose those to evaluate on.
 
     Raises:
@@ -183,7 +183,7 @@ def read_run_rows(options: TrainOptions, watch: Watch = _silent) -> Rows:
     return Rows(train, evaluation, rows, held, train.names, {**train.hashes, **evaluation.hashes}, notes)
 
 
-def encode_run_rows(rows: Rows, options: TrainOptions, tokenizer: Any, watch: Watch = _silent) -> Data:
+def encode_run_rows(rows: Rows, options: TrainOptions, tokenizer: Any, watch: Watch = silent) -> Data:
     """Tokenise what was read. Bad rows that are skipped are written to the output folder.
 
     Raises:

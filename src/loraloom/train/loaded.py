@@ -13,11 +13,12 @@ from torch import nn
 from loraloom.config import TASK_HEADS, LoraConfig, TaskType
 from loraloom.data.records import Record
 from loraloom.data.rows import Row
+from loraloom.data.survey import Watch
 from loraloom.errors import ConfigError, ModelError
 from loraloom.lora.model import PeftModel
 from loraloom.lora.targets import matches_name
 from loraloom.train import best, optimizers, place
-from loraloom.train.dataset import Data, encode_run_rows, read_run_rows
+from loraloom.train.dataset import Data, encode_run_rows, read_run_rows, silent
 from loraloom.train.dataset import HeldOut as HeldOutRows
 from loraloom.train.evaluation import HeldOut, evaluate
 from loraloom.train.load import build_empty, length_within, load_base, load_limit, load_tokenizer
@@ -127,8 +128,8 @@ class _Records(Sequence[tuple[Row, Record]]):
         return self._rows[number], self._rows.record(number)
 
 
-def load(options: TrainOptions, where: Place | None = None) -> Loaded:
-    """Read and check rows, tokenizer and model, in the order in which it costs.
+def load(options: TrainOptions, where: Place | None = None, reading: Watch = silent) -> Loaded:
+    """Read and check rows, tokenizer and model, in the order in which it costs. ``reading`` is told how far rows are.
 
     Raises:
         InputError: anything wrong with what the user gave.
@@ -141,11 +142,11 @@ def load(options: TrainOptions, where: Place | None = None) -> Loaded:
         optimizers.find(options.optim, options.weight_decay, options.optim_args)
     if options.problem_type or task is not TaskType.SEQ_CLS:
         choose(task, options.problem_type, options.metrics)  # before anything is read
-    rows = read_run_rows(options)
+    rows = read_run_rows(options, reading)
     limit = load_limit(options.model, options.revision)
     options = replace(options, max_length=length_within(limit, options.max_length, options.model))
     tokenizer = load_tokenizer(options.model, options.revision)
-    data = encode_run_rows(rows, options, tokenizer)
+    data = encode_run_rows(rows, options, tokenizer, reading)
     metrics = choose(task, data.problem, options.metrics)
     if options.fsdp and metrics.needs_generation:
         raise ConfigError("fsdp: a model in parts cannot generate texts for metrics; leave these metrics out")

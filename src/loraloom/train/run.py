@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraloom.config import TaskType
+from loraloom.data.survey import Watch
 from loraloom.errors import ConfigError
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, plan
 from loraloom.train import doctor, recompute
 from loraloom.train.course import Course
-from loraloom.train.dataset import Data, read_data
+from loraloom.train.dataset import Data, read_data, silent
 from loraloom.train.doctor import Finding
 from loraloom.train.failures import Interrupted, explain
 from loraloom.train.loaded import Loaded, load
@@ -78,18 +79,19 @@ class Prepared:
         return self.loaded.new_modules
 
 
-def prepare(options: TrainOptions, resume: Resume = None) -> Prepared:
+def prepare(options: TrainOptions, resume: Resume = None, reading: Watch = silent) -> Prepared:
     """Read and check everything: options, output, data, tokenizer, model.
 
     Args:
         resume: what ``run`` will be given: the folder may then hold what is gone on with.
+        reading: told now and then what is done with rows, with how many, and of how many.
 
     Raises:
         InputError: anything wrong with what the user gave. Nothing was written.
     """
     place = find_place(options.device)
     place.world.agreed(lambda: check_output(options, going_on=goes_on(options, resume)))
-    loaded = load(options, place)
+    loaded = load(options, place, reading)
     options, config = loaded.options, loaded.config(loaded.options)
     made = plan(loaded.base, config)
     model = get_peft_model(loaded.base, config, adapter_name=ADAPTER, seed=options.seed)
