@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,9 @@ from loraloom.train.options import TASKS, TrainOptions
 from loraloom.train.place import Place
 from loraloom.train.slot import Slot
 
+#: Numbers of each tensor that are looked at to tell models apart.
+SAMPLE = 256
+
 
 @dataclass
 class Loaded:
@@ -41,6 +45,8 @@ class Loaded:
     new_modules: list[str]
     metrics: Metrics
     place: Place
+    #: a hash by which the frozen model is known again
+    weights: str
 
     def config(self, options: TrainOptions) -> LoraConfig:
         """The adapter of ``options`` on this model: its new modules train with it."""
@@ -128,6 +134,17 @@ class _Records(Sequence[tuple[Row, Record]]):
         return self._rows[number], self._rows.record(number)
 
 
+def hash_of_weights(model: nn.Module) -> str:
+    """Of the shapes of all tensors and of some numbers of each: another model is noticed, in no time."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].cpu()
+        found.update(some.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def load(options: TrainOptions, where: Place | None = None, reading: Watch = silent) -> Loaded:
     """Read and check rows, tokenizer and model, in the order in which it costs. ``reading`` is told how far rows are.
 
@@ -162,10 +179,11 @@ def load(options: TrainOptions, where: Place | None = None, reading: Watch = sil
         revision=options.revision,
         attn_implementation=options.attn_implementation,
     )
+    weights = hash_of_weights(base)
     if not options.fsdp:  # else its parts go there one by one
         base.to(where.device)
     _check_vocabulary(base, data, options.model)
-    return Loaded(options, data, tokenizer, base, task, new, metrics, where)
+    return Loaded(options, data, tokenizer, base, task, new, metrics, where, weights)
 
 
 def _check_vocabulary(model: nn.Module, data: Data, name: str) -> None:

@@ -41,9 +41,6 @@ _EVALUATION = {"eval_strategy", "eval_steps", "eval_minutes", "metrics", "metric
 _EVALUATION |= {"load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"}
 _DECIDING = ("load_best_model_at_end", "early_stopping_patience")
 
-#: Numbers of each frozen tensor that are looked at to tell models apart.
-_SAMPLE = 256
-
 Resume = bool | str | Path | None
 Say = Callable[[str], None]
 
@@ -58,7 +55,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "options": prepared.options.to_dict(),
         "data": list(data.hashes.values()),
         "examples": _hash_of_examples(data.train.examples),
-        "base": prepared.weights or hash_of_weights(prepared.model),
+        "base": prepared.loaded.weights,
         "machine": versions() | machine(),
     }
 
@@ -71,20 +68,6 @@ def _hash_of_examples(examples: Sequence[Example]) -> str:
     found = hashlib.sha256(array.array("q", map(int, lengths)).tobytes())
     some = range(0, len(examples), max(1, len(examples) // 100))
     found.update(json.dumps([[examples[i].input_ids, examples[i].labels] for i in some]).encode())
-    return found.hexdigest()
-
-
-def hash_of_weights(model: PeftModel) -> str:
-    """Of the shapes of all frozen tensors and of some numbers of each: another model is noticed, in no time."""
-    found = hashlib.sha256()
-    trained = {id(p) for name in model.peft_config for p in model.adapter_parameters(name).values()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in trained:
-            continue
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].cpu()
-        found.update(some.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -29,7 +29,7 @@ from loraloom.train.pack import Pack
 from loraloom.train.place import find as find_place
 from loraloom.train.predict import predict
 from loraloom.train.record import RUN_NAME
-from loraloom.train.resume import Resume, Say, goes_on, hash_of_weights
+from loraloom.train.resume import Resume, Say, goes_on
 from loraloom.train.shard import shard
 from loraloom.train.signals import asked_to_stop
 from loraloom.train.slot import Slot
@@ -55,8 +55,6 @@ class Prepared:
     plan: Plan
     steps: int
     steps_per_epoch: int
-    #: by which the frozen model is known again
-    weights: str = ""
 
     @property
     def options(self) -> TrainOptions:
@@ -95,13 +93,12 @@ def prepare(options: TrainOptions, resume: Resume = None, reading: Watch = silen
     options, config = loaded.options, loaded.config(loaded.options)
     made = plan(loaded.base, config)
     model = get_peft_model(loaded.base, config, adapter_name=ADAPTER, seed=options.seed)
-    weights = hash_of_weights(model)
     if options.gradient_checkpointing:
         recompute.enable(model)
     if options.fsdp:
         shard(model, place)
     steps, per_epoch = loaded.steps(options)
-    return Prepared(loaded, model, made, steps, per_epoch, weights)
+    return Prepared(loaded, model, made, steps, per_epoch)
 
 
 def examine(prepared: Prepared) -> list[Finding]:

@@ -406,7 +406,7 @@ class Search:
         if source.is_dir():
             write_files(best, {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()})
         write_files(self.folder, {RESULT_NAME: json.dumps(made, indent=2, sort_keys=True).encode()})
-        options = replace(found.best.options, output=str(self.folder / "full"))
+        options = replace(found.best.options, output=str(self.folder / "full"), overwrite=False)
         score = found.scores[found.best.number].mean
         title = f"The best of {self.options.trials} trials: {self.options.metric} {score:.4g}"
         runfile.write(options, self.folder / BEST_FILE, title)
@@ -426,4 +426,4 @@ def _check_validation(loaded: Loaded) -> None:
 
 def _fingerprint(options: TuneOptions, loaded: Loaded) -> str:
     hashes = sorted(loaded.data.hashes.values())
-    return hashlib.sha256(json.dumps([options.fingerprint(), hashes]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([options.fingerprint(), hashes, loaded.weights]).encode()).hexdigest()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loraloom.config import LoraConfig
+from loraloom.errors import SaveError
 from loraloom.lora.inspection import ENERGY, singular_values
 from loraloom.lora.model import PeftModel
 from loraloom.lora.targets import Plan, plan
@@ -190,6 +191,11 @@ class Worker:
         name = name_of(trial.number)
         self.pack.add(name, self.loaded.config(trial.options), seed=trial.options.seed)
         parameters = self.pack.parameters_of(name)
+        if numbers and (lost := [key for key in parameters if f"adapter/{key}" not in numbers]):
+            raise SaveError(
+                f"what was written down of trial {trial.number} lacks {lost[0]}; give --overwrite to begin the search "
+                "anew"
+            )
         with torch.no_grad():
             for key, parameter in parameters.items():
                 if numbers:
