@@ -405,7 +405,7 @@ def tune_command(options: TuneOptions, output: Path) -> list[str]:
     train = options.train
     file.write_text(
         f"task: {train.task}\nmodel: {{name: {train.model}}}\ndata: {{train: {train.data}, validation: 40}}\n"
-        f"lora: {{r: 4}}\ntrain: {{max_steps: 60, batch_size: 8}}\noutput: {output}\n"
+        f"lora: {{r: 4}}\ntrain: {{max_steps: 120, batch_size: 8}}\noutput: {output}\n"
         f"tune: {{trials: 8, finalists: 2, seeds: 1, slots: 3, space: {json.dumps(MIXED)}}}\n"
     )
     return [sys.executable, "-m", "loraloom.cli", "tune", str(file)]
