@@ -66,10 +66,10 @@ FAMILIES: dict[str, tuple[Any, Any, TaskType, list[str], str]] = {
 }
 
 
-def built(family: str) -> tuple[Pack, dict[str, dict[str, Tensor]]]:
+def built(family: str, dtype: torch.dtype = torch.float32) -> tuple[Pack, dict[str, dict[str, Tensor]]]:
     config, cls, task, targets, _ = FAMILIES[family]
     torch.manual_seed(0)
-    base = cls(config)
+    base = cls(config).to(dtype)
     lora = {"target_modules": targets, "task_type": task, "init_lora_weights": False, "lora_dropout": 0.1}
     configs = {name: LoraConfig(r=r, **lora) for name, r in (("a", 4), ("b", 8))}
     source = torch.Generator().manual_seed(1)
@@ -81,9 +81,11 @@ def built(family: str) -> tuple[Pack, dict[str, dict[str, Tensor]]]:
     return Pack(base, configs), batches
 
 
-def trained(family: str, again: bool) -> tuple[dict[str, float], dict[str, Tensor], int]:
+def trained(
+    family: str, again: bool, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, float], dict[str, Tensor], int]:
     """Losses, gradients, and how often a part inside the layers ran."""
-    pack, batches = built(family)
+    pack, batches = built(family, dtype)
     if again:
         recompute.enable(pack.model)
     runs = 0
@@ -102,10 +104,11 @@ def trained(family: str, again: bool) -> tuple[dict[str, float], dict[str, Tenso
     return losses, gradients, runs
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_the_same_to_the_bit_and_layers_run_twice(family: str) -> None:
-    losses, gradients, runs = trained(family, again=False)
-    again, same, twice = trained(family, again=True)
+def test_gradients_are_the_same_to_the_bit_and_layers_run_twice(family: str, dtype: torch.dtype) -> None:
+    losses, gradients, runs = trained(family, again=False, dtype=dtype)
+    again, same, twice = trained(family, again=True, dtype=dtype)
     assert again == losses
     assert same.keys() == gradients.keys()
     assert all(torch.equal(same[name], gradients[name]) for name in gradients)

@@ -56,12 +56,16 @@ class Objective:
             inputs = {**inputs, "decoder_input_ids": shift(labels=labels)}  # type: ignore[operator]
         if not self._segments:
             inputs = {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
-        with _attention(inputs["input_ids"].shape[-1], self._dtype, inputs["input_ids"].device):
+        with self.attention(inputs["input_ids"]):
             out = self._model(**inputs, **self._options)
         if self._task is TaskType.QUESTION_ANS:
             return _spans(out, inputs.get("attention_mask"))
         found: Tensor = out.logits if self._head is None else out[0]
         return found
+
+    def attention(self, ids: Tensor) -> AbstractContextManager[None]:
+        """How attention is computed on ``ids`` [rows, length]; a backward that runs a layer again needs it as well."""
+        return _attention(ids.shape[-1], self._dtype, ids.device)
 
     def loss(self, out: Tensor, labels: Tensor) -> Tensor:
         """``losses`` where all rows go through the same adapters."""

@@ -120,8 +120,8 @@ class Pack:
         inputs, rows = self._joined([(name, batches[name]) for name in names])
         labels = inputs.pop("labels")
         slots = [name for name, own in rows.items() for _ in range(own.start, own.stop)]
-        # The backward is inside: gradient checkpointing runs parts of the forward again and needs their route.
-        with self.model.base_model.routed(slots, dropout_seeds):
+        # The backward is inside: gradient checkpointing runs parts of the forward again, by the same route and kernels.
+        with self.model.base_model.routed(slots, dropout_seeds), self._objective.attention(inputs["input_ids"]):
             losses = self._objective.losses(self._objective.forward(inputs, labels), labels, rows)
             values = torch.stack([loss.detach().double() for loss in losses.values()])
             found = dict(zip(losses, values.tolist(), strict=True))
