@@ -71,7 +71,7 @@ def encode_survey(
         FailureError: a worker died.
     """
     settings = {"labels": survey.names, **settings}
-    made = encoder(task, tokenizer, **settings)  # what is wrong with a setting is said before the cache is asked
+    encoder(task, tokenizer, **settings)  # what is wrong with a setting is said before the cache is asked
     job = _Job(task, tokenizer, settings, survey.shapes, skip, allow_untrained)
     small = survey.kept is not None
     count = workers if workers is not None else min(cores(), MOST) if survey.rows >= MANY else 1
@@ -84,7 +84,11 @@ def encode_survey(
         info = build(memory)
         lines = bytes(memory.files[BAD])
         return Encoded(
-            Table.written(memory, info), _problems(info), info["bad"], lambda: iter(lines.splitlines(True)), made.notes
+            Table.written(memory, info),
+            _problems(info),
+            info["bad"],
+            lambda: iter(lines.splitlines(True)),
+            info["notes"],
         )
     key = cache.key_of(
         {
@@ -106,7 +110,7 @@ def encode_survey(
             yield from file
 
     table = Table.opened(entry.folder, entry.info, entry)
-    return Encoded(table, _problems(entry.info), entry.info["bad"], read, made.notes)
+    return Encoded(table, _problems(entry.info), entry.info["bad"], read, entry.info["notes"])
 
 
 def _problems(info: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
@@ -151,6 +155,8 @@ class _Done:
     #: where a row stands, and why nothing of it can be trained on
     problems: list[tuple[str, str]]
     bad: list[BadRow]
+    #: what the encoder has to say by now
+    notes: list[str]
 
 
 def _worker(job: _Job) -> Callable[[tuple[int, list[Row]]], _Done]:
@@ -161,7 +167,7 @@ def _worker(job: _Job) -> Callable[[tuple[int, list[Row]]], _Done]:
         records = list(_records(job.shapes[number], rows, job.skip))
         examples: list[list[Example]] = []
         flags: list[int] = []
-        done = _Done(pack([], [], []), [], [])
+        done = _Done(pack([], [], []), [], [], [])
         for (row, _), result in zip(records, made.encode(records), strict=True):
             flag = OVERLONG * result.overlong | MERGED * result.merged | LEFT_OUT * result.left_out
             if result.error:
@@ -176,6 +182,7 @@ def _worker(job: _Job) -> Callable[[tuple[int, list[Row]]], _Done]:
             examples.append([] if result.error or result.problem else result.examples)
             flags.append(flag)
         done.packed = pack([row for row, _ in records], examples, flags)
+        done.notes = list(made.notes)
         return done
 
     return work
@@ -192,6 +199,7 @@ def _records(shape: Shape, rows: Iterable[Row], skip: bool) -> Iterator[tuple[Ro
 
 def _build(folder: Any, survey: Survey, job: _Job, workers: int, say: cache.Say, watch: Watch) -> dict[str, Any]:
     problems: dict[str, tuple[int, str]] = {}
+    notes: dict[str, None] = {}
     writer, lines, bad = Writer(folder), folder.file(BAD), 0
     if workers > 1 and not _travels(job):
         say("the tokenizer cannot be sent to other processes, so one process tokenises")
@@ -204,6 +212,7 @@ def _build(folder: Any, survey: Survey, job: _Job, workers: int, say: cache.Say,
         for row in done.bad:
             lines.write(bad_line(row))
         bad += len(done.bad)
+        notes |= dict.fromkeys(done.notes)
         writer.add(done.packed)
         watch("rows tokenised", writer.rows, survey.rows)
     if survey.kept is None:
@@ -217,7 +226,7 @@ def _build(folder: Any, survey: Survey, job: _Job, workers: int, say: cache.Say,
             f"{first}: {reason} (rows like this: {count}); with allow_untrained such rows are left out, and with "
             "on_bad_row: skip they are also written to a file"
         )
-    return {**writer.finish(), "problems": problems, "bad": bad}
+    return {**writer.finish(), "problems": problems, "bad": bad, "notes": list(notes)}
 
 
 def _travels(job: _Job) -> bool:

@@ -17,29 +17,35 @@ from loraloom.config import TaskType
 from loraloom.data.encode import IGNORE, Example
 from loraloom.train.dataset import Data, Part
 
-#: How trained tokens look, and the others.
+#: How trained tokens look, and the others; and what stands around trained ones where there are no colours.
 TRAINED, SEEN = "bold green", "dim"
+MARKS = "⟦", "⟧"
 #: Tokens of a row that are shown, of its beginning and of its end; bars of the histogram, and their width.
 HEAD, TAIL, BARS, WIDE = 300, 100, 10, 40
 
 
-def picture(data: Data, tokenizer: Any, task: TaskType, rows: int = 3, max_length: int | None = None) -> RenderableType:
-    """The first training rows as the model sees them, what was noticed, and the figures."""
+def picture(
+    data: Data, tokenizer: Any, task: TaskType, rows: int = 3, max_length: int | None = None, marks: bool = False
+) -> RenderableType:
+    """The first training rows as the model sees them, what was noticed, and the figures.
+
+    ``marks``: in a text, what is trained on stands between ``MARKS``, for where there are no colours.
+    """
     parts: list[RenderableType] = [Text(note) for note in data.notes]
     parts += [Text(f"warning: {warning}", "yellow") for warning in data.warnings]
     for number in range(min(rows, len(data.train.examples))):
         where = data.train.examples.where(number)
-        parts += [Text(f"\n{where}", "bold"), shown(data.train.examples[number], tokenizer, task, data.names)]
+        parts += [Text(f"\n{where}", "bold"), shown(data.train.examples[number], tokenizer, task, data.names, marks)]
     parts += [Text(), *figures(data, task), Text(), histogram(data.train.lengths, max_length)]
     return Group(*parts)
 
 
-def shown(example: Example, tokenizer: Any, task: TaskType, names: Sequence[str] = ()) -> Text:
+def shown(example: Example, tokenizer: Any, task: TaskType, names: Sequence[str] = (), marks: bool = False) -> Text:
     """One example: what is trained on in colour, what the model only reads dim."""
     ids, labels = example.input_ids, example.labels
     if task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS) and isinstance(labels, list):
         tags = names if task is TaskType.TOKEN_CLS else ()
-        return _pieces(tokenizer, ids, [int(label) for label in labels], tags)
+        return _pieces(tokenizer, ids, [int(label) for label in labels], tags, marks and not tags)
     text = _pieces(tokenizer, ids, [IGNORE] * len(ids))
     if task is TaskType.SEQ_2_SEQ_LM and isinstance(labels, list):
         return text.append("\n→ ").append(tokenizer.decode(labels), TRAINED)
@@ -56,7 +62,9 @@ def _label(labels: Any, names: Sequence[str]) -> str:
     return names[labels] if names and isinstance(labels, int) else f"{labels:g}"
 
 
-def _pieces(tokenizer: Any, ids: Sequence[int], labels: Sequence[int], names: Sequence[str] = ()) -> Text:
+def _pieces(
+    tokenizer: Any, ids: Sequence[int], labels: Sequence[int], names: Sequence[str] = (), marks: bool = False
+) -> Text:
     """Runs of tokens that are alike, each decoded as one; a long row without its middle."""
     text = Text()
     cut = len(ids) > HEAD + TAIL
@@ -67,7 +75,8 @@ def _pieces(tokenizer: Any, ids: Sequence[int], labels: Sequence[int], names: Se
         for label, group in groupby(span, key=lambda i: labels[i] if names else labels[i] != IGNORE):
             run = [ids[i] for i in group]
             trained = label not in (IGNORE, False)
-            text.append(tokenizer.decode(run), TRAINED if trained else SEEN)
+            before, after = MARKS if marks and trained else ("", "")
+            text.append(f"{before}{tokenizer.decode(run)}{after}", TRAINED if trained else SEEN)
             if names and trained:
                 text.append(f"[{names[label]}]", "green")
             if names:
@@ -102,11 +111,12 @@ def _share_trained(part: Part, task: TaskType) -> str:
 def histogram(lengths: Sequence[int], max_length: int | None = None) -> Text:
     """Rows by their tokens, as bars."""
     found = np.asarray(lengths)
-    counts, edges = np.histogram(found, bins=min(BARS, max(1, int(found.max() - found.min()) + 1)))
+    edges = np.unique(np.linspace(found.min(), found.max() + 1, BARS + 1).astype(int))
+    counts, _ = np.histogram(found, bins=edges)
     text = Text("tokens of a row\n", "bold")
     for count, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
         bar = "█" * round(WIDE * count / max(counts.max(), 1)) or ("▏" if count else "")
-        text.append(f"{int(np.ceil(low)):>7,} to {int(high):<7,} ").append(bar, "green").append(f" {count:,}\n")
+        text.append(f"{low:>7,} to {high - 1:<7,} ").append(bar, "green").append(f" {count:,}\n")
     if max_length is not None and (full := int((found >= max_length).sum())):
         text.append(f"{full:,} of them at max_length={max_length}\n", "yellow")
     text.rstrip()
