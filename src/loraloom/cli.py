@@ -312,7 +312,9 @@ def data(
         if model is None:
             raise ConfigError("Missing option '--model'.")
         given |= {"data.train": source, "output": "-"}
-        given.setdefault("task", task or guess(source, None, format, given.get("data.columns"))[0])
+        given.setdefault(
+            "task", task or guess(source, None, format, given.get("data.columns"), on_bad_row == "skip")[0]
+        )
         options = runfile.read(None, settings or (), given).options
     data_run(options, rows=rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,16 @@ def test_what_is_trained_on_is_marked_where_there_are_no_colours_and_the_default
     assert not Path("-").exists()
 
 
+def test_bad_rows_that_are_skipped_are_shown_and_nothing_is_left_behind(decoder_folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the cat"}\n{"text": "the film"}\n{"text": 7}\n')
+    options = TrainOptions(model=str(decoder_folder), data=str(rows), task="causal-lm", output="-", on_bad_row="skip")
+    out = io.StringIO()
+    data_run(options, Console(file=out, width=200))
+    assert "1 row cannot be used and are left out; see below" in out.getvalue()
+    assert "must be a string, found int 7" in out.getvalue()
+
+
 def test_every_row_is_in_one_bar_and_bars_do_not_overlap() -> None:
     lengths = [3, 3, 4, 9, 10, 11, 30, 31, 47]
     bars = [line.split() for line in histogram(lengths).plain.splitlines()[1:]]
@@ -36,5 +47,5 @@ def test_every_row_is_in_one_bar_and_bars_do_not_overlap() -> None:
     ends = [(int(low), int(high)) for low, _, high, *_ in bars]
     assert ends[0][0] == 3
     assert ends[-1][1] == 47
-    assert all(high + 1 == low for (_, high), (low, _) in zip(ends[:-1], ends[1:], strict=True))
+    assert all(high + 1 == low for (_, high), (low, _) in pairwise(ends))
     assert len(histogram([5, 5]).plain.splitlines()) == 2

@@ -77,3 +77,11 @@ def test_a_file_that_is_there_stays(decoder_folder: Path, chats: Path, tmp_path:
     assert path.read_text() == "mine"
     begin(str(decoder_folder), str(chats), path, overwrite=True)
     assert runfile.read(path).options.task == "causal-lm"
+
+
+def test_bad_rows_are_passed_over_in_guessing_where_they_are_to_be_skipped(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "a", "label": "b"}\nno JSON\n')
+    with pytest.raises(DataError, match="line 2"):
+        guess(str(data))
+    assert guess(str(data), skip=True)[0] == "seq-cls"

@@ -117,11 +117,14 @@ def data_run(options: TrainOptions, console: Console | None = None, *, rows: int
         with Reading(console) as reading:
             nowhere = replace(options, output=str(Path(folder) / "nothing"), overwrite=True)
             prepared = prepare(nowhere, reading=reading)
+        bad = Path(nowhere.output) / BAD_ROWS
+        prepared.data.warnings = [text.replace(str(bad), "below") for text in prepared.data.warnings]
         length, marks = prepared.options.max_length, console.color_system is None
         console.print(picture(prepared.data, prepared.tokenizer, prepared.task, rows, length, marks))
-        bad = Path(folder) / "nothing" / BAD_ROWS
         if bad.exists():
-            console.print(f"\nbad rows:\n{bad.read_text()[:4000]}", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"\nbad rows:\n{bad.read_text()[:4000].rstrip()}", markup=False, highlight=False, soft_wrap=True
+            )
         console.print()
         console.print(expectations([], outlook(prepared)), soft_wrap=True)
 

@@ -22,15 +22,19 @@ _LOOK = 100
 
 
 def guess(
-    data: Any, task: str | None = None, format: str | None = None, columns: Mapping[str, str] | None = None
+    data: Any,
+    task: str | None = None,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    skip: bool = False,
 ) -> tuple[str, Shape]:
-    """The task that the rows of ``data`` are for, and their shape.
+    """The task that the rows of ``data`` are for, and their shape. With ``skip``, bad rows are passed over.
 
     Raises:
         DataError: they fit no task, or not the one that is given.
     """
     source = resolve(data, format=format)[0]
-    rows = source.first(_LOOK)
+    rows = source.first(_LOOK, (lambda bad: None) if skip else None)
     if task is not None:
         return task, recognise(rows, TASKS[task], format, columns)
     for name in _ORDER:
