@@ -553,6 +553,29 @@ def test_an_exchange_that_does_not_fit_by_itself_is_an_error() -> None:
     assert "exchange 7 of the conversation with the system message is longer than max_length=100" in error
 
 
+@pytest.mark.parametrize("length", [60, 90, 120])
+def test_exchanges_of_weight_0_are_no_obstacle_to_a_split(length: int) -> None:
+    made = tokenizer("chatml")
+    quiet = [m for i in range(4) for m in (user(f"Is it {i}?"), bot(f"No, not {i}.", weight=0))]
+    for talk in ([*quiet, *LONG[1:]], [*LONG[1:], *quiet], [*LONG[1:7], *quiet, *LONG[7:]]):
+        result = one(talk, made, max_length=length, overlong="split")
+        assert result.overlong
+        assert trained(result, made) == trained(one(LONG[1:], made), made)  # each answer once, in order
+        assert all(len(example.input_ids) <= length for example in result.examples)
+        assert all(any(label != IGNORE for label in example.labels) for example in result.examples)
+    # Where there is room, they are what goes before an answer.
+    if length == 120:
+        first = one([*quiet, *LONG[1:]], made, max_length=length, overlong="split").examples[0]
+        assert "No, not 3." in made.decode(first.input_ids)
+
+
+def test_an_exchange_of_weight_0_that_does_not_fit_is_left_out_of_a_split() -> None:
+    made = tokenizer("chatml")
+    talk = [user("How?"), bot("It is fine. " * 60, weight=0), *LONG[1:]]
+    result = one(talk, made, max_length=100, overlong="split")
+    assert trained(result, made) == trained(one(LONG[1:], made), made)
+
+
 def test_a_conversation_cut_before_the_first_answer_has_nothing_to_train_on() -> None:
     result = one([user("How is it? " * 40), bot("Fine.")], tokenizer("chatml"), max_length=40)
     assert result.examples == []

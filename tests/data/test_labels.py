@@ -85,6 +85,7 @@ def test_a_row_over_length_is_cut_dropped_or_an_error_but_never_split(word_piece
         (result,) = encoded(word_pieces, long, max_length=5, labels=["a"], overlong=overlong)
         assert (len(result.examples), result.overlong) == (examples, True)
     assert result.error.startswith("8 tokens, where max_length is 5")
+    assert result.error.endswith("(truncate or drop)")
     with pytest.raises(ConfigError, match="overlong: seq-cls cannot split a row"):
         encoded(word_pieces, long, labels=["a"], overlong="split")
 

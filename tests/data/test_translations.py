@@ -55,6 +55,7 @@ def test_rows_over_length_may_be_dropped_or_errors_but_not_split(marked_pieces: 
     count = len(marked_pieces(ENGLISH).input_ids)
     result = encoded(marked_pieces, ENGLISH, "cat", 8, overlong="error")
     assert result.error.startswith(f"{count} tokens, where max_length is 8")
+    assert result.error.endswith("(truncate or drop)")
     with pytest.raises(ConfigError, match="overlong: seq2seq-lm cannot split a row"):
         encoded(marked_pieces, ENGLISH, "cat", overlong="split")
 

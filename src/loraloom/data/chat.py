@@ -12,7 +12,8 @@ templates have none, and of those that do, some put the heading inside and some 
 
 Over ``max_length``, with ``split``: a conversation is split between exchanges (a message of the user, and all
 until the next one that follows an answer). Each part opens with the system message and has as many exchanges as
-fit; one exchange that does not fit is an error for that row.
+fit; one exchange that does not fit is an error for that row. Exchanges of weight 0 go with others, as far as there
+is room, and make no part by themselves.
 """
 
 from __future__ import annotations
@@ -94,17 +95,28 @@ class ChatEncoder:
         opening, exchanges = _exchanges(chat.messages)
         whole = replace(self.settings, overlong="error")
         total = Encoded1(overlong=True)
-        part: list[Message] = []
+        part: list[list[Message]] = []
         fits: Encoded1 | None = None
+
+        def tried() -> Encoded1:
+            messages = [message for one in [*part, exchange] for message in one]
+            return self._encode([Chat([*opening, *messages], chat.tools)], whole)[0]
+
         for number, exchange in enumerate(exchanges):
             if not any(message.get("role") == "assistant" for message in exchange):
                 total.left_out = True  # a question at the end that nobody answers
                 continue
-            longer = self._encode([Chat([*opening, *part, *exchange], chat.tools)], whole)[0]
+            longer = tried()
             if longer.overlong and fits is not None:
                 _add(total, fits)
-                part = []
-                longer = self._encode([Chat([*opening, *exchange], chat.tools)], whole)[0]
+                part, fits = [], None
+                longer = tried()
+            while longer.overlong and part:  # these have weight 0
+                part = part[1:]
+                longer = tried()
+            if _untrained(exchange) and fits is None and not longer.error:
+                part = [*part, exchange]
+                continue
             if longer.overlong:
                 beside = " with the system message" if opening else ""
                 return Encoded1(
@@ -115,7 +127,7 @@ class ChatEncoder:
                 )
             if longer.error or longer.problem:
                 return replace(longer, overlong=True, examples=[])
-            part, fits = [*part, *exchange], longer
+            part, fits = [*part, exchange], longer
         if fits is not None:
             _add(total, fits)
         return total
@@ -173,6 +185,11 @@ def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Me
             exchanges.append([])
         exchanges[-1].append(message)
     return list(messages[:first]), exchanges
+
+
+def _untrained(exchange: Sequence[Message]) -> bool:
+    """All that the assistant says in it has weight 0."""
+    return not any(message.get("weight", 1) for message in exchange if message.get("role") == "assistant")
 
 
 def _add(total: Encoded1, part: Encoded1) -> None:

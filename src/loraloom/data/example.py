@@ -106,9 +106,10 @@ def tokenize(
         ).encodings
 
 
-def over_length(count: int, settings: Settings) -> str:
-    """The error for a row of ``count`` tokens where rows over length are errors."""
+def over_length(count: int, settings: Settings, *, splits: bool = True) -> str:
+    """The error for a row of ``count`` tokens where rows over length are errors. ``splits``: the task can split one."""
+    ways = "truncate, drop or split" if splits else "truncate or drop"
     return (
         f"{count} tokens, where max_length is {settings.max_length}; raise max_length, shorten the row, or choose "
-        f"with overlong what is done with such rows (truncate, drop or split)"
+        f"with overlong what is done with such rows ({ways})"
     )

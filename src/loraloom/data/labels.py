@@ -71,7 +71,9 @@ class LabelEncoder:
             elif all(tokens.special_tokens_mask):
                 encoded.append(Encoded1(problem="the tokenizer finds no token in 'text'"))
             elif overlong and self.settings.overlong == "error":
-                encoded.append(Encoded1(overlong=True, error=over_length(self._count(record), self.settings)))
+                encoded.append(
+                    Encoded1(overlong=True, error=over_length(self._count(record), self.settings, splits=False))
+                )
             elif overlong and self.settings.overlong == "drop":
                 encoded.append(Encoded1(overlong=True))
             else:

@@ -61,7 +61,7 @@ class TranslationEncoder:
         if overlong and self.settings.overlong == "error":
             further = sum(part.special_tokens_mask.count(0) for part in rest)
             longest = max(len(ids) + further, len(labels))
-            return Encoded1(overlong=True, error=over_length(longest, self.settings))
+            return Encoded1(overlong=True, error=over_length(longest, self.settings, splits=False))
         if overlong and self.settings.overlong == "drop":
             return Encoded1(overlong=True)
         return Encoded1([Example(ids, labels[:limit])], overlong=overlong)
