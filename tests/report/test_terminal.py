@@ -14,9 +14,9 @@ from rich.console import Console, RenderableType
 from loraloom import LoraConfig
 from loraloom.lora.inspection import inspect
 from loraloom.report.session import train_run
-from loraloom.report.terminal import Meter, Reading, expectations, inspection, memory_table, overview, predictions, size
+from loraloom.report.terminal import Meter, Reading, expectations, inspection, memory_table, overview, predictions
 from loraloom.train.doctor import Finding
-from loraloom.train.memory import Memory
+from loraloom.train.memory import Memory, size
 from loraloom.train.options import TrainOptions
 from loraloom.train.outlook import Outlook
 from loraloom.train.run import prepare

@@ -19,8 +19,8 @@ from loraloom.train.pack import Pack
 def looked(model: PeftModel, folder: Path, examples: list[Example], again: bool = False) -> Outlook:
     pack = Pack(model)
     return look_ahead(
-        pack, "default", model.peft_config["default"], examples, examples[:2], empty=build_empty(str(folder), pack.task),
-        dtype="float32", batch_size=4, forwards=1000, evaluations=10, gradient_checkpointing=again,
+        pack, "default", model.peft_config["default"], examples, examples[:2],
+        empty=build_empty(str(folder), pack.task), dtype="float32", batch_size=4, forwards=1000, evaluations=10, gradient_checkpointing=again,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from loraloom.config import LoraConfig
 from loraloom.lora.inspection import ENERGY, Inspection
+from loraloom.train.memory import size
 
 if TYPE_CHECKING:
     from loraloom.train.doctor import Finding
@@ -227,15 +228,6 @@ def inspection(folder: str, found: Inspection) -> str:
             f"median {ranks[len(ranks) // 2]}, largest {ranks[-1]}"
         )
     return "\n".join(lines)
-
-
-def size(count: float) -> str:
-    """Bytes for people: ``"3.0 MiB"``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def predictions(rows: list[dict[str, Any]]) -> Table:

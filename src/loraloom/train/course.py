@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from loraloom.errors import ConfigError, InputError, LoraloomError, SaveError, TrainingError
 from loraloom.lora import checkpoint as adapters
-from loraloom.train import best, checkpoints, output, resume
+from loraloom.train import best, checkpoints, outlook, output, resume
 from loraloom.train.checkpoints import Checkpoint
 from loraloom.train.failures import Interrupted, explain, not_finite
 from loraloom.train.loop import Every, Progress, spoilt, train_pack
@@ -271,7 +271,14 @@ class Course:
         if isinstance(error, LoraloomError):
             return str(error)
         at = f"evaluation at step {slot.step}" if self._evaluating else f"step {slot.step + 1}"
-        return f"{at}: {explain(error, self.options, evaluating=self._evaluating)}"
+        needs = None if self._evaluating else self._needs
+        return f"{at}: {explain(error, self.options, evaluating=self._evaluating, needs=needs)}"
+
+    def _needs(self, batch_sizes: list[int]) -> dict[int, int]:
+        loaded, options = self.prepared.loaded, self.options
+        length = int(max(self.prepared.data.train.lengths))
+        again = options.gradient_checkpointing
+        return outlook.needs(loaded.empty, loaded.config(options), length, options.dtype, batch_sizes, again)
 
     def _keep(self, found: dict[str, Any], error: BaseException | None) -> list[str]:
         """Save a checkpoint, where it is known what it would hold, and the adapter. Returns what there is now."""

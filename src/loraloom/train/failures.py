@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from loraloom.errors import FailureError
+from loraloom.train.memory import size
 from loraloom.train.options import TrainOptions
 
 #: What to do about a loss that is not finite.
@@ -21,10 +22,19 @@ class Interrupted(FailureError):
         self.record = record
 
 
-def explain(error: BaseException, options: TrainOptions | None = None, *, evaluating: bool = False) -> str:
-    """One line on an error that is not loraloom's own; for the commonest one, what to do."""
+def explain(
+    error: BaseException,
+    options: TrainOptions | None = None,
+    *,
+    evaluating: bool = False,
+    needs: Callable[[list[int]], Mapping[int, int]] | None = None,
+) -> str:
+    """One line on an error that is not loraloom's own; for the commonest one, what to do.
+
+    ``needs`` counts what steps of fewer rows would take, in bytes.
+    """
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-        return f"out of memory; {_less(options, evaluating)}"
+        return f"out of memory; {_less(options, evaluating)}{_counted(options, needs)}"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -46,6 +56,18 @@ def _less(options: TrainOptions | None, evaluating: bool) -> str:
         anew.append("dtype bfloat16")
     ways = f"begin anew with {'; or '.join(anew)}" if anew else "take a smaller model"
     return ways if options.gradient_checkpointing else f"set gradient_checkpointing, with which it can go on, or {ways}"
+
+
+def _counted(options: TrainOptions | None, needs: Callable[[list[int]], Mapping[int, int]] | None) -> str:
+    if options is None or needs is None or options.batch_size == 1:
+        return ""
+    sizes = [options.batch_size >> shift for shift in range(4) if options.batch_size >> shift]
+    try:
+        found = needs(sizes)
+    except Exception:  # what can be told without it, is
+        return ""
+    told = ", ".join(f"{size(count)} with batch_size {rows}" for rows, count in found.items())
+    return f" (beside the model a step takes {told})" if told else ""
 
 
 def not_finite(failure: str, failed: Sequence[int], guilty: Sequence[int], where: Callable[[int], str]) -> str:

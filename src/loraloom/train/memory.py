@@ -39,6 +39,15 @@ class Memory:
         return self.base + self.adapter + self.gradients + self.optimizer + (self.activations or 0)
 
 
+def size(count: float) -> str:
+    """Bytes for people: ``"3.0 MiB"``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
 def estimate(
     model: nn.Module, config: LoraConfig, *, rows: int, length: int, dtype: str, recompute: bool = False
 ) -> tuple[Plan, Memory]:

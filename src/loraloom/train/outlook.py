@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,18 @@ def look_ahead(
     seconds = each * mean * batch_size * forwards
     seconds += FORWARD * each * evaluations * sum(len(example.input_ids) for example in held_out)
     return Outlook(memory, free_memory(), seconds)
+
+
+def needs(
+    empty: Callable[[], nn.Module], config: LoraConfig, length: int, dtype: str, batch_sizes: Iterable[int], again: bool
+) -> dict[int, int]:
+    """Rows of a forward → bytes that a step with them takes beside the frozen model, as far as it can be counted."""
+    found = {}
+    for rows in batch_sizes:
+        _, memory = estimate(empty(), config, rows=rows, length=length, dtype=dtype, recompute=again)
+        if memory.activations is not None:
+            found[rows] = memory.total - memory.base
+    return found
 
 
 def free_memory() -> int:

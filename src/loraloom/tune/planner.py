@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from loraloom.config import LoraConfig
 from loraloom.errors import ConfigError
 from loraloom.train.loop import advance
-from loraloom.train.memory import Memory, estimate
+from loraloom.train.memory import Memory, estimate, size
 from loraloom.train.outlook import free_memory
 from loraloom.train.pack import Pack
 from loraloom.train.run import Loaded, explain
@@ -51,11 +51,11 @@ def plan_slots(
     room = (memory - need.base) if memory else int(SHARE * free_memory())
     each = int(MARGIN * (need.total - need.base))
     fit = room // max(each, 1)
-    said = f"{_size(room)} for {_size(each)} a trial"
+    said = f"{size(room)} for {size(each)} a trial"
     if fit < 1:
         raise ConfigError(
-            f"memory: a trial needs {_size(each)} beside the model of {_size(need.base)}, and there is "
-            f"{_size(max(room, 0))}; lower batch_size, max_length or the ranks of the space, or give more memory"
+            f"memory: a trial needs {size(each)} beside the model of {size(need.base)}, and there is "
+            f"{size(max(room, 0))}; lower batch_size, max_length or the ranks of the space, or give more memory"
         )
     if wanted is not None:
         count = min(wanted, fit, most)
@@ -121,11 +121,3 @@ def _rate(pack: Pack, loaded: Loaded, config: LoraConfig, count: int) -> float:
         for name in names:
             if name in pack.adapters:
                 pack.remove(name)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
