@@ -219,7 +219,7 @@ class Course:
         """
         found = self._record("finished", self._adapter_step)
         if self.slot.world.first:
-            output.save(self.model, self.folder, found)
+            output.save(self.model, self.folder, found, self.prepared.data.template)
         self.slot.world.wait()
         return found
 
@@ -290,7 +290,7 @@ class Course:
             except Exception as problem:
                 notes.append(str(problem) if isinstance(problem, LoraloomError) else explain(problem))
         try:
-            output.save(self.model, self.folder, found)
+            output.save(self.model, self.folder, found, self.prepared.data.template)
             there = f"the adapter as it was after step {slot.step} is saved in {self.folder}"
             notes.append(f"{there}; to see it: loraloom inspect {shlex.quote(str(self.folder))}")
         except SaveError as problem:
@@ -310,7 +310,7 @@ class Course:
         with contextlib.suppress(KeyboardInterrupt, Exception):
             self.slot.curve.evaluations.append({"step": self.slot.step, **self._measure(self.slot)})
             found = self._record("interrupted")
-            output.save(self.model, self.folder, found)
+            output.save(self.model, self.folder, found, self.prepared.data.template)
         return found
 
     def _record(self, state: str, adapter_step: int | None = None) -> dict[str, Any]:

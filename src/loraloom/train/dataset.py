@@ -21,17 +21,20 @@ import numpy.typing as npt
 from loraloom.data.batches import bucketed, padding_share
 from loraloom.data.holdout import held_out, weighted
 from loraloom.data.prepare import Encoded, encode_survey
-from loraloom.data.records import Record
-from loraloom.data.rows import Row
+from loraloom.data.records import Chat, Record
+from loraloom.data.rows import Row, RowError
 from loraloom.data.sources import resolve
 from loraloom.data.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Examples, unpicked
 from loraloom.data.survey import Survey, Watch, survey
-from loraloom.errors import DataError, SaveError
+from loraloom.data.templates import find_template
+from loraloom.errors import ConfigError, DataError, SaveError
 from loraloom.train.load import length_within
 from loraloom.train.options import TASKS, TrainOptions
 
 #: Where bad rows go that are skipped, in the output folder.
 BAD_ROWS = "bad-rows.jsonl"
+#: The chat template beside the adapter, under the name by which transformers finds it with a tokenizer.
+TEMPLATE_NAME = "chat_template.jinja"
 #: Held-out rows that are read again at once, for the predictions that are shown at the end: the file may be gone then.
 SHOWN = 16
 
@@ -100,6 +103,8 @@ class Data:
     problem: str | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    #: the chat template that conversations were written with, unless it is what the tokenizer does by itself
+    template: str | None = None
 
 
 class HeldOut(Sequence[Row]):
@@ -175,6 +180,9 @@ def read_run_rows(options: TrainOptions, watch: Watch = silent) -> Rows:
         evaluation = survey(sources, task, known=train, **given)
         notes += [f"{s.describe()}: {shape.describe()}" for s, shape in zip(sources, evaluation.shapes, strict=True)]
         held = np.arange(evaluation.rows)
+    if options.chat_template is not None and not (_talks(train) or _talks(evaluation)):
+        names = ", ".join(dict.fromkeys(shape.name for shape in train.shapes))
+        raise ConfigError(f"chat_template: does nothing, for the rows hold no conversations ({names}); leave it out")
     weights = [source.weight for source in train.sources]
     if any(weight != 1 for weight in weights):
         ends = np.searchsorted(rows, np.cumsum(train.counts))
@@ -225,7 +233,27 @@ def encode_run_rows(rows: Rows, options: TrainOptions, tokenizer: Any, watch: Wa
     assert shown[:SHOWN]
     lengths = train.examples.lengths.tolist()
     padding = padding_share(lengths, bucketed(lengths, options.batch_size, options.seed, 0))
-    return Data(train, evaluation, shown, rows.names, padding, rows.hashes, rows.train.problem, notes, warnings)
+    template = None
+    if _talks(rows.train):
+        found = find_template(tokenizer, options.chat_template)
+        if (template := found.text) is not None:
+            notes.append(f"{found.name} is kept with the adapter, as {TEMPLATE_NAME}")
+    return Data(
+        train, evaluation, shown, rows.names, padding, rows.hashes, rows.train.problem, notes, warnings, template
+    )
+
+
+def _talks(found: Survey) -> bool:
+    """Are there conversations, by the first rows of each source?"""
+    for source, shape in zip(found.sources, found.shapes, strict=True):
+        if shape.name in ("messages", "sharegpt", "alpaca"):
+            return True
+        if shape.name == "prompt-completion":  # of texts, or of messages
+            for row in source.first(SHOWN, lambda bad: None):
+                with contextlib.suppress(RowError):
+                    if isinstance(shape.read(row), Chat):
+                        return True
+    return False
 
 
 def _part(encoded: Encoded, numbers: Array, overlong: str) -> Part:

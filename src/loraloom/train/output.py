@@ -14,6 +14,7 @@ from loraloom.lora.atomic import write_files
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel
 from loraloom.train import checkpoints
+from loraloom.train.dataset import TEMPLATE_NAME
 from loraloom.train.options import TrainOptions
 from loraloom.train.record import RUN_NAME, as_json
 
@@ -57,17 +58,23 @@ def check_output(options: TrainOptions, *, going_on: bool = False) -> None:
                 path.rmdir()
 
 
-def save(model: PeftModel, folder: str | Path, record: Mapping[str, Any]) -> None:
+def save(model: PeftModel, folder: str | Path, record: Mapping[str, Any], template: str | None = None) -> None:
     """Write the adapter and ``run.json``; where the folder cannot be written, into a temporary one.
+
+    ``template`` is the chat template to be kept beside them. That of an earlier run goes with its adapter.
 
     Raises:
         SaveError: so it was; the message says where the adapter is instead.
     """
-    text = as_json(record)
+    files = {RUN_NAME: as_json(record)} | ({TEMPLATE_NAME: template.encode()} if template is not None else {})
 
     def write(to: str | Path) -> None:
+        stale = template is None and (Path(to) / RUN_NAME).exists()
         model.save_pretrained(to)
-        write_files(to, {RUN_NAME: text})
+        write_files(to, files)
+        if stale:
+            with contextlib.suppress(OSError):
+                (Path(to) / TEMPLATE_NAME).unlink()
 
     try:
         write(folder)

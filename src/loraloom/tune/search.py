@@ -25,6 +25,7 @@ from loraloom.config import TaskType
 from loraloom.errors import DataError
 from loraloom.lora.atomic import write_files
 from loraloom.train import runfile
+from loraloom.train.dataset import TEMPLATE_NAME
 from loraloom.train.metrics import metric_name
 from loraloom.train.run import Interrupted, Loaded, check_output, load
 from loraloom.train.signals import asked_to_stop
@@ -404,7 +405,10 @@ class Search:
             },
         )
         if source.is_dir():
-            write_files(best, {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()})
+            files = {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
+            if (template := self.loaded.data.template) is not None:
+                files[TEMPLATE_NAME] = template.encode()
+            write_files(best, files)
         write_files(self.folder, {RESULT_NAME: json.dumps(made, indent=2, sort_keys=True).encode()})
         options = replace(found.best.options, output=str(self.folder / "full"), overwrite=False)
         score = found.scores[found.best.number].mean
