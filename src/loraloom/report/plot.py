@@ -36,9 +36,11 @@ def plot_run(record: Mapping[str, Any], path: str | Path) -> None:
     if evaluations:
         last = evaluations[-1]
         text = f"{last[metric]:.3f}"
-        right.annotate(text, (last["step"], last[metric]), textcoords="offset points", xytext=(-8, 8), ha="right")
+        falls = len(evaluations) > 1 and evaluations[-2][metric] > last[metric]
+        offset = (-8, -16 if falls else 8)  # on the side where the line does not come from
+        right.annotate(text, (last["step"], last[metric]), textcoords="offset points", xytext=offset, ha="right")
     right.set(title=f"{metric} on held-out rows", xlabel="step")
-    right.margins(y=0.15)
+    right.margins(y=0.2)
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.set_xlim(0, 1.02 * len(losses) + 0.5)
