@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loraloom.data.encode import Encoded1, encoder
-from loraloom.data.labels import NUMBER, SEVERAL, SINGLE, problem_of
+from loraloom.data.labels import NUMBER, SEVERAL, SINGLE
 from loraloom.data.records import Labelled
 from loraloom.data.rows import Row
 from loraloom.errors import ConfigError
@@ -88,11 +88,3 @@ def test_a_row_over_length_is_cut_dropped_or_an_error_but_never_split(word_piece
     assert result.error.endswith("(truncate or drop)")
     with pytest.raises(ConfigError, match="overlong: seq-cls cannot split a row"):
         encoded(word_pieces, long, labels=["a"], overlong="split")
-
-
-@pytest.mark.parametrize(
-    ("labels", "problem"),
-    [(["a", "b"], SINGLE), ([1, 2.0], SINGLE), ([1, 2.5], NUMBER), ([["a"], []], SEVERAL), ([1.5, ["a"]], SEVERAL)],
-)
-def test_what_labels_are_is_seen_from_all_of_them(labels: list[Any], problem: str) -> None:
-    assert problem_of(Labelled("x", None, label) for label in labels) == problem

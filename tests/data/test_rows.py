@@ -14,17 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraloom.config import TaskType
-from loraloom.data.rows import (
-    Row,
-    as_task,
-    check_columns,
-    check_labels,
-    data_hash,
-    label_ids,
-    label_names,
-    read_rows,
-    split,
-)
+from loraloom.data.holdout import held_out
+from loraloom.data.readers import file_hash
+from loraloom.data.rows import as_task, ordered_labels
+from loraloom.data.sources import read_rows
 from loraloom.errors import ConfigError, DataError
 
 CALM = settings(max_examples=60, deadline=None)  # two cores are shared: a slow example is no failure
@@ -47,10 +40,6 @@ def refused(path: Path, *words: str) -> None:
         read_rows(path)
     for word in (str(path), *words):
         assert word in str(error.value)
-
-
-def labelled(*labels: object) -> list[Row]:
-    return [Row({"text": "x", "label": label}, line) for line, label in enumerate(labels, start=1)]
 
 
 # Reading what is right ------------------------------------------------------------------------------------
@@ -113,7 +102,7 @@ def test_a_line_separator_inside_a_json_string_ends_no_line(tmp_path: Path) -> N
 
 def test_the_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
     path = saved(tmp_path, "a.jsonl", b"\xef\xbb\xbf{}\r\n")
-    assert data_hash(path) == hashlib.sha256(b"\xef\xbb\xbf{}\r\n").hexdigest()
+    assert file_hash(path) == hashlib.sha256(b"\xef\xbb\xbf{}\r\n").hexdigest()
 
 
 # Reading what is wrong ------------------------------------------------------------------------------------
@@ -124,7 +113,7 @@ def test_a_missing_file_is_named_with_the_nearest_one_beside_it(tmp_path: Path) 
     refused(tmp_path / "trian.jsonl", "no such file", "did you mean 'train.jsonl'")
     refused(tmp_path / "no" / "folder.csv", "no such file")
     with pytest.raises(DataError, match="no such file"):
-        data_hash(tmp_path / "trian.jsonl")
+        file_hash(tmp_path / "trian.jsonl")
 
 
 def test_a_directory_is_refused(tmp_path: Path) -> None:
@@ -212,7 +201,7 @@ def test_no_bytes_at_all_raise_anything_but_a_data_error(
             assert rows
 
 
-# Columns --------------------------------------------------------------------------------------------------
+# Tasks ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["seq-cls", "SEQ_CLS", TaskType.SEQ_CLS])
@@ -227,143 +216,62 @@ def test_a_task_that_rows_are_not_read_for_is_refused_with_the_nearest() -> None
         as_task(TaskType.FEATURE_EXTRACTION)
 
 
-def test_the_columns_of_each_task_are_recognised() -> None:
-    assert check_columns([Row({"text": "a", "label": 1, "id": 7}, 1)], "seq-cls", "f") == ("text", "label")
-    assert check_columns([Row({"text": "a"}, 1)], "causal-lm", "f") == ("text",)
-    both = Row({"text": "a", "prompt": "", "completion": "c"}, 1)
-    assert check_columns([both], "causal-lm", "f") == ("prompt", "completion")
-
-
-def test_a_missing_column_is_named_with_those_found_the_nearest_file_and_line() -> None:
-    rows = [Row({"text": "a", "label": 1}, 1), Row({"text": "b", "lable": 1}, 4)]
-    with pytest.raises(DataError) as error:
-        check_columns(rows, "seq-cls", "some.csv")
-    for part in ("some.csv, line 4", "no column 'label'", "'text', 'lable'", "did you mean 'lable'"):
-        assert part in str(error.value)
-
-
-def test_half_of_a_prompt_and_completion_names_the_other_half() -> None:
-    with pytest.raises(DataError, match="no column 'completion'.*did you mean 'completions'"):
-        check_columns([Row({"prompt": "a", "completions": "b"}, 1)], "causal-lm", "f")
-
-
-def test_rows_of_another_form_than_the_first_are_refused() -> None:
-    rows = [Row({"prompt": "a", "completion": "b"}, 1), Row({"text": "c"}, 2)]
-    with pytest.raises(DataError, match="line 2: no column 'prompt'"):
-        check_columns(rows, "causal-lm", "f")
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        (None, "null"),
-        (3, "int 3"),
-        (["a"], "list"),
-        ("", "empty"),
-        (" \n", "empty"),
-        ("a\ud800", "surrogate"),
-    ],
-)
-def test_a_text_that_is_no_text_is_refused(text: object, found: str) -> None:
-    rows = [Row({"text": "a", "label": 1}, 1), Row({"text": text, "label": 1}, 2)]
-    with pytest.raises(DataError, match=f"f, line 2: 'text'.*{found}"):
-        check_columns(rows, "seq-cls", "f")
-
-
-def test_an_empty_prompt_is_allowed_and_an_empty_completion_is_not() -> None:
-    check_columns([Row({"prompt": "", "completion": "b"}, 1)], "causal-lm", "f")
-    with pytest.raises(DataError, match="'completion' is empty"):
-        check_columns([Row({"prompt": "a", "completion": ""}, 1)], "causal-lm", "f")
-
-
-@pytest.mark.parametrize("label", [True, None, 0.5, float("nan"), float("inf"), [1], {}, "", " "])
-def test_a_label_that_is_neither_a_string_nor_a_whole_number_is_refused(label: object) -> None:
-    with pytest.raises(DataError, match="f, line 2: 'label'"):
-        check_columns(labelled("a", label), "seq-cls", "f")
-
-
 # Labels ---------------------------------------------------------------------------------------------------
 
 
 def test_whole_numbers_are_ordered_by_value_and_other_labels_by_name() -> None:
-    assert label_names(labelled(10, 9, -1, 9, 0), "f") == ["-1", "0", "9", "10"]
-    assert label_names(labelled("10", "9", "b", "a"), "f") == ["10", "9", "a", "b"]
-
-
-def test_a_number_is_the_same_label_in_csv_and_in_json() -> None:
-    labels = label_names(labelled("2", "10"), "train.csv")
-    assert label_ids(labelled(10, 2, 2.0, "10"), labels, "eval.jsonl") == [1, 0, 0, 1]
+    assert ordered_labels(["10", "9", "-1", "9", "0"]) == ["-1", "0", "9", "10"]
+    assert ordered_labels(["10", "9", "b", "a"]) == ["10", "9", "a", "b"]
 
 
 @CALM
-@given(st.lists(st.integers() | TEXTS.filter(str.strip), min_size=2))
-def test_label_ids_depend_on_the_set_of_labels_and_not_on_their_order(labels: list[object]) -> None:
-    if len({str(label) for label in labels}) < 2:
-        labels = [*labels, "one", "two"]
-    names = label_names(labelled(*labels), "f")
-    assert names == label_names(labelled(*reversed(labels)), "f")
-    assert [names[i] for i in label_ids(labelled(*labels), names, "f")] == [str(label) for label in labels]
+@given(st.lists(st.integers().map(str) | TEXTS))
+def test_the_numbers_of_labels_depend_on_the_set_of_labels_and_not_on_their_order(labels: list[str]) -> None:
+    assert ordered_labels(labels) == ordered_labels(reversed(labels))
+    assert sorted(ordered_labels(labels)) == sorted(set(labels))
 
 
-def test_fewer_than_two_classes_are_refused() -> None:
-    with pytest.raises(DataError, match="f: .*two classes.*all 2 rows are labelled 'a'"):
-        label_names(labelled("a", "a"), "f")
-
-
-def test_a_label_never_seen_in_training_is_named_with_line_and_nearest() -> None:
-    train = labelled("networking", "text")
-    check_labels(train, labelled("text"), "eval.csv")
-    with pytest.raises(DataError) as error:
-        check_labels(train, labelled("text", "netwroking"), "eval.csv")
-    for part in ("eval.csv, line 2", "'netwroking'", "2 labels", "did you mean 'networking'"):
-        assert part in str(error.value)
-
-
-# Split ----------------------------------------------------------------------------------------------------
+# Which rows are held out ------------------------------------------------------------------------------------
 
 
 @CALM
 @given(st.integers(2, 200), st.floats(0.001, 0.999) | st.integers(1, 199), st.integers(0, 2**64))
-def test_a_split_gives_every_row_once_in_the_order_of_the_file(n: int, amount: float, seed: int) -> None:
-    rows = labelled(*range(n))
+def test_as_many_rows_are_held_out_as_was_asked_or_it_is_an_error(n: int, amount: float, seed: int) -> None:
     wanted = amount if isinstance(amount, int) else max(1, round(n * amount))
     if wanted >= n:
         with pytest.raises(DataError):
-            split(rows, amount, seed)
+            held_out(n, amount, seed)
         return
-    train, held = split(rows, amount, seed)
-    assert (len(train), len(held)) == (n - wanted, wanted)
-    assert sorted(train + held, key=lambda row: row.line) == rows
-    assert train == sorted(train, key=lambda row: row.line)
-    assert held == sorted(held, key=lambda row: row.line)
+    held = held_out(n, amount, seed)
+    assert len(held) == wanted
+    assert held == sorted(set(held))
 
 
-def test_a_split_depends_on_its_seed_alone_and_leaves_torch_alone() -> None:
-    rows = labelled(*range(100))
+def test_what_is_held_out_depends_on_the_seed_alone_and_leaves_torch_alone() -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = split(rows, 0.2, seed=7)
+    first = held_out(100, 0.2, seed=7)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert split(rows, 0.2, seed=7) == first
-    assert split(rows, 0.2, seed=8) != first
+    assert held_out(100, 0.2, seed=7) == first
+    assert held_out(100, 0.2, seed=8) != first
     # The same rows on every Python: a resumed run must hold out what the first one did.
-    assert [row.line for row in split(rows[:10], 3, seed=7)[1]] == [2, 4, 5]
+    assert held_out(10, 3, seed=7) == [1, 3, 4]
 
 
 @CALM
 @given(st.lists(st.sampled_from("abcd"), min_size=12), st.integers(0, 99))
-def test_a_split_can_keep_a_row_of_every_label_for_training(labels: list[str], seed: int) -> None:
-    train, _ = split(labelled(*labels), len(labels) - len(set(labels)), seed, keep_labels=True)
-    assert sorted(row.fields["label"] for row in train) == sorted(set(labels))
+def test_a_row_of_every_label_can_be_kept_for_training(labels: list[str], seed: int) -> None:
+    held = held_out(len(labels), len(labels) - len(set(labels)), seed, labels)
+    assert sorted(label for i, label in enumerate(labels) if i not in held) == sorted(set(labels))
 
 
-def test_a_split_that_would_take_the_last_row_of_a_label_is_refused() -> None:
+def test_what_would_take_the_last_row_of_a_label_is_refused() -> None:
     with pytest.raises(DataError, match="2 of 3 rows.*2 labels"):
-        split(labelled("a", "a", "b"), 2, 0, keep_labels=True)
+        held_out(3, 2, 0, ["a", "a", "b"])
 
 
 @pytest.mark.parametrize("amount", [0, -1, 0.0, 1.0, 2.5, -0.1, True, float("nan"), "0.1"])
 def test_an_amount_to_hold_out_that_makes_no_sense_is_refused(amount: float) -> None:
     with pytest.raises(ConfigError, match="rows to hold out"):
-        split(labelled(*range(10)), amount, 0)
+        held_out(10, amount, 0)

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from loraloom.data.rows import check_columns, check_labels, label_names, read_rows
+from loraloom.data import read_rows, recognise
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "docstrings.py"
 
@@ -92,10 +92,10 @@ def test_the_script_writes_the_same_bytes_every_time_and_they_can_be_trained_on(
     assert len(parts[1]) == 800
     written = [json.dumps(row.fields, sort_keys=True) for part in parts for row in part]
     assert sorted(written) == sorted(json.dumps(row, sort_keys=True) for row in rows)
-    for path, part in zip((train, held), parts, strict=True):
-        assert check_columns(part, "seq-cls", path) == ("text", "label")
-    assert label_names(parts[0], train) == sorted(corpus.AREAS)
-    check_labels(*parts, held)
+    shape = recognise(parts[0], "seq-cls")
+    assert (shape.name, shape.problem_type) == ("text-label", "single_label_classification")
+    for part in parts:
+        assert {shape.read(row).label for row in part} == set(corpus.AREAS)
 
 
 def test_a_python_without_its_sources_is_told_so(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loraloom import LoraConfig, PeftModel, get_peft_model
-from loraloom.data import Example, encode, label_names, read_rows
+from loraloom.data import Example, encoder, read_rows, recognise
 from loraloom.train.load import load_base, load_tokenizer
 from loraloom.train.options import TASKS
 
@@ -38,13 +38,18 @@ def decoder(decoder_folder: Path) -> Maker:
     return _maker(decoder_folder, "causal-lm")
 
 
+def _examples(task: str, folder: Path, path: Path) -> list[Example]:
+    rows = read_rows(path)
+    shape = recognise(rows, task)
+    made = encoder(task, load_tokenizer(str(folder)), max_length=64, labels=LABELS)
+    return [example for one in made.encode([(row, shape.read(row)) for row in rows]) for example in one.examples]
+
+
 @pytest.fixture(scope="session")
 def classes(encoder_folder: Path, reviews: Path) -> list[Example]:
-    rows = read_rows(reviews)
-    assert label_names(rows, reviews) == LABELS
-    return encode(rows, load_tokenizer(str(encoder_folder)), "seq-cls", 64, reviews, LABELS).examples
+    return _examples("seq-cls", encoder_folder, reviews)
 
 
 @pytest.fixture(scope="session")
 def completions(decoder_folder: Path, chats: Path) -> list[Example]:
-    return encode(read_rows(chats), load_tokenizer(str(decoder_folder)), "causal-lm", 64, chats).examples
+    return _examples("causal-lm", decoder_folder, chats)

@@ -1,4 +1,5 @@
-"""Rows in, token batches out: ``rows`` reads files, ``encode`` makes tokens, ``batches`` makes tensors.
+"""Rows in, token batches out: ``sources`` reads rows, ``shapes`` makes records of them, ``encode`` tokens, ``batches``
+tensors.
 
 Nothing here knows a model, an adapter's weights or the training loop.
 """
@@ -7,19 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loraloom.data.encode import IGNORE, Encoded, Example, encode
-from loraloom.data.rows import (
-    Row,
-    as_task,
-    check_columns,
-    check_labels,
-    data_hash,
-    label_ids,
-    label_name,
-    label_names,
-    read_rows,
-    split,
-)
+from loraloom.data.encode import IGNORE, Encoded1, Encoder, Example, encoder
+from loraloom.data.rows import Row, as_task
+from loraloom.data.shapes import Shape, recognise
+from loraloom.data.sources import Source, read_rows, resolve
 
 if TYPE_CHECKING:
     from loraloom.data.batches import Batch, bucketed, collate, evaluation_batches, join, padding_share
@@ -27,24 +19,22 @@ if TYPE_CHECKING:
 __all__ = [
     "IGNORE",
     "Batch",
-    "Encoded",
+    "Encoded1",
+    "Encoder",
     "Example",
     "Row",
+    "Shape",
+    "Source",
     "as_task",
     "bucketed",
-    "check_columns",
-    "check_labels",
     "collate",
-    "data_hash",
-    "encode",
+    "encoder",
     "evaluation_batches",
     "join",
-    "label_ids",
-    "label_name",
-    "label_names",
     "padding_share",
     "read_rows",
-    "split",
+    "recognise",
+    "resolve",
 ]
 
 

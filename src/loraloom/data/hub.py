@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraloom.data.rows import OnBad, Row
-from loraloom.data.sources import Source
+from loraloom.data.source import Source
 from loraloom.data.tables import CHUNK, records
 from loraloom.errors import ConfigError, DataError, nearest
 

@@ -6,7 +6,7 @@ not know files, batches or models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraloom.data.example import CHUNK, Encoded1, Example, Settings, over_length
@@ -19,16 +19,6 @@ if TYPE_CHECKING:
     from loraloom.data.rows import Row
 
 SINGLE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
-
-
-def problem_of(records: Iterable[Labelled]) -> str:
-    """What these labels are: several classes where one is a list, numbers where one has a fraction, else classes."""
-    number = False
-    for record in records:
-        if isinstance(record.label, list):
-            return SEVERAL
-        number = number or (isinstance(record.label, float) and not record.label.is_integer())
-    return NUMBER if number else SINGLE
 
 
 def class_names(label: str | int | float | list[str | int]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Rows: one record of the user's data each, where it stands, what may be wrong with it, and its label.
+"""Rows: one record of the user's data each, where it stands, and what may be wrong with it.
 
-This file knows what a row is, the columns and labels of the two oldest tasks, and how to say where a row stands.
-It does not know file formats (``readers``), sources, tokenizers or tensors.
+This file knows what a row is, how to say where it stands, and the tasks that rows are read for. It does not know
+file formats (``readers``), sources, columns (``shapes``), tokenizers or tensors.
 """
 
 from __future__ import annotations
@@ -9,20 +9,12 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from loraloom.config import TaskType
-from loraloom.data.holdout import held_out
 from loraloom.errors import ConfigError, DataError, nearest
-
-#: The columns that a task reads; where there are several forms, the first that fits the first row is taken.
-FORMS: dict[TaskType, tuple[tuple[str, ...], ...]] = {
-    TaskType.SEQ_CLS: (("text", "label"),),
-    TaskType.CAUSAL_LM: (("prompt", "completion"), ("text",)),
-}
 
 #: The tasks that rows are read for, by their option.
 ROW_TASKS = {
@@ -99,21 +91,6 @@ def row_error(row: Row, reason: str, field: str = "") -> RowError:
     return RowError(BadRow(row.file, row.line, reason, None, field, raw, row.unit))
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """All rows of one data file at once, as ``sources.resolve`` reads them."""
-    # Inside, because sources stands above this file: goes when the last caller reads sources itself.
-    from loraloom.data.sources import read_rows as read
-
-    return read(path)
-
-
-def data_hash(path: str | Path) -> str:
-    """The SHA-256 of the file's bytes, in hexadecimal."""
-    from loraloom.data.readers import file_hash
-
-    return file_hash(path)
-
-
 def as_task(task: TaskType | str) -> TaskType:
     """``"seq-cls"``, ``"SEQ_CLS"`` or the enum itself as a ``TaskType`` that rows can be read for."""
     if isinstance(task, str) and task in ROW_TASKS:
@@ -130,75 +107,9 @@ def task_option(task: TaskType) -> str:
     return next(option for option, kind in ROW_TASKS.items() if kind is task)
 
 
-def check_columns(rows: Sequence[Row], task: TaskType | str, path: str | Path) -> tuple[str, ...]:
-    """Check every row for the columns of ``task``, and return the columns that it reads.
-
-    seq-cls reads ``text`` and ``label``; causal-lm reads ``prompt`` and ``completion``, or else ``text``.
-    Other columns are ignored. Raises ``DataError`` for a missing column, a text that is not a string, is
-    empty or cannot be written as UTF-8, and a label that is neither a string nor a whole number.
-    """
-    kind = as_task(task)
-    if kind not in FORMS:
-        raise ConfigError(f"{kind.value}: its rows are read by shapes.recognise")
-    columns = _form(rows[0], kind)
-    for row in rows:
-        where = f"{path}, line {row.line}"
-        for column in columns:
-            if column not in row.fields:
-                forms = ", or ".join(" and ".join(map(repr, form)) for form in FORMS[kind])
-                found = ", ".join(map(repr, row.fields)) or "none"
-                raise DataError(
-                    f"{where}: no column {column!r} ({kind.value.lower().replace('_', '-')} reads {forms}); "
-                    f"the columns are {found}{nearest(column, row.fields)}"
-                )
-            value = row.fields[column]
-            if column == "label":
-                _check_label(value, where)
-            else:
-                _check_text(column, value, where)
-    return columns
-
-
-def _form(row: Row, kind: TaskType) -> tuple[str, ...]:
-    """The first form that the row has in full, else the one it has most of (to name what is missing)."""
-    forms = FORMS[kind]
-    whole = [form for form in forms if all(column in row.fields for column in form)]
-    return whole[0] if whole else max(forms, key=lambda form: sum(column in row.fields for column in form))
-
-
-def _check_text(column: str, value: object, where: str) -> None:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} must be a string, found {shown(value)}")
-    # An empty prompt is a row without one; an empty text or completion leaves nothing to learn.
-    if column != "prompt" and not value.strip():
-        raise DataError(f"{where}: {column!r} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as exc:
-        raise DataError(f"{where}: {column!r} holds half of a surrogate pair (character {exc.start + 1})") from None
-
-
-def _check_label(value: object, where: str) -> None:
-    whole = isinstance(value, (int, str)) or (isinstance(value, float) and value.is_integer())
-    if not whole or isinstance(value, bool):
-        raise DataError(f"{where}: 'label' must be a string or a whole number, found {shown(value)}")
-    if isinstance(value, str) and not value.strip():
-        raise DataError(f"{where}: 'label' is empty")
-
-
 def shown(value: object) -> str:
     """A value as errors show it, with its type and not at full length: ``int 3``, ``list [1, 2, ...]``, ``null``."""
     return "null" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
-
-
-def class_name(label: object) -> str:
-    """A label as text: ``1``, ``1.0`` and ``"1"`` are one class, whichever format they came from."""
-    return str(int(label)) if isinstance(label, float) else str(label)
-
-
-def label_name(row: Row) -> str:
-    """The row's class as text (see ``class_name``)."""
-    return class_name(row.fields["label"])
 
 
 def ordered_labels(names: Iterable[str]) -> list[str]:
@@ -206,43 +117,3 @@ def ordered_labels(names: Iterable[str]) -> list[str]:
     distinct = set(names)
     numbers = all(WHOLE_NUMBER.fullmatch(name) for name in distinct)
     return sorted(distinct, key=int) if numbers else sorted(distinct)
-
-
-def label_names(rows: Collection[Row], path: str | Path) -> list[str]:
-    """The classes of ``rows`` in the order of their ids.
-
-    Raises ``DataError`` when there are fewer than two.
-    """
-    names = {label_name(row) for row in rows}
-    if len(names) < 2:
-        only = next(iter(names), "none")
-        raise DataError(f"{path}: a classifier needs two classes or more; all {len(rows)} rows are labelled {only!r}")
-    return ordered_labels(names)
-
-
-def label_ids(rows: Sequence[Row], labels: Sequence[str], path: str | Path) -> list[int]:
-    """The place of each row's label in ``labels``; ``DataError`` for one that is not there."""
-    ids = {name: number for number, name in enumerate(labels)}
-    for row in rows:
-        name = label_name(row)
-        if name not in ids:
-            raise DataError(
-                f"{path}, line {row.line}: the label {name!r} is never seen in training, "
-                f"which has {len(ids)} labels{nearest(name, ids)}"
-            )
-    return [ids[label_name(row)] for row in rows]
-
-
-def check_labels(train: Sequence[Row], evaluation: Sequence[Row], path: str | Path) -> None:
-    """Raise ``DataError`` when a label of ``evaluation``, which came from ``path``, is never in ``train``."""
-    label_ids(evaluation, sorted({label_name(row) for row in train}), path)
-
-
-def split(rows: Sequence[Row], amount: float, seed: int, keep_labels: bool = False) -> tuple[list[Row], list[Row]]:
-    """Hold out rows at random: (training rows, evaluation rows), both in the order of the file.
-
-    What ``holdout.held_out`` chooses, with the rows' labels where ``keep_labels`` is set.
-    """
-    held = held_out(len(rows), amount, seed, [label_name(row) for row in rows] if keep_labels else None)
-    chosen = set(held)
-    return [row for index, row in enumerate(rows) if index not in chosen], [rows[index] for index in held]

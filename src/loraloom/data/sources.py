@@ -1,41 +1,26 @@
-"""What the user named as data, found: files, a folder, a glob, a saved dataset or one of the hub, read row by row.
+"""What the user named as data, found: files, a folder, a glob, a saved dataset or one of the hub.
 
-This file knows names and places. How a file is read is known to ``readers`` and ``tables``, what its columns mean
-to ``shapes``. Nothing is read before it is asked for, and then one row at a time.
+This file knows names and places. How rows are read from there is known to ``source`` and ``hub``, what their columns
+mean to ``shapes``. Nothing is read before it is asked for.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loraloom.data.holdout import check_weight
-from loraloom.data.jsonfiles import read_json
-from loraloom.data.readers import file_hash, open_file, read_text
-from loraloom.data.rows import BadRow, OnBad, Row
-from loraloom.data.tables import read_parquet, read_table
+from loraloom.data.hub import DatasetSource
+from loraloom.data.readers import open_file
+from loraloom.data.rows import Row
+from loraloom.data.source import READERS, Source, suffix
 from loraloom.errors import ConfigError, DataError, nearest
 
-Reader = Callable[[Path, OnBad | None], Iterator[Row]]
-
-#: How each kind of file is read, by its suffix; all but Parquet also with ``.gz`` behind it.
-READERS: dict[str, Reader] = {
-    ".jsonl": read_json,
-    ".ndjson": read_json,
-    ".json": read_json,
-    ".csv": read_table,
-    ".tsv": partial(read_table, delimiter="\t"),
-    ".txt": read_text,
-    ".parquet": read_parquet,
-}
+__all__ = ["KEYS", "Source", "read_rows", "resolve"]
 
 KINDS = ".jsonl or .json (an object on each line, or one array), .csv, .tsv, .parquet or .txt"
 
@@ -46,85 +31,6 @@ TEXT_BY = {"text": "paragraph", "text-lines": "line", "text-file": "file"}
 KEYS = ("path", "weight", "name", "split", "revision")
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.+-]+){0,2}")
-
-
-@dataclass
-class Source:
-    """One thing that the user named: a file, or the files of a folder or glob, in the order of their names.
-
-    ``passed_over`` are the files of a folder that are no data, by their suffix. Rows are numbered by each file
-    for itself. Iterating reads afresh each time, and raises at the first bad row.
-    """
-
-    name: str
-    files: list[Path] = field(default_factory=list)
-    weight: float = 1.0
-    text_by: str = "paragraph"
-    passed_over: list[Path] = field(default_factory=list)
-
-    def read(self, bad: OnBad | None = None) -> Iterator[Row]:
-        """The rows; each bad one is told to ``bad``, or raised as ``RowError`` where that is None.
-
-        Raises ``DataError`` for a file that cannot be read, and when there is no row at all.
-        """
-        some, wrong = False, 0
-
-        def count(row: BadRow) -> None:
-            nonlocal wrong
-            wrong += 1
-            assert bad is not None
-            bad(row)
-
-        for row in self._rows(None if bad is None else count):
-            some = True
-            yield row
-        if not some:
-            reason = f"all of the {wrong} rows are bad" if wrong else "no rows were found"
-            empty = "the file is empty" if len(self.files) == 1 and not wrong else "nothing is left to read"
-            raise DataError(f"{self.name}: {empty}: {reason}")
-
-    def __iter__(self) -> Iterator[Row]:
-        return self.read()
-
-    def first(self, count: int = 100, bad: OnBad | None = None) -> list[Row]:
-        """The first rows, fewer where there are fewer: for ``shapes.recognise``."""
-        return list(islice(self.read(bad), count))
-
-    def _rows(self, bad: OnBad | None) -> Iterator[Row]:
-        for path in self.files:
-            reader = READERS[suffix(path)]
-            yield from read_text(path, bad, self.text_by) if reader is read_text else reader(path, bad)
-
-    def hashes(self) -> dict[str, str]:
-        """The SHA-256 of each file's bytes, by its path."""
-        return {str(path): file_hash(path) for path in self.files}
-
-    def fingerprint(self) -> str:
-        """The SHA-256 of all that the rows follow from: the files' bytes in order, and how they are read."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            kind = f"{suffix(path)}{'.gz' * (path.suffix.lower() == '.gz')}"
-            by = self.text_by if suffix(path) == ".txt" else ""
-            digest.update(f"{kind} {by} {file_hash(path)}\n".encode())
-        return digest.hexdigest()
-
-    def describe(self) -> str:
-        """The source in a few words, for saying aloud what is read."""
-        kinds = sorted({suffix(path) for path in self.files})
-        said = f"{self.name}" if len(self.files) == 1 else f"{self.name} ({len(self.files)} files: {', '.join(kinds)})"
-        if ".txt" in kinds:
-            said += f", plain text: each {self.text_by} is a row"
-        if self.passed_over:
-            others = ", ".join(path.name for path in self.passed_over[:3])
-            more = ", ..." if len(self.passed_over) > 3 else ""
-            said += f"; passed over, as no data: {others}{more}"
-        return said if self.weight == 1 else f"{said}, weight {self.weight:g}"
-
-
-def suffix(path: Path) -> str:
-    """The suffix that says how a file is read: ``.jsonl`` for ``A.JSONL`` and for ``a.jsonl.gz``."""
-    inner = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    return inner.suffix.lower()
 
 
 def resolve(spec: Any, *, format: str | None = None) -> list[Source]:
@@ -181,11 +87,11 @@ def _source(entry: dict[str, Any], format: str | None) -> Source:
         _no_parts(entry, "a folder of files")
         return _folder(name, weight, by)
     if _is_saved(name):
-        return _dataset(entry, saved=True)
+        return DatasetSource.named(entry, saved=True)
     if not os.path.lexists(name):
         stem = name.rsplit(":", 2)[0] if name.count(":") > 1 else name.split(":")[0]
         if stem != name and _is_saved(stem):
-            return _dataset(entry, saved=True)
+            return DatasetSource.named(entry, saved=True)
         if any(sign in name for sign in "*?["):
             _no_parts(entry, "a glob")
             found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
@@ -193,7 +99,7 @@ def _source(entry: dict[str, Any], format: str | None) -> Source:
                 raise DataError(f"{name}: no file fits")
             return Source(name, [_known(Path(path)) for path in found], weight, by)
         if HUB_NAME.fullmatch(name) and suffix(Path(name)) not in READERS:
-            return _dataset(entry, saved=False)
+            return DatasetSource.named(entry, saved=False)
     _no_parts(entry, "a file")
     open_file(Path(name), unpack=False).close()  # what is wrong with it is said now
     return Source(name, [_known(Path(name))], weight, by)
@@ -244,12 +150,6 @@ def _is_saved(name: str) -> bool:
     """Is this a folder that ``save_to_disk`` wrote?"""
     dataset = os.path.isfile(os.path.join(name, "state.json"))
     return dataset or os.path.isfile(os.path.join(name, "dataset_dict.json"))
-
-
-def _dataset(entry: dict[str, Any], saved: bool) -> Source:
-    from loraloom.data.hub import DatasetSource  # it is a Source itself
-
-    return DatasetSource.named(entry, saved)
 
 
 def read_rows(path: str | Path) -> list[Row]:
