@@ -229,9 +229,11 @@ def train(
     """
     from loraloom.report.session import train_run
     from loraloom.train import runfile
+    from loraloom.tune.options import check_unread
 
-    options = runfile.read(run_file, settings or (), _given(context)).options
-    train_run(options, resume=resume == NEWEST or resume, dry_run=dry_run)
+    found = runfile.read(run_file, settings or (), _given(context))
+    check_unread(found)
+    train_run(found.options, resume=resume == NEWEST or resume, dry_run=dry_run)
 
 
 @app.command()
@@ -430,7 +432,7 @@ def _run(arguments: list[str]) -> int:
 def _whole_resume(arguments: list[str]) -> list[str]:
     """``--resume`` may stand alone, which the parser does not know."""
     out = []
-    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+    for argument, following in zip(arguments, [*arguments, "-"][1:], strict=True):
         alone = following.startswith("-") or following.lower().endswith((".yaml", ".yml"))
         out.append(f"--resume={NEWEST}" if argument == "--resume" and alone else argument)
     return out

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from loraloom.errors import SaveError
+from loraloom.errors import ConfigError, SaveError
 from loraloom.report import trackers
 from loraloom.report.data import picture
 from loraloom.report.plot import PLOT_NAME, plot_run
@@ -44,7 +44,8 @@ def train_run(
 
     Args:
         resume: True to go on from the newest checkpoint, or the path of one: see ``train.run.run``.
-        dry_run: do everything but train: None comes back, and nothing is written.
+        dry_run: do everything but train: None comes back, and nothing is written but the file of bad rows, if they
+            are skipped.
 
     Raises:
         LoraloomError: as ``prepare`` and ``run``. What training reached is saved whenever it took a step.
@@ -112,6 +113,8 @@ def data_run(options: TrainOptions, console: Console | None = None, *, rows: int
     Raises:
         InputError: as ``prepare``. Nothing is written, whatever the output of ``options`` is.
     """
+    if rows < 0:
+        raise ConfigError(f"rows: must be a whole number of at least 0, found {rows}")
     console = console or Console()
     with tempfile.TemporaryDirectory() as folder:
         with Reading(console) as reading:

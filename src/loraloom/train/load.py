@@ -33,7 +33,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _check_folder(name)
+    _check_folder(name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_revision(revision))
     except Exception as error:
@@ -64,7 +64,7 @@ def load_limit(name: str, revision: str | None = None) -> int | None:
     """``tokens_at_most`` of a folder or name, from its config alone."""
     from transformers import AutoConfig
 
-    _check_folder(name)
+    _check_folder(name, revision)
     try:
         return tokens_at_most(AutoConfig.from_pretrained(name, **_revision(revision)))
     except Exception as error:
@@ -106,7 +106,7 @@ def load_base(
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    _check_folder(name)
+    _check_folder(name, revision)
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "output_loading_info": True,
@@ -223,7 +223,7 @@ def build_empty(
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    _check_folder(name)
+    _check_folder(name, revision)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -246,9 +246,11 @@ def build_empty(
     return model
 
 
-def _check_folder(name: str) -> None:
+def _check_folder(name: str, revision: str | None) -> None:
     """Say what is wrong with a local path before a library takes it for a hub name."""
     path = Path(name)
+    if revision is not None and path.is_dir():
+        raise ConfigError(f"revision: {name} is a folder, which has no revisions, found {revision!r}; leave it out")
     if path.is_file():
         raise ModelError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
     if path.is_dir():

@@ -92,6 +92,8 @@ def forecast(
     for name, number in (("batch_size", batch_size), ("max_length", max_length), ("labels", labels)):
         if number is not None and number < 1:
             raise ConfigError(f"{name}: must be a whole number of at least 1, found {number}")
+    if labels != 2 and TASKS[task] not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+        raise ConfigError(f"labels: does nothing with task={task}, which has no classes; leave it out")
     length = length_within(load_limit(model), max_length, model)
     base = build_empty(model, TASKS[task], labels)
     made, memory = estimate(

@@ -140,7 +140,7 @@ class TrainOptions:
     save_strategy: str | None = None
     save_steps: int | None = None
     save_minutes: float | None = None
-    #: Checkpoints that stay, beside the best one.
+    #: Checkpoints that stay; the newest and the best one always do.
     save_total_limit: int = 2
     #: Trackers by accelerate's names: tensorboard, wandb, mlflow, trackio ...
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -191,6 +191,7 @@ class TrainOptions:
         self._check_mappings()
         self._check_lists()
         self._check_moments()
+        self._check_of_task()
         if not isinstance(self.lora, LoraConfig):
             raise ConfigError(f"lora: must be a LoraConfig, found {type(self.lora).__name__}")
         self.lora = self.lora.copy(task_type=TASKS[self.task])
@@ -259,6 +260,20 @@ class TrainOptions:
         if self.load_best_model_at_end and self.save_at == "no":
             raise ConfigError("load_best_model_at_end: needs checkpoints, and save_strategy is no")
 
+    def _check_of_task(self) -> None:
+        """What does nothing is an error: an option of other tasks than this one."""
+        for name, (tasks, what) in _OF_TASKS.items():
+            if self.task not in tasks and getattr(self, name) != _DEFAULTS[name]:
+                raise ConfigError(
+                    f"{name}: does nothing with task={self.task}; it is {what} ({', '.join(tasks)}); leave it out"
+                )
+        if self.overlong == "split" and self.task in _WHOLE:
+            raise ConfigError(
+                f"overlong: {self.task} cannot split a row, for {_WHOLE[self.task]}; choose truncate, drop or error"
+            )
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ConfigError("early_stopping_threshold: does nothing without early_stopping_patience; give both")
+
     @property
     def eval_at(self) -> str:
         """``no``, ``steps``, ``epoch`` or ``minutes``."""
@@ -296,6 +311,19 @@ class TrainOptions:
         }
 
 
+_DEFAULTS = {spec.name: spec.default for spec in fields(TrainOptions)}
+#: Options of some tasks alone, and what they are.
+_OF_TASKS = {
+    "stride": (("question-answering",), "how much the windows of a long context share"),
+    "problem_type": (("seq-cls",), "what the labels of texts are"),
+    "chat_template": (("causal-lm",), "how conversations are written"),
+    "max_new_tokens": (("causal-lm", "seq2seq-lm"), "how much is generated for metrics"),
+}
+#: Tasks whose rows are one whole, and why.
+_WHOLE = {
+    "seq-cls": "its label is of the text as a whole",
+    "seq2seq-lm": "it is not known which part of the target belongs to which part of the source",
+}
 _OPTIONAL = ("problem_type", "eval_strategy", "save_strategy")
 
 

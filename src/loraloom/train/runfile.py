@@ -279,7 +279,14 @@ def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _build(values: Mapping[str, Any]) -> TrainOptions:
     lora, rest = _split(values)
-    return TrainOptions(lora=LoraConfig(**lora), **rest)
+    options = TrainOptions(lora=LoraConfig(**lora), **rest)
+    # Not in TrainOptions itself: of a search's trials one may have another schedule than the others.
+    if options.lr_scheduler_type != "warmup_stable_decay" and options.decay_ratio != TrainOptions.decay_ratio:
+        raise ConfigError(
+            f"decay_ratio: does nothing with lr_scheduler_type={options.lr_scheduler_type}; it is of "
+            "warmup_stable_decay; leave it out"
+        )
+    return options
 
 
 def _name(error: ConfigError) -> str:

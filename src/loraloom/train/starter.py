@@ -9,7 +9,7 @@ from typing import Any
 from loraloom.config import LoraConfig
 from loraloom.data.shapes import Shape, recognise
 from loraloom.data.sources import resolve
-from loraloom.errors import ConfigError, DataError
+from loraloom.errors import ConfigError, DataError, nearest
 from loraloom.lora.atomic import write_files
 from loraloom.train import yamltext
 from loraloom.train.load import length_within, load_limit
@@ -36,12 +36,19 @@ def guess(
     source = resolve(data, format=format)[0]
     rows = source.first(_LOOK, (lambda bad: None) if skip else None)
     if task is not None:
+        if task not in TASKS:
+            raise ConfigError(f"task: must be one of {', '.join(TASKS)}, found {task!r}{nearest(task, TASKS)}")
         return task, recognise(rows, TASKS[task], format, columns)
+    wrong: list[ConfigError] = []
     for name in _ORDER:
         try:
             return name, recognise(rows, TASKS[name], format, columns)
-        except (DataError, ConfigError):
+        except DataError:
             continue
+        except ConfigError as error:
+            wrong.append(error)
+    if len(wrong) == len(_ORDER):  # a format or columns that no task knows
+        raise next((error for error in wrong if "did you mean" in str(error)), wrong[-1])
     there = ", ".join(map(repr, rows[0].fields))
     raise DataError(
         f"{rows[0].where}: the columns {there} fit no task; give the task, and columns to say which is which "
@@ -125,7 +132,7 @@ train:
   max_grad_norm: 1.0
   # optim: adamw  # or any class of torch.optim, with optim_args
   # gradient_checkpointing: true  # less memory, about a third more time
-  save_total_limit: 2  # checkpoints that stay, beside the best one
+  save_total_limit: 2  # checkpoints that stay; the newest and the best always do
   # save_steps: 200  # by default each epoch; or save_minutes: 30, or save_strategy: "no"
   seed: 0
   # report_to: [tensorboard]  # wandb, mlflow, trackio ..., or [] for none

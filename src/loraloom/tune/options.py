@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,12 @@ from loraloom.train.metrics import DEFAULTS, greater_is_better, kind_of
 from loraloom.train.options import TASKS, TrainOptions
 from loraloom.tune.space import PRESETS, Space
 
+#: What a training has and a search does not.
+_FOR_LATER = (
+    *("eval_strategy", "eval_steps", "eval_minutes", "metric_for_best_model", "load_best_model_at_end"),
+    *("early_stopping_patience", "early_stopping_threshold"),
+    *("save_strategy", "save_steps", "save_minutes", "save_total_limit", "report_to"),
+)
 SAMPLERS = ("tpe", "random", "grid")
 _UNITS = {"": 1, **{f"{c}B": 1000**i for i, c in enumerate(" KMGT") if i}, "B": 1}
 _UNITS |= {f"{c}IB": 1024**i for i, c in enumerate(" KMGT") if i}
@@ -118,6 +124,19 @@ class TuneOptions:
         return greater_is_better(self.metric)
 
     @property
+    def left_for_later(self) -> list[str]:
+        """Keys of what was chosen that a search has no use for: it measures at its rungs, and keeps what it needs.
+
+        They are for the training of the best configuration in full.
+        """
+        changed = []
+        for spec in fields(TrainOptions):
+            usual = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+            if spec.name in _FOR_LATER and getattr(self.train, spec.name) != usual:
+                changed.append(runfile.KEYS[spec.name])
+        return changed
+
+    @property
     def over_ray(self) -> bool:
         return self.workers > 1 or self.ray_address is not None
 
@@ -167,14 +186,33 @@ class TuneOptions:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _with_preset(tune: Mapping[str, Any], base: TrainOptions) -> dict[str, Any]:
-    """The section ``tune`` with what its preset says of the rest."""
-    values = dict(tune)
+def check_unread(found: runfile.RunFile) -> None:
+    """What a run that is no search leaves unread: names that a search does not know, and what was set for nothing.
+
+    Raises:
+        ConfigError: begins with the place.
+    """
+    for key, place in found.places.items():
+        if key.startswith("tune.") and place.startswith("--set"):
+            raise ConfigError(f"{place}: does nothing here; it is read by loraloom tune alone")
+    try:
+        _check_names(found.tune)
+    except ConfigError as error:
+        found.fail(error, "tune")
+
+
+def _check_names(tune: Mapping[str, Any]) -> None:
     known = ["preset", *(spec.name for spec in fields(TuneOptions) if spec.name != "train")]
-    for name in values:
+    for name in tune:
         if name not in known:
             hint = nearest(name, known) or f"; the keys here are {', '.join(known)}"
             raise ConfigError(f"{name}: there is no such key{hint}")
+
+
+def _with_preset(tune: Mapping[str, Any], base: TrainOptions) -> dict[str, Any]:
+    """The section ``tune`` with what its preset says of the rest."""
+    values = dict(tune)
+    _check_names(values)
     name = values.pop("preset", "standard")
     if not isinstance(name, str) or name not in PRESETS:
         hint = nearest(str(name), PRESETS)

@@ -159,6 +159,8 @@ class Search:
     # -- from the first step to the verdict ---------------------------------------------------------------------
 
     def run(self) -> SearchResult:
+        if later := self.options.left_for_later:
+            self.watch.event(f"not for the search, but for the training in full ({BEST_FILE}): {', '.join(later)}")
         if self.options.train.overwrite:
             clear(self.folder, RESULT_NAME, BEST_FILE, BEST_NAME)
         found = load_state(self.folder, self.fingerprint, self.space.trial_options)
