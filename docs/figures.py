@@ -273,6 +273,36 @@ def example(words: Record, results: Path) -> str:
     return "\n".join(["This is what the search of `make quickstart` says in the end:", "", *_said(record), ""])
 
 
+# -- docs/data.md ---------------------------------------------------------------------------------------------------
+
+
+def many_rows(words: Record, results: Path) -> str:
+    """What preparing many rows cost."""
+    record = _read(results, "data")
+    if record is None:
+        return ""
+    found, machine = record["figures"], record["machine"]
+    first, again = found["first"], found["cached"]
+    rows = [
+        [what, f"{part['seconds']:,.0f} s", f"{part['peak bytes'] / 1e6:,.0f} MB"]
+        for what, part in (("the first time", first), ("again, from the cache", again))
+    ]
+    what = {"causal-lm": "chats", "seq-cls": "texts with labels"}[found["task"]]
+    return "\n".join(
+        [
+            f"Preparing {found['rows']:,} {what} ({found['file bytes'] / 1e6:,.0f} MB of JSONL, {first['tokens']:,} "
+            f"tokens) on {machine['cores']} cores:",
+            "",
+            *_table(["", "time", "memory of all processes, at the peak"], rows),
+            "",
+            f"That is {found['rows per second']:,.0f} rows a second the first time. The cache took "
+            f"{found['cache bytes'] / 1e6:,.0f} MB. Command: `{record['command']}`. Machine: {machine['processor']}; "
+            f"Python {machine['python']}, transformers {machine['transformers']}; {record['date']}.",
+            "",
+        ]
+    )
+
+
 # -- docs/performance.md -------------------------------------------------------------------------------------------
 
 
@@ -566,6 +596,7 @@ BLOCKS: dict[str, dict[str, Block]] = {
     **dict.fromkeys(WORDS, README_BLOCKS),
     "docs/performance.md": {"measured": measured},
     "docs/tune.md": {"searched": example},
+    "docs/data.md": {"rows": many_rows},
 }
 
 

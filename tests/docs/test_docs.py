@@ -1,7 +1,7 @@
 """What the pages say runs: snippets, commands and links; and both READMEs say the same.
 
-The blocks of one page run in order, in a folder that holds a small model ``my-model`` and the data files that the
-page shows (a block opened by ```` ```jsonl NAME ```` or ```` ```yaml NAME ````).
+The blocks of one page run in order, in a folder that holds a small model ``my-model`` and the files that the page
+shows (a block opened by ```` ```jsonl NAME ````, with any kind of file).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loraloom.config import LoraConfig, _not_implemented
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
-MEASURED = (*READMES, "docs/performance.md", "docs/tune.md")
+MEASURED = (*READMES, "docs/performance.md", "docs/tune.md", "docs/data.md")
 PAGES = [*READMES, "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*) ?([\w.-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -85,7 +85,7 @@ def test_what_a_page_shows_runs(
     names: dict[str, object] = {"__name__": "page"}
     for block in blocks(page):
         where = f"{page}, line {block.line}"
-        if block.kind in ("jsonl", "yaml"):
+        if block.name:
             Path(block.name).write_text(block.text, encoding="utf-8")
         elif block.kind == "python":
             # Blank lines in front, so that a traceback names the line of the page.
@@ -140,7 +140,7 @@ def test_without_results_tables_are_left_out_and_the_text_around_them_stays(page
     between = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
     assert between.sub("", made) == between.sub("", text_of(page))
     tables = {found[2]: "|---" in found[0] for found in between.finditer(made)}
-    assert not any(tables[name] for name in ("speed", "measured") if name in tables)
+    assert not any(tables[name] for name in ("speed", "measured", "rows") if name in tables)
     assert all(tables[name] for name in ("quickstart", "figures") if name in tables)
 
 
@@ -263,6 +263,64 @@ def test_the_page_on_the_command_line_names_every_option() -> None:
     options = {o for parameter in command.params for o in parameter.opts if o.startswith("-")} - {"--learning-rate"}
     page = text_of("docs/train.md")
     assert {option for option in options if f"`{option}`" not in page} == set()
+
+
+def test_the_page_on_the_command_line_has_every_option_of_a_run_with_its_key_and_default() -> None:
+    from dataclasses import MISSING, fields
+
+    from loraloom.train.options import TASKS, TrainOptions
+    from loraloom.train.runfile import KEYS
+
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text_of("docs/train.md").splitlines()]
+    said = {row[1].strip("`"): row for row in rows if len(row) == 4 and re.fullmatch(r"`[\w.]+`", row[1])}
+    assert said.keys() == set(KEYS.values())
+    decided = {**dict.fromkeys(("optim_args", "columns"), "none"), "report_to": "tensorboard"}
+    for spec in fields(TrainOptions):
+        if spec.name == "lora":
+            continue
+        option, _, default, meaning = said[KEYS[spec.name]]
+        assert f"--{spec.name.replace('_', '-')}`" in option, spec.name
+        assert meaning, spec.name
+        wanted = spec.default
+        if spec.name in decided:
+            assert default == decided[spec.name]
+        elif wanted is MISSING:
+            assert default == "needed", spec.name
+        elif wanted is None:
+            assert not re.fullmatch(r"[\d.e-]+|true|false", default), spec.name
+        elif isinstance(wanted, bool | str):
+            assert default == str(wanted).lower(), spec.name
+        else:
+            assert float(default) == wanted, spec.name
+    assert all(f"`{task}`" in said["task"][3] for task in TASKS)
+
+
+def test_the_page_on_the_command_line_names_every_metric_and_schedule() -> None:
+    from loraloom.train.metrics import DEFAULTS, MEASURES
+    from loraloom.train.options import SCHEDULES
+
+    page = text_of("docs/train.md")
+    words = {*SCHEDULES, *(name for kind in (*MEASURES.values(), *DEFAULTS.values()) for name in kind)}
+    assert {word for word in words if f"`{word}`" not in page} == set()
+
+
+def test_the_page_on_data_names_every_shape_in_order_and_shows_the_default_template() -> None:
+    from loraloom.data.forms import SHAPES
+    from loraloom.data.templates import PLAIN_TEXT
+    from loraloom.train.options import TASKS
+
+    page = text_of("docs/data.md")
+    assert PLAIN_TEXT in {block.text.removesuffix("\n") for block in blocks("docs/data.md")}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    head = rows.index(["task", "`format`", "columns", "may be there as well"])
+    names = {kind: name for name, kind in TASKS.items()}
+    wanted = []
+    for kind, forms in SHAPES.items():
+        for number, form in enumerate(forms):
+            task = "" if number else f"`{names[kind]}`"
+            columns = [", ".join(f"`{name}`" for name in part) for part in (form.needs, form.may)]
+            wanted.append([task, f"`{form.name}`", *columns])
+    assert rows[head + 1 : head + 1 + len(wanted)] == wanted
 
 
 def test_the_page_on_the_search_names_every_option_key_preset_and_advice() -> None:
