@@ -1,0 +1,67 @@
+"""Promises of ``loraloom tune``: it says which configuration to use, and its file trains that."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraloom.train.run import RUN_NAME
+
+
+def test_a_search_says_which_to_use_and_its_file_trains_it(
+    call: Callable[..., Any],
+    encoder_folder: Path,
+    reviews: Path,
+    tmp_path: Path,
+    snapshot: Callable[[Path], dict[str, str]],
+) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"task: seq-cls\nmodel: {{name: {encoder_folder}}}\ndata: {{train: {reviews}, validation: 40}}\n"
+        f"train: {{max_steps: 9, batch_size: 8}}\noutput: {tmp_path / 'search'}\ntune:\n  slots: 2\n  seeds: 1\n"
+        "  finalists: 2\n  space: {lora.r: [2, 4], train.learning_rate: [1e-3, 1e-2]}\n"
+    )
+    arguments = ["tune", tmp_path / "run.yaml", "--set", "train.seed=3", "--trials", 4]
+    ended = call(*arguments)
+    assert (ended.code, ended.err) == (0, "")
+    folder = tmp_path / "search"
+    record = json.loads((folder / "result.json").read_text())
+    assert {"best.yaml", "best", "result.json", "search.png", "pareto.png"} <= {*os.listdir(folder)}
+    assert len(record["trials"]) == 6
+    assert f"loraloom train {folder / 'best.yaml'}" in ended.out
+    for name in ("best", "result.json", "search.png", "pareto.png"):
+        assert str(folder / name) in ended.out
+    # The same command says it again, and an option that makes it another search is refused.
+    again = call(*arguments)
+    assert again.code == 0
+    conclusion = ended.out[ended.out.index("use ") :]
+    assert conclusion in again.out
+    before = snapshot(folder)
+    assert call(*arguments, "--seed", 4).code == 2
+    assert snapshot(folder) == before
+    ended = call("train", folder / "best.yaml", "--output", tmp_path / "full")
+    assert ended.code == 0
+    best = record["trials"][record["best"]["number"]]
+    full = json.loads((tmp_path / "full" / RUN_NAME).read_text())
+    assert full["result"]["accuracy"] == pytest.approx(best["metric"])
+    assert full["options"]["seed"] == 3
+
+
+def test_tunes_own_options_win_over_the_file(
+    call: Callable[..., Any], encoder_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "tune: {trials: 5, sampler: grid, metric: accuracy, slots: 1, seeds: 0, space: {lora.r: [1, 2, 3]}}"
+    )
+    arguments = ["--model", encoder_folder, "--data", reviews, "--task", "seq-cls", "--output", tmp_path / "out"]
+    given = ["--trials", 2, "--sampler", "random", "--metric", "loss", "--slots", 2, "--max-steps", 1]
+    assert call("tune", file, *arguments, *given).code == 0
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert len(record["trials"]) == 2
+    assert record["best"]["metric_name"] == "loss"
+    assert record["machine"]["slots"] == 2
