@@ -318,7 +318,8 @@ def test_a_bad_space_is_one_message_that_names_its_key(raw: Any, said: str) -> N
     "key",
     [
         "task", "output", "overwrite", "model.name", "model.dtype", "data.train", "data.validation", "data.max_length",
-        "train.eval_batch_size", "train.eval_steps", "train.seed", "lora.inference_mode", "lora.fan_in_fan_out",
+        "eval.batch_size", "eval.steps", "train.seed", "train.save_steps", "train.report_to", "train.fsdp",
+        "train.gradient_checkpointing", "lora.inference_mode", "lora.fan_in_fan_out",
     ],
 )  # fmt: skip
 def test_what_trials_share_cannot_vary(key: str) -> None:

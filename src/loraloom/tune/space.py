@@ -38,8 +38,9 @@ _VARY = {
     *_STRUCTURE, ALPHA, RANK, RSLORA, "lora.lora_dropout", "lora.bias", "lora.init_lora_weights",
     *(key for key in KEYS.values() if key.startswith("train.")),
 }  # fmt: skip
-#: All trials are measured on the same rows at the same steps; the finalists' seeds are an option of the search.
-_VARY -= {"train.eval_batch_size", "train.eval_steps", "train.seed"}
+#: Trials share a model and how it runs, and none saves or reports; the finalists' seeds are an option of the search.
+_VARY -= {"train.seed", "train.gradient_checkpointing", "train.fsdp", "train.report_to"}
+_VARY -= {"train.save_strategy", "train.save_steps", "train.save_minutes", "train.save_total_limit"}
 
 #: What is known before any trial, best first: the rate hardly depends on the rank, all linear layers beat attention
 #: alone (Schulman et al. 2025, "LoRA Without Regret"), and twice the rank is a good alpha. Numbers: the nearer, the
