@@ -408,6 +408,14 @@ def test_a_later_row_of_another_shape_is_refused() -> None:
         shape.read(row({"text": "t"}, 9))
 
 
+def test_bad_rows_in_front_are_passed_over_where_they_are_skipped() -> None:
+    rows = [row({"txt": "t"}, 1), row({}, 2), row({"prompt": "p", "completion": "c"}, 3), row({"text": "t"}, 4)]
+    assert recognise(rows, "causal-lm", skip=True).name == "prompt-completion"
+    for some, skip in ((rows, False), (rows[:2], True)):
+        with pytest.raises(RowError, match=r"f\.jsonl, line 1: no column"):
+            recognise(some, "causal-lm", skip=skip)
+
+
 def test_openai_and_sharegpt_are_told_apart_by_what_is_in_them() -> None:
     refused("causal-lm", chat(HUMAN, GPT), "this is ShareGPT's form", format="messages")
     refused("causal-lm", shared(USER, ASSISTANT), "OpenAI's messages", format="sharegpt")

@@ -12,7 +12,7 @@ from loraloom.config import TaskType
 from loraloom.data.fields import ABSENT, Fields, lookup
 from loraloom.data.forms import SHAPES, Form, problem_of
 from loraloom.data.records import Record
-from loraloom.data.rows import Row, as_task, row_error, shown, task_option
+from loraloom.data.rows import Row, RowError, as_task, row_error, shown, task_option
 from loraloom.errors import ConfigError, DataError, nearest
 
 #: Names of ``format`` that say how plain text is cut into rows; their shape is ``text``.
@@ -59,8 +59,11 @@ def recognise(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     problem_type: str | None = None,
+    skip: bool = False,
 ) -> Shape:
     """The shape of ``rows``, the first ones of a source (one will do): the first that the first row has in full.
+
+    With ``skip`` it is the first row that has any; if none does, what is said is said of the first.
 
     ``format`` names the shape. ``columns`` maps our names of columns to the user's; ``a.b`` is the key b of the
     column a. ``problem_type`` says what the labels of seq-cls are; without it they are several classes where they
@@ -70,6 +73,11 @@ def recognise(
     ``format`` or ``columns`` that the task does not know.
     """
     first = [rows] if isinstance(rows, Row) else list(rows)
+    for place in range(1, len(first)) if skip else ():
+        try:
+            return recognise(first[place - 1 :], task, format, columns, problem_type)
+        except RowError:
+            continue
     kind = as_task(task)
     named = dict(columns or {})
     forms = _forms(kind, format, named)

@@ -157,7 +157,7 @@ def survey(
     """
     kind, on_bad = as_task(task), _pass_over if skip else None
     problem = known.problem if known else problem
-    shapes = [recognise(source.first(LOOK, on_bad), kind, format, columns, problem) for source in sources]
+    shapes = [recognise(source.first(LOOK, on_bad), kind, format, columns, problem, skip) for source in sources]
     _check_alike(sources, shapes)
     stamps = {path: _stamp(path) for source in sources for path in source.files}
     hashes = {name: value for source in sources for name, value in source.hashes().items()}

@@ -228,7 +228,8 @@ def encode_run_rows(rows: Rows, options: TrainOptions, tokenizer: Any, watch: Wa
     train, evaluation = parts
     warnings += _alike(train, evaluation)
     if skip and (count := _write_bad_rows(rows, [made, other] if own else [made], Path(options.output))):
-        warnings.append(f"{_rows(count)} cannot be used and are left out; see {Path(options.output) / BAD_ROWS}")
+        left = "is" if count == 1 else "are"
+        warnings.append(f"{_rows(count)} cannot be used and {left} left out; see {Path(options.output) / BAD_ROWS}")
     shown = HeldOut(rows.evaluation, evaluation.examples, skip)
     assert shown[:SHOWN]
     lengths = train.examples.lengths.tolist()

@@ -38,11 +38,11 @@ def guess(
     if task is not None:
         if task not in TASKS:
             raise ConfigError(f"task: must be one of {', '.join(TASKS)}, found {task!r}{nearest(task, TASKS)}")
-        return task, recognise(rows, TASKS[task], format, columns)
+        return task, recognise(rows, TASKS[task], format, columns, skip=skip)
     wrong: list[ConfigError] = []
     for name in _ORDER:
         try:
-            return name, recognise(rows, TASKS[name], format, columns)
+            return name, recognise(rows, TASKS[name], format, columns, skip=skip)
         except DataError:
             continue
         except ConfigError as error:
