@@ -397,6 +397,7 @@ def test_windows_of_a_long_context_and_targets_of_their_own_length_come_through(
     data = load(given)
     assert len(data.evaluation_rows) == 2
     assert len(data.evaluation.examples) > 2
+    assert "2 held-out rows are over max_length=24 tokens and read in windows" in data.warnings
     assert len(data.evaluation_rows.of) == len(data.evaluation.examples)
     for example in data.evaluation.examples:
         assert len(example.labels) == 2

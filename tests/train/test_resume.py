@@ -503,7 +503,9 @@ def test_training_ends_once_there_was_no_better_evaluation_for_so_long(
 ) -> None:
     scripted(monkeypatch, [0.1, 0.5, 0.4, 0.6, 0.6, 0.5, 0.6, 0.6])
     options = classify(max_steps=8, eval_steps=1, early_stopping_patience=patience, early_stopping_threshold=threshold)
-    train(options)
+    told: list[str] = []
+    train(options, say=told.append)
+    assert [line for line in told if line.startswith(f"enough after step {ends} of 8")] == told[: ends < 8]
     found = record(options.output)
     assert (found["state"], found["steps"]) == ("finished", ends)
     assert bool(found["ended_early"]) == (ends < 8)

@@ -151,6 +151,7 @@ class Course:
         if patience and not slot.done and best.stalled(evaluations, asked, threshold) >= patience:
             times = f"{patience} evaluations" if patience > 1 else "an evaluation"
             slot.enough = f"no better {best.watched(evaluations[-1], asked)} in {times}"
+            self._say(f"enough after step {slot.step:,} of {slot.steps:,}: {slot.enough}")
         top = self._best
         if options.load_best_model_at_end and top and top[0] == slot.step and not slot.done:
             self._save_here()

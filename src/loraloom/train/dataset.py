@@ -18,6 +18,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from loraloom.config import TaskType
 from loraloom.data.batches import bucketed, padding_share
 from loraloom.data.holdout import held_out, weighted
 from loraloom.data.prepare import Encoded, encode_survey
@@ -269,6 +270,8 @@ def _part(encoded: Encoded, numbers: Array, overlong: str) -> Part:
 def _said(what: str, flags: Array, options: TrainOptions, length: int) -> list[str]:
     """What was done to the rows, in sentences."""
     done = {"truncate": "cut", "drop": "left out", "split": "split into several"}
+    if TASKS[options.task] is TaskType.QUESTION_ANS:
+        done |= dict.fromkeys(("truncate", "split"), "read in windows")
     over = {
         OVERLONG: f"over max_length={length} tokens and {done.get(options.overlong, '')}",
         MERGED: "with a token across the end of the prompt, which is not trained on; end prompts with a space or a "
