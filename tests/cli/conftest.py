@@ -34,10 +34,10 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
 
 @pytest.fixture(scope="session")
 def trained(encoder_folder: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that ``loraloom train`` wrote."""
+    """An adapter that ``loraloom train`` wrote, with checkpoint-1 and checkpoint-2."""
     output = tmp_path_factory.mktemp("trained") / "adapter"
     arguments = ["train", "--model", encoder_folder, "--data", reviews, "--task", "seq-cls", "--output", output]
-    assert _run([*map(str, [*arguments, "--max-steps", 2, "--init-lora-weights", "false"])]) == 0
+    assert _run([*map(str, [*arguments, "--max-steps", 2, "--save-steps", 1, "--init-lora-weights", "false"])]) == 0
     return output
 
 

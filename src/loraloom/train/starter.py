@@ -12,7 +12,7 @@ from loraloom.data.sources import resolve
 from loraloom.errors import ConfigError, DataError, nearest
 from loraloom.lora.atomic import write_files
 from loraloom.train import yamltext
-from loraloom.train.load import length_within, load_limit
+from loraloom.train.load import build_empty, length_within, load_limit
 from loraloom.train.options import TASKS, TrainOptions
 
 #: Tasks in the order in which rows are tried for them: what says the most comes first.
@@ -70,7 +70,7 @@ def begin(
     Raises:
         ConfigError: there is a file already.
         DataError: the rows fit no task.
-        ModelError: no such model.
+        ModelError: no such model, or one that is for other tasks.
         SaveError: the file cannot be written.
     """
     path = Path(path)
@@ -78,6 +78,7 @@ def begin(
         raise ConfigError(f"{path}: is there already; choose another name, or give --overwrite")
     length = length_within(load_limit(model), None, model)
     found, shape = guess(data, task)
+    build_empty(model, TASKS[found])  # one that is for another task is said now
     name = output or f"runs/{path.stem}"
     # Checked as a whole: what is written can be read.
     options = TrainOptions(model=model, data=data, task=found, output=name, lora=LoraConfig(**_LORA))
