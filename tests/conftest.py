@@ -71,7 +71,9 @@ def _words(folder: Path, *, template: str, specials: dict[str, str]) -> int:
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     second = " [SEP]:1" if "[SEP]" in template else ""
     raw.post_processor = processors.TemplateProcessing(
-        single=template, pair=f"{template} $B:1{second}", special_tokens=[(word, words.index(word)) for word in specials.values() if word in template]
+        single=template,
+        pair=f"{template} $B:1{second}",
+        special_tokens=[(word, words.index(word)) for word in specials.values() if word in template],
     )
     PreTrainedTokenizerFast(tokenizer_object=raw, **specials).save_pretrained(folder)
     return len(words)

@@ -399,7 +399,7 @@ def test_a_file_that_the_system_does_not_open_is_refused_in_its_words(
             raise PermissionError(13, os.strerror(13), str(path))
         return open(path, *arguments)
 
-    monkeypatch.setattr("loraloom.data.readers.open", deny, raising=False)
+    monkeypatch.setattr("loraloom.data.read.readers.open", deny, raising=False)
     refused(world.train(data=data), "a.jsonl: cannot be read: Permission denied")
 
 
@@ -451,7 +451,7 @@ SKIPPED: dict[str, tuple[str, list[Any], str, str]] = {
 def test_a_bad_row_that_is_skipped_lands_in_a_file_with_its_place_and_the_reason(
     case: str, first: bool, world: Any, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraloom.data.readers.ROW_LIMIT", 2**19)
+    monkeypatch.setattr("loraloom.data.read.readers.ROW_LIMIT", 2**19)
     task, good, bad, reason = SKIPPED[case]
     lines = [json.dumps(row) for row in good]
     lines.insert(0 if first else 3, bad)

@@ -407,6 +407,10 @@ OTHERS: dict[str, Case] = {
         lambda w: ["plan", "--model", w.encoder, "--task", "seq-cls", "--labels", 0],
         ["labels: must be a whole number of at least 1, found 0"],
     ),
+    "a plan with more classes than there are": (
+        lambda w: ["plan", "--model", w.encoder, "--task", "seq-cls", "--labels", 10**15],
+        ["labels: must be at most 1,000,000"],
+    ),
     "a plan in a type that is unknown": (
         lambda w: ["plan", "--model", w.encoder, "--task", "seq-cls", "--dtype", "bf16"],
         ["dtype: must be one of float32", "found 'bf16'"],

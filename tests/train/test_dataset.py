@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from loraloom.data import cache, prepare, survey
 from loraloom.data.example import IGNORE
 from loraloom.data.records import Pair
+from loraloom.data.table import cache, prepare, survey
 from loraloom.errors import ConfigError, DataError
 from loraloom.train.dataset import Data, encode_run_rows, read_data, read_run_rows
 from loraloom.train.load import load_tokenizer

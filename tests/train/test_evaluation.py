@@ -17,10 +17,10 @@ from torch import Tensor
 
 from loraloom import LoraConfig, PeftModel, TaskType, get_peft_model
 from loraloom.data import IGNORE, Example, collate
-from loraloom.data.answers import Window
-from loraloom.data.encode import encoder
 from loraloom.data.records import Asked, Labelled, Pair, Record, Tagged, Translated
 from loraloom.data.rows import Row
+from loraloom.data.tokens.answers import Window
+from loraloom.data.tokens.encode import encoder
 from loraloom.train.evaluation import HeldOut, best_answer, evaluate, prompt_and_target
 from loraloom.train.load import load_base, load_tokenizer
 from loraloom.train.loop import train_pack

@@ -20,7 +20,8 @@ def looked(model: PeftModel, folder: Path, examples: list[Example], again: bool 
     pack = Pack(model)
     return look_ahead(
         pack, "default", model.peft_config["default"], examples, examples[:2],
-        empty=build_empty(str(folder), pack.task), dtype="float32", batch_size=4, forwards=1000, evaluations=10, gradient_checkpointing=again,
+        empty=build_empty(str(folder), pack.task), dtype="float32", batch_size=4, forwards=1000, evaluations=10,
+        gradient_checkpointing=again,
     )  # fmt: skip
 
 

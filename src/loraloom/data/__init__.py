@@ -1,5 +1,5 @@
-"""Rows in, token batches out: ``sources`` reads rows, ``shapes`` makes records of them, ``encode`` tokens, ``batches``
-tensors.
+"""Rows in, token batches out. ``read`` reads files, ``shape`` makes records of rows, ``tokens`` makes tokens of records,
+``table`` keeps them, ``batches`` makes tensors; ``rows``, ``records`` and ``example`` are what they hand each other.
 
 Nothing here knows a model, an adapter's weights or the training loop.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loraloom.data.encode import IGNORE, Encoded1, Encoder, Example, encoder
+from loraloom.data.read.sources import Source, read_rows, resolve
 from loraloom.data.rows import Row, as_task
-from loraloom.data.shapes import Shape, recognise
-from loraloom.data.sources import Source, read_rows, resolve
+from loraloom.data.shape.shapes import Shape, recognise
+from loraloom.data.tokens.encode import IGNORE, Encoded1, Encoder, Example, encoder
 
 if TYPE_CHECKING:
     from loraloom.data.batches import Batch, bucketed, collate, evaluation_batches, join, padding_share

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from loraloom.config import TaskType
-from loraloom.data.encode import IGNORE, Example
 from loraloom.data.rows import as_task
+from loraloom.data.tokens.encode import IGNORE, Example
 
 #: Batches whose rows are sorted by length together. More means less padding, fewer means more shuffling.
 CHUNK = 50

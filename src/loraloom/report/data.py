@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from loraloom.config import TaskType
-from loraloom.data.encode import IGNORE, Example
+from loraloom.data.tokens.encode import IGNORE, Example
 from loraloom.train.dataset import Data, Part
 
 #: How trained tokens look, and the others; and what stands around trained ones where there are no colours.

@@ -20,14 +20,14 @@ import numpy.typing as npt
 
 from loraloom.config import TaskType
 from loraloom.data.batches import bucketed, padding_share
-from loraloom.data.holdout import held_out, weighted
-from loraloom.data.prepare import Encoded, encode_survey
+from loraloom.data.read.holdout import held_out, weighted
+from loraloom.data.read.sources import resolve
 from loraloom.data.records import Chat, Record
 from loraloom.data.rows import Row, RowError
-from loraloom.data.sources import resolve
-from loraloom.data.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Examples, unpicked
-from loraloom.data.survey import Survey, Watch, survey
-from loraloom.data.templates import find_template
+from loraloom.data.table.prepare import Encoded, encode_survey
+from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Examples, unpicked
+from loraloom.data.table.survey import Survey, Watch, survey
+from loraloom.data.tokens.templates import find_template
 from loraloom.errors import ConfigError, DataError, SaveError
 from loraloom.train.load import length_within
 from loraloom.train.options import TASKS, TrainOptions

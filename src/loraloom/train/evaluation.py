@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from loraloom.config import TaskType
-from loraloom.data.answers import AnswerEncoder, Window
 from loraloom.data.batches import collate, evaluation_batches
 from loraloom.data.example import IGNORE, Example, Settings
 from loraloom.data.records import Asked, Pair, Record, Translated
 from loraloom.data.rows import Row
+from loraloom.data.tokens.answers import AnswerEncoder, Window
 from loraloom.lora.model import PeftModel
 from loraloom.train.generation import generate
 from loraloom.train.metrics import Metrics, Scores, choose, total

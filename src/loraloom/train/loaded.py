@@ -14,7 +14,7 @@ from torch import nn
 from loraloom.config import TASK_HEADS, LoraConfig, TaskType
 from loraloom.data.records import Record
 from loraloom.data.rows import Row
-from loraloom.data.survey import Watch
+from loraloom.data.table.survey import Watch
 from loraloom.errors import ConfigError, ModelError
 from loraloom.lora.model import PeftModel
 from loraloom.lora.targets import matches_name

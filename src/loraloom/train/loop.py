@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from loraloom.config import TaskType
 from loraloom.data.batches import collate
-from loraloom.data.encode import Example
+from loraloom.data.tokens.encode import Example
 from loraloom.errors import TrainingError
 from loraloom.lora.model import PeftModel
 from loraloom.train import evaluation

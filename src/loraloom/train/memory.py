@@ -24,6 +24,10 @@ from loraloom.train.options import DTYPES, TASKS
 from loraloom.train.recompute import repeated
 
 
+#: Classes of a head that may be planned.
+MOST_LABELS = 1_000_000
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes. ``activations`` is None where the model's forward cannot run without numbers."""
@@ -92,6 +96,8 @@ def forecast(
     for name, number in (("batch_size", batch_size), ("max_length", max_length), ("labels", labels)):
         if number is not None and number < 1:
             raise ConfigError(f"{name}: must be a whole number of at least 1, found {number}")
+    if labels > MOST_LABELS:  # the config names each of them
+        raise ConfigError(f"labels: must be at most {MOST_LABELS:,}, found {labels:,}")
     if labels != 2 and TASKS[task] not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
         raise ConfigError(f"labels: does nothing with task={task}, which has no classes; leave it out")
     length = length_within(load_limit(model), max_length, model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loraloom.config import TaskType
-from loraloom.data.encode import IGNORE
+from loraloom.data.tokens.encode import IGNORE
 from loraloom.lora.layers import HALF
 from loraloom.lora.model import PeftModel
 from loraloom.lora.route import Route

@@ -10,7 +10,7 @@ from typing import Any
 
 from loraloom.config import LoraConfig, TaskType
 from loraloom.data.example import OVERLONG
-from loraloom.data.sources import KEYS
+from loraloom.data.read.sources import KEYS
 from loraloom.errors import ConfigError, nearest
 
 #: The names of tasks on the command line and in run files.
@@ -154,7 +154,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name in ("model", "output"):
-            if not isinstance(getattr(self, name), str | Path) or not str(getattr(self, name)):
+            if not _is_path(getattr(self, name)):
                 raise ConfigError(f"{name}: must be a path or a name, found {getattr(self, name)!r}")
             setattr(self, name, str(getattr(self, name)))
         self.data = _sources("data", self.data)
@@ -327,13 +327,17 @@ _WHOLE = {
 _OPTIONAL = ("problem_type", "eval_strategy", "save_strategy")
 
 
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | Path) and bool(str(value)) and "\0" not in str(value)
+
+
 def _sources(name: str, value: Any) -> Any:
     """A path or name as text; a list of them as a list of these and of ``{"path", "weight"}``."""
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, list | tuple) and value:
         return [_weighted(name, entry) if isinstance(entry, Mapping) else _sources(name, entry) for entry in value]
-    if isinstance(value, str | Path) and str(value):
+    if _is_path(value):
         return str(value)
     raise ConfigError(f"{name}: must be a path or a name, or a list of these, found {value!r}")
 
@@ -345,6 +349,6 @@ def _weighted(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     weight = entry.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
         raise ConfigError(f"{name}: a weight must be a number above 0, found {weight!r}")
-    if not isinstance(entry.get("path"), str | Path) or not str(entry["path"]):
+    if not _is_path(entry.get("path")):
         raise ConfigError(f"{name}: a source must have a path, found {dict(entry)!r}")
     return {**entry, "path": str(entry["path"]), "weight": weight}

@@ -12,7 +12,7 @@ from torch import nn
 
 from loraloom.config import LoraConfig
 from loraloom.data.batches import collate
-from loraloom.data.encode import Example
+from loraloom.data.tokens.encode import Example
 from loraloom.train.memory import Memory, estimate
 from loraloom.train.pack import Pack
 

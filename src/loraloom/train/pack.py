@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from loraloom.config import LoraConfig, TaskType
-from loraloom.data.encode import IGNORE
+from loraloom.data.tokens.encode import IGNORE
 from loraloom.errors import AdapterError, ConfigError, nearest
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.train.objective import Objective

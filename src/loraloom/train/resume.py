@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.data.encode import Example
+from loraloom.data.tokens.encode import Example
 from loraloom.errors import ConfigError
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraloom.config import TaskType
-from loraloom.data.survey import Watch
+from loraloom.data.table.survey import Watch
 from loraloom.errors import ConfigError
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, plan

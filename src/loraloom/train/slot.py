@@ -14,8 +14,8 @@ from torch import nn
 
 from loraloom.config import TaskType
 from loraloom.data.batches import bucketed
-from loraloom.data.encode import IGNORE, Example
-from loraloom.data.store import lengths_of
+from loraloom.data.table.store import lengths_of
+from loraloom.data.tokens.encode import IGNORE, Example
 from loraloom.lora.initialize import seed_of
 from loraloom.train import optimizers
 from loraloom.train.schedule import Schedule

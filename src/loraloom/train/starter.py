@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.config import LoraConfig
-from loraloom.data.shapes import Shape, recognise
-from loraloom.data.sources import resolve
+from loraloom.data.read.sources import resolve
+from loraloom.data.shape.shapes import Shape, recognise
 from loraloom.errors import ConfigError, DataError, nearest
 from loraloom.lora.atomic import write_files
 from loraloom.train import yamltext

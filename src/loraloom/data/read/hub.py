@@ -1,0 +1,183 @@
+"""Datasets of the library ``datasets``: a folder that it saved, or a name on the hub.
+
+This file knows splits, configurations, and what it looks like when there is no network. Classes that a dataset
+names itself (``ClassLabel``) come as these names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loraloom.data.read.source import Source
+from loraloom.data.read.tables import CHUNK, records
+from loraloom.data.rows import OnBad, Row
+from loraloom.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass
+class DatasetSource(Source):
+    """One split of a dataset, opened when it is first read; its rows are counted from 1."""
+
+    path: str = ""
+    saved: bool = False
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        self._opened: Dataset | None = None
+
+    @classmethod
+    def named(cls, entry: dict[str, Any], saved: bool) -> DatasetSource:
+        """The source of an entry whose path may be ``path:split`` or ``path:config:split``."""
+        parts = [entry["path"]]
+        if not os.path.lexists(entry["path"]):
+            head, *rest = entry["path"].rsplit(":", 2)
+            # A drive's colon is part of the path.
+            parts = (
+                [head, *rest] if not saved or len(rest) < 2 or os.path.isdir(head) else [f"{head}:{rest[0]}", rest[1]]
+            )
+        config, split = entry.get("name"), entry.get("split")
+        for key, given, inside in (
+            ("split", split, parts[-1] if len(parts) > 1 else None),
+            ("name", config, parts[1] if len(parts) > 2 else None),
+        ):
+            if given is not None and inside is not None and given != inside:
+                raise ConfigError(f"data: {entry['path']} and {key!r} name two: {inside!r} and {given!r}")
+        split = split or (parts[-1] if len(parts) > 1 else None)
+        config = config or (parts[1] if len(parts) > 2 else None)
+        if saved and (config is not None or entry.get("revision") is not None):
+            key = "name" if config is not None else "revision"
+            raise ConfigError(f"data: {parts[0]} is a saved dataset, which has no {key!r}")
+        named = ":".join(part for part in (parts[0], config, split) if part)
+        return cls(
+            name=named,
+            weight=entry["weight"],
+            path=parts[0],
+            saved=saved,
+            config=config,
+            split=split,
+            revision=entry.get("revision"),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}  # another process opens it for itself
+
+    def _dataset(self) -> Dataset:
+        if self._opened is None:
+            self._opened = self._one_split(_load_saved(self.path) if self.saved else self._load_hub())
+        return self._opened
+
+    def _one_split(self, found: Any) -> Dataset:
+        from datasets import DatasetDict
+
+        if not isinstance(found, DatasetDict):
+            if self.split is not None and self.saved and str(found.split) != self.split:
+                raise DataError(f"{self.path}: one dataset that is not in splits; there is no {self.split!r}")
+            dataset: Dataset = found
+            return dataset
+        splits = list(found)
+        wanted = self.split or ("train" if "train" in splits or len(splits) > 1 else splits[0])
+        if wanted not in splits:
+            raise DataError(
+                f"{self.path}: no split {wanted!r}; there is {', '.join(splits)} "
+                f"(name it: {self.path}:{splits[0]}){nearest(wanted, splits)}"
+            )
+        return found[wanted]
+
+    def _load_hub(self) -> Any:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+        try:
+            # All splits, because a list of them is what helps where the one that was asked for is not there.
+            return load_dataset(self.path, self.config, revision=self.revision)
+        except DatasetNotFoundError as exc:
+            raise DataError(
+                f"{self.path}: no such file or folder here{_beside(self.path)}, and no dataset of that name on the "
+                f"hub: {_first_line(exc)}"
+            ) from None
+        except (ConnectionError, TimeoutError) as exc:
+            raise DataError(
+                f"{self.path}: no such file or folder here{_beside(self.path)}; as the name of a dataset on the hub "
+                f"it would have to be fetched, and there is no network (or HF_HUB_OFFLINE is set): {_first_line(exc)}"
+            ) from None
+        except (DatasetsError, ValueError, OSError) as exc:
+            raise DataError(f"{self.path}: the dataset cannot be loaded: {_first_line(exc)}") from exc
+        except Exception as exc:
+            # What the network's libraries raise has no common base; anything else is a fault to be seen whole.
+            if type(exc).__module__.split(".")[0] not in (
+                "huggingface_hub",
+                "httpx",
+                "httpcore",
+                "requests",
+                "aiohttp",
+            ):
+                raise
+            raise DataError(f"{self.path}: the dataset cannot be fetched from the hub: {_first_line(exc)}") from exc
+
+    def _rows(self, bad: OnBad | None) -> Iterator[Row]:
+        from datasets import ClassLabel
+
+        dataset = self._dataset()
+        classes = {name: feature for name, feature in dataset.features.items() if _names(feature, ClassLabel)}
+        number = 0
+        for table in dataset.with_format("arrow").iter(batch_size=CHUNK):
+            for fields in records(table):
+                number += 1
+                for name, feature in classes.items():
+                    fields[name] = _named(fields[name], _names(feature, ClassLabel))
+                yield Row(fields, number, self.name, "row")
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the name, the revision and the dataset's own fingerprint."""
+        parts = (self.name, self.revision or "", self._dataset()._fingerprint)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def hashes(self) -> dict[str, str]:
+        """The fingerprint, by the name."""
+        return {self.name: self.fingerprint()}
+
+    def describe(self) -> str:
+        """The source in a few words, for saying aloud what is read."""
+        said = f"{self.name} ({'a saved dataset' if self.saved else 'a dataset of the hub'}"
+        said += f", revision {self.revision})" if self.revision else ")"
+        return said if self.weight == 1 else f"{said}, weight {self.weight:g}"
+
+
+def _load_saved(path: str) -> Any:
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(path)
+    except Exception as exc:  # from Arrow, JSON, the file system: all say that the folder is damaged
+        raise DataError(f"{path}: the saved dataset cannot be read: {_first_line(exc)}") from exc
+
+
+def _beside(path: str) -> str:
+    folder = os.path.dirname(path) or "."
+    return nearest(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else ())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _names(feature: Any, class_label: type) -> list[str]:
+    """The names of the classes of a feature that is a class or a list of classes; else none."""
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
+    return list(inner.names or ()) if isinstance(inner, class_label) else []  # type: ignore[attr-defined]
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """The names of classes; None stands for -1, by which ``datasets`` means that there is no label."""
+    if isinstance(value, list):
+        return [_named(part, names) for part in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None if value == -1 else value

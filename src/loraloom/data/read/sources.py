@@ -1,0 +1,158 @@
+"""What the user named as data, found: files, a folder, a glob, a saved dataset or one of the hub.
+
+This file knows names and places. How rows are read from there is known to ``source`` and ``hub``, what their columns
+mean to ``shapes``. Nothing is read before it is asked for.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loraloom.data.read.holdout import check_weight
+from loraloom.data.read.hub import DatasetSource
+from loraloom.data.read.readers import open_file
+from loraloom.data.read.source import READERS, Source, suffix
+from loraloom.data.rows import Row
+from loraloom.errors import ConfigError, DataError, nearest
+
+__all__ = ["KEYS", "Source", "read_rows", "resolve"]
+
+KINDS = ".jsonl or .json (an object on each line, or one array), .csv, .tsv, .parquet or .txt"
+
+#: ``format`` for plain text, and what a row then is.
+TEXT_BY = {"text": "paragraph", "text-lines": "line", "text-file": "file"}
+
+#: What a source may be told beside its path.
+KEYS = ("path", "weight", "name", "split", "revision")
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.+-]+){0,2}")
+
+
+def resolve(spec: Any, *, format: str | None = None) -> list[Source]:
+    """The sources that ``spec`` names: a path, glob or name, a mapping of ``KEYS``, or a list of those.
+
+    A path is a data file, a folder of them (subfolders too; hidden files and what is no data are passed over), a
+    glob, or a folder that ``save_to_disk`` of ``datasets`` wrote. A name that is none of these is a dataset of the
+    hub. For the last two, ``split`` (``train`` by default) and ``name`` (the configuration) may be given, in short
+    ``path:split`` or ``path:name:split``. ``weight`` says how often each row comes in an epoch (1).
+    ``format`` matters here for plain text alone: a row is a paragraph, or with ``text-lines`` a line, or with
+    ``text-file`` the whole file.
+
+    Raises ``DataError`` for what is not there or cannot be data, ``ConfigError`` for a spec that makes no sense.
+    """
+    entries: list[Any] = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
+    if not entries:
+        raise ConfigError("data: an empty list; name a file, a folder or a dataset")
+    sources = [_source(_entry(entry), format) for entry in entries]
+    names = [source.name for source in sources]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"data: {twice!r} is named twice; for its rows to count double give it the weight 2")
+    if format in ("text-lines", "text-file"):
+        for source in sources:
+            other = next((path for path in source.files if suffix(path) != ".txt"), None)
+            if other is not None or not source.files:
+                raise ConfigError(
+                    f"format: {format!r} is for plain text (.txt), and {other or source.name} is not that"
+                )
+    return sources
+
+
+def _entry(entry: Any) -> dict[str, Any]:
+    if isinstance(entry, str | os.PathLike):
+        entry = {"path": os.fspath(entry)}
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"data: a path, a mapping with 'path', or a list of them is needed, not {entry!r}")
+    for key in entry:
+        if key not in KEYS:
+            raise ConfigError(f"data: {key!r} is not one of {', '.join(KEYS)}{nearest(str(key), KEYS)}")
+    fields = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in entry.items()}
+    for key in ("path", "name", "split", "revision"):
+        value = fields.get(key)
+        if (value is None and key == "path") or (value is not None and not (isinstance(value, str) and value)):
+            raise ConfigError(f"data: {key!r} of a source is a text, not {value!r}")
+    fields["weight"] = check_weight(fields.get("weight", 1.0), fields["path"])
+    return fields
+
+
+def _source(entry: dict[str, Any], format: str | None) -> Source:
+    name: str = entry["path"]
+    by, weight = TEXT_BY.get(format or "text", "paragraph"), entry["weight"]
+    if os.path.isdir(name) and not _is_saved(name):
+        _no_parts(entry, "a folder of files")
+        return _folder(name, weight, by)
+    if _is_saved(name):
+        return DatasetSource.named(entry, saved=True)
+    if not os.path.lexists(name):
+        stem = name.rsplit(":", 2)[0] if name.count(":") > 1 else name.split(":")[0]
+        if stem != name and _is_saved(stem):
+            return DatasetSource.named(entry, saved=True)
+        if any(sign in name for sign in "*?["):
+            _no_parts(entry, "a glob")
+            found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+            if not found:
+                raise DataError(f"{name}: no file fits")
+            return Source(name, [_known(Path(path)) for path in found], weight, by)
+        if HUB_NAME.fullmatch(name) and suffix(Path(name)) not in READERS:
+            return DatasetSource.named(entry, saved=False)
+    _no_parts(entry, "a file")
+    open_file(Path(name), unpack=False).close()  # what is wrong with it is said now
+    return Source(name, [_known(Path(name))], weight, by)
+
+
+def _no_parts(entry: dict[str, Any], what: str) -> None:
+    for key in ("name", "split", "revision"):
+        if entry.get(key) is not None:
+            raise ConfigError(f"data: {entry['path']} is {what}, which has no {key!r}")
+
+
+def _known(path: Path) -> Path:
+    """``path``, if it is a kind of file that is read."""
+    kind = suffix(path)
+    packed = path.suffix.lower() == ".gz"
+    if packed and kind == ".parquet":
+        raise DataError(f"{path}: Parquet is not read from .gz; unpack it")
+    if path.suffix.lower() in (".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz") or kind == ".tar":
+        raise DataError(f"{path}: an archive; unpack it (.gz files of one data file are read as they are)")
+    if kind == ".arrow":
+        raise DataError(f"{path}: a part of a saved dataset; name its folder")
+    if kind not in READERS:
+        found = f"the suffix {kind!r}" if kind else "no suffix"
+        raise DataError(f"{path}: {found}; a data file is {KINDS}")
+    return path
+
+
+def _folder(name: str, weight: float, by: str) -> Source:
+    found: list[Path] = []
+    others: list[Path] = []
+    for place, folders, files in os.walk(name, onerror=_unreadable):
+        folders[:] = sorted(part for part in folders if not part.startswith("."))
+        for file in sorted(files):
+            path = Path(place, file)
+            if not file.startswith((".", "_")):
+                (found if suffix(path) in READERS else others).append(path)
+    if not found:
+        beside = f"; there is {others[0].name}" if others else ""
+        raise DataError(f"{name}: a directory without data files in it ({KINDS}){beside}")
+    return Source(name, [_known(path) for path in sorted(found)], weight, by, sorted(others))
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
+
+
+def _is_saved(name: str) -> bool:
+    """Is this a folder that ``save_to_disk`` wrote?"""
+    dataset = os.path.isfile(os.path.join(name, "state.json"))
+    return dataset or os.path.isfile(os.path.join(name, "dataset_dict.json"))
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of one data file at once; for what is known to be small."""
+    open_file(Path(path), unpack=False).close()
+    return list(Source(str(path), [_known(Path(path))]))

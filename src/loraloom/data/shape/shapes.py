@@ -1,0 +1,197 @@
+"""Which columns mean what: the shape of the data, recognised or named, and each row made a checked record.
+
+This file knows how a shape shows itself, and what to say where none does. The shapes themselves are in ``forms``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from loraloom.config import TaskType
+from loraloom.data.records import Record
+from loraloom.data.rows import Row, RowError, as_task, row_error, shown, task_option
+from loraloom.data.shape.fields import ABSENT, Fields, lookup
+from loraloom.data.shape.forms import SHAPES, Form, problem_of
+from loraloom.errors import ConfigError, DataError, nearest
+
+#: Names of ``format`` that say how plain text is cut into rows; their shape is ``text``.
+TEXT_FORMATS = ("text-lines", "text-file")
+
+_FORMS = {(kind, form.name): form for kind, forms in SHAPES.items() for form in forms}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A recognised shape. ``columns`` maps our names to the user's where they differ.
+
+    ``problem_type`` is there for seq-cls alone. ``ignored`` are the user's columns that are not read, ``also``
+    the other shapes that would fit as well.
+    """
+
+    name: str
+    task: TaskType
+    columns: dict[str, str] = field(default_factory=dict)
+    problem_type: str | None = None
+    ignored: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+
+    def read(self, row: Row) -> Record:
+        """The record of ``row``; ``RowError`` with file, line and column for one that is not of this shape."""
+        return _FORMS[self.task, self.name].read(Fields(row, self.columns), self.problem_type)
+
+    def describe(self) -> str:
+        """The shape in a few words, for saying aloud what was recognised."""
+        renamed = [f"{ours} from {theirs!r}" for ours, theirs in self.columns.items()]
+        said = f"{self.name} ({', '.join(renamed)})" if renamed else self.name
+        if self.problem_type:
+            said += f", {self.problem_type.replace('_', ' ')}"
+        if self.ignored:
+            said += f"; not read: {', '.join(map(repr, self.ignored))}"
+        if self.also:
+            said += f"; would also fit: {', '.join(self.also)} (choose with format)"
+        return said
+
+
+def recognise(
+    rows: Row | Sequence[Row],
+    task: TaskType | str,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    problem_type: str | None = None,
+    skip: bool = False,
+) -> Shape:
+    """The shape of ``rows``, the first ones of a source (one will do): the first that the first row has in full.
+
+    With ``skip`` it is the first row that has any; if none does, what is said is said of the first.
+
+    ``format`` names the shape. ``columns`` maps our names of columns to the user's; ``a.b`` is the key b of the
+    column a. ``problem_type`` says what the labels of seq-cls are; without it they are several classes where they
+    are lists, numbers where one has a fraction, and else classes.
+
+    Raises ``DataError`` where the columns are not there, with the nearest names, and ``ConfigError`` for a
+    ``format`` or ``columns`` that the task does not know.
+    """
+    first = [rows] if isinstance(rows, Row) else list(rows)
+    for place in range(1, len(first)) if skip else ():
+        try:
+            return recognise(first[place - 1 :], task, format, columns, problem_type)
+        except RowError:
+            continue
+    kind = as_task(task)
+    named = dict(columns or {})
+    forms = _forms(kind, format, named)
+    row = first[0]
+    for ours, theirs in named.items():
+        if all(lookup(other, theirs) is ABSENT for other in first):
+            there = ", ".join(map(repr, row.fields)) or "none"
+            reason = f"no column {theirs!r}, which columns maps to {ours!r}; the columns are {there}"
+            raise row_error(row, f"{reason}{nearest(theirs, row.fields)}", theirs)
+    fitting = [(form, renamed) for form in forms for renamed in _fits(form, row, named, len(forms) == 1)]
+    if not fitting:
+        raise _nothing_fits(row, kind, forms, named)
+    form, renamed = fitting[0]
+    if form.name in ("text-label", "pair-label"):
+        problem_type = problem_type or problem_of(first, renamed.get("label", "label"))
+    used = {renamed.get(name, name).split(".")[0] for name in (*form.needs, *form.may)} | set(renamed.values())
+    ignored = dict.fromkeys(name for other in first for name in other.fields if name not in used)
+    also = tuple(dict.fromkeys(other.name for other, _ in fitting[1:] if other.name != form.name))
+    return Shape(form.name, kind, renamed, problem_type, tuple(ignored), also)
+
+
+def _forms(kind: TaskType, format: str | None, columns: dict[str, str]) -> list[Form]:
+    """The forms of the task that ``format`` and the names in ``columns`` leave."""
+    option, forms = task_option(kind), list(SHAPES[kind])
+    if format is not None:
+        wanted = "text" if format in TEXT_FORMATS else format
+        names = [form.name for form in forms]
+        if wanted not in names:
+            known = [*names, *TEXT_FORMATS] if "text" in names else names
+            raise ConfigError(
+                f"format: {format!r} is not a shape of {option}, which are {', '.join(known)}{nearest(format, known)}"
+            )
+        forms = [form for form in forms if form.name == wanted]
+    known = list(dict.fromkeys(name for form in forms for name in (*form.needs, *form.may)))
+    for ours in columns:
+        if ours not in known:
+            raise ConfigError(
+                f"columns: {ours!r} is no column of {format or option}, which are {', '.join(known)}"
+                f"{nearest(ours, known)} (columns maps these names to yours: {{{known[0]}: ...}})"
+            )
+    left = [form for form in forms if set(columns) <= {*form.needs, *form.may}]
+    if not left:
+        raise ConfigError(f"columns: no shape of {option} has all of {', '.join(columns)}")
+    return left
+
+
+def _fits(form: Form, row: Row, columns: dict[str, str], forced: bool) -> Iterator[dict[str, str]]:
+    """The mapping of columns by which the row has all that the form needs; none where it does not."""
+    if form.name not in ("messages", "sharegpt"):
+        if all(lookup(row, columns.get(name, name)) is not ABSENT for name in form.needs):
+            yield columns
+        return
+    # These two are told apart by what is in the column, because both names are used for both.
+    ours = form.needs[0]
+    own = columns.get(ours, ours)
+    key, other = ("role", "from") if form.name == "messages" else ("from", "role")
+    for theirs in [own] if ours in columns else dict.fromkeys([own, "messages", "conversations"]):
+        value = lookup(row, theirs)
+        item = value[0] if isinstance(value, list) and value else None
+        keys = item if isinstance(item, dict) else {}
+        # What is neither is taken by its name, to be refused with words that fit it.
+        if key in keys or (theirs == own and value is not ABSENT and (forced or other not in keys)):
+            yield columns if theirs == own else {**columns, ours: theirs}
+
+
+#: What others call our columns: for hints, never read in silence.
+OTHER_NAMES = {
+    "prompt": ("question", "query", "instruction", "input"),
+    "completion": ("answer", "response", "output", "target", "completions"),
+    "output": ("response",),
+    "text": ("sentence", "content", "document", "review", "body", "article"),
+    "label": ("labels", "class", "category", "score", "target", "sentiment", "intent"),
+    "text1": ("sentence1", "premise", "question1"),
+    "text2": ("sentence2", "hypothesis", "question2"),
+    "tokens": ("words",),
+    "tags": ("ner_tags", "pos_tags", "labels", "labels_ner"),
+    "source": ("document", "article", "dialogue", "input", "src", "text"),
+    "target": ("summary", "highlights", "output", "tgt"),
+    "messages": ("conversation", "chat", "dialog", "dialogue", "turns"),
+    "answers": ("answer",),
+    "context": ("passage", "paragraph", "document"),
+}
+
+
+def _nothing_fits(row: Row, kind: TaskType, forms: Sequence[Form], columns: dict[str, str]) -> DataError:
+    """The error that names what is missing of the form that the row has most of."""
+
+    def there(form: Form) -> float:
+        return sum(lookup(row, columns.get(name, name)) is not ABSENT for name in form.needs) / len(form.needs)
+
+    best = max(forms, key=there)
+    for form in forms:
+        renamed = {name: _other_name(row, name, columns) for name in form.needs}
+        if None not in renamed.values():
+            shifted = ", ".join(f"{ours}: {theirs}" for ours, theirs in renamed.items() if ours != theirs)
+            if shifted and len(set(renamed.values())) == len(renamed):
+                hint = f"; to read yours, set columns: {{{shifted}}}"
+                best = form
+                break
+    else:
+        hint = ""
+    missing = next((name for name in best.needs if lookup(row, columns.get(name, name)) is ABSENT), best.needs[0])
+    wanted = columns.get(missing, missing)
+    forms_said = "; ".join(f"{' and '.join(map(repr, form.needs))} ({form.name})" for form in forms)
+    found = ", ".join(map(repr, row.fields)) or "none"
+    reason = (
+        f"no column {wanted!r}; {task_option(kind)} reads {forms_said}; "
+        f"the columns are {found}{hint or nearest(wanted, row.fields)}"
+    )
+    if lookup(row, wanted) is not ABSENT:
+        reason = f"{wanted!r} is not what {best.name} needs, found {shown(lookup(row, wanted))}"
+    return row_error(row, reason, wanted)
+
+
+def _other_name(row: Row, name: str, columns: dict[str, str]) -> str | None:
+    names = (columns.get(name, name), *OTHER_NAMES.get(name, ()))
+    return next((other for other in names if lookup(row, other) is not ABSENT), None)

@@ -1,0 +1,261 @@
+"""Folders of the cache: written whole or absent, checked when they are read, made anew where they are damaged.
+
+This file knows folders, sizes and hashes. It does not know what the files in a folder mean. An entry is a folder named
+by the hash of all that it follows from, with a ``manifest.json`` that names every file in it with size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from loraloom.errors import SaveError
+
+#: The folder of the cache, where it is to be another than the system's.
+VARIABLE = "LORALOOM_CACHE"
+MANIFEST = "manifest.json"
+#: Of the layout of entries. Another one is as good as none.
+FORMAT = 1
+BLOCK = 1 << 20
+
+Say = Callable[[str], None]
+
+
+def cache_folder() -> Path:
+    """``$LORALOOM_CACHE``, or ``loraloom`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if given := os.environ.get(VARIABLE):
+        return Path(given).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path("~/.cache").expanduser()) / "loraloom"
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """The name of what follows from ``parts``, which are plain JSON values."""
+    text = json.dumps(parts, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@functools.cache
+def code_hash() -> str:
+    """The hash of all that makes rows into tokens, beside what the user chose: this package and its libraries."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    for package in ("loraloom", "tokenizers", "transformers", "jinja2"):
+        with contextlib.suppress(PackageNotFoundError):
+            digest.update(f"{package} {version(package)}\n".encode())
+    return digest.hexdigest()
+
+
+class _Unwritable(Exception):
+    """The folder cannot be written: what is built goes to another one."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _Unwritable(error) from error
+
+
+class Growing:
+    """A file that is written from front to back, and hashed on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.size, self._hash = 0, hashlib.sha256()
+        with _writing():
+            self._file = open(path, "wb")  # noqa: SIM115 - open as long as the draft is
+
+    def write(self, data: bytes | memoryview) -> None:
+        with _writing():
+            self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def close(self) -> dict[str, Any]:
+        with _writing():
+            self._file.close()
+        return {"bytes": self.size, "sha256": self._hash.hexdigest()}
+
+
+class Draft:
+    """A folder that is being written. Files are made by ``file`` alone, so that the manifest names them all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Growing] = {}
+
+    def file(self, name: str) -> Growing:
+        self._files[name] = Growing(self.folder / name)
+        return self._files[name]
+
+    def finish(self, key: str, info: Mapping[str, Any]) -> dict[str, Any]:
+        files = {name: file.close() for name, file in self._files.items()}
+        manifest = {"format": FORMAT, "key": key, "info": info, "files": files}
+        with _writing():
+            # Last: a folder without it is none.
+            (self.folder / MANIFEST).write_text(json.dumps(manifest, sort_keys=True, indent=1), encoding="utf-8")
+        return manifest
+
+    def drop(self) -> None:
+        for file in self._files.values():
+            with contextlib.suppress(_Unwritable):
+                file.close()
+
+
+@dataclass
+class Entry:
+    """A folder that is whole. ``info`` is what its builder returned; ``fresh`` tells that it was built just now."""
+
+    folder: Path
+    info: dict[str, Any]
+    fresh: bool
+    _temporary: Any = field(default=None, repr=False)  # deleted with this
+
+
+def find(kind: str, key: str, say: Say = lambda text: None) -> Entry | None:
+    """The entry of this key where there is a whole one. Nothing is written."""
+    return _read(cache_folder() / kind / key, key, say)
+
+
+def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], say: Say = lambda text: None) -> Entry:
+    """The entry of this key: as it lies in the cache, or made by ``build``, which fills a folder and returns its info.
+
+    Where the cache cannot be written (read-only, full), the folder is a temporary one, and ``say`` is told. ``build``
+    may therefore be called twice. Of several processes that want the same entry, one builds and the others wait where
+    the system has locks; where not, all build and the first to be done counts.
+
+    Raises:
+        SaveError: there is no room in the system's folder for temporary files either.
+    """
+    root = cache_folder() / kind
+    try:
+        with _writing():
+            root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f".{key}.lock", say):
+            found = _read(root / key, key, say)
+            return found or _built(root, key, build)
+    except _Unwritable as failure:
+        say(
+            f"the cache folder {root.parent} cannot be written ({failure.error.strerror}), so what was made of the "
+            f"rows lies in a temporary folder and is made again the next time; set {VARIABLE} to choose another folder"
+        )
+    temporary = tempfile.TemporaryDirectory(prefix="loraloom-rows-")
+    try:
+        made = _make(Path(temporary.name), key, build)
+    except _Unwritable as failure:
+        temporary.cleanup()
+        raise SaveError(
+            f"{temporary.name}: the rows cannot be written ({failure.error.strerror}); free space there, or set "
+            f"{VARIABLE} to a folder on a disk with room"
+        ) from None
+    except BaseException:
+        temporary.cleanup()
+        raise
+    return Entry(Path(temporary.name), made, True, temporary)
+
+
+def _built(root: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) -> Entry:
+    for left in root.glob(f".{key}.*.part"):  # of processes that were killed: those alive hold the lock
+        shutil.rmtree(left, ignore_errors=True)
+    aside = root / f".{key}.{secrets.token_hex(4)}.part"
+    try:
+        with _writing():
+            aside.mkdir()
+        made = _make(aside, key, build)
+        return Entry(_put(aside, root / key, key), made, True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # it is no longer there where all went well
+
+
+def _make(folder: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) -> dict[str, Any]:
+    draft = Draft(folder)
+    try:
+        info: dict[str, Any] = draft.finish(key, build(draft))["info"]
+        return json.loads(json.dumps(info))  # type: ignore[no-any-return] # as one that is read has it
+    except BaseException:
+        draft.drop()
+        raise
+
+
+def _put(aside: Path, target: Path, key: str) -> Path:
+    """Rename into place. What stands there is another process's work, or damaged: then it makes way."""
+    try:
+        os.rename(aside, target)
+    except OSError:
+        if _read(target, key, lambda text: None) is None:
+            old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+            with _writing():
+                # Not deleted first: a process that has its files mapped goes on with them.
+                os.rename(target, old)
+                os.rename(aside, target)
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _read(folder: Path, key: str, say: Say) -> Entry | None:
+    if not folder.is_dir():
+        return None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if manifest["format"] == FORMAT and manifest["key"] == key and _whole(folder, manifest["files"]):
+            return Entry(folder, manifest["info"], False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    say(f"{folder}: damaged, so it is made again")
+    return None
+
+
+def _whole(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
+    if any((folder / name).stat().st_size != file["bytes"] for name, file in files.items()):
+        return False  # cheaper than the hashes
+    return all(file_hash(folder / name) == file["sha256"] for name, file in files.items())
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file's bytes, of which never more than a block is in memory."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path, say: Say) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: all build, and the first one counts
+        yield
+        return
+    with _writing():
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process prepares the same rows; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # who waits on it builds nothing twice: it looks first
+        os.close(handle)

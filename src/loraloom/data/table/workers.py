@@ -1,0 +1,186 @@
+"""Work on many items in several processes: results in the order of the items, and never more than a few under way.
+
+This file knows processes and pipes. It does not know what the work is. A worker is a fresh interpreter that runs this
+package alone: neither a fork of a process with threads (which tokenizers cannot take) nor a second run of the user's
+script. What goes through the pipes is pickled, between processes of our own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pickle
+import queue
+import signal
+import struct
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO, TypeVar
+
+from loraloom.errors import FailureError, LoraloomError
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+#: Items of each worker that are under way at most: one that it works on, and one that waits.
+AHEAD = 2
+#: Workers at most, where nobody says how many: one process reads for all of them.
+MOST = 16
+_SIZE = struct.Struct("<Q")
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not every system has this
+        return os.cpu_count() or 1
+
+
+def mapped(
+    make: Callable[..., Callable[[A], B]], arguments: tuple[Any, ...], items: Iterable[A], workers: int = 1
+) -> Iterator[B]:
+    """``make(*arguments)(item)`` for each item, in order; with ``workers`` above 1, in so many processes.
+
+    ``make`` is a function of a module, called once in each worker. What it raises there is raised here. Whatever ends
+    this iterator, an error or a Ctrl-C or its last item, the workers end with it.
+
+    Raises:
+        FailureError: a worker died, or raised what is none of loraloom's errors.
+    """
+    if workers <= 1:
+        work = make(*arguments)
+        for item in items:
+            yield work(item)
+        return
+    opening = pickle.dumps((make, arguments), pickle.HIGHEST_PROTOCOL)
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    crew: list[_Worker] = []
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="loraloom-rows")
+
+    def ask(item: A) -> B:
+        worker = idle.get()
+        try:
+            return worker.ask(item)  # type: ignore[no-any-return]
+        finally:
+            idle.put(worker)
+
+    under_way: deque[Future[B]] = deque()
+    try:
+        for _ in range(workers):
+            crew.append(_Worker(opening))
+            idle.put(crew[-1])
+        waiting = iter(items)
+        for item in itertools.islice(waiting, AHEAD * workers):
+            under_way.append(pool.submit(ask, item))
+        while under_way:
+            result = under_way.popleft().result()
+            for item in itertools.islice(waiting, 1):
+                under_way.append(pool.submit(ask, item))
+            yield result
+    finally:
+        for future in under_way:
+            future.cancel()
+        for worker in crew:
+            worker.end()  # threads that wait for one see its pipe end
+        pool.shutdown()
+
+
+class _Worker:
+    """One process, which answers one question at a time."""
+
+    def __init__(self, opening: bytes) -> None:
+        # The path as it is here: the package may have been found in a way that the environment does not tell.
+        code = f"import sys; sys.path[:] = {sys.path!r}; from loraloom.data.table.workers import serve; serve()"
+        quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **quiet},
+        )
+        self._opening: bytes | None = opening
+
+    def ask(self, item: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            if self._opening is not None:
+                _send(self._process.stdin, self._opening)
+                self._opening = None
+            _send(self._process.stdin, pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
+            answer = _receive(self._process.stdout)
+        except OSError:  # its end of the pipe is gone
+            answer = None
+        if answer is None:
+            raise FailureError(
+                f"a process that tokenises died (exit status {self._process.wait()}); if memory ran out, lower "
+                "data_workers"
+            )
+        right, value = pickle.loads(answer)
+        if not right:
+            raise value
+        return value
+
+    def end(self) -> None:
+        # It holds nothing that it must put away, and may be in the midst of a long text.
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def serve() -> None:
+    """A worker's whole life: make what does the work, answer until nobody asks any more."""
+    # A Ctrl-C reaches all processes of a terminal; the one that started us ends us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    questions = sys.stdin.buffer
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not come between the answers
+    work: Callable[[Any], Any] | None = None
+    opening = _receive(questions)
+    while (question := _receive(questions)) is not None:
+        try:
+            if work is None:
+                assert opening is not None
+                make, arguments = pickle.loads(opening)
+                work = make(*arguments)
+            answer: tuple[bool, Any] = (True, work(pickle.loads(question)))
+        except LoraloomError as error:
+            answer = (False, _picklable(error))
+        except Exception as error:
+            answer = (False, FailureError(f"a process that tokenises failed: {type(error).__name__}: {error}"))
+        try:
+            _send(answers, pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
+        except OSError:  # nobody listens any more
+            return
+
+
+def _picklable(error: LoraloomError) -> LoraloomError:
+    """The error as it is, or one of loraloom's own kind with its words where it cannot travel."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        own = next(kind for kind in type(error).__mro__ if kind.__module__ == LoraloomError.__module__)
+        return own(str(error))  # type: ignore[no-any-return]
+    return error
+
+
+def _send(pipe: BinaryIO | Any, message: bytes) -> None:
+    pipe.write(_SIZE.pack(len(message)))
+    pipe.write(message)
+    pipe.flush()
+
+
+def _receive(pipe: BinaryIO | Any) -> bytes | None:
+    head = pipe.read(_SIZE.size)
+    if len(head) < _SIZE.size:
+        return None
+    message: bytes = pipe.read(_SIZE.unpack(head)[0])
+    return message
