@@ -1,5 +1,5 @@
-"""Rows in, token batches out. ``read`` reads files, ``shape`` makes records of rows, ``tokens`` makes tokens of records,
-``table`` keeps them, ``batches`` makes tensors; ``rows``, ``records`` and ``example`` are what they hand each other.
+"""Rows in, token batches out. ``read`` reads files, ``shape`` makes records of rows, ``tokens`` makes examples of them,
+``table`` keeps these, ``batches`` makes tensors; ``rows``, ``records`` and ``example`` are what they hand each other.
 
 Nothing here knows a model, an adapter's weights or the training loop.
 """

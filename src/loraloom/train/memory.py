@@ -23,7 +23,6 @@ from loraloom.train.objective import trunk_and_head
 from loraloom.train.options import DTYPES, TASKS
 from loraloom.train.recompute import repeated
 
-
 #: Classes of a head that may be planned.
 MOST_LABELS = 1_000_000
 
