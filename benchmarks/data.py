@@ -163,9 +163,9 @@ def resident(pid: int) -> list[tuple[int, int]]:
 def prepared(model: Path, rows: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What training does before the model is loaded, and the first batches of an epoch."""
     from loraloom.data.batches import bucketed
-    from loraloom.train.dataset import encode_run_rows, read_run_rows
-    from loraloom.train.load import load_tokenizer
-    from loraloom.train.options import TrainOptions
+    from loraloom.train.settings.options import TrainOptions
+    from loraloom.train.start.dataset import encode_run_rows, read_run_rows
+    from loraloom.train.start.load import load_tokenizer
 
     settings = TrainOptions(
         model=str(model), data=str(rows), task=options.task, output="unused", eval_split=1000, max_length=512,

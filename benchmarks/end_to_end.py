@@ -26,9 +26,9 @@ import torch
 import common
 import docstrings
 import loraloom
-from loraloom.train.load import load_base, load_tokenizer
-from loraloom.train.options import TASKS, TrainOptions
 from loraloom.train.run import prepare, read_data, run
+from loraloom.train.settings.options import TASKS, TrainOptions
+from loraloom.train.start.load import load_base, load_tokenizer
 
 BY_LENGTH, NO_DROPOUT = (
     "Trainer and peft, group_by_length",

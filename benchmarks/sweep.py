@@ -31,9 +31,9 @@ import common
 import docstrings
 from loraloom.data import collate, evaluation_batches
 from loraloom.data.batches import bucketed
-from loraloom.train.load import load_base
-from loraloom.train.options import TrainOptions
 from loraloom.train.run import Loaded, load
+from loraloom.train.settings.options import TrainOptions
+from loraloom.train.start.load import load_base
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.search import search
 from loraloom.tune.space import Space

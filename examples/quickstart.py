@@ -32,8 +32,8 @@ from loraloom.errors import LoraloomError
 from loraloom.report.session import tune_run
 from loraloom.report.terminal import predictions
 from loraloom.report.tune import conclusion
-from loraloom.train.options import TrainOptions
 from loraloom.train.run import Loaded, Prepared, load, predict
+from loraloom.train.settings.options import TrainOptions
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.search import BEST_FILE, BEST_NAME, SearchResult
 from loraloom.tune.space import Space

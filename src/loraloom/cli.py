@@ -228,7 +228,7 @@ def train(
     Give a run file, or --model, --data, --task and --output.
     """
     from loraloom.report.session import train_run
-    from loraloom.train import runfile
+    from loraloom.train.settings import runfile
     from loraloom.tune.options import check_unread
 
     found = runfile.read(run_file, settings or (), _given(context))
@@ -304,8 +304,8 @@ def data(
 ) -> None:
     """Show what a model will see: rows with trained tokens in colour, lengths, duplicates, time and memory."""
     from loraloom.report.session import data_run
-    from loraloom.train import runfile
-    from loraloom.train.starter import guess
+    from loraloom.train.settings import runfile
+    from loraloom.train.settings.starter import guess
 
     given = _given(context)
     if source.lower().endswith((".yaml", ".yml")):
@@ -331,7 +331,7 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Write a run file for a model and data, with comments on every key."""
-    from loraloom.train.starter import begin
+    from loraloom.train.settings.starter import begin
 
     found = begin(model, data, path, task=task, output=output, overwrite=overwrite)
     print(f"{path}: {found}; next: loraloom train {path} --dry-run")
@@ -363,7 +363,7 @@ def plan(
 ) -> None:
     """Show what would be adapted and the memory that training needs. Reads the model's config alone."""
     from loraloom.report.terminal import memory_table
-    from loraloom.train.memory import forecast
+    from loraloom.train.ahead.memory import forecast
 
     config = _lora(locals())
     made, memory, length = forecast(
@@ -445,7 +445,7 @@ def _fail(message: str, code: int) -> int:
 
 def _given(context: typer.Context) -> dict[str, Any]:
     """The options that were given on the command line, by their keys in a run file."""
-    from loraloom.train.runfile import KEYS, LORA_KEYS
+    from loraloom.train.settings.runfile import KEYS, LORA_KEYS
 
     given = {}
     for name, value in context.params.items():
@@ -472,7 +472,7 @@ _LORA_OPTIONS = (
 
 def _field(name: str, value: Any) -> Any:
     """What the text of an option means for the field of ``LoraConfig`` with its name."""
-    from loraloom.train.runfile import split_names
+    from loraloom.train.settings.runfile import split_names
 
     if value is None:
         return None

@@ -14,8 +14,8 @@ import torch
 
 from loraloom import PeftModel
 from loraloom.errors import AdapterError
-from loraloom.train.load import load_base
-from loraloom.train.options import TASKS
+from loraloom.train.settings.options import TASKS
+from loraloom.train.start.load import load_base
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -32,6 +32,10 @@ def told(w: Any, text: str, *more: object) -> list[object]:
 TRAIN: dict[str, Case] = {
     # the model
     "a revision of a folder": (lambda w: w.train("--revision", "main"), ["revision: ", "which has no revisions"]),
+    "a model without a name": (
+        lambda w: ["train", "--model", "", "--data", w.reviews, "--task", "seq-cls", "--output", w.tmp / "out"],
+        ["model: must be a path or a name, found ''"],
+    ),
     "a device that nobody has": (lambda w: w.train("--device", "cdua"), ["device: must be cpu, cuda", "'cdua'"]),
     "a device that is not here": (lambda w: w.train("--device", "cuda:99"), ["device: cuda:99 cannot be used here"]),
     "a device without numbers": (lambda w: w.train("--device", "meta"), ["device: meta holds no numbers"]),
@@ -225,6 +229,8 @@ TRAIN: dict[str, Case] = {
         lambda w: w.train("--metrics", "my metric:f"),
         ["metrics: 'my metric:f' must have the form package.module:function"],
     ),
+    "metrics without a name": (lambda w: w.train("--metrics", " , "), ["metrics: must be a list of names"]),
+    "a tracker without a name": (lambda w: w.train("--report-to", ""), ["report_to: must be a list of names"]),
     "new tokens where nothing is generated": (
         lambda w: w.train("--max-new-tokens", 5),
         ["max_new_tokens: does nothing with task=seq-cls"],
@@ -295,6 +301,14 @@ RUN_FILES: dict[str, Case] = {
     "a wrong type": (
         lambda w: told(w, "train:\n  batch_size: eight\n"),
         ["run.yaml:2: train.batch_size: must be a whole number of at least 1, found 'eight'"],
+    ),
+    "nothing where a number must be": (
+        lambda w: told(w, "train:\n  learning_rate:\n"),
+        ["run.yaml:2: train.learning_rate: must be a number above 0, found None"],
+    ),
+    "a path that no system takes": (
+        lambda w: w.train("--set", 'data.validation="a\\0b"'),
+        ["--set data.validation: data.validation: must be a path or a name"],
     ),
     "a switch that is a word": (
         lambda w: told(w, "train:\n  gradient_checkpointing: yes\n"),
@@ -410,6 +424,10 @@ OTHERS: dict[str, Case] = {
     "a plan with more classes than there are": (
         lambda w: ["plan", "--model", w.encoder, "--task", "seq-cls", "--labels", 10**15],
         ["labels: must be at most 1,000,000"],
+    ),
+    "a plan of a model without a name": (
+        lambda w: ["plan", "--model", "", "--task", "seq-cls"],
+        ["model: must be a path or a name, found ''"],
     ),
     "a plan in a type that is unknown": (
         lambda w: ["plan", "--model", w.encoder, "--task", "seq-cls", "--dtype", "bf16"],

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from loraloom.report.data import histogram
 from loraloom.report.session import data_run
-from loraloom.train.options import TrainOptions
+from loraloom.train.settings.options import TrainOptions
 
 
 @pytest.mark.parametrize("colours", [True, False])
@@ -36,7 +36,7 @@ def test_bad_rows_that_are_skipped_are_shown_and_nothing_is_left_behind(decoder_
     options = TrainOptions(model=str(decoder_folder), data=str(rows), task="causal-lm", output="-", on_bad_row="skip")
     out = io.StringIO()
     data_run(options, Console(file=out, width=200))
-    assert "1 row cannot be used and are left out; see below" in out.getvalue()
+    assert "1 row cannot be used and is left out; see below" in out.getvalue()
     assert "must be a string, found int 7" in out.getvalue()
 
 

@@ -17,8 +17,8 @@ from loraloom.errors import SaveError
 from loraloom.report import session
 from loraloom.report.session import data_run, train_run, tune_run
 from loraloom.report.tune import conclusion
-from loraloom.train import runfile
-from loraloom.train.options import TrainOptions
+from loraloom.train.settings import runfile
+from loraloom.train.settings.options import TrainOptions
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.space import Space
 

@@ -15,11 +15,11 @@ from loraloom import LoraConfig
 from loraloom.lora.inspection import inspect
 from loraloom.report.session import train_run
 from loraloom.report.terminal import Meter, Reading, expectations, inspection, memory_table, overview, predictions
-from loraloom.train.doctor import Finding
-from loraloom.train.memory import Memory, size
-from loraloom.train.options import TrainOptions
-from loraloom.train.outlook import Outlook
+from loraloom.train.ahead.doctor import Finding
+from loraloom.train.ahead.memory import Memory, size
+from loraloom.train.ahead.outlook import Outlook
 from loraloom.train.run import prepare
+from loraloom.train.settings.options import TrainOptions
 
 
 def shown(what: RenderableType, width: int = 80) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 from loraloom import LoraConfig
 from loraloom.report.tune import TuneMeter, conclusion, count, duration, figure, improvement, leaderboard
 from loraloom.report.tune_plot import plot_pareto, plot_search
-from loraloom.train.options import TrainOptions
+from loraloom.train.settings.options import TrainOptions
 from loraloom.train.slot import Curve
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import verdict

@@ -10,8 +10,8 @@ import torch
 
 from loraloom import LoraConfig, PeftModel, get_peft_model
 from loraloom.data import Example, encoder, read_rows, recognise
-from loraloom.train.load import load_base, load_tokenizer
-from loraloom.train.options import TASKS
+from loraloom.train.settings.options import TASKS
+from loraloom.train.start.load import load_base, load_tokenizer
 
 LABELS = ["blame", "praise"]
 

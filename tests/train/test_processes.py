@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from loraloom import PeftModel
 from loraloom.lora.checkpoint import WEIGHTS_NAME
-from loraloom.train.load import load_base
-from loraloom.train.options import TASKS
-from loraloom.train.record import RUN_NAME
+from loraloom.train.course.record import RUN_NAME
+from loraloom.train.settings.options import TASKS
+from loraloom.train.start.load import load_base
 
 OPTIONS = ["--max-steps", 7, "--batch-size", 5, "--gradient-accumulation-steps", 2, "--target-modules", "all-linear"]
 OPTIONS += ["--eval-steps", 3, "--save-steps", 3, "--device", "cpu", "--report-to", "none"]

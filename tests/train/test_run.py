@@ -23,10 +23,10 @@ from loraloom import LoraConfig, PeftModel
 from loraloom.data import bucketed, padding_share
 from loraloom.errors import ConfigError, DataError, LoraloomError, SaveError, TrainingError
 from loraloom.lora.route import BASE
-from loraloom.train.load import load_base
 from loraloom.train.loop import Progress
-from loraloom.train.options import TASKS, TrainOptions
 from loraloom.train.run import RUN_NAME, Interrupted, Prepared, predict, prepare, run
+from loraloom.train.settings.options import TASKS, TrainOptions
+from loraloom.train.start.load import load_base
 
 WEIGHTS = "adapter_model.safetensors"
 Watch = Callable[[Progress], None]

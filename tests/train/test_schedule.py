@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraloom.train.options import SCHEDULES
 from loraloom.train.schedule import Schedule
+from loraloom.train.settings.options import SCHEDULES
 
 
 def test_warmup_stable_decay_rises_stays_and_falls_in_lines() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loraloom import LoraConfig
-from loraloom.train.options import TrainOptions
+from loraloom.train.settings.options import TrainOptions
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.space import Space
 

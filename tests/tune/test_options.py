@@ -11,7 +11,7 @@ import pytest
 
 from loraloom import LoraConfig
 from loraloom.errors import ConfigError
-from loraloom.train.options import TrainOptions
+from loraloom.train.settings.options import TrainOptions
 from loraloom.tune.options import TuneOptions, read_bytes
 from loraloom.tune.space import PRESETS, Space
 

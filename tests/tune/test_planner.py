@@ -10,9 +10,9 @@ import pytest
 
 from loraloom import LoraConfig, PeftModel
 from loraloom.errors import ConfigError
-from loraloom.train.options import TrainOptions
 from loraloom.train.pack import Pack
 from loraloom.train.run import Loaded, load
+from loraloom.train.settings.options import TrainOptions
 from loraloom.tune import planner
 from loraloom.tune.planner import measured, one_slot, plan_slots
 

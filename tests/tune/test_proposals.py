@@ -15,7 +15,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from loraloom.train.options import TrainOptions
+from loraloom.train.settings.options import TrainOptions
 from loraloom.train.slot import Curve
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.proposals import JOURNAL_NAME, keep, propose

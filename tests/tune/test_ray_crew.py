@@ -16,9 +16,9 @@ import torch
 
 from loraloom import PeftModel
 from loraloom.errors import ConfigError, TrainingError
-from loraloom.train.load import load_base
-from loraloom.train.options import TASKS
 from loraloom.train.run import Interrupted, load
+from loraloom.train.settings.options import TASKS
+from loraloom.train.start.load import load_base
 from loraloom.tune import ray_crew, search
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.ray_crew import DEATHS, RayCrew

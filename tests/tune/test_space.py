@@ -17,7 +17,7 @@ from torch import nn
 from loraloom import LoraConfig
 from loraloom.errors import ConfigError, TargetError
 from loraloom.lora.targets import plan
-from loraloom.train.options import TrainOptions
+from loraloom.train.settings.options import TrainOptions
 from loraloom.tune.space import PRESETS, SETS, Space, resolve_targets
 
 

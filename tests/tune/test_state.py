@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from loraloom.errors import ConfigError, SaveError
-from loraloom.train.options import TrainOptions
-from loraloom.train.runfile import with_values
+from loraloom.train.settings.options import TrainOptions
+from loraloom.train.settings.runfile import with_values
 from loraloom.train.slot import Curve
 from loraloom.tune.halving import Halving
 from loraloom.tune.proposals import JOURNAL_NAME

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from loraloom import LoraConfig
 from loraloom.errors import TrainingError
-from loraloom.train.options import TrainOptions
+from loraloom.train.settings.options import TrainOptions
 from loraloom.train.slot import Curve
 from loraloom.tune.advice import Advice
 from loraloom.tune.score import compare, goodness, greater_is_better

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from loraloom import PeftModel
-from loraloom.train.load import load_base
 from loraloom.train.run import Loaded, load, prepare, run
 from loraloom.train.slot import Curve
+from loraloom.train.start.load import load_base
 from loraloom.tune import worker as module
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.trial import Trial

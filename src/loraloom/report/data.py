@@ -15,7 +15,7 @@ from rich.text import Text
 
 from loraloom.config import TaskType
 from loraloom.data.tokens.encode import IGNORE, Example
-from loraloom.train.dataset import Data, Part
+from loraloom.train.start.dataset import Data, Part
 
 #: How trained tokens look, and the others; and what stands around trained ones where there are no colours.
 TRAINED, SEEN = "bold green", "dim"

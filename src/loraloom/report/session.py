@@ -20,12 +20,12 @@ from loraloom.report.plot import PLOT_NAME, plot_run
 from loraloom.report.terminal import Meter, Reading, expectations, outcome, overview
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
-from loraloom.train import runfile
-from loraloom.train.dataset import BAD_ROWS
+from loraloom.train.course.resume import Resume
 from loraloom.train.loop import Progress
-from loraloom.train.options import TrainOptions
-from loraloom.train.resume import Resume
 from loraloom.train.run import RUN_NAME, Interrupted, Prepared, RunResult, examine, outlook, prepare, run
+from loraloom.train.settings import runfile
+from loraloom.train.settings.options import TrainOptions
+from loraloom.train.start.dataset import BAD_ROWS
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.search import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, search
 

@@ -18,13 +18,13 @@ from rich.text import Text
 
 from loraloom.config import LoraConfig
 from loraloom.lora.inspection import ENERGY, Inspection
-from loraloom.train.memory import size
+from loraloom.train.ahead.memory import size
 
 if TYPE_CHECKING:
-    from loraloom.train.doctor import Finding
+    from loraloom.train.ahead.doctor import Finding
+    from loraloom.train.ahead.memory import Memory
+    from loraloom.train.ahead.outlook import Outlook
     from loraloom.train.loop import Progress
-    from loraloom.train.memory import Memory
-    from loraloom.train.outlook import Outlook
     from loraloom.train.run import Prepared, RunResult
 
 #: Characters of an example's text in the list of predictions.

@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from loraloom.train.memory import size
+from loraloom.train.ahead.memory import size
 from loraloom.tune.score import Score, last_measured, measured, originals, ranking, scores, varying
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict, difference

@@ -16,9 +16,9 @@ from loraloom.data.batches import collate
 from loraloom.data.tokens.encode import Example
 from loraloom.errors import TrainingError
 from loraloom.lora.model import PeftModel
-from loraloom.train import evaluation
-from loraloom.train.evaluation import evaluate as evaluate
-from loraloom.train.failures import CALMER
+from loraloom.train.course.failures import CALMER
+from loraloom.train.measure import evaluation
+from loraloom.train.measure.evaluation import evaluate as evaluate
 from loraloom.train.pack import Pack
 from loraloom.train.slot import Slot
 from loraloom.train.world import World

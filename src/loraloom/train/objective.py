@@ -21,7 +21,7 @@ from loraloom.lora.layers import HALF
 from loraloom.lora.model import PeftModel
 from loraloom.lora.route import Route
 from loraloom.train.loss import head_cross_entropy, head_scores, linear_cross_entropy
-from loraloom.train.metrics import Scores
+from loraloom.train.measure.metrics import Scores
 
 #: Tokens in a row up to which plain attention is the faster in half precision on a CPU.
 PLAIN_ATTENTION = 128

@@ -15,24 +15,25 @@ from loraloom.data.table.survey import Watch
 from loraloom.errors import ConfigError
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, plan
-from loraloom.train import doctor, recompute
-from loraloom.train.course import Course
-from loraloom.train.dataset import Data, read_data, silent
-from loraloom.train.doctor import Finding
-from loraloom.train.failures import Interrupted, explain
-from loraloom.train.loaded import Loaded, load
+from loraloom.train import recompute
+from loraloom.train.ahead import doctor
+from loraloom.train.ahead.doctor import Finding
+from loraloom.train.ahead.outlook import Outlook, look_ahead
+from loraloom.train.course.course import Course
+from loraloom.train.course.failures import Interrupted, explain
+from loraloom.train.course.output import check_output
+from loraloom.train.course.record import RUN_NAME
+from loraloom.train.course.resume import Resume, Say, goes_on
+from loraloom.train.course.signals import asked_to_stop
 from loraloom.train.loop import Progress
-from loraloom.train.options import TrainOptions
-from loraloom.train.outlook import Outlook, look_ahead
-from loraloom.train.output import check_output
+from loraloom.train.measure.predict import predict
 from loraloom.train.pack import Pack
 from loraloom.train.place import find as find_place
-from loraloom.train.predict import predict
-from loraloom.train.record import RUN_NAME
-from loraloom.train.resume import Resume, Say, goes_on
+from loraloom.train.settings.options import TrainOptions
 from loraloom.train.shard import shard
-from loraloom.train.signals import asked_to_stop
 from loraloom.train.slot import Slot
+from loraloom.train.start.dataset import Data, read_data, silent
+from loraloom.train.start.loaded import Loaded, load
 
 ADAPTER = "default"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.errors import ConfigError, nearest
-from loraloom.train import runfile
-from loraloom.train.metrics import DEFAULTS, greater_is_better, kind_of
-from loraloom.train.options import TASKS, TrainOptions
+from loraloom.train.measure.metrics import DEFAULTS, greater_is_better, kind_of
+from loraloom.train.settings import runfile
+from loraloom.train.settings.options import TASKS, TrainOptions
 from loraloom.tune.space import PRESETS, Space
 
 #: What a training has and a search does not.

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from loraloom.config import LoraConfig
 from loraloom.errors import ConfigError
+from loraloom.train.ahead.memory import Memory, estimate, size
+from loraloom.train.ahead.outlook import free_memory
 from loraloom.train.loop import advance
-from loraloom.train.memory import Memory, estimate, size
-from loraloom.train.outlook import free_memory
 from loraloom.train.pack import Pack
 from loraloom.train.run import Loaded, explain
 

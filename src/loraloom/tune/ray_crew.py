@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 
 from loraloom.errors import ConfigError, DataError, LoraloomError, TrainingError
 from loraloom.lora.atomic import write_files
-from loraloom.train.outlook import free_memory
+from loraloom.train.ahead.outlook import free_memory
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.planner import SHARE, Slots, one_slot, plan_slots
 from loraloom.tune.state import TRIALS

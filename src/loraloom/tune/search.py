@@ -24,11 +24,11 @@ import loraloom
 from loraloom.config import TaskType
 from loraloom.errors import DataError
 from loraloom.lora.atomic import write_files
-from loraloom.train import runfile
-from loraloom.train.dataset import TEMPLATE_NAME
-from loraloom.train.metrics import metric_name
+from loraloom.train.course.signals import asked_to_stop
+from loraloom.train.measure.metrics import metric_name
 from loraloom.train.run import Interrupted, Loaded, check_output, load
-from loraloom.train.signals import asked_to_stop
+from loraloom.train.settings import runfile
+from loraloom.train.start.dataset import TEMPLATE_NAME
 from loraloom.tune import proposals, words
 from loraloom.tune.halving import Halving
 from loraloom.tune.options import TuneOptions

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraloom.errors import ConfigError, nearest
-from loraloom.train.options import TrainOptions
-from loraloom.train.runfile import KEYS, check_key, split_names, with_values
+from loraloom.train.settings.options import TrainOptions
+from loraloom.train.settings.runfile import KEYS, check_key, split_names, with_values
 from loraloom.tune.knobs import Choices, Range, label, read_range
 from loraloom.tune.targets import SETS, resolve_targets
 

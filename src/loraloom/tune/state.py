@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loraloom.errors import ConfigError, SaveError
 from loraloom.lora.atomic import recover, write_files
-from loraloom.train.options import TrainOptions
+from loraloom.train.settings.options import TrainOptions
 from loraloom.train.slot import Curve
 from loraloom.tune.halving import Halving
 from loraloom.tune.proposals import JOURNAL_NAME

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loraloom.train.options import TrainOptions
+from loraloom.train.settings.options import TrainOptions
 from loraloom.train.slot import Curve
 
 #: waiting: not begun or held at a rung; running: in the pack; finished: trained to its last step; stopped: given up

@@ -24,9 +24,9 @@ from loraloom.lora.model import PeftModel
 from loraloom.lora.targets import Plan, plan
 from loraloom.train import recompute
 from loraloom.train.loop import advance
-from loraloom.train.options import TrainOptions
 from loraloom.train.pack import Pack
 from loraloom.train.run import Loaded, explain
+from loraloom.train.settings.options import TrainOptions
 from loraloom.train.slot import Slot
 from loraloom.tune.knobs import Range
 from loraloom.tune.options import TuneOptions

@@ -1,0 +1,1 @@
+"""What an adapter is worth on held-out rows, and what it says of some."""

@@ -1,0 +1,1 @@
+"""What a run is told: options, and the file that holds them."""

@@ -1,0 +1,1 @@
+"""What a run begins from: rows, tokenizer, frozen model."""

@@ -1,0 +1,289 @@
+"""From a folder or name to a model and its tokenizer, and which of its modules came without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from loraloom.config import TaskType
+from loraloom.errors import ConfigError, ModelError
+
+#: Task → the class of transformers that has a model for it.
+AUTO = {
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+}
+#: Tasks whose head is new in most folders, and is trained in full.
+HEADED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a folder or name, with a padding token.
+
+    Raises:
+        ModelError: no such folder, no tokenizer in it, or one that cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    _check_folder(name, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **_revision(revision))
+    except Exception as error:
+        raise ModelError(f"{_where(name)}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # What transformers makes up for a folder without a tokenizer: every text would be unknown tokens.
+        raise ModelError(f"{name}: holds no tokenizer, only special tokens; copy tokenizer.json into it")
+    if tokenizer.pad_token_id is None:
+        # Padding is masked out, so any token does; the end token is there in every model that lacks a pad token.
+        if tokenizer.eos_token is None:
+            raise ModelError(f"{name}: its tokenizer has neither a pad nor an end-of-text token; set pad_token in it")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokens_at_most(config: Any) -> int | None:
+    """How many tokens a model reads at once, by its config; None where that sets no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    # RoBERTa's family counts positions from the padding token's number on.
+    shifted = ("roberta", "camembert", "mpnet", "longformer", "xlm-roberta", "data2vec-text", "xmod", "ernie_m", "luke")
+    offset = (getattr(config, "pad_token_id", None) or 0) + 1
+    return limit - offset if any(word in config.model_type for word in shifted) else limit
+
+
+def load_limit(name: str, revision: str | None = None) -> int | None:
+    """``tokens_at_most`` of a folder or name, from its config alone."""
+    from transformers import AutoConfig
+
+    _check_folder(name, revision)
+    try:
+        return tokens_at_most(AutoConfig.from_pretrained(name, **_revision(revision)))
+    except Exception as error:
+        raise ModelError(f"{_where(name)}: its config cannot be read ({_first_line(error)})") from None
+
+
+def length_within(limit: int | None, wanted: int | None, name: str) -> int:
+    """``max_length`` for a model that reads ``limit`` tokens: ``wanted``, or by default at most 512.
+
+    Raises:
+        ConfigError: more are wanted than the model reads.
+    """
+    if wanted is None:
+        return min(512, limit or 512)
+    if limit is not None and wanted > limit:
+        raise ConfigError(f"max_length: {name} reads at most {limit} tokens, found {wanted}")
+    return wanted
+
+
+def load_base(
+    name: str,
+    task: TaskType,
+    dtype: str,
+    labels: Sequence[str] = (),
+    problem_type: str | None = None,
+    *,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """The model for ``task`` in ``dtype``, and the modules whose weights the folder lacks (a new head, say).
+
+    ``labels`` are the classes or tags by number, none for regression. ``problem_type`` is what a label of seq-cls is,
+    by default one class.
+
+    Raises:
+        ModelError: no such folder, no model in it, a damaged file, or no architecture for the task.
+    """
+    import transformers
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    _check_folder(name, revision)
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # a head for other labels makes way for a new one; see _check_new
+        **_revision(revision),
+        **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+        **_head(task, labels, problem_type),
+    }
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(name, **_revision(revision))
+        _check_direction(name, config, task)
+        options |= _renamed(config, task)
+        model, info = getattr(transformers, AUTO[task]).from_pretrained(name, **options)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _unloadable(name, task, error) from None
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    new = {*info["missing_keys"], *mismatched}
+    _check_new(name, model, task, new, mismatched)
+    if model.config.pad_token_id is None and task is TaskType.SEQ_CLS:
+        model.config.pad_token_id = load_tokenizer(name, revision).pad_token_id  # decoders find the last token by it
+    return model, sorted({key.rpartition(".")[0] for key in new})
+
+
+def _head(task: TaskType, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
+    """What the config is to say of a classifier's outputs."""
+    if task is TaskType.QUESTION_ANS:
+        return {"num_labels": 2}  # first and last token, whatever the folder's head was for
+    if task not in HEADED:
+        return {}
+    if problem_type == "regression":
+        return {"num_labels": 1, "problem_type": problem_type}
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if task is TaskType.TOKEN_CLS:
+        return {"num_labels": len(labels), **names}
+    return {"num_labels": len(labels), "problem_type": problem_type or "single_label_classification", **names}
+
+
+def _renamed(config: Any, task: TaskType) -> dict[str, Any]:
+    """Of Llama's kin, the model for answers names its body otherwise than the models whose weights are published."""
+    if task is not TaskType.QUESTION_ANS:
+        return {}
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
+
+    wanted, given = (
+        getattr(mapping.get(type(config), None), "base_model_prefix", "")
+        for mapping in (MODEL_FOR_QUESTION_ANSWERING_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    )
+    return {"key_mapping": {rf"^{given}\.": f"{wanted}."}} if given and wanted and given != wanted else {}
+
+
+def _revision(revision: str | None) -> dict[str, str]:
+    return {"revision": revision} if revision else {}
+
+
+def _check_new(name: str, model: Any, task: TaskType, new: set[str], mismatched: set[str]) -> None:
+    """A new head is what fine-tuning is for. Anything else without weights is a folder that is not whole."""
+    inside = f"{model.base_model_prefix}."
+    head = {key for key in new if task in HEADED and not key.startswith(inside)}
+    # Many encoders are published without their pooler, which only a classifier reads.
+    head |= {key for key in new - mismatched if task is TaskType.SEQ_CLS and ".pooler." in key}
+    lost = sorted(new - head)
+    if lost:
+        what = "are of another size in its file" if lost[0] in mismatched else "are not in its file"
+        raise ModelError(
+            f"{name}: {len(lost)} weights {what}, such as {lost[0]}; is the folder copied whole, and does its "
+            "config.json belong to its weights?"
+        )
+
+
+def _check_direction(name: str, config: Any, task: TaskType) -> None:
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    if task is TaskType.SEQ_2_SEQ_LM and not both:
+        instead = "seq-cls or token-cls" if _two_ways(config) else "causal-lm"
+        raise ModelError(
+            f"{name}: {config.model_type} has no encoder and decoder, which seq2seq-lm needs; choose a model such as "
+            f"T5 or BART, or the task {instead}"
+        )
+    # Some of them load as their decoder alone, which has learnt to read what their encoder says.
+    if task is TaskType.CAUSAL_LM and both:
+        raise ModelError(
+            f"{name}: {config.model_type} has an encoder and a decoder, so it cannot learn causal-lm; choose a decoder "
+            "such as Llama or GPT-2, or the task seq2seq-lm with source and target"
+        )
+    # An encoder's language head would see the tokens that it is to predict.
+    if task is TaskType.CAUSAL_LM and _two_ways(config):
+        raise ModelError(
+            f"{name}: {config.model_type} reads a text in both directions, so it cannot learn causal-lm; "
+            "choose a decoder, or the task seq-cls"
+        )
+
+
+def _two_ways(config: Any) -> bool:
+    """It reads a text in both directions: there is a masked language model of its kind, and it is not set to decode."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    known = config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation")
+    return known and not getattr(config, "is_decoder", False)
+
+
+def build_empty(
+    name: str, task: TaskType, labels: int = 2, problem_type: str | None = None, *, revision: str | None = None
+) -> nn.Module:
+    """The model without its weights (on the meta device), for planning: needs the folder's config alone."""
+    import transformers
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    _check_folder(name, revision)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(name, **_revision(revision))
+        _check_direction(name, config, task)
+        if task in HEADED:
+            config.num_labels = 2 if task is TaskType.QUESTION_ANS else 1 if problem_type == "regression" else labels
+            if config.pad_token_id is None:
+                config.pad_token_id = 0  # decoders find the last real token by it
+        with torch.device("meta"):
+            model: nn.Module = getattr(transformers, AUTO[task]).from_config(config)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{_where(name)}: its config gives no model for {_words(task)} ({_first_line(error)})"
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    return model
+
+
+def _check_folder(name: str, revision: str | None) -> None:
+    """Say what is wrong with a local path before a library takes it for a hub name."""
+    path = Path(name)
+    if not name.strip():
+        raise ConfigError(f"model: must be a path or a name, found {name!r}")
+    if revision is not None and path.is_dir():
+        raise ConfigError(f"revision: {name} is a folder, which has no revisions, found {revision!r}; leave it out")
+    if path.is_file():
+        raise ModelError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            adapter = (path / "adapter_config.json").is_file()
+            hint = "; it is an adapter: give the model that it was trained on" if adapter else ""
+            raise ModelError(f"{name}: holds no config.json, so it is no model{hint}")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name}: no such folder")
+
+
+def _unloadable(name: str, task: TaskType, error: Exception) -> ModelError:
+    for path in sorted(Path(name).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as damage:
+            return ModelError(f"{path}: cut off or damaged ({_first_line(damage)}); copy it again")
+    return ModelError(f"{_where(name)}: cannot be loaded as a model for {_words(task)} ({_first_line(error)})")
+
+
+def _where(name: str) -> str:
+    return name if Path(name).exists() else f"{name} (no folder of this name is here, so it was looked for on the hub)"
+
+
+def _words(task: TaskType) -> str:
+    return task.value.lower().replace("_", "-")
+
+
+def _first_line(error: Exception) -> str:
+    if str(error).startswith("Unrecognized configuration class"):
+        return "transformers has none of its kind"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,87 @@
+"""Promises of a run file to begin with: it can be read as it is, and says what was found in the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraloom.errors import ConfigError, DataError
+from loraloom.train.settings import runfile
+from loraloom.train.settings.options import TASKS
+from loraloom.train.settings.starter import begin, guess
+
+ROWS: dict[str, tuple[str, str, Any]] = {
+    "messages": (
+        "causal-lm",
+        "messages",
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ),
+    "alpaca": ("causal-lm", "alpaca", {"instruction": "a", "input": "", "output": "b"}),
+    "pairs": ("causal-lm", "prompt-completion", {"prompt": "a", "completion": "b"}),
+    "texts": ("causal-lm", "text", {"text": "a"}),
+    "labels": ("seq-cls", "text-label", {"text": "a", "label": "x"}),
+    "tags": ("token-cls", "tokens-tags", {"tokens": ["a"], "tags": ["O"]}),
+    "translations": ("seq2seq-lm", "source-target", {"source": "a", "target": "b"}),
+    "answers": (
+        "question-answering",
+        "squad",
+        {"question": "a?", "context": "b", "answers": {"text": ["b"], "answer_start": [0]}},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_task_follows_from_the_rows(kind: str, tmp_path: Path) -> None:
+    task, shape, row = ROWS[kind]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    found, recognised = guess(str(path))
+    assert (found, recognised.name) == (task, shape)
+    assert guess(str(path), task)[0] in TASKS
+
+
+def test_rows_that_fit_no_task_say_their_columns(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"body": "a", "stars": 3}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl, line 1: the columns 'body', 'stars' fit no task"):
+        guess(str(path))
+
+
+def test_the_file_can_be_read_and_gives_what_was_found(decoder_folder: Path, chats: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chats.yaml"
+    assert begin(str(decoder_folder), str(chats), path) == "causal-lm"
+    options = runfile.read(path).options
+    assert (options.model, options.data, options.task) == (str(decoder_folder), str(chats), "causal-lm")
+    assert options.output == "runs/chats"
+    assert options.lora.target_modules == "all-linear"
+    text = path.read_text()
+    assert "recognised as prompt-completion" in text
+    # What is commented out can be taken in as it stands.
+    opened = "\n".join(
+        line.replace("# ", "", 1) if line.startswith("  # ") else line
+        for line in text.splitlines()
+        if "device:" not in line and "my_module" not in line and "columns:" not in line
+    )
+    path.write_text(opened)
+    assert runfile.read(path).options.early_stopping_patience == 3
+
+
+def test_a_file_that_is_there_stays(decoder_folder: Path, chats: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chats.yaml"
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="is there already"):
+        begin(str(decoder_folder), str(chats), path)
+    assert path.read_text() == "mine"
+    begin(str(decoder_folder), str(chats), path, overwrite=True)
+    assert runfile.read(path).options.task == "causal-lm"
+
+
+def test_bad_rows_are_passed_over_in_guessing_where_they_are_to_be_skipped(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "a", "label": "b"}\nno JSON\n')
+    with pytest.raises(DataError, match="line 2"):
+        guess(str(data))
+    assert guess(str(data), skip=True)[0] == "seq-cls"

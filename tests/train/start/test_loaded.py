@@ -1,0 +1,48 @@
+"""Promises of what a run shares: new modules of any name train with every adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loraloom import LoraConfig, get_peft_model
+from loraloom.train.settings.options import TrainOptions
+from loraloom.train.start.loaded import load
+
+
+@pytest.fixture(scope="module")
+def modern_folder(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> Path:
+    """A ModernBERT, whose head for answers has the name that others' heads for classes have."""
+    import shutil
+
+    from transformers import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("modern")
+    size = len(AutoTokenizer.from_pretrained(encoder_folder))
+    config = ModernBertConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    ModernBertForMaskedLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(encoder_folder / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("model", "head"), [("modern_folder", "classifier"), ("encoder_folder", "qa_outputs")])
+def test_a_new_head_trains_whatever_it_is_called(
+    model: str, head: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"question": "was it", "context": "the good film", "answers": {"text": ["good"], "answer_start": [4]}}
+    path.write_text(f"{json.dumps(row)}\n" * 8)
+    options = TrainOptions(
+        model=str(request.getfixturevalue(model)), data=str(path), task="question-answering",
+        output=str(tmp_path / "out"), lora=LoraConfig(target_modules="all-linear"),
+    )  # fmt: skip
+    loaded = load(options)
+    assert loaded.new_modules == [head]
+    adapted = get_peft_model(loaded.base, loaded.config(loaded.options))
+    assert any(f".{head}." in f".{name}." for name in adapted.adapter_parameters("default"))
