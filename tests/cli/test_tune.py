@@ -65,3 +65,15 @@ def test_tunes_own_options_win_over_the_file(
     assert len(record["trials"]) == 2
     assert record["best"]["metric_name"] == "loss"
     assert record["machine"]["slots"] == 2
+
+
+def test_the_chat_template_is_kept_with_the_best_adapter(
+    call: Callable[..., Any], decoder_folder: Path, tmp_path: Path
+) -> None:
+    talk = [{"role": "user", "content": "say good"}, {"role": "assistant", "content": "good"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(20)))
+    arguments = ["--model", decoder_folder, "--data", tmp_path / "a.jsonl", "--task", "causal-lm"]
+    given = ["--set", "tune.space={lora.r: [2, 4]}", "--set", "tune.seeds=0", "--trials", 2, "--slots", 2]
+    ended = call("tune", *arguments, *given, "--max-steps", 1, "--output", tmp_path / "out")
+    assert (ended.code, ended.err) == (0, "")
+    assert "### Assistant:" in (tmp_path / "out" / "best" / "chat_template.jinja").read_text()
