@@ -51,11 +51,9 @@ WORDS: dict[str, dict[str, Any]] = {
         "floor": "The floor is the frozen model's own forward and backward. For the loss, the column peft is the plain "
         "loss. Commands: {commands}.",
         "and": ", ",
-        "quickstart": ("800 docstrings never seen, 11 areas", "accuracy", "trained parameters"),
         "common": "always the most common area",
         "new head": "a new head on the frozen encoder",
-        "took": "The training of the last row took {seconds:.0f} s on two cores.",
-        "searched": ("docstrings never seen", "accuracy", "trained parameters", ""),
+        "searched": ("accuracy", "trained parameters", ""),
         "held out": "{held_out:,} docstrings never seen",
         "one of many": "LoRA, {config}",
         "steps": "{state}, {steps:,} steps",
@@ -66,8 +64,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "search": "a search over {trials} configurations, beside training them one after another",
         "full": "accuracy in full: the best of the {trials}, and the one that the search chose",
         "below": "≤ {goal:g} below: {found:.4f}",
-        "counted": " PEFT's time for {runs} runs is counted from {steps_measured} measured steps of each run's "
-        "{steps_per_run}.",
+        "counted": " PEFT's time for {runs} runs is counted from {steps_measured} measured steps of each.",
     },
     "README.zh-CN.md": {
         "head": ("{layers} 层 Llama", "peft", "loraloom", "快多少倍", "波动范围"),
@@ -97,11 +94,9 @@ WORDS: dict[str, dict[str, Any]] = {
         "missed": "，未达到",
         "floor": "下限是冻结模型自己的一次前向和反向。损失那几行里，peft 一列是普通算法。命令：{commands}。",
         "and": "、",
-        "quickstart": ("800 条没见过的 docstring，11 个领域", "准确率", "训练的参数"),
         "common": "永远猜最常见的领域",
         "new head": "冻结编码器，只训新的分类头",
-        "took": "最后一行的训练在两个核上用了 {seconds:.0f} s。",
-        "searched": ("没见过的 docstring", "准确率", "训练的参数", ""),
+        "searched": ("准确率", "训练的参数", ""),
         "held out": "{held_out:,} 条没见过的 docstring",
         "one of many": "LoRA，{config}",
         "steps": "{state}，{steps:,} 步",
@@ -111,7 +106,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "search": "搜索 {trials} 组配置，对比一组一组地训练",
         "full": "完整训练的准确率：{trials} 组里最好的，和搜索选中的",
         "below": "最多低 {goal:g}：{found:.4f}",
-        "counted": "PEFT 跑 {runs} 次的时间，是由每次 {steps_per_run} 步中实测的 {steps_measured} 步算出来的。",
+        "counted": "PEFT 跑 {runs} 次的时间，是由每次实测的 {steps_measured} 步算出来的。",
     },
 }
 ENGLISH = WORDS["README.md"]
@@ -165,7 +160,9 @@ def speed(words: Record, results: Path) -> str:
         return ""
     note = words["floor"].format(commands=words["and"].join(f"`{record['command']}`" for record in used))
     note += "".join(
-        words["counted"].format(**record["peft"]) for record in used if "steps_measured" in record.get("peft", {})
+        words["counted"].format(runs=len(record["peft"]["runs"]), steps_measured=record["peft"]["steps_measured"])
+        for record in used
+        if "steps_measured" in record.get("peft", {})
     )
     machines = dict.fromkeys(_machine(words, record) for record in used)
     return "\n".join([*_table(words["speed"], rows), "", note, "", *machines, ""])
@@ -179,7 +176,7 @@ def _packs(words: Record, record: Record) -> Iterable[list[str]]:
 
 
 def _sweeps(words: Record, record: Record) -> Iterable[list[str]]:
-    search, full = record["search"], record.get("full")
+    search, full = {"trials": len(record["search"]["configurations"]), **record["search"]}, record.get("full")
     found = [f"{record[name]['seconds']:,.0f} s" for name in ("peft", "search")]
     yield [words["search"].format(**search), *found, _at_least(words, record["goal"], record["speedup"])]
     if full:
@@ -230,34 +227,19 @@ def _ends(words: Record, record: Record) -> Iterable[list[str]]:
 
 
 def quickstart(words: Record, results: Path) -> str | None:
+    """Two answers without LoRA, the leaderboard, and the recommendation as the command prints it."""
     record = _read(results, "quickstart")
     if record is None:
         return None
-    if "leaderboard" in record:
-        return _searched(words, record)
-    rows = [
-        [words["common"], f"{record['common']:.3f}", "0"],
-        [words["new head"], f"{record['head']:.3f}", f"{record['head_parameters']:,}"],
-        ["LoRA", f"{record['lora']:.3f}", f"{record['lora_parameters']:,}"],
-    ]
-    return "\n".join([*_table(words["quickstart"], rows), "", words["took"].format(**record), ""])
-
-
-def _searched(words: Record, record: Record) -> str:
-    """Two answers without LoRA, the leaderboard, and the recommendation as the command prints it."""
-    given = list(record.get("baseline", {}).values())
-    common, head = given if len(given) == 2 else (record["common"], record["head"])
-    parameters = f"{record['head_parameters']:,}" if "head_parameters" in record else ""
-    rows = [[words["common"], f"{common:.3f}", "0", ""], [words["new head"], f"{head:.3f}", parameters, ""]]
+    head = f"{record['head']:.3f}", f"{record['head_parameters']:,}"
+    rows = [[words["common"], f"{record['common']:.3f}", "0", ""], [words["new head"], *head, ""]]
     for entry in record["leaderboard"]:
         accuracy = "–" if entry["accuracy"] is None else f"{entry['accuracy']:.3f}"
         noise = f" ± {entry['noise']:.3f}" if entry["noise"] is not None else ""
-        state = words["steps"].format(**entry) if "steps" in entry else entry["state"]
         what = words["one of many"].format(config=entry["config"])
-        rows.append([what, f"{accuracy}{noise}", f"{entry['parameters']:,}", state])
-    title = words["held out"].format(**record) if "held_out" in record else words["searched"][0]
+        rows.append([what, f"{accuracy}{noise}", f"{entry['parameters']:,}", words["steps"].format(**entry)])
     took = words["search took"].format(count=len(record["leaderboard"]), **record)
-    table = _table([title, *words["searched"][1:]], rows)
+    table = _table([words["held out"].format(**record), *words["searched"]], rows)
     return "\n".join([*table, "", took, "", *_said(record), ""])
 
 
@@ -268,7 +250,7 @@ def _said(record: Record) -> list[str]:
 def example(words: Record, results: Path) -> str:
     """What the quickstart's search says in the end."""
     record = _read(results, "quickstart")
-    if record is None or "recommendation" not in record:
+    if record is None:
         return ""
     return "\n".join(["This is what the search of `make quickstart` says in the end:", "", *_said(record), ""])
 
@@ -369,11 +351,13 @@ def _nothing_added(figure: Record) -> str:
 def _sweep_table(record: Record) -> list[str]:
     search, peft, settings = record["search"], record["peft"], record["settings"]
     said = ", ".join(f"{name} {_plainly(value)}" for name, value in settings.items())
+    longest = statistics.median(run["step"] for run in peft["runs"])
     lines = [
-        f"{search['trials']} configurations of the quickstart's data and model ({said}). The search is measured from "
-        f"beginning to end. PEFT's time is counted: {peft['steps_measured']} steps and what stands around them were "
-        f"measured. From that, each of {peft['runs']} runs of {peft['steps_per_run']} steps takes "
-        f"{peft['seconds_per_run']:,.0f} s.",
+        f"{len(search['configurations'])} configurations of the quickstart's data and model ({said}). The search is "
+        f"measured from beginning to end; its trials took {search['steps']:,} steps of the {peft['steps']:,} that all "
+        f"would take. PEFT's time is counted: of each of its {len(peft['runs'])} runs, loading, "
+        f"{peft['steps_measured']} steps and an evaluation were measured (a step is {1e3 * longest:.0f} ms in the "
+        "median).",
         "",
     ]
     head = ["", "peft, one after another", "loraloom's search", "goal"]
