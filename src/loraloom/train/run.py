@@ -127,6 +127,7 @@ def examine(prepared: Prepared) -> list[Finding]:
 def outlook(prepared: Prepared) -> Outlook:
     """What training will need, in memory and time: see ``train.outlook``. The adapter stays as it is."""
     options, loaded = prepared.options, prepared.loaded
+    processes = prepared.loaded.place.world.size  # of which each does its share
     every = {"steps": options.eval_steps, "epoch": prepared.steps_per_epoch}.get(options.eval_at)
     pack = Pack(prepared.model, task=prepared.task, pad_id=prepared.tokenizer.pad_token_id)
     return look_ahead(
@@ -137,9 +138,9 @@ def outlook(prepared: Prepared) -> Outlook:
         prepared.data.evaluation.examples,
         empty=loaded.empty(),
         dtype=options.dtype,
-        batch_size=options.batch_size,
+        batch_size=-(-options.batch_size // processes),
         forwards=prepared.steps * options.gradient_accumulation_steps,
-        evaluations=1 if not every else max(1, prepared.steps // every),
+        evaluations=(1 if not every else max(1, prepared.steps // every)) / processes,
         gradient_checkpointing=options.gradient_checkpointing,
     )
 

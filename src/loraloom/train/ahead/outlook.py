@@ -46,13 +46,13 @@ def look_ahead(
     dtype: str,
     batch_size: int,
     forwards: int,
-    evaluations: int,
+    evaluations: float,
     gradient_checkpointing: bool = False,
 ) -> Outlook:
     """Memory counted for the longest rows, and time from a few forwards and backwards of rows of middling length.
 
     The adapter keeps its numbers. ``empty`` is the model without weights; ``forwards`` and ``evaluations`` are those of
-    the whole training.
+    the whole training, as far as this process has a part in them.
     """
     lengths = sorted(len(example.input_ids) for example in train)
     _, memory = estimate(
