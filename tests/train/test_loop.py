@@ -12,7 +12,8 @@ from torch import Tensor
 from loraloom import LoraConfig, PeftModel, TaskType
 from loraloom.data import Example
 from loraloom.errors import TrainingError
-from loraloom.train.loop import Progress, evaluate, train_pack
+from loraloom.train.loop import Progress, train_pack
+from loraloom.train.measure.evaluation import evaluate
 from loraloom.train.slot import Slot
 
 CLASSES, LM = TaskType.SEQ_CLS, TaskType.CAUSAL_LM

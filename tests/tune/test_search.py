@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from loraloom import LoraConfig, PeftModel
 from loraloom.cli import _run
 from loraloom.errors import ConfigError, DataError, TrainingError
-from loraloom.train.loop import evaluate
+from loraloom.train.measure.evaluation import evaluate
 from loraloom.train.run import RUN_NAME, Interrupted, load
 from loraloom.train.settings.options import TASKS, TrainOptions
 from loraloom.train.start.load import load_base

@@ -160,7 +160,7 @@ def test_memory_is_planned_for_the_most_rows_that_a_trial_may_have(
 
 
 def test_an_adapter_that_came_to_its_end_is_saved_and_gives_what_was_measured(classify: Make, tmp_path: Path) -> None:
-    from loraloom.train.loop import evaluate
+    from loraloom.train.measure.evaluation import evaluate
 
     options = classify(MIXED)
     worker, trials = begin(options)

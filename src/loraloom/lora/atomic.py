@@ -44,10 +44,10 @@ def write_files(folder: str | Path, files: Mapping[str, bytes | Callable[[Path],
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             _write(folder / aside[name], contents)
         for below in sorted({(folder / name).parent for name in files} - {folder}):
-            _sync(below)
+            sync(below)
         _write(journal, json.dumps({new: name for name, new in aside.items()}).encode())
         os.replace(journal, folder / JOURNAL)
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         for path in (journal, *(folder / new for new in aside.values())):
             with contextlib.suppress(OSError):
@@ -74,7 +74,7 @@ def recover(folder: str | Path) -> None:
             with contextlib.suppress(FileNotFoundError):  # moved before the crash
                 os.replace(folder / new, folder / name)
         for parent in {(folder / name).parent for name in moves.values()}:
-            _sync(parent)
+            sync(parent)
         journal.unlink(missing_ok=True)
     except FileNotFoundError:
         return
@@ -119,7 +119,8 @@ def _write(path: Path, contents: bytes | Callable[[Path], None]) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Have what was made, renamed or removed in ``folder`` on the disk, where the system can."""
     with contextlib.suppress(OSError):  # not every system lets a folder be opened
         handle = os.open(folder, os.O_RDONLY)
         try:

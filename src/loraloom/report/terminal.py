@@ -57,7 +57,7 @@ def expectations(findings: Sequence[Finding], ahead: Outlook) -> RenderableType:
     lines = [
         Text(
             f"memory {size(memory.total)} (the frozen model {size(memory.base)}, and {size(more)} more, of "
-            f"{size(ahead.free)} free), time about {duration(ahead.seconds)}"
+            f"{size(ahead.free)} free), time about {_about(ahead.seconds)}"
         )
     ]
     if memory.activations is None:
@@ -73,7 +73,7 @@ def expectations(findings: Sequence[Finding], ahead: Outlook) -> RenderableType:
     return Text("\n").join([*lines, *(Text(f"warning: {finding.text}", "yellow") for finding in findings)])
 
 
-def duration(seconds: float) -> str:
+def _about(seconds: float) -> str:
     """Time for people: ``"40 s"``, ``"12 min"``, ``"3 h 20 min"``."""
     if seconds < 100:
         return f"{seconds:.0f} s"

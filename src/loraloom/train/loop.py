@@ -18,10 +18,9 @@ from loraloom.errors import TrainingError
 from loraloom.lora.model import PeftModel
 from loraloom.train.course.failures import CALMER
 from loraloom.train.measure import evaluation
-from loraloom.train.measure.evaluation import evaluate as evaluate
 from loraloom.train.pack import Pack
 from loraloom.train.slot import Slot
-from loraloom.train.world import World
+from loraloom.train.world import ALONE
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def train_pack(
             return False
         return world.any(stopped())
 
-    pack, world = Pack(model, task=task, pad_id=pad_id), slots[0].world if slots else World()
+    pack, world = Pack(model, task=task, pad_id=pad_id), slots[0].world if slots else ALONE
     for slot in slots:
         if slot.step and not slot.within[0]:
             look(slot, every.at(slot.step))

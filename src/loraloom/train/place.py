@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from loraloom.errors import ConfigError
-from loraloom.train.world import World
+from loraloom.train.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def find(device: str | None) -> Place:
         if wanted is not None and wanted.index is not None:
             raise ConfigError(f"device: each process has one of its own, found {device!r}; give its kind, or nothing")
         return Place(torch.device("cpu") if state.device.type == "cpu" else state.device, World.here())
-    return Place(_known(device) if device is not None else _best(), World())
+    return Place(_known(device) if device is not None else _best(), ALONE)
 
 
 def _best() -> torch.device:

@@ -19,7 +19,7 @@ from loraloom.data.tokens.encode import IGNORE, Example
 from loraloom.lora.initialize import seed_of
 from loraloom.train import optimizers
 from loraloom.train.schedule import Schedule
-from loraloom.train.world import World
+from loraloom.train.world import ALONE, World
 
 #: Half precision's gradients are lost below 2**-24: losses are multiplied with this, and with half as much after each
 #: step whose gradients were not finite, and with twice as much after so many in a row that were.
@@ -83,7 +83,7 @@ class Slot:
         warmup = math.ceil(warmup_ratio * steps) if warmup_steps is None else warmup_steps
         self._schedule = Schedule(learning_rate, steps, warmup, lr_scheduler_type, math.ceil(decay_ratio * steps))
         self.max_grad_norm = max_grad_norm
-        self.world = world or World()
+        self.world = world or ALONE
         #: what losses are multiplied with, and for how many steps that went well
         self.scale: tuple[float, int] = (SCALE if scaled else 1.0, 0)
         self._scaled = scaled

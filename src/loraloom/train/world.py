@@ -96,3 +96,7 @@ class World:
     def _device(self) -> torch.device:
         nccl = torch.distributed.get_backend() == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+#: The usual one.
+ALONE = World()

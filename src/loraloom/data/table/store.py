@@ -310,10 +310,6 @@ class Examples(Sequence[Example]):
         digests = self.table.digests
         return digests if self._index is None else digests[self._index]
 
-    def flagged(self, flag: int) -> int:
-        """How many of the rows that these came from are marked so."""
-        return int(np.count_nonzero(self.table.row_flags[np.unique(self.rows)] & flag))
-
     def view(self, indices: Any) -> Examples:
         """Those at ``indices``, in that order. Nothing is copied but the numbers."""
         chosen = np.asarray(indices, dtype=np.int64)

@@ -12,7 +12,6 @@ This file knows folders and hashes. What the tensors and the state mean is ``res
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -29,8 +28,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraloom.config import CONFIG_NAME
+from loraloom.data.table.cache import file_hash
 from loraloom.errors import ConfigError, SaveError
-from loraloom.lora.atomic import write_files
+from loraloom.lora.atomic import sync, write_files
 from loraloom.lora.checkpoint import WEIGHTS_NAME, write_tensors
 
 TENSORS_NAME = "state.safetensors"
@@ -89,12 +89,14 @@ def write(
         adapter(aside)
         text = json.dumps({**limits_as_text(state), "format": FORMAT, "step": step}, indent=1, sort_keys=True)
         write_files(aside, {TENSORS_NAME: partial(write_tensors, tensors), STATE_NAME: text.encode()})
-        manifest = {name: {"bytes": (aside / name).stat().st_size, "sha256": _sha256(aside / name)} for name in _FILES}
+        manifest = {
+            name: {"bytes": (aside / name).stat().st_size, "sha256": file_hash(aside / name)} for name in _FILES
+        }
         write_files(aside, {MANIFEST_NAME: json.dumps(manifest, indent=1, sort_keys=True).encode()})
         if place.exists():
             _remove(place)
         os.rename(aside, place)
-        _sync(folder)
+        sync(folder)
     except (OSError, SaveError) as error:
         cause = error.__cause__ if isinstance(error, SaveError) else error
         said = cause.strerror or str(cause) if isinstance(cause, OSError) else str(error)
@@ -213,7 +215,7 @@ def _problem(path: Path) -> str:
             size, wanted = manifest[name]["bytes"], manifest[name]["sha256"]
             if (found := (path / name).stat().st_size) != size:
                 return f"{name} has {found:,} bytes and had {size:,} when it was written"
-            if _sha256(path / name) != wanted:
+            if file_hash(path / name) != wanted:
                 return f"{name} is damaged (its sha256 is not the one in {MANIFEST_NAME})"
         state = json.loads((path / STATE_NAME).read_bytes())
         if state["format"] != FORMAT:
@@ -239,23 +241,6 @@ def _remove(path: Path) -> None:
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     os.rename(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every system lets a folder be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from loraloom.train.measure.metrics import Metrics, Scores, choose, total
 from loraloom.train.objective import Objective
 from loraloom.train.pack import evaluating
 from loraloom.train.shard import sharded
-from loraloom.train.world import World
+from loraloom.train.world import ALONE, World
 
 #: An answer has at most so many tokens, as in the official baselines.
 LONGEST_ANSWER = 30
@@ -80,7 +80,7 @@ def evaluate(
     metrics = held_out.metrics or choose(task, problem_of(examples))
     if metrics.needs_predictions and not _known(task, held_out):
         metrics = Metrics(task, metrics.kind, ())
-    world, keep = world or World(), metrics.needs_predictions
+    world, keep = world or ALONE, metrics.needs_predictions
     scores, outputs = run(model, name, task, examples, pad_id, batch_size, keep=keep, world=world)
     said = predictions(model, name, task, examples, outputs, batch_size, held_out, world) if keep else Said()
     return metrics.measure(scores, said.predictions, said.references)
@@ -112,7 +112,7 @@ def run(
     batch_size: int,
     *,
     keep: bool = True,
-    world: World = World(),  # noqa: B008  it holds two numbers and is frozen
+    world: World = ALONE,
 ) -> tuple[Scores, list[Tensor | None]]:
     """The loss over all examples, and with ``keep`` each one's outputs, padding left out, in the order of the examples.
 
@@ -159,7 +159,7 @@ def predictions(
     outputs: Sequence[Tensor | None],
     batch_size: int,
     held_out: HeldOut,
-    world: World = World(),  # noqa: B008
+    world: World = ALONE,
 ) -> Said:
     """Classes by name, numbers, tags by word, answers or texts; ``outputs`` are those of ``run``."""
     if task is TaskType.SEQ_CLS:

@@ -25,7 +25,7 @@ from loraloom.data.read.sources import resolve
 from loraloom.data.records import Chat, Record
 from loraloom.data.rows import Row, RowError
 from loraloom.data.table.prepare import Encoded, encode_survey
-from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Examples, unpicked
+from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Examples, Table, unpicked
 from loraloom.data.table.survey import Survey, Watch, survey
 from loraloom.data.tokens.templates import find_template
 from loraloom.errors import ConfigError, DataError, SaveError
@@ -220,8 +220,8 @@ def encode_run_rows(rows: Rows, options: TrainOptions, tokenizer: Any, watch: Wa
     notes += [note for note in made.notes if note not in notes]
     parts, warnings = [], list[str]()
     for what, encoded, numbers in (("training", made, rows.train_rows), ("held-out", other, rows.evaluation_rows)):
-        part = _part(encoded, numbers, options.overlong)
         flags = encoded.table.row_flags[np.unique(numbers)]
+        part = _part(encoded.table, numbers, flags, options.overlong)
         warnings += _said(what, flags, options, length)
         if not len(part.examples):
             raise DataError(f"{options.data}: no {what} row is left of {len(flags):,}: {_reasons(encoded, flags)}")
@@ -258,10 +258,8 @@ def _talks(found: Survey) -> bool:
     return False
 
 
-def _part(encoded: Encoded, numbers: Array, overlong: str) -> Part:
-    table = encoded.table
+def _part(table: Table, numbers: Array, flags: Array, overlong: str) -> Part:
     times = np.bincount(numbers, minlength=table.rows)
-    flags = table.row_flags[np.unique(numbers)]
     examples = Examples(table, np.repeat(np.arange(len(table)), times[table.example_rows]))
     truncated = int(np.count_nonzero(flags & OVERLONG)) if overlong == "truncate" else 0
     return Part(examples, len(flags), truncated, int(np.count_nonzero(flags & MERGED)))
