@@ -133,25 +133,36 @@ def test_an_answer_has_the_same_bits_alone_and_beside_others() -> None:
 
 
 def test_half_precision_is_as_close_to_the_truth_as_the_plain_operations_are() -> None:
-    projections = [p._replace(weight=p.weight.bfloat16()) for p in make(2, torch.float32, inside=64, bias=False)]
-    x = torch.randn(16, 64).bfloat16().requires_grad_()
+    """Over many draws: of one, with its dozens of numbers, either way may come out nearer by chance."""
+    draw = torch.Generator().manual_seed(0)
 
-    def errors(call: object) -> list[float]:
-        out = call()  # type: ignore[operator]
-        inputs = leaves(x, projections)
+    def errors(found: tuple[Tensor, ...] | list[Tensor], x: Tensor, projections: list[Projection]) -> Tensor:
+        """Squared, relative to the truth; of the outputs, then of the gradients: [n]."""
         exact = [Projection(p.weight.double(), None, p.a.double(), p.b.double(), p.scale) for p in projections]
-        truth = plain(x.double(), exact)
-        wanted = gradients(truth, inputs)
-        found = gradients(out, inputs)
-        pairs = [*zip(out, truth, strict=True), *zip(found, wanted, strict=True)]
-        return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
+        truth, inputs = plain(x.double(), exact), leaves(x, projections)
+        pairs = [
+            *zip(found, truth, strict=True),
+            *zip(gradients(found, inputs), gradients(truth, inputs), strict=True),
+        ]
+        with torch.no_grad():
+            return torch.stack([((a - b).norm() / b.norm()) ** 2 for a, b in pairs])
 
-    fused = errors(lambda: lora_projections(x, projections))
-    separate = errors(
-        lambda: [F.linear(x, p.weight) + lora_linear(x, p.a, p.b, p.scale) for p in projections],
-    )
-    assert all(a < 1.2 * b + 1e-3 for a, b in zip(fused, separate, strict=True))
-    assert all(p.a.grad_fn is None and p.a.dtype is torch.float32 for p in projections)
+    fused, separate = [], []
+    for _ in range(50):
+        projections = [
+            p._replace(weight=p.weight.bfloat16(), a=p.a.detach() + 0, b=p.b.detach() + 0)
+            for p in make(2, torch.float32, inside=64, bias=False)
+        ]
+        for p in projections:
+            p.a.normal_(generator=draw).requires_grad_()
+            p.b.normal_(generator=draw).requires_grad_()
+        x = torch.randn(16, 64, generator=draw).bfloat16().requires_grad_()
+        fused.append(errors(lora_projections(x, projections), x, projections))
+        plainly = [F.linear(x, p.weight) + lora_linear(x, p.a, p.b, p.scale) for p in projections]
+        separate.append(errors(plainly, x, projections))
+        assert all(p.a.grad_fn is None and p.a.dtype is torch.float32 for p in projections)
+    ratio = (torch.stack(fused).mean(0) / torch.stack(separate).mean(0)).sqrt()
+    assert (ratio < 1.1).all(), ratio
 
 
 def test_only_the_input_the_low_rank_products_and_the_factors_are_kept() -> None:
