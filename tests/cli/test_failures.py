@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,7 @@ def test_an_output_lost_in_the_middle_of_training_sends_the_adapter_elsewhere(
     def lose(meter: Meter, progress: Any) -> None:
         seen(meter, progress)
         if progress.slot.step == 1:
+            shutil.rmtree(tmp_path / "run")
             (tmp_path / "run").write_text("a file where the folder should be")
 
     monkeypatch.setattr(Meter, "__call__", lose)

@@ -24,7 +24,7 @@ from loraloom.data import bucketed, padding_share
 from loraloom.errors import ConfigError, DataError, LoraloomError, SaveError, TrainingError
 from loraloom.lora.route import BASE
 from loraloom.train.loop import Progress
-from loraloom.train.run import RUN_NAME, Interrupted, Prepared, predict, prepare, run
+from loraloom.train.run import RUN_FILE, RUN_NAME, Interrupted, Prepared, predict, prepare, run
 from loraloom.train.settings.options import TASKS, TrainOptions
 from loraloom.train.start.load import load_base
 
@@ -332,13 +332,13 @@ def test_ctrl_c_in_the_evaluation_that_follows_a_ctrl_c_loses_nothing(classify: 
     assert saved(prepared.options.output, prepared)
 
 
-def test_ctrl_c_before_the_first_step_writes_nothing(classify: Callable[..., TrainOptions]) -> None:
+def test_ctrl_c_before_the_first_step_leaves_the_run_file_alone(classify: Callable[..., TrainOptions]) -> None:
     prepared = prepare(classify())
     prepared.model.get_base_model().register_forward_pre_hook(lambda *_: at_once())
-    with pytest.raises(Interrupted, match="stopped before the first step; nothing was written") as error:
+    with pytest.raises(Interrupted, match="stopped before the first step; nothing was trained") as error:
         run(prepared)
     assert error.value.record is None
-    assert not os.path.exists(prepared.options.output)
+    assert os.listdir(prepared.options.output) == [RUN_FILE]
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_an_error_before_the_first_step_is_itself(classify: Callable[..., TrainO
     prepared.model.get_base_model().register_forward_pre_hook(lambda *_: fail(MemoryError())())
     with pytest.raises(MemoryError):
         run(prepared)
-    assert not os.path.exists(prepared.options.output)
+    assert os.listdir(prepared.options.output) == [RUN_FILE]
 
 
 def test_an_exit_that_passes_through_saves_on_its_way(classify: Callable[..., TrainOptions]) -> None:
@@ -398,8 +398,9 @@ def test_a_folder_that_is_lost_sends_the_adapter_to_another(
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     prepared = prepare(classify())
+    folder = Path(prepared.options.output)
     with pytest.raises(SaveError) as error:
-        run(prepared, at(1, lambda: Path(prepared.options.output).write_text("in the way")))
+        run(prepared, at(1, lambda: shutil.rmtree(folder), lambda: folder.write_text("in the way")))
     (rescued,) = scratch.iterdir()
     assert f"The trained adapter is saved in {rescued} instead" in str(error.value)
     assert saved(rescued, prepared)

@@ -23,15 +23,10 @@ from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plo
 from loraloom.train.course.resume import Resume
 from loraloom.train.loop import Progress
 from loraloom.train.run import RUN_NAME, Interrupted, Prepared, RunResult, examine, outlook, prepare, run
-from loraloom.train.settings import runfile
 from loraloom.train.settings.options import TrainOptions
 from loraloom.train.start.dataset import BAD_ROWS
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.search import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, search
-
-#: The options of a run, with nothing left open, as a run file that gives the same run again.
-RUN_FILE = "run.yaml"
-_TITLE = "The options of this run, with nothing left open."
 
 
 def train_run(
@@ -74,19 +69,12 @@ def train_run(
             result = run(prepared, watch, resume, say)
     except Interrupted as error:
         if error.record and first:
-            _keep(prepared)
             _draw(error.record, options.output)
         raise
     if first:
-        _keep(prepared)
         plot = _draw(result.record, options.output)
         console.print(outcome(result, options.output, plot, Path(options.output) / RUN_NAME), soft_wrap=True)
     return result
-
-
-def _keep(prepared: Prepared) -> None:
-    options = prepared.options
-    runfile.write(replace(options, overwrite=False), Path(options.output) / RUN_FILE, _TITLE)
 
 
 @contextlib.contextmanager

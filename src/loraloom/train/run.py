@@ -1,11 +1,12 @@
 """One run from options to a folder: data, model, adapter, loop, files.
 
 The folder gets the adapter in PEFT's format and ``run.json``: every setting, the versions, the data's hash, curves.
-On the way it gets checkpoints, from which a run that was stopped goes on.
+Before the first step it gets ``run.yaml``, and on the way checkpoints, from which a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +20,10 @@ from loraloom.train import recompute
 from loraloom.train.ahead import doctor
 from loraloom.train.ahead.doctor import Finding
 from loraloom.train.ahead.outlook import Outlook, look_ahead
+from loraloom.train.course import lock
 from loraloom.train.course.course import Course
 from loraloom.train.course.failures import Interrupted, explain
-from loraloom.train.course.output import check_output
+from loraloom.train.course.output import RUN_FILE, check_output, described
 from loraloom.train.course.record import RUN_NAME
 from loraloom.train.course.resume import Resume, Say, goes_on
 from loraloom.train.course.signals import asked_to_stop
@@ -89,6 +91,7 @@ def prepare(options: TrainOptions, resume: Resume = None, reading: Watch = silen
         InputError: anything wrong with what the user gave. Nothing was written.
     """
     place = find_place(options.device)
+    place.world.agreed(lambda: lock.check(options.output))
     place.world.agreed(lambda: check_output(options, going_on=goes_on(options, resume)))
     loaded = load(options, place, reading)
     options, config = loaded.options, loaded.config(loaded.options)
@@ -161,11 +164,19 @@ def run(
         say: told what there is to know beside the steps: where it goes on, which checkpoint is damaged.
 
     Raises:
-        ConfigError: what is to be resumed was trained with other options, data or weights.
+        ConfigError: what is to be resumed was trained with other options, data or weights; another run is under way in
+            the folder.
         Interrupted: Ctrl-C, or SIGTERM.
         TrainingError: the loss is not finite, or the machine's memory was not enough.
         SaveError: the folder cannot be written; the message says what is saved, and where.
     """
+    options, world = prepared.options, prepared.loaded.place.world
+    with contextlib.ExitStack() as stack:
+        world.agreed(lambda: stack.enter_context(lock.held(options.output)))
+        return _run(prepared, watch, resume, say)
+
+
+def _run(prepared: Prepared, watch: Callable[[Progress], None], resume: Resume, say: Say) -> RunResult:
     options, model = prepared.options, prepared.model
     slot = prepared.loaded.slot(ADAPTER, model, options, prepared.steps)
 
@@ -173,22 +184,24 @@ def run(
         return prepared.loaded.evaluate(model, slot.name)
 
     course = Course(prepared, slot, measure, watch, say)
-    if finished := course.begin(resume):
-        return RunResult(finished, model, predict(prepared, count=3))
-    record, ended = None, None
-    with asked_to_stop() as stop:
-        try:
-            course.train(stop)
-        except BaseException as error:  # what is there is saved below, then it is raised again
-            ended = error
-        if slot.done and ended is None:
-            record = course.finish()
-    if record is None:
-        course.end_early(ended, stop)
+    finished, record, ended = course.begin(resume), None, None
+    with described(options) if slot.world.first else contextlib.nullcontext():
+        if finished:
+            return RunResult(finished, model, predict(prepared, count=3))
+        with asked_to_stop() as stop:
+            try:
+                course.train(stop)
+            except BaseException as error:  # what is there is saved below, then it is raised again
+                ended = error
+            if slot.done and ended is None:
+                record = course.finish()
+        if record is None:
+            course.end_early(ended, stop)
     return RunResult(record, model, predict(prepared, count=3))
 
 
 __all__ = [
+    "RUN_FILE",
     "RUN_NAME",
     "Interrupted",
     "Loaded",

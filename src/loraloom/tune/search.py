@@ -24,6 +24,7 @@ import loraloom
 from loraloom.config import TaskType
 from loraloom.errors import DataError
 from loraloom.lora.atomic import write_files
+from loraloom.train.course import lock
 from loraloom.train.course.signals import asked_to_stop
 from loraloom.train.measure.metrics import metric_name
 from loraloom.train.run import Interrupted, Loaded, check_output, load
@@ -126,6 +127,11 @@ def search(options: TuneOptions, watch: Watcher | None = None, sampler: BaseSamp
         TrainingError: no trial came to a figure.
         SaveError: the folder cannot be written.
     """
+    with lock.held(options.train.output):
+        return _search(options, watch or Silent(), sampler)
+
+
+def _search(options: TuneOptions, watch: Watcher, sampler: BaseSampler | None) -> SearchResult:
     check_output(options.train)
     if options.over_ray:
         from loraloom.tune.ray_crew import need_ray
@@ -138,7 +144,7 @@ def search(options: TuneOptions, watch: Watcher | None = None, sampler: BaseSamp
         metric = own.first  # of classes, where it turned out that labels are numbers or several classes
     options = replace(options, train=replace(loaded.options, problem_type=loaded.data.problem), metric=metric)
     options.space.check(loaded.base, options.train)
-    return Search(options, loaded, watch or Silent(), sampler).run()
+    return Search(options, loaded, watch, sampler).run()
 
 
 class Search:

@@ -250,7 +250,7 @@ class Course:
                 found = self._look_once_more(found)
             at = f"stopped at step {slot.step} of {slot.steps}" if slot.step else "stopped before the first step"
             raise Interrupted(
-                "; ".join([at, *(notes or ["nothing was written"])]), found if slot.step else None
+                "; ".join([at, *(notes or ["nothing was trained"])]), found if slot.step else None
             ) from None
         assert error is not None
         if isinstance(error, Exception) and slot.step:

@@ -1,11 +1,13 @@
-"""The output folder of a run: whether it can be used, and the adapter with ``run.json`` in it."""
+"""The output folder of a run: whether it can be used, its run file, and the adapter with ``run.json`` in it."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,13 @@ from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel
 from loraloom.train.course import checkpoints
 from loraloom.train.course.record import RUN_NAME, as_json
+from loraloom.train.settings import runfile
 from loraloom.train.settings.options import TrainOptions
 from loraloom.train.start.dataset import TEMPLATE_NAME
+
+#: The options of a run, with nothing left open, as a run file that gives the same run again.
+RUN_FILE = "run.yaml"
+_TITLE = "The options of this run, with nothing left open."
 
 
 def check_output(options: TrainOptions, *, going_on: bool = False) -> None:
@@ -56,6 +63,36 @@ def check_output(options: TrainOptions, *, going_on: bool = False) -> None:
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def described(options: TrainOptions) -> Iterator[None]:
+    """The folder with ``run.yaml`` in it from now on, whatever becomes of the run.
+
+    It belongs to the adapter beside it: where that of an earlier run outlives this one, so does that run's file.
+
+    Raises:
+        SaveError: the folder cannot be written.
+    """
+    folder = Path(options.output)
+    path, adapter = folder / RUN_FILE, _stamp(folder / WEIGHTS_NAME)
+    before = path.read_bytes() if adapter and path.is_file() else None
+    runfile.write(replace(options, overwrite=False), path, _TITLE)
+    try:
+        yield
+    except BaseException:
+        if before is not None and _stamp(folder / WEIGHTS_NAME) == adapter:
+            with contextlib.suppress(SaveError):
+                write_files(folder, {RUN_FILE: before})
+        raise
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """By which it is known whether a file was replaced; None where there is none."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_ino, found.st_mtime_ns
+    return None
 
 
 def save(model: PeftModel, folder: str | Path, record: Mapping[str, Any], template: str | None = None) -> None:
