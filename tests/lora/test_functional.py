@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraloom.lora import functional
+from loraloom.lora import functional, products
 from loraloom.lora.dropout import Dropped
 from loraloom.lora.functional import RANKS, Frozen, Lane, Update, lora_linear, row_norms
 
@@ -132,8 +132,12 @@ def test_an_answer_has_the_same_bits_alone_and_beside_others() -> None:
             assert torch.equal(together, lora_projections(x, [one])[0])
 
 
-def test_half_precision_is_as_close_to_the_truth_as_the_plain_operations_are() -> None:
+@pytest.mark.parametrize("native", [True, False], ids=["in half precision", "in float32"])
+def test_half_precision_is_as_close_to_the_truth_as_the_plain_operations_are(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over many draws: of one, with its dozens of numbers, either way may come out nearer by chance."""
+    monkeypatch.setattr(products, "_has", lambda *_: native)
     draw = torch.Generator().manual_seed(0)
 
     def errors(found: tuple[Tensor, ...] | list[Tensor], x: Tensor, projections: list[Projection]) -> Tensor:
@@ -163,6 +167,26 @@ def test_half_precision_is_as_close_to_the_truth_as_the_plain_operations_are() -
         assert all(p.a.grad_fn is None and p.a.dtype is torch.float32 for p in projections)
     ratio = (torch.stack(fused).mean(0) / torch.stack(separate).mean(0)).sqrt()
     assert (ratio < 1.1).all(), ratio
+
+
+def test_a_processor_without_half_precision_draws_the_same_dropout_and_keeps_the_input_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "_has", lambda *_: False)
+    ps = [p._replace(weight=p.weight.bfloat16()) for p in make(2, torch.float32, inside=64, bias=False)]
+    x = torch.randn(16, 64).bfloat16().requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        found = lora_projections(x, ps, Dropped(0.5, 3))
+    exact = [Projection(p.weight.double(), None, p.a.double(), p.b.double(), p.scale) for p in ps]
+    wide = x.detach().double().requires_grad_()
+    wanted = plain(wide, exact, Dropped(0.5, 3))
+    assert sum(t.dtype is torch.bfloat16 and t.numel() == x.numel() for t in kept) == 1
+    assert not any(t.dtype is torch.float32 and t.numel() == x.numel() for t in kept)
+    (d_x,), (d_wanted,) = gradients(found, [x]), gradients(wanted, [wide])
+    for a, b in [*zip(found, wanted, strict=True), (d_x, d_wanted)]:
+        assert a.dtype is torch.bfloat16
+        assert float((a.detach().double() - b).norm() / b.norm()) < 2**-7
 
 
 def test_only_the_input_the_low_rank_products_and_the_factors_are_kept() -> None:

@@ -1,7 +1,7 @@
 """The maths of LoRA over plain tensors. Knows no module, no config, no route.
 
 ``A`` has r rows, ``B`` has r columns. Products are taken in the dtype of ``x``, so a half-precision base computes in
-half precision while the factors keep their own dtype.
+half precision while the factors keep their own dtype; ``lora.products`` says where that is not so.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loraloom.lora import products
 from loraloom.lora.dropout import Dropped, masked, masks
 
 
@@ -105,7 +106,8 @@ def lora_projections(x: Tensor, frozen: Sequence[Frozen], lanes: Sequence[Lane])
     """
     factors = [factor for lane in lanes for slots in lane.updates for one in slots for factor in (one.a, one.b)]
     weights, biases = zip(*frozen, strict=True)
-    out: tuple[Tensor, ...] = _Projections.apply(x, lanes, *weights, *biases, *factors)  # type: ignore[no-untyped-call]
+    dtype = products.arithmetic(x, differentiated=torch.is_grad_enabled())
+    out: tuple[Tensor, ...] = _Projections.apply(x, lanes, dtype, *weights, *biases, *factors)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -114,42 +116,46 @@ class _Projections(torch.autograd.Function):
     # slot its tensors are matrices, else batches of them.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lanes: Sequence[Lane], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, lanes: Sequence[Lane], dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         n = (len(tensors) - 2 * sum(len(slots) for lane in lanes for slots in lane.updates)) // 2
-        rows = _rows(x)
-        out = [F.linear(rows, tensors[i], tensors[n + i]) for i in range(n)]
+        wide = x.to(dtype)
+        rows = _rows(wide)
+        out = [products.linear(rows, tensors[i], tensors[n + i]) for i in range(n)]
         kept: list[Tensor] = []
         for lane in lanes:
             seen = _part(rows, lane, len(x))
             if any(lane.dropped):
-                seen = _part(_rows(masked(x[lane.start : lane.stop], _mask(x, lane))), lane)
+                seen = _part(_rows(masked(wide[lane.start : lane.stop], _mask(wide, lane))), lane)
             places = _places(lane)
-            joined, hidden = _all_a(lane, places, x.dtype), []
+            joined, hidden = _all_a(lane, places, dtype), []
             for i, place in places:
                 # Each on its own: the answer of one has the same bits whether or not others are computed beside it.
                 hidden.append(_mm(seen, joined[..., place, :].mT))
-                kept.append(_all_b(lane.updates[i], place.stop - place.start, _scales(lane, i, x)).to(x.dtype).mT)
+                kept.append(_all_b(lane.updates[i], place.stop - place.start, _scales(lane, i, x)).to(dtype).mT)
                 _add_mm(_part(out[i], lane, len(x)), hidden[-1], kept[-1])
             kept += [joined, *hidden]
         ctx.save_for_backward(*([x, *kept] if lanes else ()))
-        ctx.weights, ctx.lanes, ctx.shape = tensors[:n], lanes, x.shape
+        ctx.weights, ctx.lanes, ctx.shape, ctx.dtypes = tensors[:n], lanes, x.shape, (x.dtype, dtype)
         ctx.set_materialize_grads(False)
-        return tuple(y if rows is x else y.view(*x.shape[:-1], y.shape[-1]) for y in out)
+        if wide is not x:
+            out = [y.to(x.dtype) for y in out]
+        return tuple(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]) for y in out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the gradient of a LoRA layer cannot be differentiated again (create_graph=True)")
         kept: list[Tensor] = list(ctx.saved_tensors)
-        x: Any = kept.pop(0) if kept else None
+        own, dtype = ctx.dtypes
+        x: Any = kept.pop(0).to(dtype) if kept else None
         weights, needed, n = ctx.weights, ctx.needs_input_grad, len(ctx.weights)
-        dys = [None if grad is None else _rows(grad) for grad in grads]
-        d_bias = [None if dy is None or not needed[2 + n + i] else dy.sum(0) for i, dy in enumerate(dys)]
+        dys = [None if grad is None else _rows(grad.to(dtype)) for grad in grads]
+        d_bias = [None if dy is None or not needed[3 + n + i] else dy.sum(0) for i, dy in enumerate(dys)]
         dx: Tensor | None = None
         if needed[0]:
             for dy, weight in zip(dys, weights, strict=True):
                 if dy is not None:
-                    dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+                    dx = products.back(dy, weight, dx)
         factors: list[Tensor | None] = []
         for lane in ctx.lanes:
             places = _places(lane)
@@ -165,7 +171,7 @@ class _Projections(torch.autograd.Function):
             mask = _mask(x, lane) if any(lane.dropped) else None
             mine = x[lane.start : lane.stop]
             d_a = None
-            if True in needed[2 + 2 * n :]:
+            if True in needed[3 + 2 * n :]:
                 # One product for all A: a thin matrix costs hardly less than a wider one.
                 d_a = _mm(together.mT, _part(_rows(mine if mask is None else masked(mine, mask)), lane))
             all_a = _each_a(d_a, lane, places)
@@ -184,7 +190,8 @@ class _Projections(torch.autograd.Function):
                     _add_mm(target, together, joined)
                 else:
                     target.add_(_part(_rows(masked(_mm(together, joined).view(mine.shape), mask)), lane))
-        return (None if dx is None else dx.view(ctx.shape), None, *[None] * n, *d_bias, *factors)
+        d_x = None if dx is None else dx.to(own).view(ctx.shape)
+        return (d_x, None, None, *[None] * n, *d_bias, *factors)
 
 
 def _rows(x: Tensor) -> Tensor:

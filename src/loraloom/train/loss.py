@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from loraloom.lora import products
+
 #: Logits that exist at a time: rows enough for a good matrix product, and 6 bytes for each in half precision. Not yet
 #: measured on a GPU, which wants more rows.
 AT_A_TIME = {"cpu": 2**23, "cuda": 2**24}
@@ -38,7 +40,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         for rows in _chunks(hidden, weight.shape[0]):
-            low = F.linear(hidden[rows], weight, bias)
+            seen = hidden[rows].to(products.arithmetic(hidden))
+            low = products.linear(seen, weight, bias)
             logits, wanted = low.to(dtype), targets[rows].unsqueeze(-1)
             greatest = logits.amax(-1, keepdim=True)
             at_target = logits.gather(-1, wanted)
@@ -48,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[rows] = (sums.log() + greatest - at_target).squeeze(-1)
             if gradient is not None:
                 shares.div_(sums).scatter_add_(-1, wanted, torch.full_like(sums, -1))
-                torch.mm(low.copy_(shares), weight, out=gradient[rows])
+                gradient[rows] = products.back(low.copy_(shares), weight)
         ctx.save_for_backward(gradient)
         return losses
 
