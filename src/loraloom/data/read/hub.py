@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loraloom.data.read import network
 from loraloom.data.read.source import Source
 from loraloom.data.read.tables import CHUNK, records
 from loraloom.data.rows import OnBad, Row
@@ -98,16 +99,18 @@ class DatasetSource(Source):
 
         try:
             # All splits, because a list of them is what helps where the one that was asked for is not there.
-            return load_dataset(self.path, self.config, revision=self.revision)
+            with network.looking(self.path):
+                return load_dataset(self.path, self.config, revision=self.revision)
         except DatasetNotFoundError as exc:
             raise DataError(
                 f"{self.path}: no such file or folder here{_beside(self.path)}, and no dataset of that name on the "
                 f"hub: {_first_line(exc)}"
             ) from None
         except (ConnectionError, TimeoutError) as exc:
+            why = network.unreachable() or f"HF_HUB_OFFLINE is set, or it was lost meanwhile: {_first_line(exc)}"
             raise DataError(
                 f"{self.path}: no such file or folder here{_beside(self.path)}; as the name of a dataset on the hub "
-                f"it would have to be fetched, and there is no network (or HF_HUB_OFFLINE is set): {_first_line(exc)}"
+                f"it would have to be fetched, and there is no network ({why})"
             ) from None
         except (DatasetsError, ValueError, OSError) as exc:
             raise DataError(f"{self.path}: the dataset cannot be loaded: {_first_line(exc)}") from exc
@@ -116,6 +119,7 @@ class DatasetSource(Source):
             if type(exc).__module__.split(".")[0] not in (
                 "huggingface_hub",
                 "httpx",
+                "httpx2",
                 "httpcore",
                 "requests",
                 "aiohttp",

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from loraloom.config import TaskType
+from loraloom.data.read import network
 from loraloom.errors import ConfigError, ModelError
 
 #: Task → the class of transformers that has a model for it.
@@ -35,7 +36,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
     _check_folder(name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **_revision(revision))
+        with network.looking(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, **_revision(revision))
     except Exception as error:
         raise ModelError(f"{_where(name)}: its tokenizer cannot be loaded ({_first_line(error)})") from None
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
@@ -66,7 +68,8 @@ def load_limit(name: str, revision: str | None = None) -> int | None:
 
     _check_folder(name, revision)
     try:
-        return tokens_at_most(AutoConfig.from_pretrained(name, **_revision(revision)))
+        with network.looking(name):
+            return tokens_at_most(AutoConfig.from_pretrained(name, **_revision(revision)))
     except Exception as error:
         raise ModelError(f"{_where(name)}: its config cannot be read ({_first_line(error)})") from None
 
@@ -119,10 +122,11 @@ def load_base(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(name, **_revision(revision))
-        _check_direction(name, config, task)
-        options |= _renamed(config, task)
-        model, info = getattr(transformers, AUTO[task]).from_pretrained(name, **options)
+        with network.looking(name):
+            config = AutoConfig.from_pretrained(name, **_revision(revision))
+            _check_direction(name, config, task)
+            options |= _renamed(config, task)
+            model, info = getattr(transformers, AUTO[task]).from_pretrained(name, **options)
     except ModelError:
         raise
     except Exception as error:
@@ -227,7 +231,8 @@ def build_empty(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(name, **_revision(revision))
+        with network.looking(name):
+            config = AutoConfig.from_pretrained(name, **_revision(revision))
         _check_direction(name, config, task)
         if task in HEADED:
             config.num_labels = 2 if task is TaskType.QUESTION_ANS else 1 if problem_type == "regression" else labels
@@ -275,7 +280,10 @@ def _unloadable(name: str, task: TaskType, error: Exception) -> ModelError:
 
 
 def _where(name: str) -> str:
-    return name if Path(name).exists() else f"{name} (no folder of this name is here, so it was looked for on the hub)"
+    if Path(name).exists():
+        return name
+    away = network.unreachable()
+    return f"{name} (no folder of this name is here, so it was looked for on the hub{f', but {away}' if away else ''})"
 
 
 def _words(task: TaskType) -> str:
@@ -285,5 +293,7 @@ def _words(task: TaskType) -> str:
 def _first_line(error: Exception) -> str:
     if str(error).startswith("Unrecognized configuration class"):
         return "transformers has none of its kind"
+    if str(error).startswith("We couldn't connect to"):
+        return "nor is it in the hub's cache; check the name, and the network"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
