@@ -1,4 +1,7 @@
-"""Promises of the cache: whole or absent, damaged entries made again, and a disk that cannot be written ends no run."""
+"""Promises of the cache: whole or absent, damaged entries made again, and a disk that cannot be written ends no run.
+
+What goes when it is too much is in ``test_room``.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 """Folders of the cache: written whole or absent, checked when they are read, made anew where they are damaged.
 
 This file knows folders, sizes and hashes. It does not know what the files in a folder mean. An entry is a folder named
-by the hash of all that it follows from, with a ``manifest.json`` that names every file in it with size and SHA-256.
+by the hash of all that it follows from, with a ``manifest.json`` that names every file in it with size and SHA-256. The
+time of the manifest is when the entry was last used, and who uses it holds a lock on the manifest: ``room`` goes by
+both.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from loraloom.data.table import room
+from loraloom.data.table.room import MANIFEST, Gone
 from loraloom.errors import SaveError
 
 #: The folder of the cache, where it is to be another than the system's.
 VARIABLE = "LORALOOM_CACHE"
-MANIFEST = "manifest.json"
 #: Of the layout of entries. Another one is as good as none.
 FORMAT = 1
 BLOCK = 1 << 20
@@ -126,11 +129,11 @@ class Entry:
     folder: Path
     info: dict[str, Any]
     fresh: bool
-    _temporary: Any = field(default=None, repr=False)  # deleted with this
+    _keep: Any = field(default=None, repr=False)  # let go with this: the lock on it, or a folder that is deleted
 
 
 def find(kind: str, key: str, say: Say = lambda text: None) -> Entry | None:
-    """The entry of this key where there is a whole one. Nothing is written."""
+    """The entry of this key where there is a whole one. Nothing is written but when it was used."""
     return _read(cache_folder() / kind / key, key, say)
 
 
@@ -139,18 +142,25 @@ def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], say:
 
     Where the cache cannot be written (read-only, full), the folder is a temporary one, and ``say`` is told. ``build``
     may therefore be called twice. Of several processes that want the same entry, one builds and the others wait where
-    the system has locks; where not, all build and the first to be done counts.
+    the system has locks; where not, all build and the first to be done counts. What is built makes room for itself:
+    entries that were long unused, and those that are too much, are deleted, and ``say`` is told.
 
     Raises:
+        ConfigError: the limit of the cache is none.
         SaveError: there is no room in the system's folder for temporary files either.
     """
-    root = cache_folder() / kind
+    root, limit = cache_folder() / kind, room.limit()
     try:
         with _writing():
             root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f".{key}.lock", say):
             found = _read(root / key, key, say)
-            return found or _built(root, key, build)
+            if found is not None:
+                return found
+            made = _built(root, key, build)
+        if gone := room.make(root.parent, limit):
+            say(f"deleted from the cache folder {root.parent}: {gone} (see {room.VARIABLE})")
+        return made
     except _Unwritable as failure:
         say(
             f"the cache folder {root.parent} cannot be written ({failure.error.strerror}), so what was made of the "
@@ -158,7 +168,7 @@ def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], say:
         )
     temporary = tempfile.TemporaryDirectory(prefix="loraloom-rows-")
     try:
-        made = _make(Path(temporary.name), key, build)
+        info = _make(Path(temporary.name), key, build)
     except _Unwritable as failure:
         temporary.cleanup()
         raise SaveError(
@@ -168,7 +178,7 @@ def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], say:
     except BaseException:
         temporary.cleanup()
         raise
-    return Entry(Path(temporary.name), made, True, temporary)
+    return Entry(Path(temporary.name), info, True, temporary)
 
 
 def _built(root: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) -> Entry:
@@ -178,8 +188,12 @@ def _built(root: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) ->
     try:
         with _writing():
             aside.mkdir()
-        made = _make(aside, key, build)
-        return Entry(_put(aside, root / key, key), made, True)
+        info = _make(aside, key, build)
+        use = room.use(aside / MANIFEST)  # before others can see it
+        folder = _put(aside, root / key, key)
+        with contextlib.suppress(Gone):
+            use = room.use(folder / MANIFEST) or use  # another process's may stand there
+        return Entry(folder, info, True, use)
     finally:
         shutil.rmtree(aside, ignore_errors=True)  # it is no longer there where all went well
 
@@ -213,9 +227,12 @@ def _read(folder: Path, key: str, say: Say) -> Entry | None:
     if not folder.is_dir():
         return None
     try:
+        use = room.use(folder / MANIFEST)
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest["format"] == FORMAT and manifest["key"] == key and _whole(folder, manifest["files"]):
-            return Entry(folder, manifest["info"], False)
+            return Entry(folder, manifest["info"], False, use)
+    except Gone:
+        return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     say(f"{folder}: damaged, so it is made again")
