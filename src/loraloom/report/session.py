@@ -20,7 +20,7 @@ from loraloom.report.plot import PLOT_NAME, plot_run
 from loraloom.report.terminal import Meter, Reading, expectations, outcome, overview
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
-from loraloom.train.course.resume import Resume
+from loraloom.train.course.resume import Resume, find
 from loraloom.train.loop import Progress
 from loraloom.train.run import RUN_NAME, Interrupted, Prepared, RunResult, examine, outlook, prepare, run
 from loraloom.train.settings.options import TrainOptions
@@ -60,7 +60,7 @@ def train_run(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     try:
-        with Meter(console, prepared.steps) as meter, _tracked(prepared) as tell:
+        with _tracked(prepared, resume, say) as tell, Meter(console, prepared.steps) as meter:
 
             def watch(progress: Progress) -> None:
                 meter(progress)
@@ -78,21 +78,14 @@ def train_run(
 
 
 @contextlib.contextmanager
-def _tracked(prepared: Prepared) -> Iterator[Callable[[Progress], None]]:
-    """Trackers that begin with the first step: where a run goes on is known then."""
-    options, began = prepared.options, list[trackers.Trackers]()
-    if not prepared.loaded.place.world.first:
-        yield lambda progress: None
-        return
+def _tracked(prepared: Prepared, resume: Resume, say: Callable[[str], None]) -> Iterator[Callable[[Progress], None]]:
+    """Trackers that the first process tells of each step; a run that has come to its end before needs none."""
+    options, world = prepared.options, prepared.loaded.place.world
+    names = [] if find(options, resume).finished else options.report_to
+    told = trackers.Trackers(names, options.output, options.to_dict(), say)
     with contextlib.ExitStack() as stack:
-
-        def tell(progress: Progress) -> None:
-            if not began:
-                made = trackers.Trackers(options.report_to, options.output, options.to_dict(), progress.slot.step - 1)
-                began.append(stack.enter_context(made))
-            began[0](progress)
-
-        yield tell
+        world.agreed(lambda: stack.enter_context(told))
+        yield told if world.first else lambda progress: None
 
 
 def data_run(options: TrainOptions, console: Console | None = None, *, rows: int = 3) -> None:

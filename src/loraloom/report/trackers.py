@@ -6,8 +6,11 @@ A tracker watches the loop as the terminal does; what it is told are figures and
 from __future__ import annotations
 
 import contextlib
+import importlib
+import json
+import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,14 @@ if TYPE_CHECKING:
 
 #: The packages of those whose package has another name.
 _PACKAGES = {"comet_ml": "comet-ml", "tensorboard": "tensorboardX"}
+#: What an argument of a tracker is called that names the run. Others name it themselves.
+_NAMED = {"wandb": "name", "trackio": "name", "mlflow": "run_name"}
+#: What is missing most often.
+_HINTS = {
+    "wandb": "log in with wandb login, or set WANDB_MODE=offline",
+    "mlflow": "look at MLFLOW_TRACKING_URI",
+}
+_TENSORBOARD = "tensorboard"
 PROJECT = "loraloom"
 #: The folder of TensorBoard's files, in that of the run.
 FOLDER = "tensorboard"
@@ -47,76 +58,160 @@ def check(names: Sequence[str]) -> None:
 class Trackers:
     """A watcher of the loop that tells ``names`` of it, by accelerate's names.
 
+    Entered before the first step, when the user still looks: one that does not start is said then. One that fails later
+    is said, and the training goes on without it.
+
     Args:
         folder: the run's, in which TensorBoard's files lie and after which the run is named.
         options: what is noted of the run at its beginning.
-        step: where the run goes on; what was noted of later steps before it was killed is dropped (TensorBoard).
+        say: told when a tracker fails.
     """
 
     def __init__(
-        self, names: Sequence[str], folder: str | Path, options: Mapping[str, Any] | None = None, step: int = 0
+        self,
+        names: Sequence[str],
+        folder: str | Path,
+        options: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self._names, self._folder, self._options, self._say = list(names), Path(folder), _flat(options or {}), say
         self._trackers: list[Any] = []
-        self._evaluations = 0
-        self._options = _flat(options or {})
+        self._began = False
         check(names)
-        for name in names:
-            self._trackers.append(_start(name, Path(folder), step))
 
     def __enter__(self) -> Trackers:
-        # TensorBoard would make a run of its own of the options; run.json has them.
-        for tracker in self._trackers:
-            if tracker.name != "tensorboard":
+        """Start all but TensorBoard, which has to know at which step.
+
+        Raises:
+            ConfigError: one does not start. Begins with ``report_to``.
+        """
+        for name in self._names:
+            if name == _TENSORBOARD:
+                continue
+            try:
+                self._trackers.append(_start(name, self._folder))
+            except Exception as error:  # a tracker's own, of whatever kind
+                self._end(failed=True)
+                hint = _HINTS.get(name, "set it up")
+                raise ConfigError(
+                    f"report_to: {name} does not start ({_brief(error)}); {hint}, or leave it out"
+                ) from None
+        for tracker in list(self._trackers):
+            with self._minding(tracker, "did not take the options", drop=False):
                 tracker.store_init_configuration(self._options)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
+        self._end(failed=kind is not None)
 
     def __call__(self, progress: Progress) -> None:
-        if not self._trackers:
+        if not self._names:
             return
-        curve = progress.slot.curve
-        values = {"train/loss": curve.loss[-1], "train/learning_rate": curve.learning_rate[-1]}
+        slot = progress.slot
+        if not self._began:
+            self._begin(slot.step - 1, slot.curve.evaluations)
+        values = {"train/loss": slot.curve.loss[-1], "train/learning_rate": slot.curve.learning_rate[-1]}
         values["train/tokens_per_second"] = progress.tokens / max(progress.seconds, 1e-9)
-        if len(curve.evaluations) > self._evaluations:
-            self._evaluations = len(curve.evaluations)
-            found = curve.evaluations[-1]
-            values |= {f"eval/{key}": value for key, value in found.items() if key != "step"}
-        for tracker in self._trackers:
-            tracker.log(values, step=progress.slot.step)
+        self._tell(slot.step, values | _evaluated(slot.curve.evaluations, slot.step))
+
+    def _begin(self, step: int, evaluations: Sequence[Mapping[str, float]]) -> None:
+        """Where a run goes on is known with its first step. What it measured there, before that step, belongs to it."""
+        self._began = True
+        if _TENSORBOARD in self._names:
+            try:
+                self._trackers.append(_start(_TENSORBOARD, self._folder, step))
+            except Exception as error:
+                self._say(
+                    f"report_to: {_TENSORBOARD} does not start ({_brief(error)}); the training goes on without it"
+                )
+        if found := _evaluated(evaluations, step):
+            self._tell(step, found)
+
+    def _tell(self, step: int, values: Mapping[str, float]) -> None:
+        for tracker in list(self._trackers):
+            with self._minding(tracker, f"failed at step {step}"):
+                tracker.log(_named_for(tracker.name, values), step=step)
+
+    def _end(self, failed: bool) -> None:
+        for tracker in list(self._trackers):
+            with self._minding(tracker, "did not end well", drop=False):
+                _finish(tracker, failed)
+        self._trackers.clear()
+
+    @contextlib.contextmanager
+    def _minding(self, tracker: Any, what: str, *, drop: bool = True) -> Iterator[None]:
+        """What a tracker raises is said, and not asked of it again; figures are not what a training is for."""
+        try:
+            yield
+        except Exception as error:
+            without = ""
+            if drop:
+                self._trackers.remove(tracker)
+                without = "; the training does without it"
+            self._say(f"report_to: {tracker.name} {what} ({_brief(error)}){without}")
 
 
-def _start(name: str, folder: Path, step: int) -> Any:
+def _start(name: str, folder: Path, step: int = 0) -> Any:
+    """``step``: where the run goes on; what was noted of later steps before it was killed is dropped (TensorBoard)."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState()  # which process this is: the first alone talks
     kind = LOGGER_TYPE_TO_CLASS[name]
     with _quiet():
-        if name == "tensorboard":
+        if name == _TENSORBOARD:
             tracker = kind(FOLDER, folder, **({"purge_step": step + 1} if step else {}))
         elif getattr(kind, "requires_logging_directory", False):
             tracker = kind(folder.name, folder)
         else:
-            tracker = kind(PROJECT, **({"name": folder.name} if name == "wandb" else {}))
+            tracker = kind(PROJECT, **({_NAMED[name]: folder.name} if name in _NAMED else {}))
         if hasattr(tracker, "start"):
             tracker.start()
     return tracker
 
 
+def _finish(tracker: Any, failed: bool) -> None:
+    """accelerate calls every run a success; these two can be told."""
+    if failed and tracker.name == "wandb":
+        tracker.tracker.finish(exit_code=1)
+    elif failed and tracker.name == "mlflow":
+        importlib.import_module("mlflow").end_run("FAILED")
+    else:
+        tracker.finish()
+
+
+def _evaluated(evaluations: Sequence[Mapping[str, float]], step: int) -> dict[str, float]:
+    """What was measured at ``step``, if anything was."""
+    found = evaluations[-1] if evaluations and evaluations[-1]["step"] == step else {}
+    return {f"eval/{key}": value for key, value in found.items() if key != "step"}
+
+
+def _named_for(tracker: str, values: Mapping[str, float]) -> dict[str, float]:
+    """MLflow refuses names with other signs than these, and a user's own metric may be called anything."""
+    return {re.sub(r"[^\w./: -]", "_", key) if tracker == "mlflow" else key: value for key, value in values.items()}
+
+
 def _flat(options: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Options as trackers take them: dotted names; text, numbers and truth values."""
+    """Options as trackers take them: dotted names; text, numbers, truth values and None.
+
+    Lists, and what stands below a section and has keys of the user's own (patterns of modules), are JSON.
+    """
     out: dict[str, Any] = {}
     for key, value in options.items():
-        if isinstance(value, Mapping):
-            out |= _flat(value, f"{above}{key}.")
+        if isinstance(value, Mapping) and not above:
+            out |= _flat(value, f"{key}.")
+        elif value is None or isinstance(value, int | float | str | bool):
+            out[above + key] = value
         else:
-            out[above + key] = value if isinstance(value, int | float | str | bool) else str(value)
+            out[above + key] = json.dumps(value, default=str)
     return out
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class World:
         """What the first process says, whose clock counts."""
         return flag if self.size == 1 else self.total(float(flag and self.first)) > 0
 
-    def agreed(self, act: Callable[[], None]) -> None:
+    def agreed(self, act: Callable[[], object]) -> None:
         """Let the first process ``act`` for all. What it raises, ends all of them.
 
         Raises:
