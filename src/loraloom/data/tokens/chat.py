@@ -142,8 +142,14 @@ def template_notes(template: Template) -> list[str]:
             f"as '### Assistant:'; the model must be used with the same one (chat_template: {template.name})"
         )
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    turns = Turns(template)
     try:
-        if Turns(template).find(Chat(talk)).endless:
+        if turns.edges.open_end:
+            notes.append(
+                f"{template.name} writes nothing after the last of the assistant's turns, so the model learns to end "
+                f"only those that another message follows"
+            )
+        elif turns.find(Chat(talk)).endless:
             notes.append(
                 f"{template.name} writes nothing after the assistant's turns, so the model does not learn to end them"
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +49,13 @@ PLAIN_TEXT = """\
 
 #: What ends the assistant's turn in the plain template where the tokenizer has no end-of-text token.
 PLAIN_END = "\n### End"
+
+
+#: A function that may be called, for templates that can only write conversations with one.
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 class Refusal(DataError):
@@ -108,13 +114,23 @@ def find_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None 
     """
     template = _chosen(tokenizer, chat_template)
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    try:
-        with suppress(Refusal):  # it is for other conversations than this
-            template.render(talk)
-    except ModelError:
-        # It may count on a system message; one that fails with it as well is broken.
-        with suppress(Refusal):
-            template.render([{"role": "system", "content": "Be kind."}, *talk])
+    fault = None
+    # It may count on a system message, or on tools; one that fails with them as well is broken.
+    for messages, tools in (
+        (talk, None),
+        ([{"role": "system", "content": "Be kind."}, *talk], None),
+        (talk, [TOOL]),
+    ):
+        try:
+            template.render(messages, tools)
+            break
+        except Refusal:  # it is for other conversations than this
+            break
+        except ModelError as exc:
+            fault = fault or exc
+    else:
+        assert fault is not None
+        raise fault
     return template
 
 

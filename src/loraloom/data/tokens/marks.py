@@ -1,0 +1,105 @@
+"""The words of a conversation replaced by marks, so that what a template adds to them can be seen.
+
+This file knows messages, and which of their parts are words. It does not know templates.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loraloom.data.records import Message
+
+#: Plain letters and digits, so that no filter of a template changes it.
+MARK = re.compile(r"Qx(\d+)Zqx")
+
+#: What a template may look for inside a message: ``<think>``, ``</tool_response>``, ``[/INST]``.
+TAG = re.compile(r"(<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\])")
+
+#: Words that open with a thought in tags.
+THOUGHT = re.compile(r"\s*<([a-z_:]{1,40})>.*</\1>", re.DOTALL)
+
+#: The assistant's words other than its content, as models that reason have them.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def mark_words(messages: Sequence[Message], level: int) -> tuple[list[Message], list[str]]:
+    """The messages with marks for words, and the words by their marks' numbers.
+
+    Level 0 replaces all; 1 keeps tags; 2 keeps tags, and all that is not the assistant's.
+    """
+    words: list[str] = []
+
+    def mark(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        parts = TAG.split(value) if level else [value]
+        return "".join(part if TAG.fullmatch(part) and level else one(part) for part in parts)
+
+    def one(part: str) -> str:
+        core = part.strip()
+        if not core:
+            return part
+        words.append(core)
+        return part.replace(core, f"Qx{len(words) - 1}Zqx", 1)
+
+    marked = []
+    for message in messages:
+        message = dict(message)
+        if message.get("role") == "assistant":
+            for key in ("content", *REASONING):
+                if key in message:
+                    message[key] = mark(message[key])
+            if message.get("tool_calls"):
+                message["tool_calls"] = [
+                    {**call, "function": {**call["function"], "name": mark(call["function"]["name"])}}
+                    for call in message["tool_calls"]
+                ]
+        elif level < 2 and "content" in message:
+            message["content"] = mark(message["content"])
+        marked.append(message)
+    return marked, words
+
+
+def text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the arguments of calls as JSON text."""
+
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = function.get("arguments")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": text}}
+
+    return [
+        {**message, "tool_calls": [written(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def said_in(message: Message) -> str:
+    """What the assistant says in a message; empty for others."""
+    return str(message.get("content") or "") if message.get("role") == "assistant" else ""
+
+
+def numbers(message: Message) -> set[int]:
+    """The marks of a message's words."""
+    told = [message.get("content"), *(message.get(key) for key in REASONING), message.get("tool_calls")]
+    return {int(mark) for mark in MARK.findall(json.dumps(told))}
+
+
+def shared_tags(text: str, words: str, step: int) -> str:
+    """The tags and white space that stand at the end of both (``step`` -1) or at the start of both (1)."""
+    shared = ""
+    pieces = [piece for piece in re.split(r"(\s+|<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\])", words) if piece]
+    for piece in pieces[::step]:
+        longer = shared + piece if step > 0 else piece + shared
+        known = piece.isspace() or TAG.fullmatch(piece)
+        if not known or not (text.startswith(longer) if step > 0 else text.endswith(longer)):
+            break
+        shared = longer
+    return shared
