@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from loraloom.data.tokens.marks import MARK, numbers, said_in, shared_tags
+from loraloom.data.tokens.marks import MARK, TAG, numbers, said_in, shared_tags
 from loraloom.data.tokens.templates import TOOL, Template
 from loraloom.errors import DataError, InputError
 
@@ -66,6 +66,13 @@ class Edges:
         # Some tokenizers list runs of spaces or line breaks among them, which end nothing.
         names = sorted((name for name in added if name.strip()), key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    @cached_property
+    def opened(self) -> str:
+        """The tag that a prompt for the assistant ends with (``<think>``), or the empty string."""
+        prompt = self._try([{"role": "user", "content": ASKED}], None, prompt=True) or ""
+        parts = TAG.split(prompt.rstrip())
+        return parts[-2] if len(parts) > 1 and not parts[-1] else ""
 
     @property
     def open_end(self) -> bool:

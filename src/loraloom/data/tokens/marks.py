@@ -19,9 +19,6 @@ MARK = re.compile(r"Qx(\d+)Zqx")
 #: What a template may look for inside a message: ``<think>``, ``</tool_response>``, ``[/INST]``.
 TAG = re.compile(r"(<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\])")
 
-#: Words that open with a thought in tags.
-THOUGHT = re.compile(r"\s*<([a-z_:]{1,40})>.*</\1>", re.DOTALL)
-
 #: The assistant's words other than its content, as models that reason have them.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 

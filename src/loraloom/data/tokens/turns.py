@@ -26,7 +26,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from loraloom.data.tokens.edges import Edges
-from loraloom.data.tokens.marks import MARK, THOUGHT, mark_words, numbers, said_in, text_arguments
+from loraloom.data.tokens.marks import MARK, mark_words, numbers, said_in, text_arguments
 from loraloom.data.tokens.templates import Template
 from loraloom.errors import DataError, InputError, ModelError
 
@@ -86,8 +86,10 @@ class Turns:
                 raise
             text = self.template.render(said, chat.tools)
         reason = ""
-        # A thought that words open with may be one that the prompt has opened already.
-        for level in (1, 0, 2) if any(THOUGHT.match(said_in(message)) for message in said) else (0, 1, 2):
+        # A tag that words open with may be one that the prompt has written already.
+        opened = self.edges.opened
+        tags = bool(opened) and any(said_in(message).lstrip().startswith(opened) for message in said)
+        for level in (1, 0, 2) if tags else (0, 1, 2):
             messages, words = mark_words(said, level)
             form = json.dumps([messages, chat.tools, level], ensure_ascii=False, default=str)
             found = self._layout(form)
