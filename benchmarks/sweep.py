@@ -31,6 +31,7 @@ import common
 import docstrings
 from loraloom.data import collate, evaluation_batches
 from loraloom.data.batches import bucketed
+from loraloom.lora import products
 from loraloom.train.run import Loaded, load
 from loraloom.train.settings.options import TrainOptions
 from loraloom.train.start.load import load_base
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             max_steps=options.max_steps,
             batch_size=16,
             max_length=48,
-            dtype="bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32",
+            dtype="bfloat16" if products.native("cpu", torch.bfloat16) else "float32",
         )
         settings = {name: getattr(options, name) for name in ("reduction", "min_share", "finalists", "seeds")}
         # In a slot each, what is tried does not depend on how fast the machine is at the moment.

@@ -29,6 +29,7 @@ import docstrings
 from loraloom import PeftModel, plan
 from loraloom.data import collate, evaluation_batches
 from loraloom.errors import LoraloomError
+from loraloom.lora import products
 from loraloom.report.session import tune_run
 from loraloom.report.terminal import predictions
 from loraloom.report.tune import conclusion
@@ -68,7 +69,7 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None) -> No
         batch_size=16,
         max_length=48,
         # Half precision pays on a processor that multiplies it in hardware, and crawls on any other.
-        dtype="bfloat16" if _multiplies_bfloat16() else "float32",
+        dtype="bfloat16" if products.native("cpu", torch.bfloat16) else "float32",
         overwrite=True,
     )
     loaded = load(options)
@@ -157,10 +158,6 @@ def thin(path: Path, rows: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     if rows < len(lines):
         path.write_bytes(b"".join(lines[i * len(lines) // rows] for i in range(rows)))
-
-
-def _multiplies_bfloat16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def head_alone(loaded: Loaded) -> tuple[float, float, int]:

@@ -330,7 +330,7 @@ def test_the_page_on_the_search_names_every_option_key_preset_and_advice() -> No
 
     import typer
 
-    from loraloom.tune import advice
+    from loraloom.tune import symptoms
     from loraloom.tune.options import TuneOptions
     from loraloom.tune.space import _VARY, PRESETS
 
@@ -339,7 +339,8 @@ def test_the_page_on_the_search_names_every_option_key_preset_and_advice() -> No
     words = {o for parameter in command.params for o in parameter.opts if o.startswith("-")}
     words |= {"preset", *(spec.name for spec in fields(TuneOptions) if spec.name != "train")}
     words |= {key.partition(".")[2] for key in _VARY}
-    words |= set(re.findall(r'Advice\(\s*"(\w+)"', Path(advice.__file__).read_text(encoding="utf-8")))
+    for file in Path(symptoms.__file__).parent.glob("*.py"):
+        words |= set(re.findall(r'Advice\(\s*"(\w+)"', file.read_text(encoding="utf-8")))
     missing = [word for word in sorted(words) if f"`{word}`" not in page]
     assert missing == []
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]

@@ -15,7 +15,7 @@ from loraloom.lora import products
 @pytest.fixture
 def without_half(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor that has no instructions for half precision."""
-    monkeypatch.setattr(products, "_has", lambda device, dtype: dtype not in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(products, "native", lambda device, dtype: dtype not in (torch.bfloat16, torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

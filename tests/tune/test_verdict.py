@@ -17,8 +17,8 @@ from loraloom import LoraConfig
 from loraloom.errors import TrainingError
 from loraloom.train.settings.options import TrainOptions
 from loraloom.train.slot import Curve
-from loraloom.tune.advice import Advice
 from loraloom.tune.score import compare, goodness, greater_is_better
+from loraloom.tune.symptoms.evidence import Advice
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict, pareto, plain, record, verdict
 

@@ -21,7 +21,7 @@ _BLOCK = 2**20
 
 
 @functools.cache
-def _has(device: str, dtype: torch.dtype) -> bool:
+def native(device: str, dtype: torch.dtype) -> bool:
     """Whether devices of this kind multiply numbers of this dtype as fast as others."""
     if device != "cpu" or dtype not in (torch.float16, torch.bfloat16):
         return True
@@ -35,7 +35,7 @@ def arithmetic(x: Tensor, differentiated: bool = True) -> torch.dtype:
 
     Without a backward, few rows keep their own: what they take is the time to read the weight.
     """
-    if _has(x.device.type, x.dtype) or (not differentiated and x.numel() < _FEW * x.shape[-1]):
+    if native(x.device.type, x.dtype) or (not differentiated and x.numel() < _FEW * x.shape[-1]):
         return x.dtype
     return torch.float32
 

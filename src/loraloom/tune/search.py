@@ -13,10 +13,10 @@ import math
 import platform
 import statistics
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,9 +31,9 @@ from loraloom.train.run import Interrupted, Loaded, check_output, load
 from loraloom.train.settings import runfile
 from loraloom.train.start.dataset import TEMPLATE_NAME
 from loraloom.tune import proposals, words
+from loraloom.tune.crew import Alone, Crew, Silent, Watcher
 from loraloom.tune.halving import Halving
 from loraloom.tune.options import TuneOptions
-from loraloom.tune.planner import Slots, plan_slots
 from loraloom.tune.score import goodness
 from loraloom.tune.state import TRIALS, State, clear, load_numbers, load_state, save_state
 from loraloom.tune.trial import Trial
@@ -44,69 +44,6 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 RESULT_NAME, BEST_NAME, BEST_FILE = "result.json", "best", "best.yaml"
-
-
-class Watcher(Protocol):
-    """Who is told how it goes."""
-
-    def event(self, text: str) -> None: ...
-
-    def update(
-        self,
-        running: Sequence[Trial],
-        trials: Sequence[Trial],
-        slots: int,
-        tokens_per_second: float,
-        seconds_left: float | None,
-    ) -> None: ...
-
-
-class Silent:
-    def event(self, text: str) -> None:
-        pass
-
-    def update(self, *args: Any) -> None:
-        pass
-
-
-class Crew(Protocol):
-    """Workers by number, here or elsewhere. One trains from ``start`` until its report came."""
-
-    count: int
-
-    def plan(self, most: int) -> Slots:
-        """How many trials each worker trains together, of ``most`` that there are for it."""
-
-    def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None: ...
-
-    def wait(self) -> tuple[int, Report | None]:
-        """The next worker to report. None in place of the report: it is gone, and a fresh one stands in its place."""
-
-    def close(self) -> None: ...
-
-
-class Alone:
-    """The crew of a search in one process."""
-
-    count = 1
-
-    def __init__(self, worker: Worker, tell: Callable[[list[Trial], float], None], stop: Callable[[], bool]) -> None:
-        self._worker, self._tell, self._stop = worker, tell, stop
-        self._next: tuple[Sequence[tuple[Trial, Numbers]], Sequence[int]] = ((), ())
-
-    def plan(self, most: int) -> Slots:
-        space, options = self._worker.space, self._worker.options
-        largest = max(space.largest(), key=lambda one: space.plan(one).parameters)
-        return plan_slots(self._worker.pack, self._worker.space.widest(), largest, most, options.memory, options.slots)
-
-    def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None:
-        self._next = enter, leave
-
-    def wait(self) -> tuple[int, Report | None]:
-        return 0, self._worker.run(*self._next, self._tell, self._stop)
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass
@@ -181,8 +118,9 @@ class Search:
                 if found is None or found.asked != asked:
                     planned = crew.plan(most)
                     self.state.slots, self.state.asked = planned.count, asked
+                    together = f"{planned.count} trials train together" if planned.count > 1 else "one trial at a time"
                     on_each = f" on each of {crew.count} workers" if crew.count > 1 else ""
-                    self.watch.event(f"slots: {planned.count} trials train together{on_each} ({planned.why})")
+                    self.watch.event(f"slots: {together}{on_each} ({planned.why})")
                 self.state.slots = min(self.state.slots, most)  # there may have been fewer workers before
                 self._train(crew)
         return self._conclude()
@@ -283,7 +221,8 @@ class Search:
             mine.append(chosen)
         for number in numbers:
             if self.trials[number].state == "waiting":
-                self.watch.event(f"trial {number} waits at step {self.trials[number].step}: others are better so far")
+                step, share = self.trials[number].step, self.options.reduction
+                self.watch.event(f"trial {number} waits at step {step}: one in {share} goes on, and not this one yet")
         self._save(numbers)
         mine.sort(key=lambda trial: trial.number)
         working = set()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.errors import TrainingError
-from loraloom.tune.advice import Advice, Evidence, advise
+from loraloom.tune.advice import advise
 from loraloom.tune.score import (
     COMPARED,
     Comparison,
@@ -30,6 +30,7 @@ from loraloom.tune.score import (
     scores,
     varying,
 )
+from loraloom.tune.symptoms.evidence import Advice, Evidence
 from loraloom.tune.trial import Trial
 
 #: PED-ANOVA asks what the best trials have in common; Optuna's documentation wants at least five of them.

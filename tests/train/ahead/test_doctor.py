@@ -13,6 +13,7 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 
 from loraloom import LoraConfig, PeftModel, get_peft_model
+from loraloom.lora import products
 from loraloom.train import recompute
 from loraloom.train.ahead import doctor
 from loraloom.train.start.load import load_tokenizer
@@ -107,5 +108,9 @@ def test_too_little_to_train_on_is_said() -> None:
     assert kinds(adapted(), rows=3, batch_size=4, steps=2) == {"batch": False, "short": False}
 
 
-def test_half_precision_on_a_cpu_is_said() -> None:
-    assert "dtype" in kinds(adapted(plain().to(torch.float16)))
+@pytest.mark.parametrize(("native", "said"), [(True, "overflows early"), (False, "no instructions for float16")])
+def test_half_precision_on_a_cpu_is_said(native: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "native", lambda device, dtype: native or dtype is torch.float32)
+    found = [finding for finding in doctor.examine(adapted(plain().to(torch.float16))) if finding.kind == "dtype"]
+    assert [said in finding.text for finding in found] == [True]
+    assert not any(finding.kind == "dtype" for finding in doctor.examine(adapted()))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraloom.lora import products
 from loraloom.lora.layers import LoraLayer
 from loraloom.lora.model import PeftModel
 from loraloom.lora.saved import SavedModule
@@ -151,12 +152,15 @@ def _dtype(base: nn.Module) -> Iterator[Finding]:
     weight = next((p for p in base.parameters() if p.is_floating_point()), None)
     if weight is None or weight.device.type != "cpu":
         return
-    if weight.dtype is torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+    if not products.native("cpu", weight.dtype):
+        kind = str(weight.dtype).removeprefix("torch.")
         yield Finding(
-            "dtype", "this processor has no instructions for bfloat16, so training crawls: use dtype float32, or a GPU"
+            "dtype",
+            f"this processor has no instructions for {kind}: layers with an adapter are computed in float32, all "
+            "others crawl. Use dtype float32 if there is the memory, else target_modules all-linear",
         )
-    if weight.dtype is torch.float16:
-        yield Finding("dtype", "float16 on a CPU is slow and overflows early: use bfloat16 or float32")
+    elif weight.dtype is torch.float16:
+        yield Finding("dtype", "float16 on a CPU overflows early: use bfloat16 or float32")
 
 
 def _tokenizer(base: nn.Module, tokenizer: Any) -> Iterator[Finding]:

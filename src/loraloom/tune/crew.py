@@ -1,0 +1,73 @@
+"""Who trains for a search, and who is told how it goes: what the search asks of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from loraloom.tune.planner import Slots, plan_slots
+from loraloom.tune.trial import Trial
+from loraloom.tune.worker import Numbers, Report, Worker
+
+
+class Watcher(Protocol):
+    """Who is told how it goes."""
+
+    def event(self, text: str) -> None: ...
+
+    def update(
+        self,
+        running: Sequence[Trial],
+        trials: Sequence[Trial],
+        slots: int,
+        tokens_per_second: float,
+        seconds_left: float | None,
+    ) -> None: ...
+
+
+class Silent:
+    def event(self, text: str) -> None:
+        pass
+
+    def update(self, *args: Any) -> None:
+        pass
+
+
+class Crew(Protocol):
+    """Workers by number, here or elsewhere. One trains from ``start`` until its report came."""
+
+    count: int
+
+    def plan(self, most: int) -> Slots:
+        """How many trials each worker trains together, of ``most`` that there are for it."""
+
+    def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None: ...
+
+    def wait(self) -> tuple[int, Report | None]:
+        """The next worker to report. None in place of the report: it is gone, and a fresh one stands in its place."""
+
+    def close(self) -> None: ...
+
+
+class Alone:
+    """The crew of a search in one process."""
+
+    count = 1
+
+    def __init__(self, worker: Worker, tell: Callable[[list[Trial], float], None], stop: Callable[[], bool]) -> None:
+        self._worker, self._tell, self._stop = worker, tell, stop
+        self._next: tuple[Sequence[tuple[Trial, Numbers]], Sequence[int]] = ((), ())
+
+    def plan(self, most: int) -> Slots:
+        space, options = self._worker.space, self._worker.options
+        largest = max(space.largest(), key=lambda one: space.plan(one).parameters)
+        return plan_slots(self._worker.pack, self._worker.space.widest(), largest, most, options.memory, options.slots)
+
+    def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None:
+        self._next = enter, leave
+
+    def wait(self) -> tuple[int, Report | None]:
+        return 0, self._worker.run(*self._next, self._tell, self._stop)
+
+    def close(self) -> None:
+        pass
