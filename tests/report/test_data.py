@@ -40,12 +40,21 @@ def test_bad_rows_that_are_skipped_are_shown_and_nothing_is_left_behind(decoder_
     assert "must be a string, found int 7" in out.getvalue()
 
 
+def test_every_word_that_is_trained_on_has_its_tag_the_first_class_too(decoder_folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"tokens": ["the", "film", "was", "good"], "tags": ["A", "B", "A", "C"]}\n' * 2)
+    options = TrainOptions(model=str(decoder_folder), data=str(rows), task="token-cls", output="-")
+    out = io.StringIO()
+    data_run(options, Console(file=out, width=200))
+    assert "the[A] film[B] was[A] good[C]" in out.getvalue()
+
+
 def test_every_row_is_in_one_bar_and_bars_do_not_overlap() -> None:
     lengths = [3, 3, 4, 9, 10, 11, 30, 31, 47]
     bars = [line.split() for line in histogram(lengths).plain.splitlines()[1:]]
     assert sum(int(bar[-1]) for bar in bars) == len(lengths)
-    ends = [(int(low), int(high)) for low, _, high, *_ in bars]
+    ends = [(int(bar[0]), int(bar[2] if bar[1] == "to" else bar[0])) for bar in bars]
     assert ends[0][0] == 3
     assert ends[-1][1] == 47
     assert all(high + 1 == low for (_, high), (low, _) in pairwise(ends))
-    assert len(histogram([5, 5]).plain.splitlines()) == 2
+    assert [line.split() for line in histogram([5, 5]).plain.splitlines()[1:]] == [["5", "█" * 40, "2"]]

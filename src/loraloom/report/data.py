@@ -74,7 +74,7 @@ def _pieces(
             text.append(f" … {len(ids) - HEAD - TAIL:,} tokens … ", "italic")
         for label, group in groupby(span, key=lambda i: labels[i] if names else labels[i] != IGNORE):
             run = [ids[i] for i in group]
-            trained = label not in (IGNORE, False)
+            trained = label != IGNORE if names else label  # 0 is a tag like any other
             before, after = MARKS if marks and trained else ("", "")
             text.append(f"{before}{tokenizer.decode(run)}{after}", TRAINED if trained else SEEN)
             if names and trained:
@@ -116,7 +116,8 @@ def histogram(lengths: Sequence[int], max_length: int | None = None) -> Text:
     text = Text("tokens of a row\n", "bold")
     for count, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
         bar = "█" * round(WIDE * count / max(counts.max(), 1)) or ("▏" if count else "")
-        text.append(f"{low:>7,} to {high - 1:<7,} ").append(bar, "green").append(f" {count:,}\n")
+        last = f"to {high - 1:,}" if high - 1 > low else ""
+        text.append(f"{low:>7,} {last:<10} ").append(bar, "green").append(f" {count:,}\n")
     if max_length is not None and (full := int((found >= max_length).sum())):
         text.append(f"{full:,} of them at max_length={max_length}\n", "yellow")
     text.rstrip()
