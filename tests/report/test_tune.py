@@ -273,9 +273,12 @@ def test_the_front_goes_through_its_trials_and_best_and_runner_up_are_named(
 
 
 @pytest.mark.filterwarnings("error")
-def test_numbers_beside_the_curves_do_not_lie_on_each_other(tmp_path: Path, figures: list[Figure]) -> None:
-    trials = [trial(i, 0.8 + i / 10000) for i in range(8)]
-    plot_search(trials, "accuracy", tmp_path / "search.png")
+@pytest.mark.parametrize(("metric", "least", "apart"), [("accuracy", 0.8, 1e-4), ("perplexity", 285.0, 0.2)])
+def test_numbers_beside_the_curves_do_not_lie_on_each_other(
+    metric: str, least: float, apart: float, tmp_path: Path, figures: list[Figure]
+) -> None:
+    trials = [trial(i, least + i * apart, metric=metric) for i in range(8)]
+    plot_search(trials, metric, tmp_path / "search.png")
     axes = figures[0].axes[0]
     boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
     assert len(boxes) == 8

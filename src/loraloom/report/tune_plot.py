@@ -147,7 +147,7 @@ def _scale(axes: Any, values: Sequence[float], metric: str) -> None:
 
 def _number_ends(figure: Any, axes: Any, ends: Mapping[int, tuple[int, float]], best: int | None) -> None:
     """The trials' numbers right of where their curves end, moved apart where they would lie on each other."""
-    figure.canvas.draw()  # the layout is known only now
+    figure.draw_without_rendering()  # the layout is known only now; a plain canvas draws nothing
     heights = {number: float(axes.transData.transform(end)[1]) for number, end in ends.items()}
     order = sorted(heights, key=lambda n: (heights[n], n))
     apart = 13 * figure.dpi / 72  # points in pixels
