@@ -187,10 +187,16 @@ def test_what_is_in_the_journal_stays_as_it_was_to_the_byte(tmp_path: Path) -> N
     assert (tmp_path / JOURNAL_NAME).read_bytes().startswith(before)
 
 
-def test_a_metric_of_which_less_is_better_is_kept_as_more_is_better(tmp_path: Path) -> None:
-    given = options(metric="loss")
-    keep(given, ended(given)[:1], tmp_path)
-    assert opened(tmp_path)[0].value == -1.0
+@pytest.mark.parametrize(("metric", "value", "shown"), [("loss", -1.0, "minus loss"), ("accuracy", 0.75, "accuracy")])
+def test_a_metric_has_its_name_in_the_journal_and_one_of_which_less_is_better_a_minus(
+    metric: str, value: float, shown: str, tmp_path: Path
+) -> None:
+    given = options(metric=metric)
+    for _ in range(2):
+        keep(given, ended(given)[:1], tmp_path)
+    assert opened(tmp_path)[0].value == value
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / JOURNAL_NAME)))
+    assert optuna.load_study(study_name="loraloom", storage=storage).metric_names == [shown]
 
 
 def test_a_journal_that_was_cut_off_is_begun_anew(tmp_path: Path) -> None:

@@ -126,6 +126,8 @@ def keep(options: TuneOptions, trials: Sequence[Trial], folder: Path) -> None:
         study = optuna.create_study(
             study_name="loraloom", storage=JournalStorage(lines), direction="maximize", load_if_exists=True
         )
+        if study.metric_names is None:  # what the dashboard writes beside the values
+            study.set_metric_names([f"minus {options.metric}" if goodness(options.metric, 1.0) < 0 else options.metric])
         there: set[Any] = {trial.user_attrs.get("trial") for trial in study.get_trials(deepcopy=False)}
         missing = [trial for trial in ended if trial.number not in there]
         for trial in missing:
