@@ -99,10 +99,10 @@ def _text(options: TrainOptions, shape: Shape, length: int, name: str) -> str:
 # Find better values:    loraloom tune {name}
 # Change one value:      --set lora.r=8
 
-task: {options.task}
+task: {options.task}  # {", ".join(TASKS)}
 
 model:
-  name: {value(options.model)}
+  name: {value(options.model)}  # a folder or a hub name
   dtype: {options.dtype}  # what the frozen model is held in: float32, bfloat16 or float16
   # device: cuda  # by default an accelerator where there is one
   # attn_implementation: sdpa
@@ -125,25 +125,25 @@ train:
   learning_rate: 2.0e-4  # about ten times that of full fine-tuning, and nearly the same for every r
   batch_size: 16  # rows of one forward
   gradient_accumulation_steps: 1  # forwards that make a step
-  epochs: 3
+  epochs: 3  # times through the data
   # max_steps: 1000  # instead of epochs
   lr_scheduler_type: linear  # cosine, constant or warmup_stable_decay
-  warmup_ratio: 0.05
-  weight_decay: 0.0
-  max_grad_norm: 1.0
+  warmup_ratio: 0.05  # share of the steps in which the rate rises
+  weight_decay: 0.0  # the optimizer's
+  max_grad_norm: 1.0  # gradients are clipped to this norm
   # optim: adamw  # or any class of torch.optim, with optim_args
   # gradient_checkpointing: true  # less memory, about a third more time
   save_total_limit: 2  # checkpoints that stay; the newest and the best always do
   # save_steps: 200  # by default each epoch; or save_minutes: 30, or save_strategy: "no"
-  seed: 0
+  seed: 0  # of the split, the order, the start and the dropout
   # report_to: [tensorboard]  # wandb, mlflow, trackio ..., or [] for none
 
 eval:
-  batch_size: 64
+  batch_size: 64  # rows at once; changes no result
   # steps: 200  # by default each epoch; or minutes: 30, or strategy: "no"
   # metrics: [accuracy]  # or my_module:my_function
   # load_best_model_at_end: true
   # early_stopping_patience: 3
 
-output: {value(options.output)}
+output: {value(options.output)}  # the folder for what comes out
 """
