@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from loraloom.lora import products
 from loraloom.train import loss
-from loraloom.train.loss import head_cross_entropy, head_scores, linear_cross_entropy
+from loraloom.train.loss import frozen_head, head_cross_entropy, head_scores, linear_cross_entropy
 
 CALM = settings(max_examples=40, deadline=None)  # two cores are shared: a slow example is no failure
 
@@ -49,8 +50,11 @@ def test_value_and_gradient_are_those_of_the_plain_loss_for_any_parts(
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_dtype_is_as_close_as_the_plain_loss(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "native"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_each_dtype_is_as_close_as_the_plain_loss(
+    dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "native", lambda *_: native)
     hidden, weight, _, targets = given_tensors(64, 500, dtype, bias=False)
     exact = hidden.detach().double().requires_grad_()
     truth = value_and_gradient(F.cross_entropy(F.linear(exact, weight.double()), targets, reduction="sum"), exact)
@@ -109,5 +113,6 @@ def test_scores_are_sums_whatever_the_parts(monkeypatch: pytest.MonkeyPatch) -> 
     wanted = float(F.cross_entropy(logits, targets, reduction="sum")), int((logits.argmax(-1) == targets).sum())
     for at_a_time in (1, 50, 10_000):
         monkeypatch.setitem(loss.AT_A_TIME, "cpu", at_a_time)
-        total, correct = head_scores(hidden, lambda h: F.linear(h, weight, offsets), 6, targets)
-        assert (total, correct) == (pytest.approx(wanted[0], rel=1e-12), wanted[1])
+        for head in (lambda h: F.linear(h, weight, offsets), frozen_head(weight, offsets)):
+            total, correct = head_scores(hidden, head, 6, targets)
+            assert (total, correct) == (pytest.approx(wanted[0], rel=1e-12), wanted[1])

@@ -79,6 +79,15 @@ def head_cross_entropy(hidden: Tensor, head: Head, vocabulary: int, targets: Ten
     return torch.cat(parts) if parts else hidden.sum(-1) * 0
 
 
+def frozen_head(weight: Tensor, bias: Tensor | None) -> Head:
+    """A head for ``head_scores``: weight [vocabulary, dim], bias [vocabulary] or None."""
+
+    def head(hidden: Tensor) -> Tensor:
+        return products.linear(hidden.to(products.arithmetic(hidden, differentiated=False)), weight, bias)
+
+    return head
+
+
 def head_scores(hidden: Tensor, head: Head, vocabulary: int, targets: Tensor) -> tuple[float, int]:
     """(the sum of the cross-entropy, tokens whose greatest logit is the target), without gradients."""
     total, correct = 0.0, 0

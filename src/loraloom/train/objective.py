@@ -20,7 +20,7 @@ from loraloom.data.tokens.encode import IGNORE
 from loraloom.lora.layers import HALF
 from loraloom.lora.model import PeftModel
 from loraloom.lora.route import Route
-from loraloom.train.loss import head_cross_entropy, head_scores, linear_cross_entropy
+from loraloom.train.loss import frozen_head, head_cross_entropy, head_scores, linear_cross_entropy
 from loraloom.train.measure.metrics import Scores
 
 #: Tokens in a row up to which plain attention is the faster in half precision on a CPU.
@@ -87,9 +87,7 @@ class Objective:
         if self._head is None:
             each = F.cross_entropy(found, targets, reduction="none")
         else:
-            weight, bias = self._head._parameters["weight"], self._head._parameters.get("bias")
-            assert weight is not None
-            each = linear_cross_entropy(found, weight, bias, targets)
+            each = linear_cross_entropy(found, *_numbers(self._head), targets)
         counts = self._asked(labels)
         sizes = [int(counts[own].sum()) for own in rows.values()]
         return {name: part.mean() for name, part in zip(rows, torch.split(each, sizes), strict=True)}
@@ -114,7 +112,8 @@ class Objective:
         found, targets = self._predictions(out, labels)
         if self._head is None:
             return Scores(float(F.cross_entropy(found, targets, reduction="sum")), targets.numel())
-        total, _ = head_scores(found, self._head, self._vocabulary, targets)
+        head = frozen_head(*_numbers(self._head)) if _frozen(self._head) else self._head
+        total, _ = head_scores(found, head, self._vocabulary, targets)
         return Scores(total, targets.numel())
 
     @property
@@ -176,6 +175,13 @@ def _attention(length: int, dtype: torch.dtype, device: torch.device) -> Abstrac
 def _frozen(head: nn.Module) -> bool:
     parameters = [head._parameters.get(name) for name in ("weight", "bias")]
     return type(head) is nn.Linear and not any(p is not None and p.requires_grad for p in parameters)
+
+
+def _numbers(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear head."""
+    weight = head._parameters["weight"]
+    assert weight is not None
+    return weight, head._parameters.get("bias")
 
 
 def trunk_and_head(model: PeftModel) -> tuple[nn.Module, nn.Module] | None:
