@@ -296,7 +296,7 @@ def test_a_search_is_gone_on_with_in_as_many_slots_as_are_given_now(classify: Ma
 
     with pytest.raises(Interrupted):
         search(classify(RATES, min_share=1, slots=4), Watch(stop))
-    for slots, told in ((1, ["slots: 1 trials train together (1 as given)"]), (1, [])):
+    for slots, told in ((1, ["slots: one trial at a time (1 as given)"]), (1, [])):
         watch = Watch(stop)
         with pytest.raises(Interrupted):
             search(classify(RATES, min_share=1, slots=slots), watch)
