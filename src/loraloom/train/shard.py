@@ -5,6 +5,8 @@ Nothing of the base is trained, so nothing of it is reduced: its parts are gathe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,3 +49,22 @@ def sharded(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def whole_but_layers(model: nn.Module) -> Iterator[None]:
+    """For a while embeddings, norms and the like are whole on every process, and layers alone gathered as they run.
+
+    Then a part of the model, such as an encoder, can be called by itself, and what every token needs is gathered once.
+    The model has run as a whole before; all processes come here together.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    root = next(module for module in model.modules() if isinstance(module, FSDPModule))
+    root.set_reshard_after_forward(False, recurse=False)
+    root.unshard()
+    try:
+        yield
+    finally:
+        root.set_reshard_after_forward(True, recurse=False)
+        root.reshard()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,8 @@ import torch
 
 from loraloom import LoraConfig, PeftModel, TaskType, get_peft_model
 from loraloom.train.measure.generation import generate
+from loraloom.train.place import find
+from loraloom.train.shard import shard, sharded
 from loraloom.train.start.load import load_tokenizer
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
@@ -84,3 +90,65 @@ def test_what_the_folder_says_of_sampling_is_left_aside(tokenizer: Any, capfd: p
     own.do_sample, own.temperature, own.top_k, own.repetition_penalty, own.max_length = True, 5.0, 50, 9.0, 3
     assert generate(model, "a", tokenizer, PROMPTS, 6, 4) == plain
     assert capfd.readouterr().err == ""
+
+
+#: Rows that end early and late, batches that differ in number, a prompt at the last position that is learnt, and none.
+SHARES = [
+    ([[5, 6, 7], [8], [9, 10, 11, 12, 13, 4], [7, 7], [4]], [[5] * 22]),
+    ([[5] * 24, [6, 6], [12]], []),
+    ([], [[8, 9], [3] * 21, [10, 4]]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
+def test_two_processes_that_hold_a_model_in_parts_write_what_one_writes_and_train_on(
+    family: str, tokenizer: Any, decoder_folder: Path, tmp_path: Path
+) -> None:
+    model = adapted(family, tokenizer)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, family, str(decoder_folder), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    texts = [[generate(model, "a", tokenizer, shares[rank], 10, 2) for shares in SHARES] for rank in range(2)]
+    loss = step(model)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_bytes())
+        assert found["texts"] == texts[rank]
+        assert found["loss"] == pytest.approx(loss, rel=1e-12)
+
+
+def step(model: PeftModel) -> float:
+    """The loss of a few tokens after a step on them."""
+    model.set_adapter("a")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    with torch.no_grad():
+        for p in model.adapter_parameters("a").values():
+            if p.grad is not None:
+                p -= 0.1 * p.grad
+                p.grad = None
+        return float(model(input_ids=ids, labels=ids).loss)
+
+
+def in_parts(family: str, tokenizer_folder: str, folder: Path) -> None:
+    """What each of the two processes does."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    model, place = adapted(family, tokenizer), find("cpu")
+    shard(model, place)
+    assert sharded(model)
+    texts = [generate(model, "a", tokenizer, shares[place.world.rank], 10, 2) for shares in SHARES]
+    found = {"texts": texts, "loss": step(model)}
+    (folder / f"{place.world.rank}.json").write_text(json.dumps(found))
+    place.world.wait()
+
+
+if __name__ == "__main__":
+    in_parts(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

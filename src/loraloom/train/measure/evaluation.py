@@ -282,9 +282,8 @@ def _texts(
             said.references.append(record.completion if isinstance(record, Pair) else record.target)
         else:
             said.references.append(held_out.tokenizer.decode(target, skip_special_tokens=True))
-    mine = world.share(prompts)
-    texts = generate(model, name, held_out.tokenizer, mine, held_out.max_new_tokens, batch_size) if mine else []
-    everyone = world.gather(texts)
+    mine = world.share(prompts)  # of which there may be none; a model in parts still needs this process
+    everyone = world.gather(generate(model, name, held_out.tokenizer, mine, held_out.max_new_tokens, batch_size))
     said.predictions = [everyone[number % world.size][number // world.size] for number in range(len(prompts))]
     return said
 

@@ -1,12 +1,13 @@
 """Texts that an adapter writes: in batches, always the likeliest token.
 
-This file knows padding for generation and the model's room. It does not know rows or metrics.
+This file knows padding for generation, the model's room, and what a model in parts asks of processes that write texts
+of different length. It does not know rows or metrics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ import torch
 from loraloom.data.batches import evaluation_batches
 from loraloom.lora.model import PeftModel
 from loraloom.train.pack import evaluating
+from loraloom.train.shard import sharded, whole_but_layers
 from loraloom.train.start.load import tokens_at_most
+from loraloom.train.world import World
 
 
 def generate(
@@ -27,28 +30,95 @@ def generate(
 ) -> list[str]:
     """What the adapter ``name`` writes after each prompt, special tokens left out, in the order of the prompts.
 
-    A prompt that leaves no room within what the model reads at once gives ``""``.
+    A prompt that leaves no room within what the model reads at once gives ``""``. With a model in parts (FSDP2) all
+    processes come here together, each with prompts of its own, of which there may be none.
     """
     base: Any = model.get_base_model()
     device = next(model.parameters()).device
     both = bool(getattr(base.config, "is_encoder_decoder", False))
     limit = tokens_at_most(base.config)
     written = [""] * len(prompts)
-    with evaluating(model, torch.inference_mode()):
-        for rows in evaluation_batches([len(prompt) for prompt in prompts], batch_size):
-            width = len(prompts[rows[0]])
-            room = max_new_tokens if limit is None else min(max_new_tokens, limit - (1 if both else width))
-            if room < 1:
-                continue
-            inputs = _padded([prompts[row] for row in rows], tokenizer.pad_token_id, left=not both)
-            with _greedy(base, tokenizer, room):
-                out = model.generate(
-                    **{key: value.to(device) for key, value in inputs.items()}, adapter_names=[name] * len(rows)
-                )
-            texts = tokenizer.batch_decode(out if both else out[:, width:], skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                written[row] = text
+    batches = []
+    for rows in evaluation_batches([len(prompt) for prompt in prompts], batch_size):
+        width = len(prompts[rows[0]])
+        room = max_new_tokens if limit is None else min(max_new_tokens, limit - (1 if both else width))
+        if room >= 1:
+            batches.append((rows, room))
+
+    def write(given: Sequence[Sequence[int]], room: int) -> list[str]:
+        inputs = _padded(given, tokenizer.pad_token_id, left=not both)
+        with _greedy(base, tokenizer, room):
+            out = model.generate(
+                **{key: value.to(device) for key, value in inputs.items()}, adapter_names=[name] * len(given)
+            )
+        new = out if both else out[:, inputs["input_ids"].shape[1] :]
+        texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts
+
+    parts = sharded(model)
+    # What is gathered in inference mode could not be trained through afterwards.
+    mode = torch.no_grad() if parts else torch.inference_mode()
+    with evaluating(model, mode):
+        company = _Company(model, name) if parts else None
+        more = company.most(len(batches)) - len(batches) if company else 0
+        with whole_but_layers(model) if parts else nullcontext():
+            for rows, room in batches:
+                with company.together() if company else nullcontext():
+                    texts = write([prompts[row] for row in rows], room)
+                for row, text in zip(rows, texts, strict=True):
+                    written[row] = text
+            for _ in range(more):  # other processes have more batches: a token that nobody reads
+                assert company is not None
+                with company.together():
+                    write([[0]], 1)
     return written
+
+
+class _Company:
+    """The processes that hold a model in parts, whose layers are gathered by all of them together.
+
+    So each runs through the layers as often as the others. Texts end where they end: before each forward a process
+    tells the others that it has something to write, and one that has nothing left goes along, with a token that nobody
+    reads, until that is so of all.
+    """
+
+    def __init__(self, model: PeftModel, name: str) -> None:
+        self._model, self._name, self._world = model, name, World.here()
+        self._base: Any = model.get_base_model()
+        both = bool(getattr(self._base.config, "is_encoder_decoder", False))
+        token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        self._idle: dict[str, Any] = {"input_ids": token}
+        # Parts can be called by themselves, as an encoder is below, only after the model was as a whole.
+        if both:
+            from transformers.modeling_outputs import BaseModelOutput
+
+            read = self._forward(input_ids=token, decoder_input_ids=token).encoder_last_hidden_state
+            # The encoder runs once for a batch, and the decoder alone for each token.
+            self._idle = {"encoder_outputs": BaseModelOutput(last_hidden_state=read), "decoder_input_ids": token}
+        else:
+            self._forward(input_ids=token)
+
+    def most(self, count: int) -> int:
+        """The largest ``count`` of any process."""
+        return max(self._world.gather(count))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within it every forward of the model waits for the others'; at its end all have done what they had to."""
+        hook = self._base.register_forward_pre_hook(self._more, prepend=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+        while self._world.any(False):
+            self._forward(**self._idle)
+
+    def _more(self, module: Any, inputs: Any) -> None:
+        self._world.any(True)
+
+    def _forward(self, **inputs: Any) -> Any:
+        with self._model.base_model.routed([self._name]):
+            return self._base(**inputs, use_cache=False)
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> dict[str, torch.Tensor]:
