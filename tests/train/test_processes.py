@@ -22,33 +22,45 @@ OPTIONS = ["--max-steps", 7, "--batch-size", 5, "--gradient-accumulation-steps",
 OPTIONS += ["--eval-steps", 3, "--save-steps", 3, "--device", "cpu", "--report-to", "none"]
 
 
-def train(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "loraloom.cli"]
-    if count > 1:
-        program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        program += ["-m", "loraloom.cli"]
+#: What starts several processes.
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes")
+
+
+def train(count: int, *arguments: object, launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess[str]:
+    started = ["-m", *launcher, str(count)] if count > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*program, "train", *map(str, [*OPTIONS, *arguments])]
+    command = [sys.executable, *started, "-m", "loraloom.cli", "train", *map(str, [*OPTIONS, *arguments])]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def trained(count: int, output: Path, *arguments: object) -> tuple[dict[str, Any], Path]:
-    ended = train(count, *arguments, "--output", output)
+def trained(
+    count: int, output: Path, *arguments: object, launcher: tuple[str, ...] = TORCHRUN
+) -> tuple[dict[str, Any], Path]:
+    ended = train(count, *arguments, "--output", output, launcher=launcher)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
     return json.loads((output / RUN_NAME).read_bytes()), output / WEIGHTS_NAME
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["causal-lm", "seq-cls"])
+@pytest.mark.parametrize(
+    ("task", "launcher"), [("causal-lm", TORCHRUN), ("seq-cls", TORCHRUN), ("causal-lm", ACCELERATE)]
+)
 def test_two_processes_give_what_one_gives_and_save_the_whole_adapter(
-    task: str, decoder_folder: Path, encoder_folder: Path, chats: Path, reviews: Path, tmp_path: Path
+    task: str,
+    launcher: tuple[str, ...],
+    decoder_folder: Path,
+    encoder_folder: Path,
+    chats: Path,
+    reviews: Path,
+    tmp_path: Path,
 ) -> None:
     folder, data = (decoder_folder, chats) if task == "causal-lm" else (encoder_folder, reviews)
     # Not Adam: it divides by gradients, and where one is next to nothing, the order of a sum shows.
     given = ["--model", folder, "--data", data, "--task", task, "--optim", "SGD", "--lr", 0.5]
     one, alone = trained(1, tmp_path / "one", *given)
-    two, shared = trained(2, tmp_path / "two", *given)
+    two, shared = trained(2, tmp_path / "two", *given, launcher=launcher)
     assert two["curve"]["loss"] == pytest.approx(one["curve"]["loss"], rel=1e-6)
     for ours, theirs in zip(two["curve"]["evaluations"], one["curve"]["evaluations"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
@@ -72,6 +84,40 @@ def test_two_processes_go_on_to_the_byte_and_a_base_in_parts_changes_nothing(
     assert again.read_bytes() == whole.read_bytes()
     _, parts = trained(2, tmp_path / "parts", *given, "--fsdp")
     assert parts.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm"])
+def test_metrics_of_generated_texts_are_the_same_with_a_base_in_parts(
+    task: str, decoder_folder: Path, translator_folder: Path, chats: Path, tmp_path: Path
+) -> None:
+    folder = decoder_folder if task == "causal-lm" else translator_folder
+    if task == "seq2seq-lm":
+        rows = [json.loads(line) for line in chats.read_text().splitlines()]
+        pairs = [{"source": row["prompt"], "target": row["completion"].strip()} for row in rows]
+        chats = tmp_path / "pairs.jsonl"
+        chats.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    given = ["--model", folder, "--data", chats, "--task", task, "--optim", "SGD", "--lr", 0.5, "--eval-split", 11]
+    given += ["--metrics", "rouge1,exact_match", "--max-new-tokens", 9, "--eval-batch-size", 3]
+    one, alone = trained(1, tmp_path / "one", *given)
+    two, shared = trained(2, tmp_path / "two", *given, "--fsdp")
+    for ours, theirs in zip(two["curve"]["evaluations"], one["curve"]["evaluations"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    assert {"rouge1", "exact_match"} < one["curve"]["evaluations"][-1].keys()
+    assert task == "seq2seq-lm" or one["curve"]["evaluations"][-1]["rouge1"] > 0
+    mine = load_file(shared)
+    for key, tensor in load_file(alone).items():
+        assert float((mine[key] - tensor).abs().max()) <= 1e-6, key
+
+
+@pytest.mark.slow
+def test_one_process_where_accelerate_was_asked_for_two_is_said(
+    decoder_folder: Path, chats: Path, tmp_path: Path
+) -> None:
+    launcher = ("accelerate.commands.launch", "--cpu", "--num_processes")
+    given = ["--model", decoder_folder, "--data", chats, "--task", "causal-lm", "--output", tmp_path / "o"]
+    ended = train(2, *given, "--dry-run", launcher=launcher)
+    assert (ended.returncode, "warning: accelerate launch started one process alone" in ended.stdout) == (0, True)
 
 
 @pytest.mark.slow

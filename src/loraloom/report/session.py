@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
 from loraloom.train.course.resume import Resume, find
 from loraloom.train.loop import Progress
+from loraloom.train.place import rank
 from loraloom.train.run import RUN_NAME, Interrupted, Prepared, RunResult, examine, outlook, prepare, run
 from loraloom.train.settings.options import TrainOptions
 from loraloom.train.start.dataset import BAD_ROWS
@@ -46,7 +46,7 @@ def train_run(
         LoraloomError: as ``prepare`` and ``run``. What training reached is saved whenever it took a step.
     """
     trackers.check(options.report_to)
-    console = console or Console(quiet=int(os.environ.get("RANK", "0")) > 0)
+    console = console or Console(quiet=rank() > 0)
     with Reading(console) as reading:
         prepared = prepare(options, resume, reading)
     first = prepared.loaded.place.world.first

@@ -1,4 +1,4 @@
-"""Where a run takes place: its device, and the processes that share it, as torchrun or accelerate started them."""
+"""Where a run takes place: its device, and the processes that share it, as torchrun, accelerate or MPI started them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,62 @@ class Place:
 def find(device: str | None) -> Place:
     """The device of this process (``None``: an accelerator where there is one), and its world.
 
-    Started by ``torchrun`` or ``accelerate launch``, the processes find each other here, through accelerate.
+    Started by ``torchrun``, ``accelerate launch`` or MPI, the processes find each other here, through accelerate.
 
     Raises:
-        ConfigError: no such device. Begins with ``device``.
+        ConfigError: no such device, or processes that cannot come together. Begins with ``device``.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if device is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):  # accelerate launch --cpu
+        device = "cpu"
+    if (size := started()) > 1:
         from accelerate import PartialState
 
         wanted = _known(device) if device is not None else None
         state = PartialState(cpu=(wanted is not None and wanted.type == "cpu") or not torch.cuda.is_available())
         if wanted is not None and wanted.index is not None:
             raise ConfigError(f"device: each process has one of its own, found {device!r}; give its kind, or nothing")
-        return Place(torch.device("cpu") if state.device.type == "cpu" else state.device, World.here())
+        world = World.here()
+        if world.size != size:  # each would train by itself, into the same folder
+            raise ConfigError(
+                f"device: MPI started {size} processes, which come together on a CPU alone; give cpu, or start them "
+                "with torchrun"
+            )
+        return Place(torch.device("cpu") if state.device.type == "cpu" else state.device, world)
     return Place(_known(device) if device is not None else _best(), ALONE)
+
+
+#: What torchrun calls it, and the kinds of MPI.
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def started() -> int:
+    """How many processes this one was started with."""
+    return _told(_SIZES, 1)
+
+
+def rank() -> int:
+    """Which of them this is, known before they have found each other."""
+    return _told(_RANKS, 0)
+
+
+def _told(names: tuple[str, ...], otherwise: int) -> int:
+    found = (os.environ.get(name, "") for name in names)
+    return next((int(value) for value in found if value.isdigit()), otherwise)
+
+
+def lonely() -> str:
+    """What to say where ``accelerate launch`` was asked for several processes and started one, as it does on a CPU.
+
+    It leaves an address for them to meet at, and no number of them.
+    """
+    alone = started() == 1 and "WORLD_SIZE" not in os.environ
+    if not alone or not {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return ""
+    return (
+        "accelerate launch started one process alone, as it does on a CPU whatever --num_processes says; for several "
+        "give it --multi_gpu, which works on a CPU too, or use torchrun --nproc-per-node"
+    )
 
 
 def _best() -> torch.device:

@@ -31,6 +31,7 @@ from loraloom.train.loop import Progress
 from loraloom.train.measure.predict import predict
 from loraloom.train.pack import Pack
 from loraloom.train.place import find as find_place
+from loraloom.train.place import lonely
 from loraloom.train.settings.options import TrainOptions
 from loraloom.train.shard import shard
 from loraloom.train.slot import Slot
@@ -124,7 +125,7 @@ def examine(prepared: Prepared) -> list[Finding]:
     )
     if found and found[0].stops:
         raise ConfigError(found[0].text)
-    return found
+    return [Finding("lonely", text), *found] if (text := lonely()) else found
 
 
 def outlook(prepared: Prepared) -> Outlook:

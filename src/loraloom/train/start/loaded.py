@@ -155,7 +155,9 @@ def load(options: TrainOptions, where: Place | None = None, reading: Watch = sil
     task = TASKS[options.task]
     where = where or place.find(options.device)
     if options.fsdp and where.world.size == 1:
-        raise ConfigError("fsdp: needs several processes; start them with torchrun or accelerate launch")
+        raise ConfigError(
+            f"fsdp: needs several processes; {place.lonely() or 'start them with torchrun or accelerate launch'}"
+        )
     if options.optim != "adamw":
         optimizers.find(options.optim, options.weight_decay, options.optim_args)
     if options.problem_type or task is not TaskType.SEQ_CLS:
@@ -166,8 +168,6 @@ def load(options: TrainOptions, where: Place | None = None, reading: Watch = sil
     tokenizer = load_tokenizer(options.model, options.revision)
     data = encode_run_rows(rows, options, tokenizer, reading)
     metrics = choose(task, data.problem, options.metrics)
-    if options.fsdp and metrics.needs_generation:
-        raise ConfigError("fsdp: a model in parts cannot generate texts for metrics; leave these metrics out")
     if options.metric_for_best_model and not metrics.own:  # what a function returns is not known before
         best.watched(dict.fromkeys(["loss", *metrics.names], 0.0), options.metric_for_best_model)
     torch.manual_seed(options.seed)  # the new head's numbers
