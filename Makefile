@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	for name in lifecycle step breakdown memory loss attention end_to_end pack sweep data; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in lifecycle step breakdown memory loss attention half end_to_end pack sweep data; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

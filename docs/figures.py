@@ -302,6 +302,8 @@ def measured(words: Record, results: Path) -> str:
         "The loss": ("loss", _loss_table),
         "From end to end": ("end_to_end", _end_table),
         "Attention of short rows": ("attention", _attention_table),
+        "Half precision": ("half", _half_table),
+        "Half precision on a processor without instructions for it": ("half-without-instructions", _half_table),
     }
     out: list[str] = []
     for title, (name, lines) in parts.items():
@@ -499,6 +501,20 @@ def _attention_table(record: Record) -> list[str]:
         "rows of up to 128 tokens in half precision.",
         "",
         *_table(["", "fused", "plain", "fused / plain", "spread"], rows),
+    ]
+
+
+def _half_table(record: Record) -> list[str]:
+    rows = []
+    for figure in record["figures"]:
+        for name, times in figure["bfloat16 over float32"].items():
+            shape = {**figure["shape"], "dtype": name}
+            medians = [_ms(figure["seconds"][f"{name}, {dtype}"], 1) for dtype in ("float32", "bfloat16")]
+            rows.append([_llama(ENGLISH, shape), *medians, f"{times['median']:.2f}", _spread(times, 2)])
+    return [
+        "A training step over a frozen model that is held in float32, and in bfloat16.",
+        "",
+        *_table(["", "float32", "bfloat16", "times as long", "spread"], rows),
     ]
 
 

@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from loraloom.lora import products
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+HALF = "half" if products.native("cpu", torch.bfloat16) else "half-without-instructions"
 
 
 @pytest.mark.parametrize(
@@ -18,6 +22,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
     [
         ("step", "step", {"shape", "goal", "seconds", "times the floor"}),
         ("pack", "pack", {"shape", "goal", "seconds", "throughput over peft"}),
+        ("half", HALF, {"shape", "seconds", "bfloat16 over float32"}),
         ("breakdown", "profile", {"shape", "goal", "floor", "step", "parts", "calls", "times the floor", "limit"}),
     ],
 )
