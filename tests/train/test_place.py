@@ -50,3 +50,9 @@ def test_accelerates_cpu_is_heard_and_a_device_that_is_given_wins(monkeypatch: p
     assert place.find(None).device.type == "cpu"
     with pytest.raises(ConfigError, match="device: must be cpu"):
         place.find("nowhere")
+
+
+def test_processes_of_mpi_without_an_address_do_not_each_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"device: MPI started 2 processes .* set MASTER_ADDR"):
+        place.find("cpu")
