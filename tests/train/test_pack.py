@@ -262,6 +262,14 @@ def test_a_slot_of_no_numbers_leaves_the_others_bit_identical_and_gets_no_gradie
             assert all(torch.equal(wild[name][key], calm[name][key]) for key in calm[name]), name
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_that_is_active_is_taken_out_without_a_warning(folders: dict[str, Path]) -> None:
+    pack = pair(folders)
+    pack.model.set_adapter("a")
+    pack.remove("a")
+    assert pack.adapters == pack.model.active_adapters == ["b"]
+
+
 def test_others_may_come_and_go_meanwhile(folders: dict[str, Path]) -> None:
     names = ["n1", "n4"]
 

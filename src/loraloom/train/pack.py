@@ -87,6 +87,9 @@ class Pack:
         self.model.add_adapter(name, config, seed=seed)
 
     def remove(self, name: str) -> None:
+        rest = [other for other in self.adapters if other != name]
+        if rest and self.model.active_adapters == [name]:  # which one is active has no say in a pack
+            self.model.set_adapter(rest[0])
         self.model.delete_adapter(name)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
