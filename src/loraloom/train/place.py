@@ -30,8 +30,8 @@ def find(device: str | None) -> Place:
     if (size := started()) > 1:
         if "MASTER_ADDR" not in os.environ:
             raise ConfigError(
-                f"device: MPI started {size} processes that do not know where to meet; set MASTER_ADDR to the address of "
-                "the first one's machine (127.0.0.1, where there is one machine)"
+                f"device: MPI started {size} processes that do not know where to meet; set MASTER_ADDR to the "
+                "address of the first one's machine (127.0.0.1, where there is one machine)"
             )
         from accelerate import PartialState
 
