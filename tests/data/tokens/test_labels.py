@@ -10,6 +10,7 @@ from loraloom.data.records import Labelled
 from loraloom.data.rows import Row
 from loraloom.data.tokens.encode import Encoded1, encoder
 from loraloom.data.tokens.labels import NUMBER, SEVERAL, SINGLE
+from loraloom.data.tokens.pairs import NOTE
 from loraloom.errors import ConfigError
 
 
@@ -27,7 +28,24 @@ def test_a_pair_has_two_segments_where_the_tokenizer_tells_them_apart(word_piece
     assert (one.input_ids, one.token_type_ids) == (word_pieces("the mat").input_ids, None)
     assert (two.labels, one.labels) == (0, 1)
     plain = encoded(byte_pieces, *records, labels=["a", "b"])[0].examples[0]
-    assert (plain.input_ids, plain.token_type_ids) == (byte_pieces("the cat", "who sat").input_ids, None)
+    assert plain.token_type_ids is None
+
+
+def test_a_line_break_parts_the_texts_where_the_tokenizer_puts_nothing_and_it_is_said(
+    word_pieces: Any, byte_pieces: Any
+) -> None:
+    one, two = Labelled("the cat", None, "a"), Labelled("the cat", "who sat", "a")
+    for tokenizer, between in ((byte_pieces, "\n"), (word_pieces, "")):
+        made = encoder("seq-cls", tokenizer, max_length=32, labels=["a"])
+        (found,) = made.encode([(Row({}, 1), one)])
+        assert found.examples[0].input_ids == tokenizer("the cat").input_ids
+        assert made.notes == []
+        (found,) = made.encode([(Row({}, 1), two)])
+        assert found.examples[0].input_ids == tokenizer(f"the cat{between}", "who sat").input_ids
+        assert made.notes == ([NOTE] if between else [])
+    (found,) = encoded(byte_pieces, two, labels=["a"], max_length=4, overlong="error")
+    count = len(byte_pieces("the cat\n", "who sat").input_ids)
+    assert f"{count} tokens" in found.error
 
 
 def test_of_a_pair_the_longer_text_is_cut_first(word_pieces: Any) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.data.example import CHUNK, Encoded1, Example, Settings, over_length
 from loraloom.data.records import Asked, Record
+from loraloom.data.tokens import pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +53,8 @@ class AnswerEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
-        self.notes: list[str] = []
+        self._gap = pairs.gap(tokenizer)
+        self.notes = [pairs.NOTE] if self._gap else []
 
     def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
         asked = [record for _, record in records if isinstance(record, Asked)]
@@ -68,7 +70,7 @@ class AnswerEncoder:
         for start in range(0, len(records), CHUNK):
             part = records[start : start + CHUNK]
             found += self.tokenizer(
-                [record.question for record in part],
+                [record.question + self._gap for record in part],
                 [record.context for record in part],
                 truncation=False,
                 padding=False,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.data.example import CHUNK, Encoded1, Example, Settings, over_length
 from loraloom.data.records import Labelled, Record
+from loraloom.data.tokens import pairs
 from loraloom.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class LabelEncoder:
         self.tokenizer = tokenizer
         self.settings = settings
         self.notes: list[str] = []
+        #: what parts the texts of a pair; None before the first pair
+        self._between: str | None = None
         self.problem = settings.problem_type or SINGLE
         self.ids = {name: number for number, name in enumerate(settings.labels)}
 
@@ -50,7 +53,7 @@ class LabelEncoder:
         texts: list[Any] = []
         for _, record in records:
             assert isinstance(record, Labelled)
-            texts.append(record.text if record.second is None else (record.text, record.second))
+            texts.append(record.text if record.second is None else (record.text + self._gap(), record.second))
         encoded = []
         for (_, record), tokens in zip(records, self._tokens(texts), strict=True):
             assert isinstance(record, Labelled)
@@ -81,7 +84,14 @@ class LabelEncoder:
         return found
 
     def _count(self, record: Labelled) -> int:
-        return len(self.tokenizer(record.text, record.second, truncation=False, verbose=False).input_ids)
+        first = record.text if record.second is None else record.text + self._gap()
+        return len(self.tokenizer(first, record.second, truncation=False, verbose=False).input_ids)
+
+    def _gap(self) -> str:
+        if self._between is None:
+            self._between = pairs.gap(self.tokenizer)
+            self.notes += [pairs.NOTE] if self._between else []
+        return self._between
 
     def _label(self, label: str | int | float | list[str | int]) -> tuple[int | float | list[float], str]:
         """The label of the example, or else what is wrong with it."""

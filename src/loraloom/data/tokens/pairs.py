@@ -1,0 +1,24 @@
+"""Two texts in one input, and what stands between them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NOTE = (
+    "the tokenizer puts nothing between two texts of one row: a line break is put there, which whoever uses the "
+    "adapter must do as well"
+)
+
+
+def gap(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the first of two texts must end with to be told from the second.
+
+    Nothing where the tokenizer has tokens for that, as those of encoders do. Those of decoders mostly have none:
+    "It rains." and "It is dry." would be one text, "It rains.It is dry."
+    """
+    which = tokenizer("a", "b").encodings[0].sequence_ids
+    last = max((i for i, part in enumerate(which) if part == 0), default=-1)
+    return "" if None in which[last + 1 : which.index(1) if 1 in which else None] else "\n"
