@@ -40,6 +40,24 @@ def alternate(contenders: Mapping[str, Callable[[], Call]], repetitions: int) ->
     return seconds
 
 
+def steps_in_turns(steps: Mapping[str, Call], repetitions: int, device: str) -> dict[str, list[float]]:
+    """``alternate`` for training steps: each runs twice before, so that layers learn and caches fill."""
+    import torch
+
+    def prepare(name: str) -> Callable[[], Call]:
+        def call() -> None:
+            steps[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return lambda: call
+
+    for step in steps.values():
+        for _ in range(2):
+            step()
+    return alternate({name: prepare(name) for name in steps}, repetitions)
+
+
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> dict[str, float]:
     """How many times longer ``slow`` takes: the median, least and greatest of the turns' own ratios."""
     ratios = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]

@@ -48,18 +48,7 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
         for dtype in DTYPES
     }
 
-    def prepare(name: str) -> Any:
-        def call() -> None:
-            steps[name]()
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-
-        return lambda: call
-
-    for step in steps.values():  # layers learn, caches fill
-        for _ in range(2):
-            step()
-    seconds = common.alternate({name: prepare(name) for name in steps}, options.repetitions)
+    seconds = common.steps_in_turns(steps, options.repetitions, options.device)
     ratios = {name: common.ratio(seconds, f"{name}, bfloat16", f"{name}, float32") for name in ("peft", "loraloom")}
     print(f"\nwidth {shape.width}, {shape.layers} layers, {shape.rows}×{shape.tokens}")
     rows = []

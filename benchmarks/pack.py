@@ -63,18 +63,7 @@ def measure(shape: Shape, sizes: list[int], options: argparse.Namespace) -> dict
     steps |= {f"pack of {size}": packed(shape, size, options.device) for size in sizes}
     steps["floor of 8 rows"] = floor(shape, 8, options.device)
 
-    def prepare(name: str) -> Any:
-        def call() -> None:
-            steps[name]()
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-
-        return lambda: call
-
-    for step in steps.values():
-        for _ in range(2):
-            step()
-    seconds = common.alternate({name: prepare(name) for name in steps}, options.repetitions)
+    seconds = common.steps_in_turns(steps, options.repetitions, options.device)
     times = {}
     for size in sizes:
         ratios = [size * p / q for p, q in zip(seconds["peft"], seconds[f"pack of {size}"], strict=True)]

@@ -61,18 +61,7 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     if options.compile:
         steps |= {f"{name}, compiled": torch.compile(stepper(name, shape, options.device)) for name in NAMES}
 
-    def prepare(name: str) -> Any:
-        def call() -> None:
-            steps[name]()
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-
-        return lambda: call
-
-    for step in steps.values():  # layers learn, caches fill
-        for _ in range(2):
-            step()
-    seconds = common.alternate({name: prepare(name) for name in steps}, options.repetitions)
+    seconds = common.steps_in_turns(steps, options.repetitions, options.device)
     ratios = {name: common.ratio(seconds, name, "floor") for name in steps if name != "floor"}
     return {"seconds": seconds, "times the floor": ratios}
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraloom.errors import ConfigError
+from loraloom.lora.atomic import is_at
 
 MANIFEST = "manifest.json"
 #: What the cache may take: bytes, or a size such as 20GiB. With 0 nothing is ever deleted.
@@ -74,7 +75,7 @@ def use(manifest: Path) -> Use | None:
 
         found = Use(os.open(manifest, os.O_RDONLY))
         fcntl.flock(found._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        if not _is_at(found._handle, manifest):
+        if not is_at(found._handle, manifest):
             raise Gone
     except BlockingIOError:
         raise Gone from None
@@ -132,7 +133,7 @@ def _delete(entry: Path) -> bool:
         handle = os.open(entry / MANIFEST, os.O_RDWR)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(handle, entry / MANIFEST):
+            if not is_at(handle, entry / MANIFEST):
                 return False  # another process was faster
             aside = entry.with_name(f".{entry.name}.{secrets.token_hex(4)}.part")
             os.rename(entry, aside)  # absent at once, as it was whole at once
@@ -140,12 +141,6 @@ def _delete(entry: Path) -> bool:
             return True
         finally:
             os.close(handle)
-    return False
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.samestat(os.fstat(handle), path.stat())
     return False
 
 

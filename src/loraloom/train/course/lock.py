@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from loraloom.errors import ConfigError
+from loraloom.lora.atomic import is_at
 
 LOCK_NAME = ".loraloom.lock"
 #: Looks at a lock that is taken, and seconds between them: another process may only be looking too.
@@ -81,7 +82,7 @@ def _acquire(folder: Path) -> int | None:
                     path.unlink()
                 return None
             # Else it was deleted by who had it before: others, who look at the path, would not see it.
-            if kept := _is_at(handle, path):
+            if kept := is_at(handle, path):
                 with contextlib.suppress(OSError):  # a full disk: the lock is had all the same
                     _note(handle)
                 _register(handle)
@@ -113,12 +114,6 @@ def _take(handle: int, folder: Path, *, shared: bool = False) -> bool:
         f"output: another run is under way in {folder} ({_who(handle)}); wait for its end, or give another folder with "
         "--output"
     )
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.samestat(os.fstat(handle), path.stat())
-    return False
 
 
 def _who(handle: int) -> str:
