@@ -80,4 +80,12 @@ def test_a_few_rows_without_a_backward_keep_their_dtype() -> None:
 
 
 def test_another_device_than_a_cpu_multiplies_in_the_dtype_it_is_given() -> None:
-    assert products.arithmetic(torch.empty(8, 4, dtype=torch.bfloat16, device="meta")) is torch.bfloat16
+    assert products.native("cuda", torch.bfloat16)
+    assert products.native("mps", torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_memory_is_counted_as_on_the_device_that_trains(dtype: torch.dtype) -> None:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert device is not None
+    assert products.native("meta", dtype) == products.native(device.type, dtype)

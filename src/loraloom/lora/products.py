@@ -22,7 +22,12 @@ _BLOCK = 2**20
 
 @functools.cache
 def native(device: str, dtype: torch.dtype) -> bool:
-    """Whether devices of this kind multiply numbers of this dtype as fast as others."""
+    """Whether devices of this kind multiply numbers of this dtype as fast as others.
+
+    ``meta``, on which memory is counted, stands for the device that this machine trains on.
+    """
+    if device == "meta" and not torch.accelerator.is_available():
+        device = "cpu"
     if device != "cpu" or dtype not in (torch.float16, torch.bfloat16):
         return True
     name = f"_is_mkldnn_{'bf16' if dtype is torch.bfloat16 else 'fp16'}_supported"
