@@ -48,8 +48,6 @@ SPACE = {
     "lora.lora_dropout": [0.0, 0.1],
     "train.learning_rate": {"log": [1e-3, 8e-3]},
 }
-#: Half precision pays on a processor that multiplies it in hardware, and on any other float32 is the faster.
-HALF = products.native("cpu", torch.bfloat16)
 #: Rows to learn from, and to compare by: what fits into a few minutes. Fewer, or fewer steps, make LoRA no better than
 #: a new head.
 ROWS, HELD_OUT = 4000, 400
@@ -71,7 +69,8 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None) -> No
         max_steps=max_steps,
         batch_size=16,
         max_length=48,
-        dtype="bfloat16" if HALF else "float32",
+        # Half precision pays on a processor that multiplies it in hardware; on any other float32 is the faster.
+        dtype="bfloat16" if products.native("cpu", torch.bfloat16) else "float32",
         overwrite=True,
     )
     loaded = load(options)

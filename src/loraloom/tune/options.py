@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from loraloom.data import sizes
 from loraloom.errors import ConfigError, nearest
 from loraloom.train.measure.metrics import DEFAULTS, greater_is_better, kind_of
 from loraloom.train.settings import runfile
@@ -24,8 +24,6 @@ _FOR_LATER = (
     *("save_strategy", "save_steps", "save_minutes", "save_total_limit", "report_to"),
 )
 SAMPLERS = ("tpe", "random", "grid")
-_UNITS = {"": 1, **{f"{c}B": 1000**i for i, c in enumerate(" KMGT") if i}, "B": 1}
-_UNITS |= {f"{c}IB": 1024**i for i, c in enumerate(" KMGT") if i}
 
 
 @dataclass(kw_only=True)
@@ -236,10 +234,9 @@ def read_bytes(name: str, value: Any) -> int | None:
     """
     if value is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
-    if isinstance(value, bool) or found is None or found[2].upper() not in _UNITS:
+    size = sizes.read(str(value))
+    if isinstance(value, bool) or size is None:
         raise ConfigError(f"{name}: must be bytes or a size such as 8GiB or 500MB, found {value!r}")
-    size = int(float(found[1]) * _UNITS[found[2].upper()])
     if size < 1:
         raise ConfigError(f"{name}: must be above 0, found {value!r}")
     return size

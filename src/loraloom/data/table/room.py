@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 import shutil
 import time
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraloom.data import sizes
 from loraloom.errors import ConfigError
 from loraloom.lora.atomic import is_at
 
@@ -26,8 +26,6 @@ VARIABLE = "LORALOOM_CACHE_LIMIT"
 LIMIT = 20 * 2**30
 #: Days after which an entry that nobody used is deleted, and hours after which a draft that nobody writes is rubbish.
 DAYS, HOURS = 30, 24
-_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
-_UNITS |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
 
 
 def limit() -> int:
@@ -39,12 +37,12 @@ def limit() -> int:
     given = os.environ.get(VARIABLE, "").strip()
     if not given:
         return LIMIT
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", given)
-    if found is None or found[2].upper() not in _UNITS:
+    found = sizes.read(given)
+    if found is None:
         raise ConfigError(
             f"{VARIABLE}: must be bytes or a size such as 20GiB or 500MB, or 0 to delete nothing, found {given!r}"
         )
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return found
 
 
 class Use:

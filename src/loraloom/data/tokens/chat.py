@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.data.example import IGNORE, Encoded1, Settings, tokenize
 from loraloom.data.records import Chat, Message
-from loraloom.data.tokens.templates import Template, find_template
+from loraloom.data.tokens.templates import find_template
 from loraloom.data.tokens.turns import Spans, Turns
 from loraloom.data.tokens.windows import fitted
 from loraloom.errors import InputError
@@ -43,7 +43,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.settings = settings
         self.turns = Turns(find_template(tokenizer, settings.chat_template))
-        self.notes = template_notes(self.turns.template)
+        self.notes = _notes(self.turns)
 
     def encode(self, chats: Sequence[Chat]) -> list[Encoded1]:
         """One ``Encoded1`` for each conversation, in order."""
@@ -133,16 +133,15 @@ class ChatEncoder:
         return total
 
 
-def template_notes(template: Template) -> list[str]:
+def _notes(turns: Turns) -> list[str]:
     """What should be said aloud of a template: that it is the default, and that it ends no turn."""
-    notes = []
+    notes, template = [], turns.template
     if template.plain:
         notes.append(
             f"the tokenizer has no chat template: conversations are written as {template.name!r}, with headings such "
             f"as '### Assistant:'; the model must be used with the same one (chat_template: {template.name})"
         )
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    turns = Turns(template)
     try:
         if turns.edges.open_end:
             notes.append(

@@ -53,7 +53,7 @@ class LabelEncoder:
         texts: list[Any] = []
         for _, record in records:
             assert isinstance(record, Labelled)
-            texts.append(record.text if record.second is None else (record.text + self._gap(), record.second))
+            texts.append(record.text if record.second is None else (self._first(record), record.second))
         encoded = []
         for (_, record), tokens in zip(records, self._tokens(texts), strict=True):
             assert isinstance(record, Labelled)
@@ -84,14 +84,16 @@ class LabelEncoder:
         return found
 
     def _count(self, record: Labelled) -> int:
-        first = record.text if record.second is None else record.text + self._gap()
-        return len(self.tokenizer(first, record.second, truncation=False, verbose=False).input_ids)
+        return len(self.tokenizer(self._first(record), record.second, truncation=False, verbose=False).input_ids)
 
-    def _gap(self) -> str:
+    def _first(self, record: Labelled) -> str:
+        """The text, with what parts it from the second one if there is one."""
+        if record.second is None:
+            return record.text
         if self._between is None:
             self._between = pairs.gap(self.tokenizer)
             self.notes += [pairs.NOTE] if self._between else []
-        return self._between
+        return record.text + self._between
 
     def _label(self, label: str | int | float | list[str | int]) -> tuple[int | float | list[float], str]:
         """The label of the example, or else what is wrong with it."""

@@ -1,0 +1,16 @@
+"""Sizes as people write them: bytes, or a number with a unit, such as 20GiB or 500 MB."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
+_UNITS |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
+
+
+def read(text: str) -> int | None:
+    """The bytes that ``text`` says; None where it says none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in _UNITS:
+        return None
+    return int(float(found[1]) * _UNITS[found[2].upper()])
