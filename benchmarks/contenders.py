@@ -77,7 +77,7 @@ def stepper(name: str, shape: Shape, device: str) -> Callable[[], Any]:
         objective = Objective(adapted, TaskType.CAUSAL_LM)
 
         def loss() -> Tensor:
-            with adapted.base_model.routed(["default"] * len(ids)):
+            with adapted.base_model.lora_routed(["default"] * len(ids)):
                 return objective.loss(objective.forward({"input_ids": ids}), ids)
 
         flat = FlatAdamW([(p, 1.0) for p in adapted.parameters() if p.requires_grad], 0.01)

@@ -621,7 +621,7 @@ def test_a_given_config_is_used_instead_of_the_folders(saved, fresh) -> None:
     mine = LoraConfig.from_pretrained(saved).copy(lora_alpha=40, inference_mode=False)
     before = copy.deepcopy(mine)
     model = PeftModel.from_pretrained(fresh, saved, config=mine)
-    assert {layer.scaling["default"] for layer in model.base_model.layers.values()} == {10.0}
+    assert {layer.scaling["default"] for layer in model.base_model.lora_layers.values()} == {10.0}
     assert mine == before
 
 

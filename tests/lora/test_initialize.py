@@ -105,7 +105,7 @@ def test_seeds_of_different_parts_differ_and_fit_the_generator() -> None:
 def test_modules_of_one_adapter_start_differently() -> None:
     net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     model = get_peft_model(net, LoraConfig(target_modules=["0", "1"], r=3))
-    first, second = (layer.factors("default")[0] for layer in model.base_model.layers.values())
+    first, second = (layer.factors("default")[0] for layer in model.base_model.lora_layers.values())
     assert not torch.equal(first, second)
 
 
@@ -114,5 +114,5 @@ def test_the_numbers_do_not_depend_on_the_bases_dtype(dtype: torch.dtype) -> Non
     made = []
     for kind in (torch.float32, dtype):
         model = get_peft_model(nn.Sequential(nn.Linear(6, 6)).to(kind), LoraConfig(target_modules=["0"], r=3), seed=4)
-        made.append(model.base_model.layers["0"].factors("default")[0].float())
+        made.append(model.base_model.lora_layers["0"].factors("default")[0].float())
     assert torch.equal(*made)

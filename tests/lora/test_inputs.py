@@ -91,13 +91,13 @@ def test_a_layer_that_reads_something_else_after_all_is_computed_from_that(how: 
     odd = model.get_base_model()
     odd.how = plain.how = how
     update = {
-        name: functional.product(*(f.detach() for f in model.base_model.layers[name].factors("default"))) * 2
+        name: functional.product(*(f.detach() for f in model.base_model.lora_layers[name].factors("default"))) * 2
         for name in ("a", "b")
     }
     with torch.no_grad():
         for name in ("a", "b"):
             getattr(plain, name).weight += update[name]
-        for layer in model.base_model.layers.values():
+        for layer in model.base_model.lora_layers.values():
             layer.scaling["default"] = 2.0
     wanted = plain(x.clone()).detach()
     together.clear()
@@ -158,12 +158,12 @@ def test_the_mask_of_a_slot_follows_its_seed_and_step_whether_or_not_layers_are_
     model = get_peft_model(llama.double(), config(lora_dropout=0.5)).train()
     losses = []
     for _ in range(3):
-        with model.base_model.routed(["default"] * len(tokens), {"default": 99}):
+        with model.base_model.lora_routed(["default"] * len(tokens), {"default": 99}):
             loss = model.get_base_model()(tokens, labels=tokens).loss
             loss.backward()
             losses.append(float(loss))
     assert losses[0] == losses[1] == losses[2]
-    with model.base_model.routed(["default"] * len(tokens), {"default": 98}):
+    with model.base_model.lora_routed(["default"] * len(tokens), {"default": 98}):
         assert float(model.get_base_model()(tokens, labels=tokens).loss) != losses[0]
 
 
@@ -173,7 +173,7 @@ def test_a_row_has_the_same_mask_alone_and_in_a_mixed_batch(llama, tokens) -> No
     seeds = {"a": 3, "b": 4}
 
     def answer(names: list[str], rows: Tensor) -> Tensor:
-        with model.base_model.routed(names, seeds):
+        with model.base_model.lora_routed(names, seeds):
             return model.get_base_model()(rows).logits
 
     mixed = answer(["a", "a", "b"], tokens)
@@ -210,7 +210,7 @@ def test_autocast_computes_in_its_dtype(llama, tokens, together) -> None:
 def test_a_hook_on_the_frozen_layer_is_called(llama, tokens, together) -> None:
     model = get_peft_model(llama, config())
     seen: list[str] = []
-    layer = model.base_model.layers["model.layers.0.self_attn.k_proj"]
+    layer = model.base_model.lora_layers["model.layers.0.self_attn.k_proj"]
     layer.base_layer.register_forward_hook(lambda module, args, out: seen.append("k"))
     for _ in range(2):
         backward(model, tokens)
@@ -220,7 +220,7 @@ def test_a_hook_on_the_frozen_layer_is_called(llama, tokens, together) -> None:
 
 def test_a_weight_that_trains_gets_its_gradient(llama, tokens) -> None:
     model = get_peft_model(llama, config())
-    weight = model.base_model.layers["model.layers.0.self_attn.k_proj"].weight
+    weight = model.base_model.lora_layers["model.layers.0.self_attn.k_proj"].weight
     weight.requires_grad_(True)
     for _ in range(2):
         backward(model, tokens)
@@ -259,7 +259,7 @@ def test_another_adapter_takes_its_place_in_a_compiled_model_without_compiling_a
 
 def test_calls_that_go_past_the_peft_model_leave_nothing_behind(llama, tokens) -> None:
     model = get_peft_model(llama, config())
-    known = model.base_model.router.inputs
+    known = model.base_model.lora_router.inputs
     for _ in range(3):
         model.get_base_model()(tokens, labels=tokens).loss.backward()
     assert len(known._lessons) <= 4

@@ -35,7 +35,7 @@ def adapted(layer: nn.Module, **fields: object) -> tuple[PeftModel, LoraLayer]:
     """``layer`` with one adapter, both factors random."""
     made = {"r": 4, "lora_alpha": 6, "target_modules": ["layer"], "init_lora_weights": False, **fields}
     model = get_peft_model(Holder(layer), LoraConfig(**made))
-    return model, model.base_model.layers["layer"]
+    return model, model.base_model.lora_layers["layer"]
 
 
 def conv1d(n_in: int, n_out: int) -> nn.Module:
@@ -185,6 +185,40 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
         grads.append([factor.grad.clone() for factor in layer.factors("default")])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
     assert grads[0][0].abs().max() > 0
+
+
+@pytest.mark.parametrize("off", ["p", "eval", "identity"])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(5, 7), lambda: conv1d(5, 7), lambda: nn.Conv1d(5, 7, 1)],
+                         ids=["Linear", "Conv1D", "Conv1d"])  # fmt: skip
+def test_dropout_can_be_switched_off_on_its_module_as_on_any_other(make: Callable[[], nn.Module], off: str) -> None:
+    model, layer = adapted(make(), lora_dropout=0.5)
+    model.train()
+    x = numbers(5, 5, 1) if isinstance(layer.base_layer, nn.Conv1d) else numbers(5, 5)
+    x = x.float()
+    assert not torch.equal(model(x), model(x))
+    drops = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert [(drop.p, drop.training) for drop in drops] == [(0.5, True)]
+    assert layer.lora_dropout["default"] is drops[0]
+    if off == "identity":
+        layer.lora_dropout["default"] = nn.Identity()
+    elif off == "eval":
+        drops[0].eval()
+    else:
+        drops[0].p = 0
+    found = model(x)
+    if off != "identity":  # a compiled model knows the module that was there when the adapter was set
+        torch.testing.assert_close(torch.compile(model, backend="eager")(x), found)
+    assert torch.equal(found, model.eval()(x))
+
+
+def test_a_layers_weight_may_be_a_view_of_another_tensor() -> None:
+    model, layer = adapted(nn.Linear(5, 7))  # as FSDP leaves it for the length of a forward
+    x = torch.ones(3, 5)
+    before, weight = model(x), layer.base_layer.weight.detach()
+    del layer.base_layer.weight
+    layer.base_layer.weight = weight
+    assert layer.weight is weight
+    torch.testing.assert_close(model(x), before)
 
 
 # -- convolutions -----------------------------------------------------------------------------------------------------
@@ -459,7 +493,7 @@ def both(kind: str, **fields: object) -> tuple[PeftModel, Tensor]:
 def test_rslora_divides_alpha_by_the_root_of_the_rank(kind: str) -> None:
     plain, x = both(kind, r=4, lora_alpha=6)
     rooted, _ = both(kind, r=4, lora_alpha=6, use_rslora=True)
-    assert rooted.base_model.layers["layer"].scaling == {"default": 3.0}
+    assert rooted.base_model.lora_layers["layer"].scaling == {"default": 3.0}
     with plain.disable_adapter():
         frozen = plain(x)
     torch.testing.assert_close(rooted(x) - frozen, 2 * (plain(x) - frozen), **EXACT)
@@ -557,7 +591,7 @@ def test_the_layer_shows_the_attributes_of_the_one_that_it_wraps(kind: str) -> N
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_cast_model_carries_the_weights_that_wait_aside(kind: str, merged: bool) -> None:
     model, _ = both(kind)
-    layer = model.base_model.layers["layer"]
+    layer = model.base_model.lora_layers["layer"]
     frozen = layer.weight
     before = frozen.detach().clone()
     if merged:
@@ -598,7 +632,7 @@ def test_a_layer_that_hangs_in_two_places_is_wrapped_once_and_counts_in_both() -
     net = nn.Sequential(shared, nn.Tanh(), shared)
     model = get_peft_model(net, LoraConfig(target_modules=["0"], r=2, init_lora_weights=False))
     assert net[0] is net[2]
-    assert len(model.base_model.layers) == 1
+    assert len(model.base_model.lora_layers) == 1
     a, b = doubles(net[0])
     x = numbers(3, 4)
     wanted = linear(shared, linear(shared, x, a, b, 4).tanh(), a, b, 4)
@@ -616,5 +650,5 @@ HOLDERS = {
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
 def test_a_layer_is_found_wherever_it_hangs(hold: Callable[[nn.Module], nn.Module]) -> None:
     model = get_peft_model(hold(nn.Linear(4, 4)), LoraConfig(target_modules="all-linear", r=2))
-    assert len(model.base_model.layers) == 1
+    assert len(model.base_model.lora_layers) == 1
     assert sum(isinstance(m, LoraLayer) for m in model.modules()) == 1

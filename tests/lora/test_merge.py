@@ -125,7 +125,7 @@ def test_the_merged_weight_is_rounded_once(dtype: torch.dtype) -> None:
     """In half precision too: the nearest number to the frozen weight plus all updates, summed in float32."""
     model = made(dtype, "b")
     model.set_adapter(["a", "b"])
-    layer = model.base_model.layers["turn"]
+    layer = model.base_model.lora_layers["turn"]
     wanted = layer.weight.detach().double()
     for name in ("a", "b"):
         a, b = layer.factors(name)
@@ -145,16 +145,16 @@ def test_unmerging_gives_the_same_bytes_back(dtype: torch.dtype) -> None:
     model = made(dtype, "b")
     model.set_adapter(["a", "b"])
     with torch.no_grad():  # numbers whose sign or size a subtraction would lose
-        model.base_model.layers["turn"].weight[0, :3] = torch.tensor([-0.0, torch.finfo(dtype).tiny / 2, 1e4])
+        model.base_model.lora_layers["turn"].weight[0, :3] = torch.tensor([-0.0, torch.finfo(dtype).tiny / 2, 1e4])
     before = state(model)
-    weights = {name: layer.weight for name, layer in model.base_model.layers.items()}
+    weights = {name: layer.weight for name, layer in model.base_model.lora_layers.items()}
     for _ in range(3):
         model.merge_adapter()
         assert not any(same_bytes(layer.weight, before[f"base_model.model.{name}.base_layer.weight"])
-                       for name, layer in model.base_model.layers.items())  # fmt: skip
+                       for name, layer in model.base_model.lora_layers.items())  # fmt: skip
         model.unmerge_adapter()
         assert_same(state(model), before)
-    assert all(layer.weight is weights[name] for name, layer in model.base_model.layers.items())
+    assert all(layer.weight is weights[name] for name, layer in model.base_model.lora_layers.items())
     assert model.merged_adapters == []
 
 
@@ -188,7 +188,7 @@ def test_unmerging_what_was_not_merged_changes_nothing() -> None:
 def test_gradients_do_not_reach_a_merged_weight() -> None:
     model = made()
     model.merge_adapter()
-    assert not any(layer.weight.requires_grad for layer in model.base_model.layers.values())
+    assert not any(layer.weight.requires_grad for layer in model.base_model.lora_layers.values())
 
 
 # -- all or nothing ---------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_gradients_do_not_reach_a_merged_weight() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_that_is_not_finite_changes_nothing_and_is_named(value: float, kind: str) -> None:
     model = made(torch.float64, "b")
-    factor = model.base_model.layers[kind].factors("b")[1]
+    factor = model.base_model.lora_layers[kind].factors("b")[1]
     with torch.no_grad():
         factor.view(-1)[-1] = value
     before, wanted = state(model), answers(model)
@@ -211,7 +211,7 @@ def test_an_adapter_that_is_not_finite_changes_nothing_and_is_named(value: float
 def test_a_failed_merge_keeps_what_was_merged_before() -> None:
     model = made(torch.float64, "b")
     with torch.no_grad():
-        model.base_model.layers["three"].factors("b")[0].fill_(torch.nan)
+        model.base_model.lora_layers["three"].factors("b")[0].fill_(torch.nan)
     model.merge_adapter(["a"])
     merged = state(model)
     with pytest.raises(MergeError):
@@ -223,7 +223,7 @@ def test_a_failed_merge_keeps_what_was_merged_before() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_finite_factors_whose_sum_does_not_fit_the_dtype_are_refused(dtype: torch.dtype) -> None:
     model = made(dtype)
-    layer = model.base_model.layers["turn"]
+    layer = model.base_model.lora_layers["turn"]
     with torch.no_grad():
         layer.weight[0, 0] = 0.9 * torch.finfo(dtype).max
         a, b = layer.factors("a")

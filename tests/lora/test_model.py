@@ -126,6 +126,43 @@ def test_each_row_of_a_mixed_batch_is_as_if_alone(llama, tokens, logits, order: 
         torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_disabled_wins_over_the_adapters_of_rows(llama, tokens, logits) -> None:
+    base = logits(llama, tokens)
+    model = get_peft_model(llama, config(bias="all", modules_to_save=["lm_head"]))
+    model.add_adapter("b", config())
+    names = ["b", "default", "__base__", "b"][: len(tokens)]
+    routed = model(input_ids=tokens, adapter_names=names).logits
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=tokens, adapter_names=names).logits, base)
+    assert torch.equal(model(input_ids=tokens, adapter_names=names).logits, routed)
+    assert not torch.allclose(routed, base)
+
+
+class Named(nn.Module):
+    """A model whose own attributes have names that loraloom uses inside."""
+
+    router, enabled, routed, saved_modules, thaw, tensors_of, _saved, _active = "r", "e", "d", "s", "t", "o", "v", "a"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = self._layers = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+
+def test_no_attribute_of_the_base_is_hidden(llama) -> None:
+    names = [name for name in vars(Named) if not name.startswith("__") and name != "forward"]
+    made = get_peft_model(Named(), LoraConfig(target_modules=["0"]))
+    for name in [*names, "layers", "_layers"]:
+        assert getattr(made, name) is getattr(made.get_base_model(), name), name
+    for name in ("layers", "router", "enabled", "routed", "saved_modules"):
+        assert getattr(made.base_model, name) is getattr(made.get_base_model(), name), name
+    assert get_peft_model(llama.model, config()).layers[0] is llama.model.layers[0]
+    assert not hasattr(get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"])), "layers")
+    assert made.prefix == made.base_model.prefix == "lora_"
+
+
 def test_a_slot_that_is_nan_leaves_the_other_rows_bit_identical(llama, tokens, logits) -> None:
     model = get_peft_model(llama, config(), adapter_name="a")
     model.add_adapter("b", config())
@@ -187,9 +224,9 @@ def test_train_and_eval_are_never_changed(llama, tmp_path: Path, training: bool)
 def test_deleting_an_adapter_gives_untouched_layers_back(llama) -> None:
     model = get_peft_model(llama, config(), adapter_name="a")
     model.add_adapter("b", config(target_modules=["up_proj"], bias="none"))
-    assert "up_proj" in "".join(model.base_model.layers)
+    assert "up_proj" in "".join(model.base_model.lora_layers)
     model.delete_adapter("b")
-    assert all("up_proj" not in name for name in model.base_model.layers)
+    assert all("up_proj" not in name for name in model.base_model.lora_layers)
     assert type(model.get_base_model().model.layers[0].mlp.up_proj) is nn.Linear
     with pytest.raises(AdapterError, match="adapter 'b' does not exist"):
         model.set_adapter("b")

@@ -63,7 +63,7 @@ def by_hand(model: PeftModel, name: str, x: Tensor = X) -> Tensor:
     """What adapter ``name`` answers, worked out from its parts."""
     net, saved = model.get_base_model(), head(model)
     with torch.no_grad():
-        layer = model.base_model.layers["body"]
+        layer = model.base_model.lora_layers["body"]
         a, b = layer.factors(name)
         hidden = (nn.functional.linear(x, layer.weight + layer.scaling[name] * b @ a, layer.bias)).tanh()
         copies = dict(saved.modules_to_save.items())

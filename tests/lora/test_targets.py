@@ -321,11 +321,11 @@ def test_the_plans_totals_are_what_is_really_added(fields: Any, base: Any, dtype
     assert made.parameters == sum(p.numel() for p in mine)
     assert made.bytes == sum(p.numel() * p.element_size() for p in mine)
     for target in made.targets:
-        a, b = peft.base_model.layers[target.name].factors("default")
+        a, b = peft.base_model.lora_layers[target.name].factors("default")
         assert (target.r, target.parameters) == (a.shape[0], a.numel() + b.numel())
         assert target.bytes == a.numel() * a.element_size() + b.numel() * b.element_size()
-        assert target.scale == peft.base_model.layers[target.name].scaling["default"]
-    assert list(peft.base_model.layers) == names(made)
+        assert target.scale == peft.base_model.lora_layers[target.name].scaling["default"]
+    assert list(peft.base_model.lora_layers) == names(made)
 
 
 @pytest.mark.parametrize("base", MODELS.values(), ids=MODELS)

@@ -56,7 +56,7 @@ def test_the_loss_is_the_models_own_on_every_family(family: str) -> None:
     inputs, labels = batch()
     objective = Objective(model, TaskType.CAUSAL_LM)
     assert (trunk_and_head(model) is not None) is FAMILIES[family][1]
-    with model.base_model.routed(["default"] * 3):
+    with model.base_model.lora_routed(["default"] * 3):
         out = objective.forward(inputs)
         found = objective.loss(out, labels)
         score = objective.score(out, labels)
@@ -80,7 +80,7 @@ def test_a_head_with_an_adapter_or_a_copy_of_its_own_trains(fields: dict[str, An
     inputs, labels = batch()
     objective = Objective(model, TaskType.CAUSAL_LM)
     parameters = model.adapter_parameters("default")
-    with model.base_model.routed(["default"] * 3):
+    with model.base_model.lora_routed(["default"] * 3):
         found = torch.autograd.grad(objective.loss(objective.forward(inputs), labels), list(parameters.values()))
     logits = model(**inputs).logits
     wanted = torch.autograd.grad(
@@ -177,7 +177,7 @@ def test_the_loss_of_every_task_is_transformers_own(name: str) -> None:
     model, task = other(name), OTHERS[name][2]
     inputs, labels = labelled(name)
     objective = Objective(model, task)
-    with model.base_model.routed(["default"] * len(labels)):
+    with model.base_model.lora_routed(["default"] * len(labels)):
         out = objective.forward(inputs, labels)
         found = objective.loss(out, labels)
         score = objective.score(out, labels)
@@ -203,7 +203,7 @@ def test_padding_is_no_answer_so_a_rows_loss_does_not_depend_on_its_neighbours()
         "input_ids": F.pad(inputs["input_ids"], (0, 5)),
         "attention_mask": F.pad(inputs["attention_mask"], (0, 5)),
     }
-    with model.base_model.routed(["default"] * 3):
+    with model.base_model.lora_routed(["default"] * 3):
         short, long = (objective.loss(objective.forward(x, labels), labels) for x in (inputs, wide))
         unmasked = objective.forward({"input_ids": inputs["input_ids"]})
     torch.testing.assert_close(short, long, rtol=1e-10, atol=1e-12)
@@ -220,7 +220,7 @@ def test_segments_reach_a_model_that_tells_them_apart_and_no_other() -> None:
     for name in ("one class", "a decoder's class"):
         model = other(name)
         objective = Objective(model, CLASSES)
-        with model.base_model.routed(["default"] * 3):
+        with model.base_model.lora_routed(["default"] * 3):
             outs[name] = [objective.forward(x) for x in (inputs, {**inputs, "token_type_ids": types})]
     assert not torch.allclose(*outs["one class"])
     assert torch.equal(*outs["a decoder's class"])

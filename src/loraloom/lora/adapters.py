@@ -29,6 +29,8 @@ from loraloom.lora.targets import Plan, base_modules, plan, plan_on
 from loraloom.lora.wrapping import Places, strip
 
 PREFIX = "base_model.model."
+#: Names without ``lora_`` that this class had before; they hid what models call so.
+EARLIER = ("layers", "router", "enabled", "saved_modules", "routed")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -39,6 +41,8 @@ class LoraModel(nn.Module):
     them are active is another matter (``set_adapter``), and inactive ones simply get no gradient.
     """
 
+    #: PEFT's: what the names of an adapter's tensors begin with.
+    prefix = "lora_"
     _biases: Biases
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,7 +55,7 @@ class LoraModel(nn.Module):
         self._thawed = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.model = model.requires_grad_(False)
         self.peft_config: dict[str, LoraConfig] = {}
-        self.router = Router()
+        self.lora_router = Router()
         self.training = model.training
         self._layers: dict[str, LoraLayer] = {}
         self._saved: dict[str, SavedModule] = {}
@@ -110,7 +114,7 @@ class LoraModel(nn.Module):
         autocast_adapter_dtype: bool,
         tensors: Mapping[str, Tensor] | None,
     ) -> None:
-        self.router.inputs.forget()
+        self.lora_router.inputs.forget()
         places = Places(self.model)
         for target in made.targets:
             module = modules[target.name]
@@ -118,7 +122,7 @@ class LoraModel(nn.Module):
             if layer is None:
                 cls = layer_class(module)
                 assert cls is not None
-                layer = cls(module, self.router, target.name)
+                layer = cls(module, self.lora_router, target.name)
                 places.replace(module, layer)
                 self._layers[target.name] = layer
             a, b = self._new_factors(layer, target.name, target.r, made.config, seed, autocast_adapter_dtype, tensors)
@@ -166,7 +170,7 @@ class LoraModel(nn.Module):
         for name in names:
             wrapper = self._saved.get(name)
             if wrapper is None:
-                wrapper = SavedModule(modules[name], self.router)
+                wrapper = SavedModule(modules[name], self.lora_router)
                 places.replace(modules[name], wrapper)
                 self._saved[name] = wrapper
             half = any(p.dtype in HALF for p in modules[name].parameters())
@@ -211,7 +215,7 @@ class LoraModel(nn.Module):
         strip(self.model, only_empty=True)
         self._layers = {name: layer for name, layer in self._layers.items() if layer.slots}
         self._saved = {name: wrapper for name, wrapper in self._saved.items() if len(wrapper.modules_to_save)}
-        self.router.inputs.forget()
+        self.lora_router.inputs.forget()
 
     # -- which adapters are active --------------------------------------------------------------------------------
 
@@ -225,13 +229,13 @@ class LoraModel(nn.Module):
         return self._active[0] if len(self._active) == 1 else list(self._active)
 
     @property
-    def enabled(self) -> bool:
+    def lora_enabled(self) -> bool:
         """Whether the active adapters answer: not inside ``disable_adapter``."""
         return self._enabled
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """PEFT's name for the names of ``layers``."""
+        """PEFT's name for the names of ``lora_layers``."""
         return list(self._layers)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -254,8 +258,8 @@ class LoraModel(nn.Module):
 
     def _follow(self) -> None:
         """Let layers, heads and biases follow what is set. Merged adapters answer, active or not, and they alone."""
-        self.router.route = Route(active=self._merged or (self._active if self._enabled else ()))
-        self._install(self.router.route)
+        self.lora_router.route = Route(active=self._merged or (self._active if self._enabled else ()))
+        self._install(self.lora_router.route)
         if self._biases.slots:
             self._modules["biases"] = self._biases
         else:
@@ -301,32 +305,33 @@ class LoraModel(nn.Module):
                 self.merge_adapter(merged)
 
     @contextmanager
-    def routed(
+    def lora_routed(
         self, adapter_names: Sequence[str] | None, dropout_seeds: Mapping[str, int] | None = None
     ) -> Iterator[None]:
         """Row ``i`` of the next batches goes through adapter ``adapter_names[i]``; ``"__base__"`` means none.
 
+        Inside ``disable_adapter`` every row goes through the frozen model alone, as in PEFT.
         ``dropout_seeds`` names an adapter's dropout mask by a number, which then depends on nothing else; without one
         it follows torch's generator. With gradient checkpointing the backward belongs inside the ``with`` block too.
         """
         if not torch.compiler.is_compiling():
-            self.router.inputs.learn()
+            self.lora_router.inputs.learn()
         if adapter_names is None:
             yield
             return
         names = list(adapter_names)
         self._check_names([name for name in dict.fromkeys(names) if name != BASE])
         self._check_unmerged("adapter_names")
-        route = Route.of_rows(names, dropout_seeds or {})
+        route = Route.of_rows(names if self._enabled else [BASE] * len(names), dropout_seeds or {})
         self._install(route)
         try:
             with (
-                self.router.using(route),
-                self._biases.by_row(self.router, self._layers) if route.blocks else nullcontext(),
+                self.lora_router.using(route),
+                self._biases.by_row(self.lora_router, self._layers) if route.blocks else nullcontext(),
             ):
                 yield
         finally:
-            self._install(self.router.route)
+            self._install(self.lora_router.route)
 
     # -- what an adapter consists of --------------------------------------------------------------------------------
 
@@ -356,12 +361,12 @@ class LoraModel(nn.Module):
         return dict(unique.values())
 
     @property
-    def layers(self) -> Mapping[str, LoraLayer]:
+    def lora_layers(self) -> Mapping[str, LoraLayer]:
         """The adapted layers by the name of the module that they wrap."""
         return self._layers
 
     @property
-    def saved_modules(self) -> Mapping[str, SavedModule]:
+    def lora_saved_modules(self) -> Mapping[str, SavedModule]:
         """The modules that adapters train in full, by the name of the module that they stand for."""
         return self._saved
 
@@ -439,7 +444,7 @@ class LoraModel(nn.Module):
         self.thaw()
         self._layers, self._saved, vars(self)["_biases"] = {}, {}, Biases()
         self._modules.pop("biases", None)
-        self.peft_config, self._active, self._merged, self.router.route = {}, (), (), Route()
+        self.peft_config, self._active, self._merged, self.lora_router.route = {}, (), (), Route()
         return self.model
 
     # -- checks and plumbing ----------------------------------------------------------------------------------------
@@ -495,7 +500,12 @@ class LoraModel(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+        try:
             return getattr(self.model, name)
+        except AttributeError:
+            if name in EARLIER:  # unless the model has something of that name
+                return getattr(self, f"lora_{name}")
+            raise
 
 
 @lru_cache(1 << 16)

@@ -145,7 +145,7 @@ def side_by_side(route: Route, layers: Sequence[LoraLinear], x: Tensor) -> list[
     widest = 0
     for block in route.blocks:
         here = tuple(
-            (one, one.factors(block.slot)[0].dtype, one.lora_dropout[block.slot] > 0)
+            (one, one.factors(block.slot)[0].dtype, getattr(one.lora_dropout[block.slot], "p", 0.0) > 0)
             for one in layers
             if block.slot in one.r
         )

@@ -50,20 +50,21 @@ class LoraLayer(nn.Module):
     router: Router
     r: dict[str, int]
     scaling: dict[str, float]
-    lora_dropout: dict[str, float]
+    #: slot → ``nn.Dropout``, whose ``p`` and ``training`` each forward reads: other code switches dropout off by them.
+    lora_dropout: nn.ModuleDict
     #: The slots whose update the weight holds now, and the frozen weight that waits aside meanwhile (in a tuple, so
     #: that it is no parameter of this module).
     merged: tuple[str, ...]
-    _frozen: tuple[nn.Parameter, ...]
+    _frozen: tuple[Tensor, ...]
 
     def __init__(self, base_layer: nn.Module, router: Router, name: str = "") -> None:
         super().__init__()
         # Straight into the tables, as in Factor.
-        self._modules.update(base_layer=base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
-        vars(self).update(
-            router=router, name=name, r={}, scaling={}, lora_dropout={}, merged=(), _frozen=(), _current=None
+        self._modules.update(
+            base_layer=base_layer, lora_dropout=nn.ModuleDict(), lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict()
         )
-        for module in (self, self.lora_A, self.lora_B):
+        vars(self).update(router=router, name=name, r={}, scaling={}, merged=(), _frozen=(), _current=None)
+        for module in (self, self.lora_dropout, self.lora_A, self.lora_B):
             vars(module)["training"] = base_layer.training
 
     # -- shapes and slots ---------------------------------------------------------------------------------------
@@ -84,7 +85,9 @@ class LoraLayer(nn.Module):
         return a.weight, b.weight
 
     def add_slot(self, slot: str, a: nn.Parameter, b: nn.Parameter, r: int, scale: float, dropout: float) -> None:
-        self.r[slot], self.scaling[slot], self.lora_dropout[slot] = r, scale, dropout
+        self.r[slot], self.scaling[slot] = r, scale
+        drop = self.lora_dropout._modules[slot] = nn.Dropout(dropout)
+        vars(drop)["training"] = self.training
         self._place(slot, a, b)
 
     def _place(self, slot: str, a: nn.Parameter, b: nn.Parameter) -> None:
@@ -136,12 +139,17 @@ class LoraLayer(nn.Module):
 
     def dropped(self, slot: str) -> Dropped | None:
         """The dropout of one slot in this forward."""
-        p = self.lora_dropout[slot]
-        return Dropped(p, self.router.dropout_seed(slot, self.input_name)) if self.training and p else None
+        p = self.dropout_p(slot)
+        return Dropped(p, self.router.dropout_seed(slot, self.input_name)) if p else None
+
+    def dropout_p(self, slot: str) -> float:
+        """The probability that one slot's dropout acts with now: 0 while its module is in eval mode."""
+        drop: Any = self.lora_dropout._modules[slot]
+        return getattr(drop, "p", 0.0) if drop.training else 0.0
 
     def drop(self, slot: str, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return F.dropout(x, self.lora_dropout[slot], self.training)
+            return F.dropout(x, self.dropout_p(slot))
         dropped = self.dropped(slot)
         return x if dropped is None else dropout(x, dropped)
 
@@ -169,15 +177,16 @@ class LoraLayer(nn.Module):
         self.merged, self._frozen = (), ()
 
     @property
-    def frozen_weight(self) -> nn.Parameter:
+    def frozen_weight(self) -> Tensor:
         return self._frozen[0] if self._frozen else self.weight
 
     # -- the face that models expect of the layer they had ------------------------------------------------------
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
+        """No parameter while FSDP lends it out as a view of its flat one, which models read the dtype of."""
         weight = self.base_layer.weight
-        assert isinstance(weight, nn.Parameter)
+        assert isinstance(weight, Tensor)
         return weight
 
     @property
@@ -209,9 +218,9 @@ class LoraLinear(LoraLayer):
     """Weight [out, in]."""
 
     kind = "Linear"
-    #: A, B, scale and dropout of the one slot in use. A compiled model reads these and no names, so that another
+    #: A, B, scale and dropout module of the one slot in use. A compiled model reads these and no names, so that another
     #: adapter of the same shapes can take the place without compiling anew.
-    _current: tuple[Tensor, Tensor, float, float] | None = None
+    _current: tuple[Tensor, Tensor, float, Any] | None = None
 
     @staticmethod
     def shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -224,15 +233,15 @@ class LoraLinear(LoraLayer):
         state["_current"] = None
         if len(mine) == 1 and not self.merged:
             a, b = (state["_modules"][name]._modules[mine[0]]._parameters["weight"] for name in ("lora_A", "lora_B"))
-            state["_current"] = (a, b, self.scaling[mine[0]], self.lora_dropout[mine[0]])
+            state["_current"] = (a, b, self.scaling[mine[0]], self.lora_dropout._modules[mine[0]])
 
     def update(self, slot: str, x: Tensor) -> Tensor:
         return functional.lora_linear(self.drop(slot, x), *self.factors(slot), self.scaling[slot])
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         if torch.compiler.is_compiling() and self._current is not None:
-            a, b, scale, p = self._current
-            seen = F.dropout(input, p) if self.training else input
+            a, b, scale, drop = self._current
+            seen = F.dropout(input, drop.p) if drop.training else input
             y: Tensor = self.base_layer(input, *args, **kwargs)
             return y + functional.lora_linear(seen, a, b, scale).to(y.dtype)
         if not self.fits(input):
@@ -277,7 +286,7 @@ class LoraLinear(LoraLayer):
 
     def shares_dropout(self, first: LoraLinear) -> bool:
         """Whether dropout, if there is any now, is that of ``first``, which reads the same input."""
-        return self.input_name == first.input_name or not (self.training and any(self.lora_dropout.values()))
+        return self.input_name == first.input_name or not any(map(self.dropout_p, self.r))
 
     @property
     def frozen(self) -> functional.Frozen:

@@ -68,7 +68,7 @@ def untied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> bool:
         mine = wrapper.current()._parameters
         pairs += [(p, mine[key]) for key, p in unwrap(wrapper.original_module)._parameters.items()]  # type: ignore[misc]
     pairs += [(p, p) for m in model.modules() if id(m) not in left for p in m._parameters.values() if p is not None]
-    after: dict[int, nn.Parameter] = {}
+    after: dict[int, Tensor] = {}
     return any(after.setdefault(id(frozen), weight) is not weight for frozen, weight in pairs if frozen is not None)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loraloom.config import LoraConfig
 from loraloom.errors import AdapterError, ConfigError, nearest
 from loraloom.lora import checkpoint, guise, status
-from loraloom.lora.adapters import LoraModel
+from loraloom.lora.adapters import EARLIER, LoraModel
 from loraloom.lora.checkpoint import LoadReport
 from loraloom.lora.status import TunerLayerStatus, TunerModelStatus
 
@@ -38,6 +38,8 @@ NOT_YET = (
     "supports_lora_conversion",
     "targeted_parameter_names",
 )
+#: Attributes of LoraModel that PEFT's does not have.
+NOT_OF_PEFT = ("check_same", "parameters_of", "tensors_of", "thaw")
 #: What names another adapter on a hub.
 HUB_ONLY = ("revision", "repo_type", "repo_id")
 
@@ -127,13 +129,13 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's own forward. ``adapter_names`` gives one adapter for each row, ``"__base__"`` for none."""
-        with self.base_model.routed(adapter_names):
+        with self.base_model.lora_routed(adapter_names):
             if adapter_names is not None:
                 _check_rows(len(adapter_names), (*args, *kwargs.values()))
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        with self.base_model.routed(adapter_names):
+        with self.base_model.lora_routed(adapter_names):
             if adapter_names is not None:
                 _check_rows(len(adapter_names), (*args, *kwargs.values()))
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
@@ -151,10 +153,16 @@ class PeftModel(nn.Module):
         if name in NOT_YET:  # some of which the model underneath has too, for itself
             raise AttributeError(f"PeftModel has no {name!r} yet; docs/coming-from-peft.md says what to do without it")
         try:
-            return getattr(self.base_model, name)
+            return getattr(self._looked_up_in(name), name)
         except AttributeError:
             inside = type(self.get_base_model()).__name__
             raise AttributeError(f"PeftModel has no attribute {name!r}, nor has its {inside}") from None
+
+    def _looked_up_in(self, name: str) -> nn.Module:
+        """LoraModel for what PEFT's has too. What is ours alone hides nothing of the model underneath."""
+        inside = self.get_base_model()
+        ours = name.startswith("_") or name in NOT_OF_PEFT
+        return inside if name in EARLIER or (ours and hasattr(inside, name)) else self.base_model
 
     # -- the life of adapters: see LoraModel ----------------------------------------------------------------------
 
@@ -179,7 +187,7 @@ class PeftModel(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        return self.base_model.enabled and bool(self.active_adapters)
+        return self.base_model.lora_enabled and bool(self.active_adapters)
 
     @property
     def modules_to_save(self) -> set[str] | None:

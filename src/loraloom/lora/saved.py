@@ -24,7 +24,7 @@ class SavedModule(nn.Module):
         super().__init__()
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
-        self.router = router
+        self.lora_router = router
         self.training = self.modules_to_save.training = original.training
 
     def new_copy(self, dtype: torch.dtype | None) -> nn.Module:
@@ -38,7 +38,7 @@ class SavedModule(nn.Module):
         return module if dtype is None else module.to(dtype)
 
     def current(self) -> nn.Module:
-        copies = [slot for slot in self.router.route.active if slot in self.modules_to_save]
+        copies = [slot for slot in self.lora_router.route.active if slot in self.modules_to_save]
         if len(copies) > 1:
             raise AdapterError(
                 f"set_adapter: {' and '.join(map(repr, copies))} each train their own copy of this module, "
@@ -47,7 +47,7 @@ class SavedModule(nn.Module):
         return self.modules_to_save[copies[0]] if copies else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        route = self.router.route
+        route = self.lora_router.route
         if not route.blocks:
             return self._call(self.current(), *args, **kwargs)
         if not any(block.slot in self.modules_to_save for block in route.blocks):
@@ -58,7 +58,7 @@ class SavedModule(nn.Module):
         def one(slot: str, rows: Tensor, where: slice | Tensor) -> Tensor:
             module = self.modules_to_save[slot] if slot in self.modules_to_save else self.original_module  # noqa: SIM401
             placed, named = ((rows, *args[1:]), kwargs) if args else ((), {**kwargs, key: rows})
-            with self.router.using(Route(active=() if slot == BASE else (slot,))):  # for the layers inside
+            with self.lora_router.using(Route(active=() if slot == BASE else (slot,))):  # for the layers inside
                 out: Tensor = self._call(module, *placed, **named)
             return out
 

@@ -64,7 +64,7 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
             TunerLayerStatus(
                 name,
                 _type(module),
-                lora.enabled,
+                lora.lora_enabled,
                 lora.active_adapters,
                 [slot for slot in lora.merged_adapters if slot in slots],
                 {slot: _some(p.requires_grad for p in parameters) for slot, parameters in slots.items()},
@@ -88,7 +88,7 @@ def get_model_status(model: Any) -> TunerModelStatus:
         trainable,
         total,
         len(layers),
-        lora.enabled,
+        lora.lora_enabled,
         lora.active_adapters,
         lora.merged_adapters,
         {name: _some(layer.requires_grad[name] for layer in layers if name in layer.requires_grad) for name in names},

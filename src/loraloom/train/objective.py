@@ -32,7 +32,7 @@ class Objective:
 
     def __init__(self, model: PeftModel, task: TaskType) -> None:
         self._task = task
-        self._router = model.base_model.router
+        self._router = model.base_model.lora_router
         self._model = model.get_base_model()
         self._config = getattr(self._model, "config", None)
         self._dtype = next(p.dtype for p in self._model.parameters() if p.is_floating_point())

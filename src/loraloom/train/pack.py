@@ -124,7 +124,7 @@ class Pack:
         labels = inputs.pop("labels")
         slots = [name for name, own in rows.items() for _ in range(own.start, own.stop)]
         # The backward is inside: gradient checkpointing runs parts of the forward again, by the same route and kernels.
-        with self.model.base_model.routed(slots, dropout_seeds), self._objective.attention(inputs["input_ids"]):
+        with self.model.base_model.lora_routed(slots, dropout_seeds), self._objective.attention(inputs["input_ids"]):
             losses = self._objective.losses(self._objective.forward(inputs, labels), labels, rows)
             values = torch.stack([loss.detach().double() for loss in losses.values()])
             found = dict(zip(losses, values.tolist(), strict=True))
@@ -151,7 +151,7 @@ class Pack:
             for key in ("input_ids", "labels"):
                 if key not in batch:
                     raise AdapterError(f"batches: that of {name!r} has no {key}; found {', '.join(batch) or 'nothing'}")
-        if self.model.training or not all(layer.training for layer in self.model.base_model.layers.values()):
+        if self.model.training or not all(layer.training for layer in self.model.base_model.lora_layers.values()):
             train_adapters(self.model)
         # A layer is wrapped for as long as an adapter is in it, so this is all that what is shared depends on.
         if self._learned != tuple(self.adapters):
@@ -163,9 +163,9 @@ class Pack:
         """Let the layers learn what they share, so that the first step adds up in the same order as all that follow."""
         inputs, _ = self._joined([(name, row)])
         labels = inputs.pop("labels")
-        with evaluating(self.model, torch.no_grad()), self.model.base_model.routed([name]):
+        with evaluating(self.model, torch.no_grad()), self.model.base_model.lora_routed([name]):
             self._objective.forward(inputs, labels)
-        self.model.base_model.router.inputs.learn()
+        self.model.base_model.lora_router.inputs.learn()
 
     def _joined(self, parts: Sequence[tuple[str, Mapping[str, Tensor]]]) -> tuple[dict[str, Tensor], dict[str, slice]]:
         """One batch of all rows, filled up on the right to the longest, and where each adapter's are."""
@@ -214,9 +214,10 @@ def train_adapters(model: PeftModel) -> None:
     the others'; and its running statistics would change.
     """
     model.eval()
-    for layer in model.base_model.layers.values():
+    for layer in model.base_model.lora_layers.values():
         layer.training = True
-    for wrapper in model.base_model.saved_modules.values():
+        layer.lora_dropout.train()
+    for wrapper in model.base_model.lora_saved_modules.values():
         for module in wrapper.modules_to_save.modules():
             module.training = not isinstance(module, _DropoutNd)
     for module in recomputed(model):

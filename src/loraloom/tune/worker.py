@@ -253,7 +253,7 @@ def blown_up(trial: Trial) -> str:
 def _used(model: PeftModel, name: str) -> dict[str, tuple[int, int, float]]:
     """Module → its rank, how many directions its update uses, and how large that is beside the frozen weight."""
     found = {}
-    for module, layer in model.base_model.layers.items():
+    for module, layer in model.base_model.lora_layers.items():
         if name not in layer.slots:
             continue
         a, b = layer.factors(name)

@@ -46,7 +46,7 @@ def test_an_adapter_that_does_not_train_stops() -> None:
 
 def test_an_adapter_frozen_in_part_stops() -> None:
     model = adapted()
-    next(iter(model.base_model.layers.values())).factors("default")[0].requires_grad_(False)
+    next(iter(model.base_model.lora_layers.values())).factors("default")[0].requires_grad_(False)
     (finding,) = doctor.examine(model)
     assert finding.kind == "frozen"
     assert "1 of 8 tensors" in finding.text

@@ -63,7 +63,7 @@ def examine(
 
 
 def _trainable(model: PeftModel, name: str) -> Iterator[Finding]:
-    layers = [layer for layer in model.base_model.layers.values() if name in layer.slots]
+    layers = [layer for layer in model.base_model.lora_layers.values() if name in layer.slots]
     factors = [p for layer in layers for p in layer.factors(name)]
     mine = set(map(id, model.adapter_parameters(name).values()))
     trained = [p for p in model.parameters() if p.requires_grad]

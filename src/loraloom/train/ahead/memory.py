@@ -131,11 +131,11 @@ def _saved_bytes(model: PeftModel, task: TaskType, rows: int, length: int, recom
     try:
         found = trunk_and_head(model) if task is TaskType.CAUSAL_LM else None
         part = model.get_base_model() if found is None else found[0]
-        with torch.no_grad(), model.base_model.routed(None):
+        with torch.no_grad(), model.base_model.lora_routed(None):
             part(**given)  # the layers learn what they share, as before the loop's first step
         with (
             _FusedAttention(),
-            model.base_model.routed(None),
+            model.base_model.lora_routed(None),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
             # Not by ``Objective``: without a cache, transformers looks at the numbers of a mask.

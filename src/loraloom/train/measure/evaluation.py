@@ -136,7 +136,7 @@ def run(
             inputs = collate([examples[row] for row in rows], pad_id, task)
             inputs = {key: value.to(device) for key, value in inputs.items()}
             labels = inputs.pop("labels")
-            with model.base_model.routed([name] * len(rows)):
+            with model.base_model.lora_routed([name] * len(rows)):
                 out = objective.forward(inputs, labels)
                 if number >= len(mine):
                     continue

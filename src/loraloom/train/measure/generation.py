@@ -117,7 +117,7 @@ class _Company:
         self._world.any(True)
 
     def _forward(self, **inputs: Any) -> Any:
-        with self._model.base_model.routed([self._name]):
+        with self._model.base_model.lora_routed([self._name]):
             return self._base(**inputs, use_cache=False)
 
 
