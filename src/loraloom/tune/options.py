@@ -104,7 +104,9 @@ class TuneOptions:
 
     def _check_metric(self) -> None:
         train = self.train
-        measured = train.metrics or DEFAULTS[kind_of(TASKS[train.task], train.problem_type)]
+        kind = kind_of(TASKS[train.task], train.problem_type)
+        # Whether tags mark entities is not known before the data is read.
+        measured = train.metrics or (*DEFAULTS[kind], *(DEFAULTS["words"] if kind == "tags" else ()))
         given = [name for name in measured if ":" not in name and name != "loss"]
         own = [spec.partition(":")[2] for spec in train.metrics or () if ":" in spec]
         self.metric = self.metric or next(iter([*given, *own]), "loss")

@@ -22,7 +22,7 @@ import torch
 
 import loraloom
 from loraloom.config import TaskType
-from loraloom.errors import DataError
+from loraloom.errors import ConfigError, DataError
 from loraloom.lora.atomic import write_files
 from loraloom.train.course import lock
 from loraloom.train.course.signals import asked_to_stop
@@ -78,7 +78,9 @@ def _search(options: TuneOptions, watch: Watcher, sampler: BaseSampler | None) -
     _check_validation(loaded)
     metric, own = options.metric, loaded.metrics
     if metric == metric_name(loaded.task) and metric not in own.names and not own.own:
-        metric = own.first  # of classes, where it turned out that labels are numbers or several classes
+        metric = own.first  # where it turned out that labels are numbers or several classes, or tags no entities
+    if metric != "loss" and metric not in own.names and not own.own:
+        raise ConfigError(f"metric: {metric!r} is not measured of this data; there are {', '.join(own.names)}, loss")
     options = replace(options, train=replace(loaded.options, problem_type=loaded.data.problem), metric=metric)
     options.space.check(loaded.base, options.train)
     return Search(options, loaded, watch, sampler).run()

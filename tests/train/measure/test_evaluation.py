@@ -379,3 +379,40 @@ def test_some_of_the_examples_in_any_order_are_measured_too(encoder_folder: Path
             HeldOut(metrics, rows=[rows[i] for i in order], **given),
         )  # fmt: skip
     assert notes[1][0] == notes[2][0][::-1]
+
+
+# A metric never says more than the predictions do -----------------------------------------------------------------
+
+
+def test_tags_that_mark_no_entities_are_measured_by_word(encoder_folder: Path) -> None:
+    tags = ["DET", "NOUN", "VERB"]
+    tokenizer, task = load_tokenizer(str(encoder_folder)), TaskType.TOKEN_CLS
+    model = adapted(encoder_folder, task, tags)
+    records = [Tagged(ENCODER_WORDS[:n], [tags[i % 3] for i in range(n)]) for n in (12, 3, 7)]
+    examples, _, _ = encoded(tokenizer, task, records, labels=tags)
+    metrics, notes = seen(task)
+    for either in (None, metrics):
+        found = evaluate(model, "default", task, examples, 0, 2, HeldOut(either, labels=tags))
+        assert list(found)[:4] == ["loss", "accuracy", "f1_macro", "f1_micro"]
+    said, right = ([tag for row in side for tag in row] for side in notes[0])
+    assert found["accuracy"] == sum(map(str.__eq__, said, right)) / len(right) < 1
+
+
+@pytest.mark.parametrize("task", [CLASSES, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS])
+def test_a_model_whose_numbers_are_none_is_right_nowhere(task: TaskType, encoder_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(encoder_folder))
+    records: dict[TaskType, list[Record]] = {
+        CLASSES: [Labelled("the good film", None, "O"), Labelled("a bad book", None, "B-X")],
+        TaskType.TOKEN_CLS: [Tagged(["the", "film"], ["O", "B-X"])],
+        TaskType.QUESTION_ANS: [Asked("was it", "the film was a bad film", [])],
+    }
+    labels = () if task is TaskType.QUESTION_ANS else ("B-X", "O")
+    model = adapted(encoder_folder, task, labels)
+    for parameter in model.adapter_parameters("default").values():
+        parameter.data.fill_(math.nan)
+    examples, named, _ = encoded(tokenizer, task, records[task], labels=labels)
+    held = HeldOut(None, named, labels=labels, tokenizer=tokenizer, max_length=64)
+    found = evaluate(model, "default", task, examples, 0, 2, held)
+    assert math.isnan(found.pop("loss"))
+    assert len(found) > 1
+    assert not any(found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from loraloom import TaskType
 from loraloom.errors import ConfigError
 from loraloom.train.measure.metrics import (
     MEASURES,
+    OwnMetric,
     Scores,
     choose,
     greater_is_better,
@@ -51,12 +53,15 @@ def test_a_task_is_measured_by_its_own_metrics_and_generates_nothing_unasked(
 
 @pytest.mark.parametrize(("task", "problem"), TASKS)
 def test_every_known_metric_can_be_asked_for(task: TaskType, problem: str | None) -> None:
-    chosen = choose(task, problem, known_metrics(task, problem))
+    known = known_metrics(task, problem)
+    if task is TaskType.TOKEN_CLS:  # half of them are of entities, the others of words
+        known = [name for name in known if name in ("loss", *MEASURES["tags"])]
+    chosen = choose(task, problem, known)
     kinds: dict[str, list[Any]] = {"numbers": [1.0, 2.0], "several classes": [["a"], ["b"]], "tags": [["B-A", "O"]]}
     said = kinds.get(chosen.kind, ["x y", "y z"])
     right = [[one] for one in said] if chosen.kind == "answers" else said
     found = chosen.measure(Scores(6.0, 4), said, right)
-    assert list(found) == known_metrics(task, problem)
+    assert list(found) == known
     assert found["loss"] == 1.5
     for name in MEASURES[chosen.kind]:
         assert found[name] == pytest.approx(1 if greater_is_better(name) else 0), name
@@ -83,6 +88,40 @@ def test_a_name_that_the_task_lacks_is_an_error_with_the_nearest() -> None:
         choose(LM, None, ["rougeLsum"])
     with pytest.raises(ConfigError, match=r"'accuracy' is none of seq-cls \(regression\)"):
         choose(CLASSES, "regression", ["accuracy"])
+
+
+POS, NER = ["DET", "NOUN", "VERB"], ["B-PER", "I-PER", "O"]
+
+
+def test_tags_that_mark_no_entities_are_measured_by_word_and_watched_by_accuracy() -> None:
+    chosen = choose(TaskType.TOKEN_CLS).of_labels(POS)
+    assert chosen.names == ("accuracy", "f1_macro", "f1_micro")
+    assert chosen.first == "accuracy"
+    wrong = chosen.measure(Scores(1.0, 1), [["NOUN", "DET"]], [["DET", "NOUN"]])
+    assert wrong == {"loss": 1.0, "accuracy": 0.0, "f1_macro": 0.0, "f1_micro": 0.0}
+    assert choose(TaskType.TOKEN_CLS).of_labels(NER).names == ("f1", "precision", "recall", "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("labels", "asked", "words"),
+    [
+        (POS, ["f1"], r"'f1' is not measured of these tags \(DET, NOUN, VERB, ...\), which mark no entities"),
+        (POS, ["accuracy", "recall"], "there are loss, accuracy, f1_macro, f1_micro"),
+        (NER, ["f1_micro"], "which mark entities; there are loss, f1, precision, recall, accuracy"),
+    ],
+)
+def test_a_metric_that_tags_do_not_have_is_an_error(labels: list[str], asked: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        choose(TaskType.TOKEN_CLS, None, asked).of_labels(labels)
+
+
+def test_a_users_function_sees_the_tags_as_they_are() -> None:
+    def saw(predictions: Any, references: Any) -> float:
+        return float(predictions == [["PER_U", math.nan]])
+
+    chosen = dataclasses.replace(choose(TaskType.TOKEN_CLS), own=(OwnMetric("m:saw", saw),)).of_labels(["O", "PER_U"])
+    found = chosen.measure(Scores(1.0, 1), [["PER_U", math.nan]], [["PER_U", "O"]])
+    assert found == {"loss": 1.0, "f1": 1.0, "precision": 1.0, "recall": 1.0, "accuracy": 0.5, "saw": 1.0}
 
 
 def test_a_loss_beyond_all_numbers_has_an_infinite_perplexity_and_none_has_none() -> None:

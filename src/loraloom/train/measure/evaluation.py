@@ -6,6 +6,7 @@ This file knows how a task's outputs become words, numbers and texts again. Whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ from loraloom.train.pack import evaluating
 from loraloom.train.shard import sharded
 from loraloom.train.world import ALONE, World
 
+#: What is predicted where the model's numbers are none: equal to nothing, so it counts as wrong everywhere.
+NOTHING = math.nan
 #: An answer has at most so many tokens, as in the official baselines.
 LONGEST_ANSWER = 30
 
@@ -74,10 +77,10 @@ def evaluate(
     The processes of ``world`` share the work, and all have the result.
 
     Raises:
-        ConfigError: a user's own metric fails.
+        ConfigError: a user's own metric fails, or one was asked for that the tags do not have.
     """
     held_out = held_out or HeldOut()
-    metrics = held_out.metrics or choose(task, problem_of(examples))
+    metrics = (held_out.metrics or choose(task, problem_of(examples))).of_labels(held_out.labels)
     if metrics.needs_predictions and not _known(task, held_out):
         metrics = Metrics(task, metrics.kind, ())
     world, keep = world or ALONE, metrics.needs_predictions
@@ -116,8 +119,8 @@ def run(
 ) -> tuple[Scores, list[Tensor | None]]:
     """The loss over all examples, and with ``keep`` each one's outputs, padding left out, in the order of the examples.
 
-    Outputs: logits [classes] of seq-cls, the best tag's number of each token, [tokens, 2] of question-answering; None
-    for texts, which are generated.
+    Outputs: logits [classes] of seq-cls, the best tag's number of each token (-1 for NaN), [tokens, 2] of
+    question-answering; None for texts, which are generated.
     """
     objective = Objective(model, task)
     device = next(model.parameters()).device
@@ -142,13 +145,18 @@ def run(
                     continue
                 parts.append(objective.score(out, labels))
             if keep:
-                out = out.argmax(-1) if task is TaskType.TOKEN_CLS else out.float()
+                out = _best_tags(out) if task is TaskType.TOKEN_CLS else out.float()
                 for row, found in zip(rows, out.cpu(), strict=True):
                     outputs[row] = found if task is TaskType.SEQ_CLS else found[: lengths[row]]
     found = world.gather((total(parts), outputs))
     if world.size > 1:
         outputs = [next((one for one in row if one is not None), None) for row in zip(*(o for _, o in found))]
     return total(scores for scores, _ in found), outputs
+
+
+def _best_tags(logits: Tensor) -> Tensor:
+    """The greatest of the last dimension; -1 where one is NaN, which ``argmax`` takes for the greatest."""
+    return torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
 
 
 def predictions(
@@ -161,7 +169,10 @@ def predictions(
     held_out: HeldOut,
     world: World = ALONE,
 ) -> Said:
-    """Classes by name, numbers, tags by word, answers or texts; ``outputs`` are those of ``run``."""
+    """Classes by name, numbers, tags by word, answers or texts; ``outputs`` are those of ``run``.
+
+    Where these are NaN, ``NOTHING`` is predicted.
+    """
     if task is TaskType.SEQ_CLS:
         return _classes(examples, outputs, held_out.labels)
     if task is TaskType.TOKEN_CLS:
@@ -180,14 +191,16 @@ def _classes(examples: Sequence[Example], outputs: Sequence[Tensor | None], labe
     for example, logits in zip(examples, outputs, strict=True):
         assert logits is not None
         right = example.labels
+        none = bool(logits.isnan().any())
         if isinstance(right, list):
-            said.predictions.append([named(i) for i, logit in enumerate(logits.tolist()) if logit > 0])
+            found = [named(i) for i, logit in enumerate(logits.tolist()) if logit > 0]
+            said.predictions.append([NOTHING] if none else found)
             said.references.append([named(i) for i, one in enumerate(right) if one])
         elif isinstance(right, float):
             said.predictions.append(float(logits))
             said.references.append(right)
         else:
-            said.predictions.append(named(int(logits.argmax())))
+            said.predictions.append(NOTHING if none else named(int(logits.argmax())))
             said.references.append(named(right))
     return said
 
@@ -205,14 +218,15 @@ def _tags(examples: Sequence[Example], outputs: Sequence[Tensor | None], held_ou
     said = Said()
     names = held_out.labels
     for parts in _by_row(len(examples), held_out.rows).values():
-        found: list[str] = []
+        found: list[str | float] = []
         right: list[str] = []
         for part in parts:
             labels, best = examples[part].labels, outputs[part]
             assert isinstance(labels, list)
             assert best is not None
+            numbers = best.tolist()
             asked = [i for i, label in enumerate(labels) if label != IGNORE]
-            found += [names[int(best[i])] for i in asked]
+            found += [names[numbers[i]] if numbers[i] >= 0 else NOTHING for i in asked]
             right += [names[int(labels[i])] for i in asked]
         said.predictions.append(found)
         said.references.append(right)
@@ -231,7 +245,8 @@ def _answers(examples: Sequence[Example], outputs: Sequence[Tensor | None], held
         windows = {tuple(window.ids): window for window in encoder.windows([record])[0]}
         seen = [windows[tuple(examples[part].input_ids)] for part in parts]
         logits = [output for output in (outputs[part] for part in parts) if output is not None]
-        said.predictions.append(best_answer(record.context, seen, logits, empty))
+        none = any(bool(both.isnan().any()) for both in logits)
+        said.predictions.append(NOTHING if none else best_answer(record.context, seen, logits, empty))
         said.references.append([text for text, _ in record.answers])
         said.examples.append(parts[0])
     return said

@@ -12,6 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from itertools import chain
+from typing import Any
 
 # -- classes ------------------------------------------------------------------------------------------------------
 
@@ -51,7 +52,12 @@ def _f1(hits: int, predicted: int, right: int) -> float:
 
 
 def mse(predicted: Sequence[float], right: Sequence[float]) -> float:
-    return _mean([(a - b) ** 2 for a, b in zip(predicted, right, strict=True)])
+    return _mean(_squares(predicted, right))
+
+
+def _squares(predicted: Sequence[float], right: Sequence[float]) -> list[float]:
+    # Not ** 2, which raises where the square is beyond all numbers.
+    return [(a - b) * (a - b) for a, b in zip(predicted, right, strict=True)]
 
 
 def mae(predicted: Sequence[float], right: Sequence[float]) -> float:
@@ -60,18 +66,34 @@ def mae(predicted: Sequence[float], right: Sequence[float]) -> float:
 
 def r2(predicted: Sequence[float], right: Sequence[float]) -> float:
     """The share of the variance that is explained; below 0 for worse than the mean, NaN where all are the same."""
-    mean = _mean(right)
-    spread = math.fsum((b - mean) ** 2 for b in right)
-    return 1 - math.fsum((a - b) ** 2 for a, b in zip(predicted, right, strict=True)) / spread if spread else math.nan
+    if _constant(right):
+        return math.nan
+    spread = math.fsum(_squares([_mean(right)] * len(right), right))
+    return 1 - math.fsum(_squares(predicted, right)) / spread if spread else math.nan
 
 
 def pearson(predicted: Sequence[float], right: Sequence[float]) -> float:
     """Correlation, NaN where either side is all the same or not finite."""
-    if not all(map(math.isfinite, chain(predicted, right))):
+    if not all(map(math.isfinite, chain(predicted, right))) or _constant(predicted) or _constant(right):
         return math.nan
-    a, b = ([value - _mean(side) for value in side] for side in (predicted, right))
+    a, b = _centred(predicted), _centred(right)
     size = math.sqrt(math.fsum(x * x for x in a)) * math.sqrt(math.fsum(y * y for y in b))
     return max(-1.0, min(1.0, math.fsum(x * y for x, y in zip(a, b, strict=True)) / size)) if size else math.nan
+
+
+def _constant(values: Sequence[float]) -> bool:
+    """All the same but for rounding: what is left once the mean is taken away is noise, and noise correlates."""
+    if not all(map(math.isfinite, values)) or not values:
+        return False
+    return max(values) - min(values) <= 1e-13 * max(map(abs, values))
+
+
+def _centred(values: Sequence[float]) -> list[float]:
+    """Differences from the mean, in parts of the greatest, so that no square is beyond all numbers or lost."""
+    largest = max(map(abs, values))
+    scaled = [value / largest for value in values]
+    mean = _mean(scaled)
+    return [value - mean for value in scaled]
 
 
 def spearman(predicted: Sequence[float], right: Sequence[float]) -> float:
@@ -101,12 +123,14 @@ Entity = tuple[str, int, int]
 def entities(tags: Sequence[str]) -> set[Entity]:
     """(type, first word, last word) of each entity in IOB2 tags (``B-PER``, ``I-PER``, ``O``), or IOBES.
 
-    Lenient as conlleval and seqeval are: an ``I-`` that continues nothing of its type begins an entity.
+    Lenient as conlleval and seqeval are: an ``I-`` that continues nothing of its type begins an entity. A tag that is
+    none of these is outside.
     """
     found: set[Entity] = set()
     kind, start, last = "", 0, "O"
     for place, tag in enumerate([*tags, "O"]):
         prefix, _, name = tag.partition("-")
+        prefix = prefix if prefix in ("B", "I", "E", "S") else "O"
         if last != "O" and (prefix in ("O", "B", "S") or last in ("E", "S") or name != kind):
             found.add((kind, start, place - 1))
             last = "O"
@@ -137,7 +161,23 @@ def _entity_counts(predicted: Sequence[Sequence[str]], right: Sequence[Sequence[
 
 def word_accuracy(predicted: Sequence[Sequence[object]], right: Sequence[Sequence[object]]) -> float:
     """The share of words whose tag is right."""
-    return accuracy([*chain.from_iterable(predicted)], [*chain.from_iterable(right)])
+    return accuracy(*_words_alone(predicted, right))
+
+
+def word_f1_macro(predicted: Sequence[Sequence[Hashable]], right: Sequence[Sequence[Hashable]]) -> float:
+    """The mean of the tags' F1, over words."""
+    return f1_macro(*_words_alone(predicted, right))
+
+
+def word_f1_micro(predicted: Sequence[Sequence[Hashable]], right: Sequence[Sequence[Hashable]]) -> float:
+    """F1 of all tags together, over words: as each word has one tag, the same as their accuracy."""
+    return f1_micro(*_words_alone(predicted, right))
+
+
+def _words_alone(predicted: Sequence[Sequence[Any]], right: Sequence[Sequence[Any]]) -> tuple[list[Any], list[Any]]:
+    """Each word's tag as a set of one, over all rows."""
+    a, b = ([(tag,) for row in side for tag in row] for side in (predicted, right))
+    return a, b
 
 
 # -- answers ------------------------------------------------------------------------------------------------------
@@ -164,6 +204,9 @@ def answer_f1(predicted: Sequence[str], right: Sequence[Sequence[str]]) -> float
 def _best(predicted: Sequence[str], right: Sequence[Sequence[str]], score: Callable[[str, str], float]) -> float:
     best = []
     for said, answers in zip(predicted, right, strict=True):
+        if not isinstance(said, str):  # NaN: the model predicts nothing, not that there is no answer
+            best.append(0.0)
+            continue
         kept = [answer for answer in answers if normalised(answer)] or [""]
         best.append(max(score(said, answer) for answer in kept))
     return _mean(best)
@@ -231,4 +274,7 @@ def _ratio(part: float, whole: float) -> float:
 
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
-    return math.fsum(values) / len(values) if values else math.nan
+    try:
+        return math.fsum(values) / len(values) if values else math.nan
+    except OverflowError:  # the sum is beyond all numbers, and the mean need not be
+        return math.fsum(value / len(values) for value in values)

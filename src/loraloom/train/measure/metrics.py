@@ -13,12 +13,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraloom.config import TaskType
 from loraloom.errors import ConfigError, nearest
 from loraloom.train.measure import measures
+from loraloom.train.measure.tagging import Scheme, scheme_of
 
 #: (predictions, what was right) → figure
 Measure = Callable[[Sequence[Any], Sequence[Any]], float]
@@ -29,7 +30,8 @@ _TEXTS: dict[str, Measure] = {
     "rouge2": measures.rouge2,
     "rougeL": measures.rouge_l,
 }
-#: What is measured → metric → how. Perplexity follows from the loss.
+#: What is measured → metric → how. Perplexity follows from the loss. "tags" mark entities, and "words" are tagged with
+#: anything else; which of the two it is shows in the tags' names.
 MEASURES: dict[str, dict[str, Measure]] = {
     "classes": {
         "accuracy": measures.accuracy,
@@ -54,6 +56,11 @@ MEASURES: dict[str, dict[str, Measure]] = {
         "recall": measures.entity_recall,
         "accuracy": measures.word_accuracy,
     },
+    "words": {
+        "accuracy": measures.word_accuracy,
+        "f1_macro": measures.word_f1_macro,
+        "f1_micro": measures.word_f1_micro,
+    },
     "answers": {"f1": measures.answer_f1, "exact_match": measures.answer_exact},
     "texts": _TEXTS,
 }
@@ -63,6 +70,7 @@ DEFAULTS = {
     "several classes": ("f1_micro", "f1_macro", "subset_accuracy"),
     "numbers": ("mse", "mae", "pearson", "spearman", "r2"),
     "tags": ("f1", "precision", "recall", "accuracy"),
+    "words": ("accuracy", "f1_macro", "f1_micro"),
     "answers": ("f1", "exact_match"),
     "texts": ("perplexity",),
 }
@@ -104,10 +112,18 @@ def kind_of(task: TaskType, problem_type: str | None = None) -> str:
     return _KINDS.get(task) or _PROBLEMS.get(problem_type or "", "classes")
 
 
-def known_metrics(task: TaskType, problem_type: str | None = None) -> list[str]:
-    """The names that can be asked for, the loss among them, which is always measured."""
+def _kinds_of(task: TaskType, problem_type: str | None) -> list[str]:
     kind = kind_of(task, problem_type)
-    return list(dict.fromkeys(["loss", *DEFAULTS[kind], *MEASURES[kind]]))
+    return ["tags", "words"] if kind == "tags" else [kind]
+
+
+def known_metrics(task: TaskType, problem_type: str | None = None) -> list[str]:
+    """The names that can be asked for, the loss among them, which is always measured.
+
+    Of token-cls both those of entities and those of words: see ``Metrics.of_labels``.
+    """
+    kinds = _kinds_of(task, problem_type)
+    return list(dict.fromkeys(["loss", *(name for kind in kinds for name in (*DEFAULTS[kind], *MEASURES[kind]))]))
 
 
 def metric_name(task: TaskType, problem_type: str | None = None) -> str:
@@ -210,6 +226,27 @@ class Metrics:
     kind: str
     names: tuple[str, ...]
     own: tuple[OwnMetric, ...] = ()
+    #: how the tags mark entities, once they were seen
+    scheme: Scheme | None = None
+
+    def of_labels(self, labels: Sequence[str]) -> Metrics:
+        """The metrics that fit these classes or tags: tags that mark no entities are measured word by word.
+
+        Raises:
+            ConfigError: a metric was asked for that such tags do not have.
+        """
+        if self.kind != "tags" or not labels:
+            return self
+        scheme = scheme_of(labels)
+        kind = "tags" if scheme else "words"
+        names = DEFAULTS[kind] if self.names == DEFAULTS["tags"] else self.names
+        for name in names:
+            if name != "loss" and name not in MEASURES[kind]:
+                raise ConfigError(
+                    f"metrics: {name!r} is not measured of these tags ({', '.join(labels[:3])}, ...), which mark "
+                    f"{'' if scheme else 'no '}entities; there are loss, {', '.join(MEASURES[kind])}"
+                )
+        return replace(self, kind=kind, names=names, scheme=scheme)
 
     @property
     def needs_predictions(self) -> bool:
@@ -233,9 +270,12 @@ class Metrics:
             ConfigError: a user's function fails, or names its figures as others are named.
         """
         found = {"loss": scores.loss}
+        plain = predictions, references
+        if self.scheme is not None:  # a user's own function sees the tags as they are
+            plain = self.scheme.rows(predictions), self.scheme.rows(references)
         for name in self.names:
             if name in MEASURES[self.kind]:
-                found[name] = MEASURES[self.kind][name](predictions, references)
+                found[name] = MEASURES[self.kind][name](*plain)
             elif name == "perplexity":
                 found[name] = scores.perplexity
         for own in self.own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,11 @@ def _words(record: Record, value: Any) -> str:
         words = record.tokens if len(value) == len(record.tokens) else [""] * len(value)
         marked = [f"{word} {tag}".strip() for word, tag in zip(words, value, strict=True) if tag != "O"]
         return ", ".join(marked) or "O"
+    if isinstance(value, float) and math.isnan(value):
+        return "(no number)"
     if isinstance(record, Asked):
         first = value if isinstance(value, str) else next(iter(value), "")
         return first or "(no answer)"
     if isinstance(value, list):
-        return ", ".join(value) or "(none)"
+        return ", ".join(map(str, value)) or "(none)"
     return f"{value:.4g}" if isinstance(value, float) else str(value).strip()

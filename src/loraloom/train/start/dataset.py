@@ -29,6 +29,7 @@ from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Exa
 from loraloom.data.table.survey import Survey, Watch, survey
 from loraloom.data.tokens.templates import find_template
 from loraloom.errors import ConfigError, DataError, SaveError
+from loraloom.train.measure.tagging import described
 from loraloom.train.settings.options import TASKS, TrainOptions
 from loraloom.train.start.load import length_within
 
@@ -218,6 +219,8 @@ def encode_run_rows(rows: Rows, options: TrainOptions, tokenizer: Any, watch: Wa
     made = encode_survey(rows.train, task, tokenizer, **settings)
     other = encode_survey(rows.evaluation, task, tokenizer, **settings) if own else made
     notes += [note for note in made.notes if note not in notes]
+    if task is TaskType.TOKEN_CLS:
+        notes.append(described(rows.names))
     parts, warnings = [], list[str]()
     for what, encoded, numbers in (("training", made, rows.train_rows), ("held-out", other, rows.evaluation_rows)):
         flags = encoded.table.row_flags[np.unique(numbers)]

@@ -167,7 +167,7 @@ def load(options: TrainOptions, where: Place | None = None, reading: Watch = sil
     options = replace(options, max_length=length_within(limit, options.max_length, options.model))
     tokenizer = load_tokenizer(options.model, options.revision)
     data = encode_run_rows(rows, options, tokenizer, reading)
-    metrics = choose(task, data.problem, options.metrics)
+    metrics = choose(task, data.problem, options.metrics).of_labels(data.names)
     if options.metric_for_best_model and not metrics.own:  # what a function returns is not known before
         best.watched(dict.fromkeys(["loss", *metrics.names], 0.0), options.metric_for_best_model)
     torch.manual_seed(options.seed)  # the new head's numbers
