@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from loraloom import LoraConfig, PeftModel, get_peft_model
-from loraloom.errors import AdapterError
+from loraloom.errors import AdapterError, MergeError
 from loraloom.lora.saved import SavedModule, unwrap
 
 
@@ -54,9 +55,9 @@ def head(model: PeftModel) -> SavedModule:
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
 
 
-def answers(model: nn.Module, x: Tensor = X, **options: object) -> Tensor:
+def answers(model: nn.Module, x: Tensor = X, **options: object) -> Any:
     with torch.no_grad():
-        return model(x, **options)
+        return model(**options) if "input_ids" in options else model(x, **options)
 
 
 def by_hand(model: PeftModel, name: str, x: Tensor = X) -> Tensor:
@@ -264,3 +265,62 @@ def test_copies_are_saved_and_loaded(tmp_path: Path) -> None:
         model.set_adapter(name)
         again.set_adapter(name)
         assert torch.equal(answers(again), answers(model))
+
+
+class MixedHead(nn.Module):
+    """A head that keeps its norm in float32, as some models do, and casts to what its weights have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x.to(self.norm.weight.dtype)).to(self.out.weight.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("save", [["head"], ["head", "other"], ["out"]], ids=", ".join)
+def test_a_merged_half_precision_model_has_the_dtypes_of_its_base(save: list[str], dtype: torch.dtype) -> None:
+    net = Net().to(dtype)
+    net.head = MixedHead().to(dtype)
+    net.head.norm.float()
+    dtypes = {name: p.dtype for name, p in net.named_parameters()}
+    model = get_peft_model(net, config(modules_to_save=save))
+    with torch.no_grad():
+        for parameter in model.adapter_parameters("default").values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    before = answers(model, X.to(dtype))
+    merged = model.merge_and_unload()
+    assert {name: p.dtype for name, p in merged.named_parameters()} == dtypes
+    torch.testing.assert_close(answers(merged, X.to(dtype)), before, rtol=0.05, atol=0.05)
+
+
+def test_a_copy_that_half_precision_cannot_hold_is_not_merged() -> None:
+    model = get_peft_model(Net().half(), config(modules_to_save=["other"]))
+    with torch.no_grad():
+        model.adapter_parameters("default")["base_model.model.other.weight"][0, 0] = 1e6
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(MergeError, match="other: 'default' trained it in full.*not finite"):
+        model.merge_and_unload()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("save", [["lm_head"], ["lm_head", "embed_tokens"], None])
+def test_a_merged_bfloat16_language_model_or_classifier_answers(save: list[str] | None, tied: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    shape = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=tied)  # fmt: skip
+    base = (LlamaForCausalLM if save else LlamaForSequenceClassification)(shape).to(torch.bfloat16).eval()
+    task = "CAUSAL_LM" if save else "SEQ_CLS"
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=save, task_type=task))
+    with torch.no_grad():
+        for parameter in model.adapter_parameters("default").values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    ids = torch.arange(1, 13).view(2, 6)
+    before = answers(model, input_ids=ids).logits
+    merged = model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(answers(merged, input_ids=ids).logits, before, rtol=0.1, atol=0.1)

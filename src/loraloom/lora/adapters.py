@@ -414,12 +414,15 @@ class LoraModel(nn.Module):
     ) -> nn.Module:
         """The plain model with the adapters folded in: weights, heads and biases. This object is empty afterwards.
 
+        Every tensor has the dtype that the base's had, that of copies which were trained in float32 too.
         ``adapter_names`` are the active ones by default, disabled or not.
 
         Raises:
             MergeError, AdapterError: as ``merge_adapter``. Nothing was changed.
         """
-        self._merge("merge_and_unload", list(self._active) if adapter_names is None else list(adapter_names))
+        names = list(self._active) if adapter_names is None else list(adapter_names)
+        merge.check_copies(self._saved, names)
+        self._merge("merge_and_unload", names)
         if not self._merged:
             return self.unload()
         untied = merge.untied(self.model, self._layers)

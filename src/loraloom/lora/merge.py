@@ -53,6 +53,22 @@ def _merged(name: str, layer: LoraLayer, slots: tuple[str, ...]) -> Tensor:
     return merged.contiguous()
 
 
+def check_copies(wrappers: Mapping[str, SavedModule], slots: Sequence[str]) -> None:
+    """Whether the copies of ``slots`` are finite in the dtypes of the modules whose place they are to take.
+
+    Raises:
+        MergeError: one is not.
+    """
+    for name, wrapper in wrappers.items():
+        for slot in slots:
+            for tensor, dtype in wrapper.own_dtypes(slot) if slot in wrapper.modules_to_save else ():
+                if tensor.dtype != dtype and not torch.isfinite(tensor.detach().to(dtype)).all():
+                    raise MergeError(
+                        f"{name}: {slot!r} trained it in full, and in the base's {str(dtype).removeprefix('torch.')} "
+                        "it holds values that are not finite; nothing was merged. Keep the adapter beside the base"
+                    )
+
+
 def unmerge(layers: Mapping[str, LoraLayer]) -> None:
     for layer in layers.values():
         layer.restore_weight()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +38,25 @@ class SavedModule(nn.Module):
         module.requires_grad_(True)
         return module if dtype is None else module.to(dtype)
 
+    def own_dtypes(self, slot: str) -> Iterator[tuple[Tensor, torch.dtype]]:
+        """Every floating tensor of the slot's copy with the dtype that it has in the original."""
+        original = unwrapped_state(self.original_module)
+        for key, tensor in self.modules_to_save[slot].state_dict(keep_vars=True).items():
+            if tensor.is_floating_point() and key in original:
+                yield tensor, original[key].dtype
+
+    def in_place_of_original(self) -> nn.Module:
+        """The module in use, for a model without wrappers: a copy in the dtypes of the original, which callers expect.
+
+        Tensors stay the same objects, so copies that share one go on sharing it.
+        """
+        module = self.current()
+        for slot, copied in self.modules_to_save.items():
+            if copied is module:
+                for tensor, dtype in self.own_dtypes(slot):
+                    tensor.data = tensor.data.to(dtype)
+        return module
+
     def current(self) -> nn.Module:
         copies = [slot for slot in self.lora_router.route.active if slot in self.modules_to_save]
         if len(copies) > 1:
@@ -65,11 +85,11 @@ class SavedModule(nn.Module):
         return route.apply(x, one)
 
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inside, outside = _dtype(module), _dtype(self.original_module)
+        inside, outside = _dtypes(module), _dtypes(self.original_module)
         if module is self.original_module or inside == outside:
             return module(*args, **kwargs)
-        out = module(*(_cast(a, inside) for a in args), **{k: _cast(v, inside) for k, v in kwargs.items()})
-        return _cast(out, outside)
+        out = module(*(_cast(a, inside[0]) for a in args), **{k: _cast(v, inside[0]) for k, v in kwargs.items()})
+        return _cast(out, outside[-1])  # what computes last gives the output its dtype
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -87,11 +107,22 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def _dtype(module: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+def unwrapped_state(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of ``module`` as it was before any adapter, by their names then."""
+    module = unwrap(module)
+    named = [*module._parameters.items(), *module._buffers.items()]
+    out = {key: tensor for key, tensor in named if tensor is not None}
+    for name, child in module._modules.items():
+        if child is not None:
+            out.update({f"{name}.{key}": tensor for key, tensor in unwrapped_state(child).items()})
+    return out
 
 
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    if dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
+def _dtypes(module: nn.Module) -> list[torch.dtype]:
+    return [tensor.dtype for tensor in unwrapped_state(module).values() if tensor.is_floating_point()]
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
         return value.to(dtype)
     return value

@@ -54,7 +54,7 @@ def strip(model: nn.Module, *, only_empty: bool = False, keep_copies: bool = Fal
                     inner: nn.Module = child.base_layer
                     keep = bool(child.slots)
                 else:
-                    inner = child.current() if keep_copies else child.original_module
+                    inner = child.in_place_of_original() if keep_copies else child.original_module
                     keep = len(child.modules_to_save) > 0
                 if only_empty and keep:
                     break
