@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraloom import LoraConfig
+from loraloom import LoraConfig, get_peft_model
 from loraloom.errors import TargetError
 from loraloom.lora.presets import TARGET_MODULES, preset
 from loraloom.lora.targets import base_modules, matches_name, plan
@@ -74,13 +74,62 @@ def test_every_type_adapts_attention(model_type: str) -> None:
         assert [t for t in targets if not any(matches_name(t, name) for name in names)] == []
 
 
-def test_an_unknown_type_is_an_error_that_lists_what_could_be_targeted() -> None:
+#: A type that stands in no row → its small config, and what is adapted.
+UNKNOWN = {
+    "qwen3_5_text": ({"layer_types": ["linear_attention", "full_attention"]}, ["in_proj_qkv", "q_proj", "v_proj"]),
+    "qwen2_vl": ({}, ["language_model.layers.0.self_attn.q_proj", "v_proj"]),
+    "deepseek_v32": ({}, ["kv_b_proj", "q_b_proj"]),
+    "modernbert-decoder": ({}, ["q_proj", "v_proj"]),
+    "mamba": ({}, ["in_proj"]),
+    "recurrent_gemma": ({}, ["q_proj", "v_proj"]),
+    "wavlm": ({}, ["gru_rel_pos_linear", "intermediate_dense", "output_dense"]),
+    "fnet": ({}, ["dense"]),
+    "resnet": ({}, ["convolution"]),
+}
+
+
+@pytest.mark.parametrize("model_type", UNKNOWN)
+def test_a_type_in_no_row_gets_what_is_found_in_the_model_and_it_is_said(model_type: str) -> None:
+    model = empty(model_type)
+    made = plan(model, LoraConfig(r=2))
+    names = [target.name for target in made.targets]
+    for wanted in UNKNOWN[model_type][1]:
+        assert any(matches_name(wanted, name) for name in names), (wanted, names)
+    assert len({name.rpartition(".")[2] for name in names}) == len(UNKNOWN[model_type][1])
+    assert not [name for name in names if "visual" in name or "dt_proj" in name or "out_proj" in name]
+    assert f"model type {model_type!r} has no preset" in made.note
+    assert made.note in str(made)
+
+
+def test_targets_found_in_the_model_are_warned_of_and_written_out() -> None:
+    model = nn.Module()
+    model.self_attn = nn.Module()
+    model.self_attn.q_proj, model.self_attn.k_proj, model.self_attn.v_proj = (nn.Linear(4, 4) for _ in range(3))
+    with pytest.warns(UserWarning, match="no model type: q_proj, v_proj were found in the model"):
+        adapted = get_peft_model(model, LoraConfig(r=2))
+    assert adapted.peft_config["default"].target_modules == ["q_proj", "v_proj"]
+
+
+def test_a_module_whose_weight_is_read_and_never_called_is_no_default() -> None:
+    """An adapter there would train to nothing, in silence."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.v_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.v_proj(x) @ self.q_proj.weight
+
+    assert [target.name for target in plan(nn.Sequential(Attention()), LoraConfig(r=2)).targets] == ["0.v_proj"]
+
+
+def test_no_default_and_nothing_like_one_is_an_error_that_lists_what_could_be_targeted() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList(nn.ModuleDict({"mix": nn.Linear(4, 4)}) for _ in range(3))
-            self.words = nn.Embedding(8, 4)
+            self.mix, self.words = nn.Linear(4, 4), nn.Embedding(8, 4)
             self.config = {"model_type": "brand_new"}
 
-    with pytest.raises(TargetError, match=r"model type 'brand_new' has no preset; .*mix \(3\), words \(1\)"):
+    with pytest.raises(TargetError, match=r"'brand_new' has no preset.*mix \(1\), words \(1\)"):
         plan(Model(), LoraConfig())

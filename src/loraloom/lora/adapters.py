@@ -98,6 +98,8 @@ class LoraModel(nn.Module):
         try:
             self._place(adapter_name, made, modules, seed, autocast_adapter_dtype, tensors)
             self.peft_config[adapter_name] = made.config
+            if made.note:
+                warnings.warn(made.note, stacklevel=4)
             if made.config.inference_mode and (made.saved or made.biases):
                 self.set_requires_grad(adapter_name, False)
         except BaseException:  # Ctrl-C among them

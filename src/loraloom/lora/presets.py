@@ -1,10 +1,19 @@
-"""Which modules ``target_modules=None`` means, by the model type of a transformers config.
+"""Which modules ``target_modules=None`` means: by the model type of a transformers config, or found in the model.
 
 For types that PEFT knows the values are PEFT's (0.21), so that a config without targets means the same in both. The
 others follow its habit: the query and value projections of every attention, or the fused projection that holds them.
+``found`` has the same habit for types that stand in no row.
 """
 
 from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import product
+
+from torch import nn
 
 #: targets → the model types that have them. A string is a regular expression, as in ``LoraConfig.target_modules``.
 _BY_TARGETS: dict[tuple[str, ...] | str, str] = {
@@ -15,7 +24,7 @@ _BY_TARGETS: dict[tuple[str, ...] | str, str] = {
         olmo3 olmoe cohere cohere2 starcoder2 smollm3 phimoe nemotron exaone4 ernie4_5 minimax seed_oss helium
         apertus arcee bitnet hunyuan_v1_dense falcon_h1 jamba lfm2 biogpt xglm
         bart mbart pegasus marian m2m_100 blenderbot blenderbot-small whisper speech_to_text
-        nomic_bert wav2vec2 hubert wavlm clip siglip siglip2 dinov3_vit llava paligemma idefics3 smolvlm""",
+        nomic_bert wav2vec2 hubert clip siglip siglip2 dinov3_vit llava paligemma idefics3 smolvlm""",
     ("q_proj", "v_proj", "fc1", "fc2"): "phi",
     ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",
     r".*language_model\..*\.(q_proj|v_proj)": "gemma4",
@@ -55,3 +64,88 @@ TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
 def preset(model_type: str | None) -> tuple[str, ...] | str | None:
     """The usual targets of a model type, or None for one that is not in the table."""
     return TARGET_MODULES.get(model_type or "")
+
+
+# -- found in the model --------------------------------------------------------------------------------------------
+
+#: Names of a projection to queries or values, or to them and the keys together; "kv_b_proj" is latent attention's.
+_QUERY_VALUE = re.compile(
+    r"(.*_)?(q|v|kv|query|queries|value|values|key_value|keys_values)(_b)?(_(proj|lin|linear|head|global|layer))?"
+    r"|w[qv]|.*(qkv|query_key_value|c_attn).*"
+)
+_ATTENTION = re.compile(r".*(att|delta_?net|lstm|retention).*")
+_READS_INPUT = re.compile("in_proj|linear_x")
+_MIXER = re.compile(r".*(mixer|mamba|ssm|recurren|rwkv).*")
+
+
+def found(
+    model: nn.Module, modules: dict[str, nn.Module], linear: Iterable[str], pointwise: Iterable[str], heads: set[str]
+) -> list[str]:
+    """The usual targets of a model whose type stands in no row: names among ``modules``, empty where there are none.
+
+    Query and value projections of attention, in the text part of a model that has one; without attention what a state
+    space or recurrence reads its input through; without either the linear layers of the repeated blocks.
+
+    Args:
+        linear: names of the linear layers, which LoRA can adapt.
+        pointwise: names of the convolutions that are linear layers over channels, used where no linear layer fits.
+        heads: names of output layers.
+    """
+    text = _text_part(model, modules)
+    rules: list[Callable[[str], bool]] = [
+        lambda name: _lies_in(modules, name, _ATTENTION) and _fits(_QUERY_VALUE, name),
+        lambda name: _lies_in(modules, name, _MIXER) and _fits(_READS_INPUT, name),
+        lambda name: re.search(r"\.\d+\.", f".{name}") is not None,
+    ]
+    layers = [
+        [name for name in able if name not in heads and not _weight_is_read(modules, name)]
+        for able in (linear, pointwise)
+    ]
+    for rule, usable in product(rules, layers):
+        chosen = [name for name in usable if rule(name)]
+        inside = [name for name in chosen if text is not None and name.startswith(text + ".")]
+        if chosen:
+            return inside or chosen
+    return []
+
+
+def _fits(pattern: re.Pattern[str], name: str) -> bool:
+    return pattern.fullmatch(name.rpartition(".")[2].lower()) is not None
+
+
+def _lies_in(modules: dict[str, nn.Module], name: str, pattern: re.Pattern[str]) -> bool:
+    """Whether the module that holds ``name``, or the one around that, is of a kind: by its name or its class's."""
+    inner = name.rpartition(".")[0]
+    around = [path for path in (inner, inner.rpartition(".")[0]) if path in modules]
+    words = [word for path in around for word in (path.rpartition(".")[2], _class_name(modules[path]))]
+    return any(pattern.fullmatch(word.lower()) for word in words)
+
+
+def _class_name(module: nn.Module) -> str:
+    """Without the task at its end: what a whole model is called says nothing of its parts."""
+    name = type(module).__name__
+    return name.rpartition("For")[0] or name
+
+
+def _text_part(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+    """The name of the part that reads text in a model of several parts."""
+    config = getattr(model, "config", None)
+    get = getattr(config, "get_text_config", None)
+    text = None if get is None else get()
+    if text is None or text is config:
+        return None
+    return next((name for name, module in modules.items() if getattr(module, "config", None) is text), None)
+
+
+def _weight_is_read(modules: dict[str, nn.Module], name: str) -> bool:
+    """Whether the module around ``name`` reads its weight instead of calling it: an adapter there would do nothing."""
+    parent, _, leaf = name.rpartition(".")
+    return parent in modules and f"self.{leaf}.weight" in _source(type(modules[parent]))
+
+
+@cache
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # written in no file
+        return ""

@@ -20,7 +20,7 @@ from torch import nn
 from loraloom.config import TASK_HEADS, LoraConfig
 from loraloom.errors import TargetError
 from loraloom.lora.layers import HALF, LoraConv, LoraConv1D, LoraLayer, LoraLinear, layer_class
-from loraloom.lora.presets import preset
+from loraloom.lora.presets import found, preset
 from loraloom.lora.saved import unwrap
 
 ALL_LINEAR = "all-linear"
@@ -59,6 +59,8 @@ class Plan:
     biases: tuple[Extra, ...]
     base_parameters: int
     base_bytes: int
+    #: what was decided for the user, who may want otherwise; "" where nothing was
+    note: str = ""
 
     @property
     def rows(self) -> list[Target | Extra]:
@@ -92,7 +94,7 @@ class Plan:
             f"{self.parameters:,} of {self.base_parameters + self.parameters:,} parameters train ({share:.4f}%), "
             f"{self.bytes:,} bytes beside a base of {self.base_bytes:,}"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -150,6 +152,7 @@ def plan_on(
     inside_saved = {name for name in modules if any(name == s or name.startswith(s + ".") for s in saved)}
     # A preset names what models of a type may have, and "all-linear" what this one has: neither is a demand.
     given = config.target_modules is not None and not _is_all_linear(config.target_modules)
+    wanted = config.target_modules
     config = config.copy(
         target_modules=_resolve(model, modules, config, inside_saved),
         modules_to_save=_names_of_saved(config, saved),
@@ -198,6 +201,18 @@ def plan_on(
         biases,
         sum(p.numel() for p in base),
         sum(p.numel() * p.element_size() for p in base),
+        _note(model, modules, wanted, config.target_modules),
+    )
+
+
+def _note(model: nn.Module, modules: dict[str, nn.Module], wanted: object, targets: list[str] | str | None) -> str:
+    """That the targets were found in the model, for nobody chose them."""
+    if wanted is not None or _usual(model, modules) is not None:
+        return ""
+    listed = ", ".join(targets) if isinstance(targets, list) else targets
+    return (
+        f"target_modules: not given, and {_no_default(model)}: {listed} were found in the model; "
+        "give target_modules to adapt others"
     )
 
 
@@ -257,12 +272,41 @@ def _resolve(
         return suffixes(chosen, modules)
     if wanted is not None:
         return wanted
+    usual = _usual(model, modules)
+    if usual is not None:
+        return usual
+    heads = _output_heads(model, modules, config) | {name for name in modules if name in _task_heads(config)}
+    return suffixes(_found(model, modules, heads | inside_saved), modules)
+
+
+def _usual(model: nn.Module, modules: dict[str, nn.Module]) -> list[str] | str | None:
+    """The default of the model's type, where it matches something in this model."""
+    usual = preset(_model_type(model))
+    if usual is None or not any(_matches_any(usual, name) for name in modules):
+        return None
+    return usual if isinstance(usual, str) else list(usual)
+
+
+def _found(model: nn.Module, modules: dict[str, nn.Module], heads: set[str]) -> list[str]:
+    """The targets of a model type for which there is no default."""
+    linear = [name for name, module in modules.items() if layer_class(module) in (LoraLinear, LoraConv1D)]
+    pointwise = [name for name, module in modules.items() if _is_pointwise(module)]
+    names = found(model, modules, linear, pointwise, heads)
+    if not names:
+        raise TargetError(
+            f"target_modules: not given, {_no_default(model)}, and no attention or repeated linear layer was found in "
+            f"it; {_offer(modules)}"
+        )
+    return names
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d) and set(module.kernel_size) == {1} and module.groups == 1
+
+
+def _no_default(model: nn.Module) -> str:
     model_type = _model_type(model)
-    found = preset(model_type)
-    if found is None:
-        what = f"model type {model_type!r} has no preset" if model_type else "this model has no model type"
-        raise TargetError(f"target_modules: not given, and {what}; {_offer(modules)}")
-    return found if isinstance(found, str) else list(found)
+    return f"model type {model_type!r} has no preset" if model_type else "this model has no model type"
 
 
 def _model_type(model: nn.Module) -> str | None:
