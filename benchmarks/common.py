@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,19 @@ def machine() -> dict[str, Any]:
         "bfloat16 in hardware": products.native("cpu", torch.bfloat16),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "peft", "loraloom")},
+        **{package: version(package) for package in ("torch", "transformers", "peft")},
+        "loraloom": _ours(),
     }
+
+
+def _ours() -> str:
+    """Of what is imported here, which need not be installed."""
+    try:
+        return version("loraloom")
+    except PackageNotFoundError:
+        import loraloom
+
+        return loraloom.__version__
 
 
 def write(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import peft
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import loraloom
 from loraloom.config import TaskType
+from loraloom.train import recompute
 from loraloom.train.flat import FlatAdamW
 from loraloom.train.objective import Objective
 
@@ -36,21 +37,29 @@ class Shape:
     vocabulary: int = 8192
     dropout: float = 0.0
     r: int = 16
+    checkpointing: bool = False
+    #: of the model, beside what follows from its width
+    more: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         dropped = f", dropout {self.dropout:g}" if self.dropout else ""
-        return f"{self.dtype}, width {self.width}, {self.layers} layers, {self.rows}×{self.tokens}{dropped}"
+        again = ", gradient checkpointing" if self.checkpointing else ""
+        return f"{self.dtype}, width {self.width}, {self.layers} layers, {self.rows}×{self.tokens}{dropped}{again}"
+
+    @property
+    def config(self) -> transformers.LlamaConfig:
+        fields: dict[str, Any] = {
+            "hidden_size": self.width,
+            "intermediate_size": self.width * 11 // 4,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": max(self.width // 64, 1),
+            "vocab_size": self.vocabulary,
+        }
+        return transformers.LlamaConfig(**{**fields, **self.more})
 
     def base(self, device: str) -> nn.Module:
-        config = transformers.LlamaConfig(
-            hidden_size=self.width,
-            intermediate_size=self.width * 11 // 4,
-            num_hidden_layers=self.layers,
-            num_attention_heads=max(self.width // 64, 1),
-            vocab_size=self.vocabulary,
-        )
         torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(config).to(device, getattr(torch, self.dtype))
+        return transformers.LlamaForCausalLM(self.config).to(device, getattr(torch, self.dtype))
 
     def batch(self, device: str) -> Tensor:
         make = torch.Generator().manual_seed(0)
@@ -60,6 +69,8 @@ class Shape:
 def stepper(name: str, shape: Shape, device: str) -> Callable[[], Any]:
     """A model, and one training step of it: forward, loss, backward and, but for the floor, AdamW (fused)."""
     model, ids = shape.base(device).train(), shape.batch(device)
+    if shape.checkpointing and name != "loraloom":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if name == "floor":
         model.requires_grad_(False)
         embed = model.get_input_embeddings()
@@ -74,16 +85,14 @@ def stepper(name: str, shape: Shape, device: str) -> Callable[[], Any]:
     fields |= {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     if name == "loraloom":
         adapted: Any = loraloom.get_peft_model(model, loraloom.LoraConfig(**fields))
+        if shape.checkpointing:
+            recompute.enable(adapted)
         objective = Objective(adapted, TaskType.CAUSAL_LM)
-
-        def loss() -> Tensor:
-            with adapted.base_model.lora_routed(["default"] * len(ids)):
-                return objective.loss(objective.forward({"input_ids": ids}), ids)
-
         flat = FlatAdamW([(p, 1.0) for p in adapted.parameters() if p.requires_grad], 0.01)
 
         def ours() -> None:
-            loss().backward()
+            with adapted.base_model.lora_routed(["default"] * len(ids)):
+                objective.loss(objective.forward({"input_ids": ids}), ids).backward()
             flat.step(1e-4, math.inf)
 
         return ours

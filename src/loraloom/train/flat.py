@@ -95,7 +95,7 @@ class FlatAdamW:
         group["params"] = [_gathered(parameters)]
         moved: nn.Parameter = group["params"][0]
         state = self._optimizer.state.pop(flat, {})
-        self._optimizer.state[moved] = {k: v.to(moved) if v.dim() else v for k, v in state.items()}
+        self._optimizer.state[moved] = _beside(moved, state)
         return moved
 
     def state(self) -> dict[str, Tensor]:
@@ -115,11 +115,13 @@ class FlatAdamW:
             assert self._optimizer is not None
             (flat,) = self._optimizer.param_groups[-1]["params"]
             mine = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{number}.")}
-            self._optimizer.state[flat] = {
-                key: value.to(flat, copy=True) if value.dim() else value.clone()
-                for key, value in mine.items()
-                if key != "members"
-            }
+            del mine["members"]
+            self._optimizer.state[flat] = {key: value.clone() for key, value in _beside(flat, mine).items()}
+
+
+def _beside(flat: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the device of ``flat``, where the fused step reads the count of steps too; the count keeps its dtype."""
+    return {key: value.to(flat) if value.dim() else value.to(flat.device) for key, value in state.items()}
 
 
 def _gathered(parameters: Sequence[nn.Parameter]) -> nn.Parameter:

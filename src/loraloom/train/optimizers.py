@@ -136,11 +136,19 @@ class NamedOptimizer:
         return out
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        # As torch's load_state_dict: a count of steps is on a CPU unless the step's kernel reads it.
+        on_device = {
+            parameter: bool(group.get("fused") or group.get("capturable"))
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+        }
         for name, value in state.items():
             number, key, *kind = name.split(".")
             parameter = self._parameters[int(number)]
             known: Any = self._optimizer.state[parameter]
             if kind:
                 known[key] = int(value) if kind[0] == "int" else float(value)
+            elif key == "step" and not on_device[parameter]:
+                known[key] = value.clone()
             else:
-                known[key] = value.to(parameter.device, copy=True) if value.dim() else value.clone()
+                known[key] = value.to(parameter.device, copy=True)
