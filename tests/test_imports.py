@@ -30,7 +30,18 @@ HEAVY = [
 ]
 SOURCE = Path(loraloom.__file__).parent
 #: docs/DESIGN.md, "The house".
-FLOORS = {"config": 0, "errors": 0, "lora": 1, "data": 2, "train": 3, "tune": 4, "report": 5, "serve": 5, "cli": 6}
+FLOORS = {
+    "config": 0,
+    "errors": 0,
+    "lora": 1,
+    "data": 2,
+    "models": 2,
+    "train": 3,
+    "tune": 4,
+    "report": 5,
+    "serve": 5,
+    "cli": 6,
+}
 
 
 def loaded_after(statement: str) -> list[str]:

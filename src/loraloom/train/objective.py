@@ -20,6 +20,7 @@ from loraloom.data.tokens.encode import IGNORE
 from loraloom.lora.layers import HALF
 from loraloom.lora.model import PeftModel
 from loraloom.lora.route import Route
+from loraloom.models.configs import segments, without_cache
 from loraloom.train.loss import frozen_head, head_cross_entropy, head_scores, linear_cross_entropy
 from loraloom.train.measure.metrics import Scores
 
@@ -40,10 +41,10 @@ class Objective:
         if task is TaskType.CAUSAL_LM and (found := trunk_and_head(model)) is not None:
             self._model, self._head = found
         arguments = inspect.signature(self._model.forward).parameters
-        #: A cache of keys and values is for generation; filling it costs time and memory in every step.
+        #: For forwards that read it from their arguments alone; see ``forward`` for the others.
         self._options = {"use_cache": False} if "use_cache" in arguments else {}
         #: Tokenizers may tell segments apart that the model does not.
-        self._segments = "token_type_ids" in arguments and getattr(self._config, "type_vocab_size", 2) > 1
+        self._segments = "token_type_ids" in arguments and segments(self._config) > 1
 
     def forward(self, inputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
         """[rows, ...] for ``losses`` and ``score``: hidden states where the head is applied later, else logits.
@@ -56,7 +57,8 @@ class Objective:
             inputs = {**inputs, "decoder_input_ids": shift(labels=labels)}  # type: ignore[operator]
         if not self._segments:
             inputs = {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
-        with self.attention(inputs["input_ids"]):
+        # A cache of keys and values is for generation; filling it costs time and memory in every step.
+        with self.attention(inputs["input_ids"]), without_cache(self._config):
             out = self._model(**inputs, **self._options)
         if self._task is TaskType.QUESTION_ANS:
             return _spans(out, inputs.get("attention_mask"))

@@ -48,9 +48,15 @@ def test_the_model_is_held_in_the_dtype_asked_for(encoder_folder: Path, dtype: s
 def test_a_head_for_other_labels_makes_way_for_a_new_one(encoder_folder: Path, tmp_path: Path) -> None:
     first, _ = load_base(str(encoder_folder), CLASSES, "float32", ["a", "b", "c"])
     first.save_pretrained(tmp_path)  # type: ignore[operator]
-    same, new = load_base(str(tmp_path), CLASSES, "float32", ["x", "y", "z"])
+    same, new = load_base(str(tmp_path), CLASSES, "float32", ["A", "b", "c"])
     assert new == []
     assert torch.equal(same.classifier.weight, first.classifier.weight)  # type: ignore[union-attr, arg-type]
+    for labels in (["x", "y", "z"], ["c", "b", "a"], ["0", "1", "2"]):
+        said: list[str] = []
+        fresh, new = load_base(str(tmp_path), CLASSES, "float32", labels, say=said.append)
+        assert new == ["classifier"]
+        assert not torch.equal(fresh.classifier.weight, first.classifier.weight)  # type: ignore[union-attr, arg-type]
+        assert f"{tmp_path} has a head for other classes (a, b, c): a new one is trained" in said[0]
     other, new = load_base(str(tmp_path), CLASSES, "float32", ["a", "b"])
     assert new == ["classifier"]
     assert other.classifier.weight.shape == (2, 32)  # type: ignore[union-attr]
@@ -296,7 +302,7 @@ def test_a_kind_of_model_that_has_none_for_the_task_says_so(tmp_path: Path) -> N
     from transformers import BartConfig
 
     BartConfig(d_model=8, vocab_size=20).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"gives no model for token-cls \(transformers has none of its kind\)"):
+    with pytest.raises(ModelError, match=r"no such class of bart\); it can be trained for seq-cls"):
         build_empty(str(tmp_path), TAGS)
-    with pytest.raises(ModelError, match=r"cannot be loaded as a model for token-cls \(transformers has none"):
+    with pytest.raises(ModelError, match=r"cannot be loaded as a model for token-cls \(transformers has no such"):
         load_base(str(tmp_path), TAGS, "float32", ["a", "b"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from loraloom.lora import products
 from loraloom.lora.layers import LoraLayer
 from loraloom.lora.model import PeftModel
 from loraloom.lora.saved import SavedModule
+from loraloom.models.configs import tokens, vocabulary
 
 #: Learning rates at which LoRA is trained with Adam and its like; about ten times those of full fine-tuning.
 RATES = (2e-5, 5e-3)
@@ -165,22 +166,21 @@ def _dtype(base: nn.Module) -> Iterator[Finding]:
 
 def _tokenizer(base: nn.Module, tokenizer: Any) -> Iterator[Finding]:
     config: Any = getattr(base, "config", None)
-    size = getattr(config, "vocab_size", None)
-    if isinstance(size, int) and len(tokenizer) > size:
+    size = vocabulary(config)
+    if size is not None and len(tokenizer) > size:
         yield Finding(
             "vocabulary",
             f"the tokenizer has {len(tokenizer)} tokens and the model {size}: they do not belong together, or the "
             "model's embeddings were not resized",
             stops=True,
         )
-    ends = getattr(config, "eos_token_id", None)
-    ends = ends if isinstance(ends, Sequence) else [ends]
+    ends = [*tokens(config, "eos"), *tokens(getattr(base, "generation_config", None), "eos")]
     mine = tokenizer.eos_token_id
-    if mine is not None and ends != [None] and mine not in ends:
+    if mine is not None and ends and mine not in ends:
         yield Finding(
             "end",
             f"the tokenizer ends a text with token {mine} ({tokenizer.eos_token!r}), and the model's config names "
-            f"{', '.join(map(str, ends))}: generation may not stop where training did",
+            f"{', '.join(map(str, dict.fromkeys(ends)))}: generation may not stop where training did",
         )
     if mine is not None and tokenizer.pad_token_id == mine:
         yield Finding(

@@ -17,6 +17,7 @@ from loraloom.config import LoraConfig, TaskType
 from loraloom.errors import ConfigError, nearest
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, plan
+from loraloom.models.parts import text_only
 from loraloom.train.loss import AT_A_TIME
 from loraloom.train.objective import trunk_and_head
 from loraloom.train.recompute import repeated
@@ -60,6 +61,7 @@ def estimate(
     trained one. With ``recompute``, layers keep their inputs, and what one of them needs exists at a time.
     """
     model = model.to(getattr(torch, dtype))
+    config = text_only(model, config)
     made = plan(model, config)
     peft = get_peft_model(model, config)
     task = peft.peft_config["default"].task_type or TaskType.SEQ_CLS

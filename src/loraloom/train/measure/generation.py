@@ -14,9 +14,9 @@ import torch
 
 from loraloom.data.batches import evaluation_batches
 from loraloom.lora.model import PeftModel
+from loraloom.models.configs import has_decoder_and_encoder, tokens_at_most
 from loraloom.train.pack import evaluating
 from loraloom.train.shard import sharded, whole_but_layers
-from loraloom.train.start.load import tokens_at_most
 from loraloom.train.world import World
 
 
@@ -35,7 +35,7 @@ def generate(
     """
     base: Any = model.get_base_model()
     device = next(model.parameters()).device
-    both = bool(getattr(base.config, "is_encoder_decoder", False))
+    both = has_decoder_and_encoder(base.config)
     limit = tokens_at_most(base.config)
     written = [""] * len(prompts)
     batches = []
@@ -85,7 +85,7 @@ class _Company:
     def __init__(self, model: PeftModel, name: str) -> None:
         self._model, self._name, self._world = model, name, World.here()
         self._base: Any = model.get_base_model()
-        both = bool(getattr(self._base.config, "is_encoder_decoder", False))
+        both = has_decoder_and_encoder(self._base.config)
         token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
         self._idle: dict[str, Any] = {"input_ids": token}
         # Parts can be called by themselves, as an encoder is below, only after the model was as a whole.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ from torch import nn
 
 from loraloom.config import TaskType
 from loraloom.data.read import network
+from loraloom.data.rows import task_option
 from loraloom.errors import ConfigError, ModelError
+from loraloom.models.configs import ask, has_decoder_and_encoder, set_token, token, tokens_at_most
+from loraloom.models.labels import in_order, known_labels, some
+from loraloom.models.parts import auto_class, reads, reads_both_ways, why_none
+
+Say = Callable[[str], None]
 
 #: Task → the class of transformers that has a model for it.
 AUTO = {
@@ -51,27 +58,25 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def tokens_at_most(config: Any) -> int | None:
-    """How many tokens a model reads at once, by its config; None where that sets no limit."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:
-        return None
-    # RoBERTa's family counts positions from the padding token's number on.
-    shifted = ("roberta", "camembert", "mpnet", "longformer", "xlm-roberta", "data2vec-text", "xmod", "ernie_m", "luke")
-    offset = (getattr(config, "pad_token_id", None) or 0) + 1
-    return limit - offset if any(word in config.model_type for word in shifted) else limit
+def load_config(name: str, revision: str | None = None) -> Any:
+    """The config of a folder or name.
 
-
-def load_limit(name: str, revision: str | None = None) -> int | None:
-    """``tokens_at_most`` of a folder or name, from its config alone."""
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
     from transformers import AutoConfig
 
     _check_folder(name, revision)
     try:
         with network.looking(name):
-            return tokens_at_most(AutoConfig.from_pretrained(name, **_revision(revision)))
+            return AutoConfig.from_pretrained(name, **_revision(revision))
     except Exception as error:
         raise ModelError(f"{_where(name)}: its config cannot be read ({_first_line(error)})") from None
+
+
+def load_limit(name: str, revision: str | None = None) -> int | None:
+    """``tokens_at_most`` of a folder or name, from its config alone."""
+    return tokens_at_most(load_config(name, revision))
 
 
 def length_within(limit: int | None, wanted: int | None, name: str) -> int:
@@ -96,17 +101,21 @@ def load_base(
     *,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    tokenizer: Any = None,
+    say: Say = lambda text: None,
 ) -> tuple[nn.Module, list[str]]:
     """The model for ``task`` in ``dtype``, and the modules whose weights the folder lacks (a new head, say).
 
-    ``labels`` are the classes or tags by number, none for regression. ``problem_type`` is what a label of seq-cls is,
-    by default one class.
+    Args:
+        labels: the classes or tags by number, none for regression. A head that the folder has for the same names in
+            the same order is kept, one for others makes way for a new one.
+        problem_type: what a label of seq-cls is, by default one class.
+        tokenizer: whose padding token becomes the config's; by default it is loaded where the task needs it.
+        say: told what was changed that the user should know.
 
     Raises:
         ModelError: no such folder, no model in it, a damaged file, or no architecture for the task.
     """
-    import transformers
-    from transformers import AutoConfig
     from transformers.utils import logging
 
     _check_folder(name, revision)
@@ -123,10 +132,10 @@ def load_base(
     logging.disable_progress_bar()
     try:
         with network.looking(name):
-            config = AutoConfig.from_pretrained(name, **_revision(revision))
+            config = load_config(name, revision)
             _check_direction(name, config, task)
             options |= _renamed(config, task)
-            model, info = getattr(transformers, AUTO[task]).from_pretrained(name, **options)
+            model, info = _auto(name, config, task).from_pretrained(name, **options)
     except ModelError:
         raise
     except Exception as error:
@@ -138,9 +147,76 @@ def load_base(
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     new = {*info["missing_keys"], *mismatched}
     _check_new(name, model, task, new, mismatched)
-    if model.config.pad_token_id is None and task is TaskType.SEQ_CLS:
-        model.config.pad_token_id = load_tokenizer(name, revision).pad_token_id  # decoders find the last token by it
+    if task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+        new |= _own_head(name, model, config, labels, new, mismatched, say)
+    if tokenizer is None and task is TaskType.SEQ_CLS and not reads_both_ways(config):
+        tokenizer = load_tokenizer(name, revision)
+    if tokenizer is not None:
+        _same_ends(name, model, task, tokenizer, say)
     return model, sorted({key.rpartition(".")[0] for key in new})
+
+
+def _auto(name: str, config: Any, task: TaskType) -> Any:
+    """The class of transformers that loads a model with this config for ``task``.
+
+    Raises:
+        ModelError: there is none.
+    """
+    import transformers
+
+    found = auto_class(config, AUTO[task])
+    if found is None:
+        raise ModelError(f"{_where(name)}: {why_none(config, task_option(task))}")
+    return getattr(transformers, found)
+
+
+def _same_ends(name: str, model: nn.Module, task: TaskType, tokenizer: Any, say: Say) -> None:
+    """Let the model's config have the tokenizer's padding token, by which a decoder finds a text's last token.
+
+    Models with encoder and decoder find it by the end token.
+    """
+    config = model.config
+    for which in ("pad", "eos") if task is TaskType.SEQ_CLS and has_decoder_and_encoder(config) else ("pad",):
+        mine, theirs = getattr(tokenizer, f"{which}_token_id"), token(config, which)
+        if mine is None or not set_token(config, which, mine) or theirs is None or task is not TaskType.SEQ_CLS:
+            continue
+        if theirs != mine and not reads_both_ways(config):
+            what = "pads with" if which == "pad" else "ends a text with"
+            say(
+                f"the config of {name} {what} token {theirs}, its tokenizer with {mine} "
+                f"({getattr(tokenizer, f'{which}_token')!r}); the tokenizer's is used"
+            )
+
+
+def _own_head(
+    name: str, model: Any, config: Any, labels: Sequence[str], new: set[str], mismatched: set[str], say: Say
+) -> set[str]:
+    """Where the folder's head is for other classes, let what follows from them begin anew. Returns what is new."""
+    inside = f"{model.base_model_prefix}."
+    there = {key for key, _ in model.named_parameters() if not key.startswith(inside)} - new
+    if not labels or in_order(labels, config) or not (there or mismatched):
+        return set()
+    found = there & set(_by_labels(model)) if there else set()
+    for key in found:
+        parameter = model.get_parameter(key)
+        with torch.no_grad():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, float(ask(config, "initializer_range", 0.02)))
+            else:
+                parameter.zero_()
+    if found or mismatched:
+        say(f"{name} has a head for other classes ({some(known_labels(config))}): a new one is trained in its place")
+    return found
+
+
+def _by_labels(model: Any) -> list[str]:
+    """The parameters whose shape follows from the number of classes."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = model.config.num_labels + 1
+    with torch.device("meta"):
+        other = type(model)(config)
+    shapes = {key: parameter.shape for key, parameter in other.named_parameters()}
+    return [key for key, parameter in model.named_parameters() if shapes.get(key, parameter.shape) != parameter.shape]
 
 
 def _head(task: TaskType, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
@@ -190,9 +266,11 @@ def _check_new(name: str, model: Any, task: TaskType, new: set[str], mismatched:
 
 
 def _check_direction(name: str, config: Any, task: TaskType) -> None:
-    both = bool(getattr(config, "is_encoder_decoder", False))
+    both = has_decoder_and_encoder(config)
+    if both and reads(config) != "text":
+        raise ModelError(f"{name}: {why_none(config, task_option(task))}")
     if task is TaskType.SEQ_2_SEQ_LM and not both:
-        instead = "seq-cls or token-cls" if _two_ways(config) else "causal-lm"
+        instead = "seq-cls or token-cls" if reads_both_ways(config) else "causal-lm"
         raise ModelError(
             f"{name}: {config.model_type} has no encoder and decoder, which seq2seq-lm needs; choose a model such as "
             f"T5 or BART, or the task {instead}"
@@ -204,47 +282,35 @@ def _check_direction(name: str, config: Any, task: TaskType) -> None:
             "such as Llama or GPT-2, or the task seq2seq-lm with source and target"
         )
     # An encoder's language head would see the tokens that it is to predict.
-    if task is TaskType.CAUSAL_LM and _two_ways(config):
+    if task is TaskType.CAUSAL_LM and reads_both_ways(config):
         raise ModelError(
             f"{name}: {config.model_type} reads a text in both directions, so it cannot learn causal-lm; "
             "choose a decoder, or the task seq-cls"
         )
 
 
-def _two_ways(config: Any) -> bool:
-    """It reads a text in both directions: there is a masked language model of its kind, and it is not set to decode."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    known = config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation")
-    return known and not getattr(config, "is_decoder", False)
-
-
 def build_empty(
     name: str, task: TaskType, labels: int = 2, problem_type: str | None = None, *, revision: str | None = None
 ) -> nn.Module:
     """The model without its weights (on the meta device), for planning: needs the folder's config alone."""
-    import transformers
-    from transformers import AutoConfig
     from transformers.utils import logging
 
-    _check_folder(name, revision)
+    config = load_config(name, revision)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with network.looking(name):
-            config = AutoConfig.from_pretrained(name, **_revision(revision))
         _check_direction(name, config, task)
         if task in HEADED:
             config.num_labels = 2 if task is TaskType.QUESTION_ANS else 1 if problem_type == "regression" else labels
-            if config.pad_token_id is None:
-                config.pad_token_id = 0  # decoders find the last real token by it
+            if token(config, "pad") is None:
+                set_token(config, "pad", 0)  # decoders find the last real token by it
         with torch.device("meta"):
-            model: nn.Module = getattr(transformers, AUTO[task]).from_config(config)
+            model: nn.Module = _auto(name, config, task).from_config(config)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            f"{_where(name)}: its config gives no model for {_words(task)} ({_first_line(error)})"
+            f"{_where(name)}: its config gives no model for {task_option(task)} ({_first_line(error)})"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -276,7 +342,7 @@ def _unloadable(name: str, task: TaskType, error: Exception) -> ModelError:
                 pass
         except (SafetensorError, OSError) as damage:
             return ModelError(f"{path}: cut off or damaged ({_first_line(damage)}); copy it again")
-    return ModelError(f"{_where(name)}: cannot be loaded as a model for {_words(task)} ({_first_line(error)})")
+    return ModelError(f"{_where(name)}: cannot be loaded as a model for {task_option(task)} ({_first_line(error)})")
 
 
 def _where(name: str) -> str:
@@ -286,13 +352,7 @@ def _where(name: str) -> str:
     return f"{name} (no folder of this name is here, so it was looked for on the hub{f', but {away}' if away else ''})"
 
 
-def _words(task: TaskType) -> str:
-    return task.value.lower().replace("_", "-")
-
-
 def _first_line(error: Exception) -> str:
-    if str(error).startswith("Unrecognized configuration class"):
-        return "transformers has none of its kind"
     if str(error).startswith("We couldn't connect to"):
         return "nor is it in the hub's cache; check the name, and the network"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

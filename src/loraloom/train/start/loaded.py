@@ -18,6 +18,9 @@ from loraloom.data.table.survey import Watch
 from loraloom.errors import ConfigError, ModelError
 from loraloom.lora.model import PeftModel
 from loraloom.lora.targets import matches_name
+from loraloom.models.configs import tokens_at_most
+from loraloom.models.labels import as_the_model, some
+from loraloom.models.parts import text_only
 from loraloom.train import optimizers, place
 from loraloom.train.measure import best
 from loraloom.train.measure.evaluation import HeldOut, evaluate
@@ -27,7 +30,7 @@ from loraloom.train.settings.options import TASKS, TrainOptions
 from loraloom.train.slot import Slot
 from loraloom.train.start.dataset import Data, encode_run_rows, read_run_rows, silent
 from loraloom.train.start.dataset import HeldOut as HeldOutRows
-from loraloom.train.start.load import build_empty, length_within, load_base, load_limit, load_tokenizer
+from loraloom.train.start.load import build_empty, length_within, load_base, load_config, load_tokenizer
 
 #: Numbers of each tensor that are looked at to tell models apart.
 SAMPLE = 256
@@ -54,7 +57,7 @@ class Loaded:
         given = list(options.lora.modules_to_save or ())
         known = [*given, *TASK_HEADS.get(self.task, ())]
         new = [n for n in self.new_modules if not any(matches_name(k, n) or f".{k}." in f".{n}." for k in known)]
-        return options.lora.copy(modules_to_save=[*given, *new] or None)
+        return text_only(self.base, options.lora.copy(modules_to_save=[*given, *new] or None))
 
     def empty(self) -> nn.Module:
         """The model without its weights, for counting."""
@@ -163,8 +166,12 @@ def load(options: TrainOptions, where: Place | None = None, reading: Watch = sil
     if options.problem_type or task is not TaskType.SEQ_CLS:
         choose(task, options.problem_type, options.metrics)  # before anything is read
     rows = read_run_rows(options, reading)
-    limit = load_limit(options.model, options.revision)
+    config = load_config(options.model, options.revision)
+    limit = tokens_at_most(config)
     options = replace(options, max_length=length_within(limit, options.max_length, options.model))
+    if rows.names and (names := as_the_model(rows.names, config)) and names != rows.names:
+        rows = replace(rows, names=names)
+        rows.notes.append(f"classes are numbered as {options.model} numbers them: {some(names)}")
     tokenizer = load_tokenizer(options.model, options.revision)
     data = encode_run_rows(rows, options, tokenizer, reading)
     metrics = choose(task, data.problem, options.metrics).of_labels(data.names)
@@ -179,6 +186,8 @@ def load(options: TrainOptions, where: Place | None = None, reading: Watch = sil
         data.problem,
         revision=options.revision,
         attn_implementation=options.attn_implementation,
+        tokenizer=tokenizer,
+        say=data.notes.append,
     )
     weights = hash_of_weights(base)
     if not options.fsdp:  # else its parts go there one by one

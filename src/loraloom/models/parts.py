@@ -1,0 +1,121 @@
+"""Which class of transformers loads a config for text, and which part of a model of several parts reads the text."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from loraloom.config import LoraConfig
+from loraloom.lora.targets import plan
+from loraloom.models.configs import has_decoder_and_encoder, is_decoder, text_part
+
+#: Auto classes whose models write text, and read more than text.
+_WITH_TEXT = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+
+
+def auto_class(config: Any, wanted: str) -> str | None:
+    """``wanted``, or for a causal language model with images or sound the class that has it; None where none does."""
+    import transformers
+
+    names = [wanted]
+    if wanted == "AutoModelForCausalLM" and not has_decoder_and_encoder(config):
+        names += _WITH_TEXT
+    for name in names:
+        known = getattr(transformers, name, None)
+        if known is not None and type(config) in known._model_mapping:
+            return name
+    return None
+
+
+def reads_both_ways(config: Any) -> bool:
+    """It reads a text in both directions: there is a masked language model of its kind, and it is not set to decode."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    known = config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation")
+    return known and not is_decoder(config)
+
+
+def why_none(config: Any, task: str) -> str:
+    """Why there is no class for this config: it reads no text, or no text for this task."""
+    what = reads(config)
+    if what in ("images", "sound"):
+        kind = "an image" if what == "images" else "an audio"
+        return f"{config.model_type} is {kind} model; loraloom's command line trains text"
+    one_way = not (has_decoder_and_encoder(config) or reads_both_ways(config))
+    others = {name: auto for name, auto in _OTHERS.items() if name != task and (one_way or name != "causal-lm")}
+    fits = [name for name, auto in others.items() if auto_class(config, auto)]
+    instead = f"; it can be trained for {' or '.join(fits)}" if fits else ""
+    return f"cannot be loaded as a model for {task} (transformers has no such class of {config.model_type}){instead}"
+
+
+_OTHERS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq-cls": "AutoModelForSequenceClassification",
+    "token-cls": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+}
+_INPUTS = {
+    "pixel_values": "images",
+    "pixel_values_videos": "images",
+    "input_features": "sound",
+    "input_values": "sound",
+    "input_audio": "sound",
+    "audio_values": "sound",
+    "padded_audio": "sound",
+}
+
+
+def reads(config: Any) -> str:
+    """``images``, ``sound`` or ``text``: the main input of the model with this config."""
+    from transformers import MODEL_MAPPING
+
+    try:
+        model = MODEL_MAPPING[type(config)]
+    except (KeyError, AttributeError):
+        return "text"
+    model = model[0] if isinstance(model, tuple) else model
+    return _INPUTS.get(getattr(model, "main_input_name", ""), "text")
+
+
+def text_modules(model: Any) -> list[str] | None:
+    """The names of the outermost modules that read text, in a model that reads more; None where all of it does."""
+    config = getattr(model, "config", None)
+    part = text_part(config) if config is not None else None
+    if part is config or has_decoder_and_encoder(config):
+        return None
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name == other or name.startswith(f"{other}.") for other in found)
+        if name and not inside and type(getattr(module, "config", None)) is type(part):
+            found.append(name)
+    return found or None
+
+
+def text_only(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """``config`` that leaves alone what no text goes through: towers for images and sound, and their projections.
+
+    The same config where it adapts nothing of them. What is excluded is an expression that PEFT reads alike.
+    """
+    parts = text_modules(model)
+    if parts is None:
+        return config
+    base: Any = model
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    kept = [*parts, *(name for name, module in model.named_modules() if module is head and name)]
+
+    def reads_text(name: str) -> bool:
+        return any(name == part or name.startswith(f"{part}.") for part in kept)
+
+    outside = [target.name for target in plan(model, config).targets if not reads_text(target.name)]
+    if not outside:
+        return config
+    inside = "|".join(rf"{re.escape(part)}(?:\.|$)" for part in kept)
+    pattern = rf"(?!{inside}).*"
+    given = config.exclude_modules
+    if given:
+        more = given if isinstance(given, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, given))})"
+        pattern = f"{pattern}|{more}"
+    return config.copy(exclude_modules=pattern)
