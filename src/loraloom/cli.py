@@ -30,7 +30,7 @@ app = typer.Typer(
 
 # The options of an adapter, with LoraConfig's names; `train` and `plan` share them.
 LORA = "Adapter"
-Rank = Annotated[int, typer.Option("--r", help="Rank of the update.", rich_help_panel=LORA)]
+Rank = Annotated[int, typer.Option("--lora-r", "--rank", "--r", help="Rank of the update.", rich_help_panel=LORA)]
 Alpha = Annotated[float, typer.Option(help="The update is scaled by alpha / r.", rich_help_panel=LORA)]
 Dropout = Annotated[float, typer.Option(help="Dropout before A, in [0, 1).", rich_help_panel=LORA)]
 Targets = Annotated[

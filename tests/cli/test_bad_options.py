@@ -514,3 +514,16 @@ def test_what_a_search_has_no_use_for_is_said(world: Any, call: Callable[..., An
     said = "not for the search, but for the training in full (best.yaml): "
     assert f"{said}eval.early_stopping_patience, train.save_steps, train.report_to" in " ".join(ended.out.split())
     assert "save_steps: 5" in (world.tmp / "out" / "best.yaml").read_text()
+
+
+def test_torchrun_takes_the_rank_by_a_name_that_is_not_its_own(call: Any, world: Any) -> None:
+    from torch.distributed.run import get_args_parser
+
+    arguments = ["--nproc-per-node", "2", "-m", "loraloom.cli", "train", "run.yaml"]
+    for name in ("--lora-r", "--rank"):
+        assert get_args_parser().parse_args([*arguments, name, "8"]).training_script_args[-2:] == [name, "8"]
+        ended = call("plan", "--model", world.encoder, "--task", "seq-cls", name, 3, "--target-modules", "query")
+        assert ended.code == 0, ended.err
+        assert " 3 " in ended.out
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args([*arguments, "--r", "8"])

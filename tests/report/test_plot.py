@@ -82,3 +82,10 @@ def test_what_is_not_finite_is_left_out(tmp_path: Path, figures: list[Figure], o
 def test_a_run_that_was_never_evaluated_has_its_picture(tmp_path: Path) -> None:
     plot_run(record(LOSSES[:3], []), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_a_folders_name_that_looks_like_a_formula_is_drawn_as_it_is(tmp_path: Path) -> None:
+    found = record(LOSSES, EVALUATIONS)
+    found["options"]["model"] = r"models/price $\nonsense{ in $ and_more"
+    plot_run(found, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000

@@ -51,7 +51,19 @@ def plot_run(record: Mapping[str, Any], path: str | Path) -> None:
         f"{Path(record['options']['model']).name}: r={lora['r']}, alpha={lora['lora_alpha']:g}, "
         f"dropout={lora['lora_dropout']:g}, learning rate {record['options']['learning_rate']:g}"
     )
+    literal(figure)
     figure.savefig(path)
+
+
+def literal(figure: Any) -> None:
+    """Draw all words as they are: a folder's name or a pattern with two ``$`` would be read as a formula."""
+    words = [figure.get_suptitle() and figure._suptitle, *(text for one in figure.legends for text in one.get_texts())]
+    for axes in figure.axes:
+        words += [axes.title, axes.xaxis.label, axes.yaxis.label]
+        words += axes.get_legend().get_texts() if axes.get_legend() else []
+    for text in words:
+        if text:
+            text.set_parse_math(False)
 
 
 def _finite(value: float | None) -> bool:

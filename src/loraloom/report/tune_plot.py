@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loraloom.report.plot import literal
 from loraloom.report.tune import count
 from loraloom.tune.score import greater_is_better, last_measured, measured, originals, ranking, scores, varying
 from loraloom.tune.trial import Trial
@@ -78,6 +79,7 @@ def plot_search(trials: Sequence[Trial], metric: str, path: str | Path, best: in
         handles, texts = axes.get_legend_handles_labels()
         # The best was drawn last.
         figure.legend(handles[::-1], texts[::-1], loc="outside lower center", ncols=5, frameon=False)
+    literal(figure)
     figure.savefig(path)
 
 
@@ -136,6 +138,7 @@ def plot_pareto(found: Verdict, trials: Sequence[Trial], metric: str, path: str 
     axes.spines[["top", "right"]].set_visible(False)
     _scale(axes, [found.scores[n].mean for n in drawn], metric)
     figure.legend(loc="outside lower center", ncols=1, frameon=False)
+    literal(figure)
     figure.savefig(path)
 
 

@@ -17,7 +17,7 @@ from loraloom.errors import ConfigError
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, plan
 from loraloom.train import recompute
-from loraloom.train.ahead import doctor
+from loraloom.train.ahead import doctor, machine
 from loraloom.train.ahead.doctor import Finding
 from loraloom.train.ahead.outlook import Outlook, look_ahead
 from loraloom.train.course import lock
@@ -125,6 +125,7 @@ def examine(prepared: Prepared) -> list[Finding]:
     )
     if found and found[0].stops:
         raise ConfigError(found[0].text)
+    found += machine.examine(prepared.loaded.place.device)
     return [Finding("lonely", text), *found] if (text := lonely()) else found
 
 

@@ -35,7 +35,7 @@ from loraloom.tune.crew import Alone, Crew, Silent, Watcher
 from loraloom.tune.halving import Halving
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.score import goodness
-from loraloom.tune.state import TRIALS, State, clear, load_numbers, load_state, save_state
+from loraloom.tune.state import STATE_NAME, TRIALS, State, clear, load_numbers, load_state, save_state
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict, record, verdict
 from loraloom.tune.worker import Numbers, Report, Space, Worker, milestones, name_of
@@ -69,7 +69,9 @@ def search(options: TuneOptions, watch: Watcher | None = None, sampler: BaseSamp
 
 
 def _search(options: TuneOptions, watch: Watcher, sampler: BaseSampler | None) -> SearchResult:
-    check_output(options.train)
+    check_output(
+        options.train, files=(RESULT_NAME, BEST_FILE, STATE_NAME, proposals.JOURNAL_NAME, "search.png", "pareto.png")
+    )
     if options.over_ray:
         from loraloom.tune.ray_crew import need_ray
 

@@ -92,3 +92,12 @@ def test_where_nobody_talks_no_template_is_kept_and_one_that_is_given_is_an_erro
     lists.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     train(decoder_folder, lists, tmp_path / "lists", chat_template=GIVEN)
     assert (tmp_path / "lists" / TEMPLATE_NAME).exists()
+
+
+@pytest.mark.parametrize("name", ["run.json", "adapter_model.safetensors", "curves.png", "run.yaml"])
+def test_a_folder_where_a_file_will_be_is_said_before_training(
+    decoder_folder: Path, talks: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "out" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"output: .*{name} is a folder, and a file of this name is to be written"):
+        train(decoder_folder, talks, tmp_path / "out", overwrite=True)

@@ -6,31 +6,36 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loraloom.config import CONFIG_NAME
 from loraloom.errors import ConfigError, SaveError
 from loraloom.lora.atomic import write_files
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel
 from loraloom.train.course import checkpoints
+from loraloom.train.course.lock import LOCK_NAME
 from loraloom.train.course.record import RUN_NAME, as_json
 from loraloom.train.settings import runfile
 from loraloom.train.settings.options import TrainOptions
-from loraloom.train.start.dataset import TEMPLATE_NAME
+from loraloom.train.start.dataset import BAD_ROWS, TEMPLATE_NAME
 
 #: The options of a run, with nothing left open, as a run file that gives the same run again.
 RUN_FILE = "run.yaml"
+#: What a run writes beside its checkpoints.
+FILES = (WEIGHTS_NAME, CONFIG_NAME, RUN_NAME, RUN_FILE, TEMPLATE_NAME, BAD_ROWS, LOCK_NAME, "curves.png")
 _TITLE = "The options of this run, with nothing left open."
 
 
-def check_output(options: TrainOptions, *, going_on: bool = False) -> None:
+def check_output(options: TrainOptions, *, going_on: bool = False, files: Sequence[str] = FILES) -> None:
     """An output that cannot be used is said before training, not after it. Leaves no trace.
 
     Args:
         going_on: the run is gone on with in this folder, which may therefore hold what it wrote.
+        files: what will be written into it.
 
     Raises:
         ConfigError: the folder holds something that is not to be replaced, or cannot be written.
@@ -53,6 +58,12 @@ def check_output(options: TrainOptions, *, going_on: bool = False) -> None:
         if (folder / "config.json").exists():
             # With an adapter in it, transformers would load the folder as model and adapter together.
             raise ConfigError(f"output: {folder} holds a model; choose another folder")
+        for name in files:
+            if (folder / name).is_dir() and not (folder / name).is_symlink():
+                raise ConfigError(
+                    f"output: {folder / name} is a folder, and a file of this name is to be written; choose another "
+                    "folder, or move it away"
+                )
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

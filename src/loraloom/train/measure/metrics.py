@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loraloom.config import TaskType
+from loraloom.data.rows import task_option
 from loraloom.errors import ConfigError, nearest
 from loraloom.train.measure import measures
 from loraloom.train.measure.tagging import Scheme, scheme_of
@@ -301,7 +302,7 @@ def choose(task: TaskType, problem_type: str | None = None, metrics: Sequence[st
         if ":" in name:
             continue
         if name not in known:
-            what = task.value.lower().replace("_", "-") + (f" ({problem_type})" if kind in _PROBLEMS.values() else "")
+            what = task_option(task) + (f" ({problem_type})" if kind in _PROBLEMS.values() else "")
             raise ConfigError(
                 f"metrics: {name!r} is none of {what}, which has {', '.join(known)}; a function of your own is given "
                 f"as package.module:function{nearest(name, known)}"

@@ -8,19 +8,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from loraloom.config import LoraConfig, TaskType
+from loraloom.config import LoraConfig
 from loraloom.data.example import OVERLONG
 from loraloom.data.read.sources import KEYS
+from loraloom.data.rows import ROW_TASKS
 from loraloom.errors import ConfigError, nearest
 
 #: The names of tasks on the command line and in run files.
-TASKS = {
-    "seq-cls": TaskType.SEQ_CLS,
-    "causal-lm": TaskType.CAUSAL_LM,
-    "token-cls": TaskType.TOKEN_CLS,
-    "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
-    "question-answering": TaskType.QUESTION_ANS,
-}
+TASKS = ROW_TASKS
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant", "warmup_stable_decay")
 ON_BAD_ROW = ("stop", "skip")

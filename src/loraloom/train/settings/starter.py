@@ -97,7 +97,7 @@ def _text(options: TrainOptions, shape: Shape, length: int, name: str) -> str:
 # Train:                 loraloom train {name}
 # Go on after a stop:    loraloom train {name} --resume
 # Find better values:    loraloom tune {name}
-# Change one value:      --set lora.r=8
+# Change one value:      --set lora.r=8, or the option --lora-r 8
 
 task: {options.task}  # {", ".join(TASKS)}
 
