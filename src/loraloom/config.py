@@ -11,7 +11,9 @@ import dataclasses
 import json
 import math
 import operator
+import os
 import re
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -246,8 +248,14 @@ class LoraConfig:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``adapter_config.json`` into ``folder``, which is made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
+        path = Path(folder) / CONFIG_NAME
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_text(self.to_json(), encoding="utf-8")
+            os.replace(aside, path)  # whole or as it was, and never through a link
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def _not_implemented() -> dict[str, Any]:

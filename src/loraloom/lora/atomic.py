@@ -2,6 +2,8 @@
 
 The new contents are written aside and synced. Then one rename puts a journal in place, which is the moment the new
 files count; the renames that follow can be repeated by whoever reads the folder next (``recover``).
+
+A symbolic link in the place of a file, or of a folder below the given one, is replaced. Its target is never touched.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from loraloom.errors import AdapterError, SaveError
@@ -20,8 +23,14 @@ from loraloom.errors import AdapterError, SaveError
 JOURNAL = ".loraloom-commit.json"
 
 
-def write_files(folder: str | Path, files: Mapping[str, bytes | Callable[[Path], None]]) -> None:
-    """Replace ``folder``'s files (relative path → contents, or what writes them to a path) together. Others stay.
+#: The contents of a file, or what writes them to a path; None for a file that is to be deleted.
+Contents = bytes | Callable[[Path], None] | None
+#: What marks a file that is to be deleted, in the journal.
+_GONE = "-"
+
+
+def write_files(folder: str | Path, files: Mapping[str, Contents]) -> None:
+    """Replace ``folder``'s files (relative path → contents) together, written in this order. Others stay.
 
     Raises:
         SaveError: the folder cannot be written or the disk is full; the old files are as they were. If the system
@@ -29,20 +38,22 @@ def write_files(folder: str | Path, files: Mapping[str, bytes | Callable[[Path],
     """
     folder = Path(folder)
     mark = secrets.token_hex(4)
-    aside = {name: _aside(name, mark) for name in files}
+    aside = {name: _aside(name, mark) + (_GONE if contents is None else "") for name, contents in files.items()}
     journal = folder / f".{JOURNAL}.{mark}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         recover(folder)
+        replace_links(*(folder / parent for parent in _below(files)))
         for path in (folder / JOURNAL, *(folder / name for name in files)):
             for left in path.parent.glob(f".{path.name}.{'[0-9a-f]' * 8}"):
                 left.unlink()  # a crash before the journal left it
         for name, contents in files.items():
             path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
+            make_folder(path.parent)
+            if path.is_dir() and not path.is_symlink():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-            _write(folder / aside[name], contents)
+            if contents is not None:
+                _write(folder / aside[name], contents)
         for below in sorted({(folder / name).parent for name in files} - {folder}):
             sync(below)
         _write(journal, json.dumps({new: name for name, new in aside.items()}).encode())
@@ -59,6 +70,11 @@ def write_files(folder: str | Path, files: Mapping[str, bytes | Callable[[Path],
     recover(folder)
 
 
+def interrupted(folder: str | Path) -> bool:
+    """Whether there is something for ``recover`` to do."""
+    return os.path.lexists(Path(folder) / JOURNAL)
+
+
 def recover(folder: str | Path) -> None:
     """Finish a replacement that a crash interrupted after it counted. Nothing happens where none was.
 
@@ -70,9 +86,14 @@ def recover(folder: str | Path) -> None:
     journal = folder / JOURNAL
     try:
         moves = _moves(journal.read_bytes(), journal)
+        if any((folder / parent).is_symlink() for parent in _below(moves.values())):
+            raise _foreign(journal)
         for new, name in moves.items():
-            with contextlib.suppress(FileNotFoundError):  # moved before the crash
-                os.replace(folder / new, folder / name)
+            with contextlib.suppress(FileNotFoundError):  # moved or deleted before the crash
+                if new.endswith(_GONE):
+                    (folder / name).unlink()
+                else:
+                    os.replace(folder / new, folder / name)
         for parent in {(folder / name).parent for name in moves.values()}:
             sync(parent)
         journal.unlink(missing_ok=True)
@@ -87,18 +108,28 @@ def recover(folder: str | Path) -> None:
 
 def _moves(text: bytes, journal: Path) -> dict[str, str]:
     """The journal's moves, each from the hidden name beside a file to that file, and all inside the folder."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         moves = json.loads(text)
         if isinstance(moves, dict) and all(
             isinstance(name, str) and _is_aside(new, name) for new, name in moves.items()
         ):
             return moves
-    raise AdapterError(f"{journal}: loraloom did not write this, so it moves no file by it; delete it")
+    raise _foreign(journal)
+
+
+def _foreign(journal: Path) -> AdapterError:
+    return AdapterError(f"{journal}: loraloom did not write this, so it moves no file by it; delete it")
 
 
 def _is_aside(new: str, name: str) -> bool:
-    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts and Path(name).name != ""
+    new = new.removesuffix(_GONE)
     return inside and re.fullmatch("[0-9a-f]{8}", new[-8:]) is not None and new == _aside(name, new[-8:])
+
+
+def _below(names: Iterable[str]) -> list[Path]:
+    """Folders that ``names`` lie in, below the one that they are relative to, from the top down."""
+    return sorted({parent for name in names for parent in Path(name).parents if parent.parts})
 
 
 def _aside(name: str, mark: str) -> str:
@@ -119,6 +150,30 @@ def _write(path: Path, contents: bytes | Callable[[Path], None]) -> None:
         os.fsync(file.fileno())
 
 
+def replace_links(*paths: Path) -> None:
+    """Delete those that are symbolic links, where folders will be: what they lead to is not ours to write."""
+    for path in paths:
+        if path.is_symlink():
+            path.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` and those above it that are missing, so that they are still there after a power cut."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in made[::-1]:
+        sync(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder with all that is in it, as far as that can be done; of a symbolic link the link alone."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def sync(folder: Path) -> None:
     """Have what was made, renamed or removed in ``folder`` on the disk, where the system can."""
     with contextlib.suppress(OSError):  # not every system lets a folder be opened
@@ -132,5 +187,5 @@ def sync(folder: Path) -> None:
 def is_at(handle: int, path: Path) -> bool:
     """Whether the file that is open as ``handle`` is still the one at ``path``, and not deleted or replaced."""
     with contextlib.suppress(OSError):
-        return os.path.samestat(os.fstat(handle), path.stat())
+        return os.path.samestat(os.fstat(handle), path.lstat())
     return False

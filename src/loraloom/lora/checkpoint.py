@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from loraloom.config import CONFIG_NAME, LoraConfig
 from loraloom.errors import AdapterError, ConfigError, nearest
 from loraloom.lora.adapters import PREFIX, LoraModel, file_key
-from loraloom.lora.atomic import recover, write_files
+from loraloom.lora.atomic import Contents, recover, write_files
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
@@ -81,7 +81,14 @@ def save(
 
     ``gathered``: id of a live tensor → what to write for it.
     """
-    files: dict[str, bytes | Callable[[Path], None]] = {}
+    write_files(folder, files_of(model, adapters, gathered))
+
+
+def files_of(
+    model: LoraModel, adapters: Sequence[str] | None = None, gathered: Mapping[int, Tensor] | None = None
+) -> dict[str, Contents]:
+    """What ``save`` writes, for who writes more beside it in the same step."""
+    files: dict[str, Contents] = {}
     for name in model.peft_config if adapters is None else adapters:
         place = "" if name == "default" else f"{name}/"
         tensors = model.tensors_of(name)
@@ -95,7 +102,7 @@ def save(
             base = type(model.model)
             config = config.copy(auto_mapping={"base_model_class": base.__name__, "parent_library": base.__module__})
         files[place + CONFIG_NAME] = config.to_json().encode()
-    write_files(folder, files)
+    return files
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

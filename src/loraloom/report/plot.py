@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from loraloom.lora.atomic import write_files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PLOT_NAME = "curves.png"
 
@@ -52,7 +57,18 @@ def plot_run(record: Mapping[str, Any], path: str | Path) -> None:
         f"dropout={lora['lora_dropout']:g}, learning rate {record['options']['learning_rate']:g}"
     )
     literal(figure)
-    figure.savefig(path)
+    write_picture(figure, path)
+
+
+def write_picture(figure: Figure, path: str | Path) -> None:
+    """Write ``figure`` whole or not at all, in the format of the path's ending.
+
+    Raises:
+        SaveError: the file cannot be written; what was there is unchanged.
+    """
+    path = Path(path)
+    kind = path.suffix.removeprefix(".") or "png"
+    write_files(path.parent, {path.name: lambda aside: figure.savefig(aside, format=kind)})
 
 
 def literal(figure: Any) -> None:

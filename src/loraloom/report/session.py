@@ -148,6 +148,6 @@ def _draw(record: Mapping[str, Any], folder: str) -> Path:
 def _written(path: Path, saved: str, draw: Callable[[Path], None]) -> Path:
     try:
         draw(path)
-    except OSError as error:
-        raise SaveError(f"{path}: cannot be written ({error.strerror or error}); {saved}") from None
+    except SaveError as error:
+        raise SaveError(f"{error}; {saved}") from None
     return path

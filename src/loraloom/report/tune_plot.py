@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loraloom.report.plot import literal
+from loraloom.report.plot import literal, write_picture
 from loraloom.report.tune import count
 from loraloom.tune.score import greater_is_better, last_measured, measured, originals, ranking, scores, varying
 from loraloom.tune.trial import Trial
@@ -80,7 +80,7 @@ def plot_search(trials: Sequence[Trial], metric: str, path: str | Path, best: in
         # The best was drawn last.
         figure.legend(handles[::-1], texts[::-1], loc="outside lower center", ncols=5, frameon=False)
     literal(figure)
-    figure.savefig(path)
+    write_picture(figure, path)
 
 
 def plot_pareto(found: Verdict, trials: Sequence[Trial], metric: str, path: str | Path) -> None:
@@ -139,7 +139,7 @@ def plot_pareto(found: Verdict, trials: Sequence[Trial], metric: str, path: str 
     _scale(axes, [found.scores[n].mean for n in drawn], metric)
     figure.legend(loc="outside lower center", ncols=1, frameon=False)
     literal(figure)
-    figure.savefig(path)
+    write_picture(figure, path)
 
 
 def _scale(axes: Any, values: Sequence[float], metric: str) -> None:

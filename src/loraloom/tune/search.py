@@ -23,7 +23,7 @@ import torch
 import loraloom
 from loraloom.config import TaskType
 from loraloom.errors import ConfigError, DataError
-from loraloom.lora.atomic import write_files
+from loraloom.lora.atomic import replace_links, write_files
 from loraloom.train.course import lock
 from loraloom.train.course.signals import asked_to_stop
 from loraloom.train.measure.metrics import metric_name
@@ -72,6 +72,8 @@ def _search(options: TuneOptions, watch: Watcher, sampler: BaseSampler | None) -
     check_output(
         options.train, files=(RESULT_NAME, BEST_FILE, STATE_NAME, proposals.JOURNAL_NAME, "search.png", "pareto.png")
     )
+    folder = Path(options.train.output)
+    replace_links(folder / BEST_NAME, folder / TRIALS, *(folder / TRIALS).glob("trial-*"))
     if options.over_ray:
         from loraloom.tune.ray_crew import need_ray
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -116,7 +117,7 @@ def steps(folder: str | Path) -> list[int]:
 
 
 #: What a run that was stopped and one that was not differ in.
-OWN = ("seconds", "tokens_per_second", "resumed_at", "options")
+OWN = ("seconds", "tokens_per_second", "resumed_at", "options", "record_sha256")
 
 
 def timeless(found: dict[str, Any]) -> dict[str, Any]:
@@ -305,6 +306,119 @@ def test_killed_at_the_very_end_it_only_writes_what_is_missing(classify: Make) -
     train(classify(), True, fail(AssertionError()))
     assert weights(classify().output) == weights(classify("whole").output)
     assert timeless(record(classify().output)) == timeless(record(classify("whole").output))
+
+
+def twice() -> None:
+    """A second Ctrl-C, which leaves no checkpoint of that step."""
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_stopped_before_the_first_checkpoint_it_begins_afresh(classify: Make) -> None:
+    options = classify(save_steps=4)
+    with pytest.raises(Interrupted):
+        train(options, watch=at(1, twice))
+    assert steps(options.output) == []
+    with pytest.raises(ConfigError, match="learning_rate is 0.5 and was 0.01"):
+        prepare(classify(save_steps=4, learning_rate=0.5), True)
+    said: list[str] = []
+    train(options, True, say=said.append)
+    assert said == [
+        f"the run in {options.output} that ended early, after step 1, left no whole checkpoint: training begins afresh"
+    ]
+    train(classify("whole"))
+    assert weights(options.output) == weights(classify("whole").output)
+
+
+def test_an_adapter_that_is_not_of_the_run_that_stopped_is_never_replaced(classify: Make) -> None:
+    options = classify(save_steps=4)
+    with pytest.raises(Interrupted):
+        train(options, watch=at(1, twice))
+    path = Path(options.output) / WEIGHTS
+    path.write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="holds an adapter already"):
+        prepare(options, True)
+    (path.parent / RUN_NAME).unlink()
+    with pytest.raises(ConfigError, match="holds an adapter already"):
+        prepare(options, True)
+    assert path.read_bytes() == b"mine"
+
+
+def test_with_damaged_checkpoints_alone_it_begins_afresh(classify: Make) -> None:
+    killed(classify(), 3)
+    (Path(classify().output) / "checkpoint-2" / "state.json").write_text("{")
+    said: list[str] = []
+    train(classify(), True, say=said.append)
+    assert "checkpoint-2 is no whole checkpoint" in said[0]
+    assert record(classify().output)["state"] == "finished"
+
+
+def test_finished_is_never_said_over_another_adapter(classify: Make) -> None:
+    train(classify())
+    path = Path(classify().output) / WEIGHTS
+    before, changed = path.read_bytes(), bytearray(path.read_bytes())
+    changed[-1] ^= 1
+    path.write_bytes(bytes(changed))
+    with pytest.raises(ConfigError, match=f"resume: {path} is not the one that the finished run in"):
+        prepare(classify(), True)
+    path.rename(path.parent / "mine")
+    train(classify(), True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_adapter_and_record_are_one_even_when_killed_between_them(
+    classify: Make, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """A finished run is overwritten, stopped twice, and killed as its files are put in place."""
+    train(classify())
+    first = weights(classify().output)
+    prepared, real, done = prepare(classify(overwrite=True, seed=3)), os.replace, []
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name in (WEIGHTS, RUN_NAME, "adapter_config.json"):
+            if len(done) == moves:
+                raise Killed
+            done.append(target)
+        real(source, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed, Interrupted):
+        patch.setattr(os, "replace", replace)
+        run(prepared, at(1, twice))
+    if moves == 3:  # all were put in place
+        assert weights(classify().output) != first
+    with pytest.raises(ConfigError, match="was trained with other options: seed is 0 and was 3"):
+        prepare(classify(), True)
+    said: list[str] = []
+    train(classify(seed=3), True, say=said.append)
+    assert "begins afresh" in said[0]
+    train(classify("whole", seed=3))
+    assert weights(classify().output) == weights(classify("whole").output)
+
+
+def test_with_overwrite_what_is_of_other_options_or_data_makes_way(
+    classify: Make, tmp_path: Path, reviews: Path
+) -> None:
+    train(classify())
+    data = tmp_path / "other.jsonl"
+    data.write_text(reviews.read_text().replace("film", "book", 1))
+    for changes in ({"seed": 3}, {"seed": 3, "data": data}):
+        options = classify(overwrite=True, **changes)
+        killed(options, 3, True)
+        assert steps(options.output) == [2]
+        said: list[str] = []
+        train(options, True, say=said.append)
+        assert said[-1] == f"going on from {options.output}/checkpoint-2, after step 2 of 6"
+
+
+def test_a_damaged_record_is_named_and_passed_over(classify: Make) -> None:
+    train(classify())
+    path = Path(classify().output) / RUN_NAME
+    path.write_text(path.read_text().replace('"steps": 6', '"steps": 7'))
+    said: list[str] = []
+    train(classify(), True, say=said.append)
+    assert said[0] == f"{path}: damaged, or not what loraloom writes; it is passed over"
+    assert record(classify().output)["steps"] == 6
 
 
 # Not mixed --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from typing import Any
 from loraloom.data.table import room
 from loraloom.data.table.room import MANIFEST, Gone
 from loraloom.errors import SaveError
+from loraloom.lora.atomic import remove_tree
 
 #: The folder of the cache, where it is to be another than the system's.
 VARIABLE = "LORALOOM_CACHE"
@@ -183,7 +183,7 @@ def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], say:
 
 def _built(root: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) -> Entry:
     for left in root.glob(f".{key}.*.part"):  # of processes that were killed: those alive hold the lock
-        shutil.rmtree(left, ignore_errors=True)
+        remove_tree(left)
     aside = root / f".{key}.{secrets.token_hex(4)}.part"
     try:
         with _writing():
@@ -195,7 +195,7 @@ def _built(root: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) ->
             use = room.use(folder / MANIFEST) or use  # another process's may stand there
         return Entry(folder, info, True, use)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)  # it is no longer there where all went well
+        remove_tree(aside)  # it is no longer there where all went well
 
 
 def _make(folder: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _put(aside: Path, target: Path, key: str) -> Path:
                 # Not deleted first: a process that has its files mapped goes on with them.
                 os.rename(target, old)
                 os.rename(aside, target)
-            shutil.rmtree(old, ignore_errors=True)
+            remove_tree(old)
     return target
 
 
@@ -262,7 +262,9 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
         yield
         return
     with _writing():
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if path.is_symlink():
+            path.unlink()
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

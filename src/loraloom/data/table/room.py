@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from loraloom.data import sizes
 from loraloom.errors import ConfigError
-from loraloom.lora.atomic import is_at
+from loraloom.lora.atomic import is_at, remove_tree
 
 MANIFEST = "manifest.json"
 #: What the cache may take: bytes, or a size such as 20GiB. With 0 nothing is ever deleted.
@@ -71,7 +70,7 @@ def use(manifest: Path) -> Use | None:
     try:
         import fcntl
 
-        found = Use(os.open(manifest, os.O_RDONLY))
+        found = Use(os.open(manifest, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)))
         fcntl.flock(found._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if not is_at(found._handle, manifest):
             raise Gone
@@ -80,7 +79,7 @@ def use(manifest: Path) -> Use | None:
     except (OSError, ImportError):
         return None
     with contextlib.suppress(OSError):  # a cache that can only be read
-        os.utime(manifest)
+        os.utime(found._handle)
     return found
 
 
@@ -98,7 +97,7 @@ def make(folder: Path, limit: int) -> str:
     now = time.time()
     for draft in folder.glob("*/.*.part"):
         if now - _newest(draft) > HOURS * 3600:  # of a process that was killed
-            shutil.rmtree(draft, ignore_errors=True)
+            remove_tree(draft)
     entries = sorted(_entries(folder), key=lambda entry: entry.used)
     total, old, much = sum(entry.bytes for entry in entries), list[int](), list[int]()
     for entry in entries:
@@ -128,14 +127,14 @@ def _delete(entry: Path) -> bool:
     with contextlib.suppress(OSError, ImportError):
         import fcntl
 
-        handle = os.open(entry / MANIFEST, os.O_RDWR)
+        handle = os.open(entry / MANIFEST, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not is_at(handle, entry / MANIFEST):
                 return False  # another process was faster
             aside = entry.with_name(f".{entry.name}.{secrets.token_hex(4)}.part")
             os.rename(entry, aside)  # absent at once, as it was whole at once
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_tree(aside)
             return True
         finally:
             os.close(handle)

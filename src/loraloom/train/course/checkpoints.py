@@ -16,7 +16,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ from torch import Tensor
 from loraloom.config import CONFIG_NAME
 from loraloom.data.table.cache import file_hash
 from loraloom.errors import ConfigError, SaveError
-from loraloom.lora.atomic import sync, write_files
+from loraloom.lora.atomic import make_folder, remove_tree, sync, write_files
 from loraloom.lora.checkpoint import WEIGHTS_NAME, write_tensors
 
 TENSORS_NAME = "state.safetensors"
@@ -38,6 +37,9 @@ STATE_NAME = "state.json"
 MANIFEST_NAME = "manifest.json"
 #: The layout of the folder and the meaning of the state; another number is not read.
 FORMAT = 1
+
+#: What reading JSON of another shape than was written raises, deep nesting and huge numbers included.
+DAMAGED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)
 
 _FILES = (WEIGHTS_NAME, CONFIG_NAME, TENSORS_NAME, STATE_NAME)
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -85,7 +87,7 @@ def write(
     folder = Path(folder)
     place, aside = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.{secrets.token_hex(4)}"
     try:
-        aside.mkdir(parents=True)
+        make_folder(aside)
         adapter(aside)
         text = json.dumps({**limits_as_text(state), "format": FORMAT, "step": step}, indent=1, sort_keys=True)
         write_files(aside, {TENSORS_NAME: partial(write_tensors, tensors), STATE_NAME: text.encode()})
@@ -93,7 +95,7 @@ def write(
             name: {"bytes": (aside / name).stat().st_size, "sha256": file_hash(aside / name)} for name in _FILES
         }
         write_files(aside, {MANIFEST_NAME: json.dumps(manifest, indent=1, sort_keys=True).encode()})
-        if place.exists():
+        if os.path.lexists(place):
             _remove(place)
         os.rename(aside, place)
         sync(folder)
@@ -104,7 +106,7 @@ def write(
             f"{place}: the checkpoint cannot be written ({said}); those that were there are unchanged"
         ) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)  # it was renamed, unless something went wrong
+        remove_tree(aside)  # it was renamed, unless something went wrong
     return place
 
 
@@ -117,8 +119,11 @@ def read(path: str | Path) -> Checkpoint:
     path = Path(path)
     if problem := _problem(path):
         raise ConfigError(f"{path} is no whole checkpoint: {problem}")
-    state = text_as_limits(json.loads((path / STATE_NAME).read_bytes()))
-    return Checkpoint(path, int(state["step"]), state)
+    try:
+        state = text_as_limits(json.loads((path / STATE_NAME).read_bytes()))
+        return Checkpoint(path, int(state["step"]), state)
+    except (OSError, *DAMAGED):  # since it was looked at
+        raise ConfigError(f"{path} is no whole checkpoint: {STATE_NAME} cannot be read") from None
 
 
 def newest(
@@ -176,7 +181,7 @@ def clean(folder: str | Path) -> None:
     with contextlib.suppress(OSError):
         for path in list(Path(folder).iterdir()):
             if _ASIDE.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+                remove_tree(path)
 
 
 def forget(folder: str | Path) -> None:
@@ -220,12 +225,13 @@ def _problem(path: Path) -> str:
         state = json.loads((path / STATE_NAME).read_bytes())
         if state["format"] != FORMAT:
             return f"it is of format {state['format']}, and this version of loraloom reads {FORMAT}"
-        int(state["step"])
+        if not isinstance(state["step"], int):
+            raise TypeError
     except FileNotFoundError as error:
         return f"it has no {Path(error.filename).name}"
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except DAMAGED:
         return f"{MANIFEST_NAME} or {STATE_NAME} is not what loraloom writes"
     return ""
 
@@ -240,7 +246,7 @@ def _remove(path: Path) -> None:
     """Under another name first: half a checkpoint is never to be seen under its own."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     os.rename(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_tree(aside)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

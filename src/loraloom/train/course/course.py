@@ -73,6 +73,14 @@ class Course:
             ConfigError: there is a checkpoint, but of another training, or it cannot be gone on from.
         """
         found = resume.find(self.options, wanted, self._say)
+        if self.options.overwrite and wanted is True:
+            found = self._replacing(found)
+        if found.stopped and not found.checkpoint:
+            where = f"the run in {self.folder} that ended early"
+            self._same(resume.identity_in(found.stopped), where)
+            self._say(
+                f"{where}, after step {found.stopped['steps']:,}, left no whole checkpoint: training begins afresh"
+            )
         if found.finished:
             self._same(resume.identity_in(found.finished), f"the finished run in {self.folder}")
             adapters.fill(self.model.base_model, self.slot.name, adapters.read_tensors(self.folder))
@@ -84,11 +92,30 @@ class Course:
             if self.options.overwrite and not inside:
                 checkpoints.forget(self.folder)
         if found.checkpoint:
-            self._same(found.checkpoint.state["identity"], str(found.checkpoint.path))
+            with resume.understood(found.checkpoint):
+                self._same(found.checkpoint.state["identity"], str(found.checkpoint.path))
             self._go_on(found.checkpoint)
         self.slot.world.wait()
         self._started = time.perf_counter()
         return None
+
+    def _replacing(self, found: resume.Found) -> resume.Found:
+        """``found``, or nothing where that is of other data or another model and may be replaced."""
+        if found.finished:
+            then = resume.identity_in(found.finished)
+        elif found.checkpoint and found.checkpoint.path.parent.resolve() == self.folder.resolve():
+            then = found.checkpoint.state["identity"]
+        else:
+            return found
+        try:
+            resume.check_same(then, self.identity, f"what lies in {self.folder}")
+        except ConfigError as error:
+            if self.options.overwrite:
+                self._say(f"{error}; it is replaced (overwrite)")
+                if found.checkpoint:
+                    return resume.Found()
+                return self._replacing(resume.find(self.options, True, self._say, ended=False))
+        return found
 
     def _same(self, then: dict[str, Any], where: str) -> None:
         if changes := resume.check_same(then, self.identity, where):
@@ -97,9 +124,10 @@ class Course:
     def _go_on(self, found: Checkpoint) -> None:
         state = found.state
         resume.restore(found, self.slot, self.model)
-        self._tokens, self._seconds = int(state["tokens"]), float(state["seconds"])
+        with resume.understood(found):
+            self._tokens, self._seconds = int(state["tokens"]), float(state["seconds"])
+            self._resumed_at = [*state["resumed_at"], found.step]
         self._progress = Progress(self.slot, self._tokens, self._seconds)
-        self._resumed_at = [*state["resumed_at"], found.step]
         if found.path.parent.resolve() == self.folder.resolve():
             self._saved = self._stand
             self._kept.add(found.step)
@@ -222,7 +250,7 @@ class Course:
         """
         found = self._record("finished", self._adapter_step)
         if self.slot.world.first:
-            output.save(self.model, self.folder, found, self.prepared.data.template)
+            found = output.save(self.model, self.folder, found, self.prepared.data.template)
         self.slot.world.wait()
         return found
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -22,6 +23,9 @@ from loraloom.lora.atomic import is_at
 LOCK_NAME = ".loraloom.lock"
 #: Looks at a lock that is taken, and seconds between them: another process may only be looking too.
 LOOKS, BETWEEN = 5, 0.05
+
+#: A symbolic link at the lock's place is not followed: what it leads to is not ours to write.
+_NOT_THROUGH = getattr(os, "O_NOFOLLOW", 0)
 
 #: Open files of the locks of this process. A fork is not the run: what it inherits of them, it closes.
 _held: set[int] = set()
@@ -35,7 +39,7 @@ def check(folder: str | Path) -> None:
         ConfigError: so it is; the message names it.
     """
     with contextlib.suppress(OSError):
-        handle = os.open(Path(folder) / LOCK_NAME, os.O_RDONLY)
+        handle = os.open(Path(folder) / LOCK_NAME, os.O_RDONLY | _NOT_THROUGH)
         try:
             _take(handle, Path(folder), shared=True)
         finally:
@@ -69,10 +73,11 @@ def held(folder: str | Path) -> Iterator[None]:
 def _acquire(folder: Path) -> int | None:
     """The open file of a lock; None where there can be none."""
     path = folder / LOCK_NAME
-    for _ in range(LOOKS):
+    while True:  # others came and went: each time one of them has had the lock
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            _make_way(path)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | _NOT_THROUGH, 0o666)
         except OSError:  # who writes into the folder says why it cannot be written
             return None
         kept = False
@@ -90,7 +95,14 @@ def _acquire(folder: Path) -> int | None:
         finally:
             if not kept:
                 os.close(handle)
-    return None
+
+
+def _make_way(path: Path) -> None:
+    """Delete a link, symbolic or a second name of a file, in the lock's place: a lock is a file of its own."""
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        if stat.S_ISLNK(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink > 1):
+            path.unlink()
 
 
 def _take(handle: int, folder: Path, *, shared: bool = False) -> bool:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loraloom.config import CONFIG_NAME
+from loraloom.data.table.cache import file_hash
 from loraloom.errors import ConfigError, SaveError
-from loraloom.lora.atomic import write_files
+from loraloom.lora import checkpoint
+from loraloom.lora.atomic import Contents, interrupted, recover, write_files
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel
 from loraloom.train.course import checkpoints
@@ -42,6 +45,8 @@ def check_output(options: TrainOptions, *, going_on: bool = False, files: Sequen
     """
     folder = Path(options.output)
     made: list[Path] = []
+    if interrupted(folder):
+        recover(folder)
     try:
         if not going_on and not options.overwrite:
             there = checkpoints.listed(folder)
@@ -106,31 +111,39 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def save(model: PeftModel, folder: str | Path, record: Mapping[str, Any], template: str | None = None) -> None:
-    """Write the adapter and ``run.json``; where the folder cannot be written, into a temporary one.
+def save(
+    model: PeftModel, folder: str | Path, record: Mapping[str, Any], template: str | None = None
+) -> dict[str, Any]:
+    """Write the adapter and ``run.json`` in one step; where the folder cannot be written, into a temporary one.
 
-    ``template`` is the chat template to be kept beside them. That of an earlier run goes with its adapter.
+    ``template`` is the chat template to be kept beside them. That of an earlier run goes with its adapter. Returns what
+    ``run.json`` holds: ``record`` with the hashes of the files beside it.
 
     Raises:
         SaveError: so it was; the message says where the adapter is instead.
     """
-    files = {RUN_NAME: as_json(record)} | ({TEMPLATE_NAME: template.encode()} if template is not None else {})
 
-    def write(to: str | Path) -> None:
-        stale = template is None and (Path(to) / RUN_NAME).exists()
-        model.save_pretrained(to)
-        write_files(to, files)
+    def write(to: Path) -> dict[str, Any]:
+        stale = template is None and (to / RUN_NAME).exists()
+        files = checkpoint.files_of(model.base_model)
+        if template is not None:
+            files[TEMPLATE_NAME] = template.encode()
+        hashes: dict[str, str] = {}
+        hashed: dict[str, Contents] = {name: _hashing(what, name, hashes) for name, what in files.items()}
         if stale:
-            with contextlib.suppress(OSError):
-                (Path(to) / TEMPLATE_NAME).unlink()
+            hashed[TEMPLATE_NAME] = None
+        # The last one written: it says what the others are.
+        write_files(to, {**hashed, RUN_NAME: lambda path: _put(path, as_json({**record, "files": hashes}))})
+        found: dict[str, Any] = json.loads(as_json({**record, "files": hashes}))
+        return found
 
     try:
-        write(folder)
+        return write(Path(folder))
     except SaveError as error:
         rescue = None
         try:
             rescue = tempfile.mkdtemp(prefix="loraloom-rescued-")
-            write(rescue)
+            write(Path(rescue))
         except (SaveError, OSError):
             if rescue:
                 shutil.rmtree(rescue, ignore_errors=True)
@@ -138,3 +151,35 @@ def save(model: PeftModel, folder: str | Path, record: Mapping[str, Any], templa
                 f"{error}. The trained adapter could not be saved in {tempfile.gettempdir()} either"
             ) from None
         raise SaveError(f"{error}. The trained adapter is saved in {rescue} instead") from None
+
+
+def changed(folder: str | Path, record: Mapping[str, Any]) -> str:
+    """The first file that is no longer the one that the run of ``record`` wrote, or nothing.
+
+    A record of an earlier version of loraloom knows no hashes.
+    """
+    for name, wanted in sorted(record.get("files", {}).items()):
+        path = Path(folder) / name
+        try:
+            if file_hash(path) != wanted:
+                return str(path)
+        except OSError:
+            return str(path)
+    return ""
+
+
+def _hashing(contents: Contents, name: str, hashes: dict[str, str]) -> Callable[[Path], None]:
+    """What writes ``contents`` and notes the hash of what was written."""
+
+    def write(path: Path) -> None:
+        if callable(contents):
+            contents(path)
+        else:
+            _put(path, contents or b"")
+        hashes[name] = file_hash(path)
+
+    return write
+
+
+def _put(path: Path, contents: bytes) -> None:
+    path.write_bytes(contents)

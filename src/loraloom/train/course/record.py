@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import loraloom
+from loraloom.errors import ConfigError
 from loraloom.train.measure import best
 from loraloom.train.slot import Slot
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from loraloom.train.run import Prepared
 
 RUN_NAME = "run.json"
+#: ``run.json``'s hash of its own contents without this key.
+_OWN_HASH = "record_sha256"
 
 
 def versions() -> dict[str, str]:
@@ -92,7 +97,39 @@ def record(
 
 
 def as_json(found: Mapping[str, Any]) -> bytes:
-    return json.dumps(_finite(found), indent=2, sort_keys=True, allow_nan=False).encode()
+    """What ``run.json`` holds of ``found``, with its own hash."""
+    plain = {key: value for key, value in _finite(found).items() if key != _OWN_HASH}
+    return _text(plain | {_OWN_HASH: _hash(plain)})
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The record in ``path``; None where there is none. One without a hash of its own is of an earlier version.
+
+    Raises:
+        ConfigError: it is damaged, or not what loraloom writes.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        parts = [found, *(found[key] for key in ("options", "identity", "versions", "machine"))]
+        parts += [found["options"]["lora"], found.get("files", {})]
+        whole = all(isinstance(part, dict) for part in parts) and isinstance(found["steps"], int)
+        if whole and found.get(_OWN_HASH) in (None, _hash({k: v for k, v in found.items() if k != _OWN_HASH})):
+            return found  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ConfigError(f"{path}: damaged, or not what loraloom writes")
+
+
+def _text(plain: Mapping[str, Any]) -> bytes:
+    return json.dumps(plain, indent=2, sort_keys=True, allow_nan=False).encode()
+
+
+def _hash(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_text(plain)).hexdigest()
 
 
 def _finite(value: Any) -> Any:

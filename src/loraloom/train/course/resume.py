@@ -7,9 +7,10 @@ business, when to save is ``run``'s.
 from __future__ import annotations
 
 import array
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.data.tokens.encode import Example
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, LoraloomError
+from loraloom.lora.atomic import interrupted, recover
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel
 from loraloom.train.course import checkpoints
 from loraloom.train.course.checkpoints import Checkpoint
+from loraloom.train.course.output import changed
 from loraloom.train.course.record import RUN_NAME, machine, versions
+from loraloom.train.course.record import read as read_record
 from loraloom.train.measure import best
 from loraloom.train.settings.options import TrainOptions
 from loraloom.train.slot import Curve, Slot
@@ -174,30 +178,48 @@ class Found:
     checkpoint: Checkpoint | None = None
     #: ``run.json`` of a run that came to its end in this folder
     finished: dict[str, Any] | None = None
+    #: that of one that ended early in this folder, whose adapter makes way
+    stopped: dict[str, Any] | None = None
 
 
-def find(options: TrainOptions, resume: Resume, say: Say = lambda text: None) -> Found:
+def find(options: TrainOptions, resume: Resume, say: Say = lambda text: None, *, ended: bool = True) -> Found:
     """Where a run with ``options`` goes on, which has to be compared with it yet.
+
+    Where the options have ``overwrite``, what was trained with other ones is passed over, as it may be replaced.
 
     Args:
         resume: True for the newest whole checkpoint of the output folder, a path for that checkpoint.
+        ended: whether the end of a run counts, or checkpoints alone.
 
     Raises:
-        ConfigError: the path is no whole checkpoint, or none of the folder can be gone on from.
+        ConfigError: the path is no whole checkpoint, none of the folder can be gone on from, or the adapter in the
+            folder is not the one that its finished run wrote.
     """
     if resume is None or resume is False:
         return Found()
     folder = Path(options.output)
+    if interrupted(folder):
+        recover(folder)
+    record = _record(folder, say) if ended else None
+    finished = record is not None and record["state"] == "finished"
     if resume is not True:
-        return Found(_given(Path(resume), options))
-    record = _finished(folder)
-    if record and not differences(
-        record["options"], {**options.to_dict(), "max_length": record["options"]["max_length"]}
-    ):
-        return Found(finished=record)
+        mine = record is not None and not finished and not _differ(record["options"], options)
+        return Found(_given(Path(resume), options), stopped=record if mine else None)
+    if record and finished and not _differ(record["options"], options):
+        replaced = changed(folder, record)
+        if not replaced:
+            return Found(finished=record)
+        if not options.overwrite:
+            raise ConfigError(
+                f"resume: {replaced} is not the one that the finished run in {folder} wrote: it was replaced or "
+                f"damaged since; move {folder / WEIGHTS_NAME} elsewhere to have the adapter made again, or choose "
+                "another folder, or give --overwrite"
+            )
     lost: list[str] = []
 
     def fits(checkpoint: Checkpoint) -> str:
+        if options.overwrite and _differ(_options_in(checkpoint), options):
+            return "it was trained with other options, and is replaced (overwrite)"
         if reason := _best_is_lost(checkpoint, options):
             lost.append(reason)
         return reason
@@ -205,8 +227,8 @@ def find(options: TrainOptions, resume: Resume, say: Say = lambda text: None) ->
     checkpoint = checkpoints.newest(folder, say, fits)
     if checkpoint is None and lost:
         raise ConfigError(f"resume: {lost[-1]}; train anew, in another folder or with overwrite")
-    if checkpoint is None and record:
-        return Found(finished=record)
+    if checkpoint is None and record and not options.overwrite:
+        return Found(finished=record) if finished else Found(stopped=record)
     return Found(checkpoint)
 
 
@@ -217,21 +239,58 @@ def goes_on(options: TrainOptions, resume: Resume) -> bool:
         ConfigError: what it finds was trained with other options, or is no whole checkpoint: as ``find``, and before
             anything is loaded.
     """
-    found = find(options, resume)
+    found, folder = find(options, resume), Path(options.output)
     if found.finished:
-        then, where = found.finished["options"], f"the finished run in {options.output}"
+        then, where = found.finished["options"], f"the finished run in {folder}"
     elif found.checkpoint:
-        then, where = found.checkpoint.state["identity"]["options"], str(found.checkpoint.path)
+        then, where = _options_in(found.checkpoint), str(found.checkpoint.path)
+    elif found.stopped:
+        then, where = found.stopped["options"], f"the run in {folder} that ended early"
     else:
-        return False
+        # Checkpoints that are damaged are in nobody's way; an adapter that nobody knows is.
+        return resume is True and not (folder / WEIGHTS_NAME).exists()
     check_options(then, _as_then(options, then), where)
-    return found.checkpoint is None or found.checkpoint.path.parent.resolve() == Path(options.output).resolve()
+    if found.checkpoint and found.checkpoint.path.parent.resolve() != folder.resolve():
+        return found.stopped is not None and not changed(folder, found.stopped) and not checkpoints.listed(folder)
+    return found.stopped is None or not changed(folder, found.stopped)
+
+
+def _differ(then: Mapping[str, Any], options: TrainOptions) -> bool:
+    return bool(differences(then, _as_then(options, then)))
+
+
+def _options_in(checkpoint: Checkpoint) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: its state is not one that ``state_of`` wrote.
+    """
+    with understood(checkpoint):
+        found: dict[str, Any] = checkpoint.state["identity"]["options"]
+        found["lora"].keys(), found["max_length"]
+        return found
+
+
+@contextlib.contextmanager
+def understood(checkpoint: Checkpoint) -> Iterator[None]:
+    """
+    Raises:
+        ConfigError: what is read of ``checkpoint`` inside is not what was written.
+    """
+    try:
+        yield
+    except (LoraloomError, torch.OutOfMemoryError):
+        raise
+    except (*checkpoints.DAMAGED, RuntimeError) as error:
+        raise ConfigError(
+            f"{checkpoint.path}: {checkpoints.STATE_NAME} or {checkpoints.TENSORS_NAME} is not what loraloom writes "
+            f"({type(error).__name__}: {error}); choose an earlier one, or train anew"
+        ) from None
 
 
 def _as_then(options: TrainOptions, then: Mapping[str, Any]) -> dict[str, Any]:
     """The options before anything was loaded: what is left open is what it was."""
     now = options.to_dict()
-    return now if now["max_length"] is not None else now | {"max_length": then["max_length"]}
+    return now if now["max_length"] is not None else now | {"max_length": then.get("max_length")}
 
 
 def _given(path: Path, options: TrainOptions) -> Checkpoint:
@@ -259,13 +318,15 @@ def _best_is_lost(checkpoint: Checkpoint, options: TrainOptions) -> str:
     )
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads((folder / RUN_NAME).read_bytes())
-        there = record["state"] == "finished" and "identity" in record and (folder / WEIGHTS_NAME).exists()
-    except (OSError, ValueError, KeyError, TypeError):
+def _record(folder: Path, say: Say) -> dict[str, Any] | None:
+    """``run.json`` of the adapter in ``folder``; None where one of the two is missing, or damaged."""
+    if not (folder / WEIGHTS_NAME).exists():
         return None
-    return record if there else None
+    try:
+        return read_record(folder / RUN_NAME)
+    except ConfigError as error:
+        say(f"{error}; it is passed over")
+        return None
 
 
 # -- the numbers ------------------------------------------------------------------------------------------------------
@@ -299,8 +360,13 @@ def restore(checkpoint: Checkpoint, slot: Slot, model: PeftModel) -> None:
     """Put ``slot`` and its adapter where they stood.
 
     Raises:
-        ConfigError: the checkpoint's adapter is not the one of this model.
+        ConfigError: the checkpoint's adapter is not the one of this model, or its state is not what was written.
     """
+    with understood(checkpoint):
+        _restore(checkpoint, slot, model)
+
+
+def _restore(checkpoint: Checkpoint, slot: Slot, model: PeftModel) -> None:
     fill(checkpoint, slot.name, model)
     state, tensors = checkpoint.state, checkpoint.tensors()
     slot.optimizer.load_state(_below("optimizer/", tensors))
