@@ -128,9 +128,11 @@ def test_an_output_lost_in_the_middle_of_training_sends_the_adapter_elsewhere(
 
 
 def test_a_plot_that_cannot_be_written_is_said_with_what_is_saved(
-    call: Callable[..., Any], encoder_folder: Path, reviews: Path, tmp_path: Path
+    call: Callable[..., Any], encoder_folder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "run" / "curves.png").mkdir(parents=True)
+    from loraloom.report.terminal import Meter
+
+    monkeypatch.setattr(Meter, "__call__", lambda *_: (tmp_path / "run" / "curves.png").mkdir(exist_ok=True))
     ended = call(*classify(encoder_folder, reviews, tmp_path / "run", "--max-steps", 2))
     assert ended.code == 1
     assert "curves.png: cannot be written" in ended.err
