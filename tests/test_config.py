@@ -57,7 +57,7 @@ def test_names_and_defaults_are_those_of_peft() -> None:
         ({"layers_to_transform": []}, "layers_to_transform: the list is empty"),
         ({"layers_pattern": "h"}, "layers_pattern: has no effect without layers_to_transform"),
         ({"use_dora": True}, "use_dora: not implemented"),
-        ({"target_parameters": ["w"]}, "target_parameters: not implemented"),
+        ({"target_parameters": "w"}, "target_parameters: must be a list"),
         ({"loftq_config": {"loftq_bits": 4}}, "loftq_config: not implemented"),
         ({"peft_type": "IA3"}, "peft_type: loraloom reads LORA"),
         ({"revision": 3}, "revision: must be a string"),

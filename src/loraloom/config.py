@@ -64,6 +64,8 @@ class LoraConfig:
     lora_dropout: float = 0.0
     #: Names or name suffixes; a regular expression over whole names; "all-linear"; or None: by model type.
     target_modules: list[str] | str | None = None
+    #: Parameters that no layer calls, such as the stacked weights of experts: names or name suffixes.
+    target_parameters: list[str] | None = None
     #: Modules that are never adapted; a list or a regular expression as above.
     exclude_modules: list[str] | str | None = None
     #: Which biases of the base this adapter trains a copy of.
@@ -112,7 +114,6 @@ class LoraConfig:
     layer_replication: Any = None
     runtime_config: Any = None
     lora_bias: Any = False
-    target_parameters: Any = None
     use_bdlora: Any = None
     arrow_config: Any = None
     kasa_config: Any = None
@@ -131,6 +132,8 @@ class LoraConfig:
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout: must be at least 0 and below 1, found {self.lora_dropout}")
         self.target_modules = _names_or_pattern("target_modules", self.target_modules)
+        if self.target_parameters is not None:
+            self.target_parameters = _names("target_parameters", self.target_parameters) or None
         self.exclude_modules = _names_or_pattern("exclude_modules", self.exclude_modules)
         self.modules_to_save = None if self.modules_to_save is None else _names("modules_to_save", self.modules_to_save)
         _choice("bias", self.bias, ("none", "all", "lora_only"))
@@ -208,7 +211,12 @@ class LoraConfig:
             if spec.name == "runtime_config":  # PEFT never saves it
                 continue
             value = copy.deepcopy(getattr(self, spec.name))
-            if spec.name in ("target_modules", "exclude_modules", "modules_to_save") and isinstance(value, list):
+            if spec.name in (
+                "target_modules",
+                "target_parameters",
+                "exclude_modules",
+                "modules_to_save",
+            ) and isinstance(value, list):
                 value = sorted(value)
             out[spec.name] = value.value if isinstance(value, Enum) else value
         return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -23,6 +24,7 @@ from loraloom.lora import merge
 from loraloom.lora.biases import Biases
 from loraloom.lora.initialize import factors, seed_of
 from loraloom.lora.layers import HALF, LoraLayer, layer_class
+from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.route import BASE, Route, Router
 from loraloom.lora.saved import SavedModule
 from loraloom.lora.targets import Plan, base_modules, plan, plan_on
@@ -31,6 +33,7 @@ from loraloom.lora.wrapping import Places, strip
 PREFIX = "base_model.model."
 #: Names without ``lora_`` that this class had before; they hid what models call so.
 EARLIER = ("layers", "router", "enabled", "saved_modules", "routed")
+_BASE = ".base_layer"
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -118,16 +121,20 @@ class LoraModel(nn.Module):
     ) -> None:
         self.lora_router.inputs.forget()
         places = Places(self.model)
+        keys = _file_keys([(target.name, target.kind) for target in made.targets])
         for target in made.targets:
-            module = modules[target.name]
             layer = self._layers.get(target.name)
             if layer is None:
-                cls = layer_class(module)
+                parameter = target.kind == LoraParameter.kind
+                module = modules[target.name.rpartition(".")[0] if parameter else target.name]
+                cls = LoraParameter if parameter else layer_class(module)
                 assert cls is not None
                 layer = cls(module, self.lora_router, target.name)
                 places.replace(module, layer)
                 self._layers[target.name] = layer
-            a, b = self._new_factors(layer, target.name, target.r, made.config, seed, autocast_adapter_dtype, tensors)
+            a, b = self._new_factors(
+                layer, target.name, target.r, made.config, seed, autocast_adapter_dtype, keys[target.name], tensors
+            )
             layer.add_slot(adapter_name, a, b, target.r, target.scale, made.config.lora_dropout)
         self._biases.install(())  # a copy starts from the base's biases
         self._add_saved(adapter_name, [extra.name for extra in made.saved], modules, places, autocast_adapter_dtype)
@@ -142,21 +149,21 @@ class LoraModel(nn.Module):
         config: LoraConfig,
         seed: int,
         autocast: bool,
+        keys: tuple[str, str],
         tensors: Mapping[str, Tensor] | None,
     ) -> tuple[nn.Parameter, nn.Parameter]:
         weight, embedding = layer.frozen_weight, layer.kind == "Embedding"
         dtype = torch.float32 if autocast and weight.dtype in HALF else weight.dtype
         if not dtype.is_floating_point:
             dtype = torch.float32
-        key_a, key_b = _factor_keys(layer, name)
-        a_shape, b_shape = layer.shapes(layer.base_layer, r)
+        key_a, key_b = keys
+        a_shape, b_shape = layer.shapes_of(r)
         given = [tensors[key] for key in (key_a, key_b) if tensors and key in tensors]
         if [tuple(tensor.shape) for tensor in given] == [a_shape, b_shape]:
             a, b = torch.empty(a_shape), torch.empty(b_shape)
         else:  # what does not fit is for the caller to report
-            a, b = factors(
-                a_shape, b_shape, init=config.init_lora_weights, seed=seed_of(seed, name), embedding=embedding
-            )
+            init = config.init_lora_weights
+            a, b = factors(a_shape, b_shape, init=init, seed=seed_of(seed, name), embedding=embedding, r=r)
         trained = not config.inference_mode
         return nn.Parameter(a.to(weight.device, dtype), trained), nn.Parameter(b.to(weight.device, dtype), trained)
 
@@ -341,9 +348,10 @@ class LoraModel(nn.Module):
         """Every tensor of one adapter, live, under PEFT's key for it in a file (with ``base_model.model.``)."""
         self._check_names([adapter_name])
         out: dict[str, Tensor] = {}
-        for name, layer in self._layers.items():
-            if adapter_name in layer.slots:
-                out.update(zip(_factor_keys(layer, name), layer.factors(adapter_name), strict=True))
+        mine = {name: layer for name, layer in self._layers.items() if adapter_name in layer.slots}
+        keys = _file_keys([(name, layer.kind) for name, layer in mine.items()])
+        for name, layer in mine.items():
+            out.update(zip(keys[name], layer.factors(adapter_name), strict=True))
         for name, wrapper in self._saved.items():
             if adapter_name in wrapper.modules_to_save:
                 state = wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True)
@@ -529,7 +537,32 @@ def _list(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def _factor_keys(layer: LoraLayer, name: str) -> tuple[str, str]:
-    if layer.kind == "Embedding":
-        return file_key(f"{name}.lora_embedding_A"), file_key(f"{name}.lora_embedding_B")
-    return file_key(f"{name}.lora_A.weight"), file_key(f"{name}.lora_B.weight")
+def _file_keys(targets: Sequence[tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """Names and kinds of an adapter's targets, in the model's order → PEFT's keys for A and B.
+
+    PEFT puts a wrapper around a module for each of its parameters, the first innermost. What lies further in is under
+    ``base_layer``.
+    """
+    around = Counter(name.rpartition(".")[0] for name, kind in targets if kind == LoraParameter.kind)
+    out, done = {}, Counter[str]()
+    for name, kind in targets:
+        owner = name.rpartition(".")[0] if kind == LoraParameter.kind else name
+        done[owner] += kind == LoraParameter.kind
+        place = (
+            _inside(name, around) if owner == name else _inside(owner, around) + _BASE * (around[owner] - done[owner])
+        )
+        embedding = kind == "Embedding"
+        a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        out[name] = file_key(f"{place}.{a}"), file_key(f"{place}.{b}")
+    return out
+
+
+def _inside(name: str, around: Mapping[str, int]) -> str:
+    """The name of a module below those that have wrappers around them."""
+    if not around:
+        return name
+    out, path = "", ""
+    for part in name.split("."):
+        out += _BASE * around.get(path, 0) + ("." if path else "") + part
+        path = f"{path}.{part}" if path else part
+    return out

@@ -21,16 +21,22 @@ def seed_of(*parts: object) -> int:
 
 
 def factors(
-    a_shape: tuple[int, ...], b_shape: tuple[int, ...], *, init: Init, seed: int, embedding: bool = False
+    a_shape: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    *,
+    init: Init,
+    seed: int,
+    embedding: bool = False,
+    r: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """New ``A`` and ``B`` in float32 on the CPU.
 
     ``True``: A uniform in ±1/sqrt(fan in) (Kaiming with a=√5, as nn.Linear), B zero. ``"gaussian"``: A normal with
-    deviation 1/r, B zero. An embedding starts with A zero and B normal instead, for either. ``False``: both random,
-    so that the update is not zero (for tests).
+    deviation 1/r (``r`` is A's first dimension unless given), B zero. An embedding starts with A zero and B normal
+    instead, for either. ``False``: both random, so that the update is not zero (for tests).
     """
     generator = torch.Generator().manual_seed(seed)
-    r = a_shape[0]
+    r = a_shape[0] if r is None else r
     a, b = torch.empty(a_shape), torch.empty(b_shape)
     if embedding:
         b.normal_(generator=generator)

@@ -16,7 +16,7 @@ from loraloom.config import LoraConfig
 from loraloom.errors import AdapterError
 from loraloom.lora.adapters import PREFIX
 from loraloom.lora.checkpoint import read_tensors
-from loraloom.lora.targets import pattern_key
+from loraloom.lora.matching import pattern_key
 
 #: The rank used is the fewest singular directions that hold this share of the update's squared norm.
 ENERGY = 0.99

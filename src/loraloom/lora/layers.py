@@ -7,7 +7,6 @@ model's router and adds the update of the slots that the route names. In-memory 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.func import functional_call
 
 from loraloom.lora import functional
 from loraloom.lora.dropout import Dropped, dropout
+from loraloom.lora.kinds import conv1d, forward_of, is_map
 from loraloom.lora.route import Router
 
 HALF = (torch.float16, torch.bfloat16)
@@ -73,6 +73,10 @@ class LoraLayer(nn.Module):
     def shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B of rank ``r`` around ``base``."""
         raise NotImplementedError
+
+    def shapes_of(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B of rank ``r`` for this layer."""
+        return self.shapes(self.base_layer, r)
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -162,12 +166,14 @@ class LoraLayer(nn.Module):
 
     def merge_obstacle(self) -> str | None:
         """Why no weight of this layer could do what its slots do, or None."""
+        if forward_of(self.base_layer).differs:
+            return f"a {type(self.base_layer).__name__}, which changes its weight before using it"
         return None
 
     def swap_weight(self, weight: nn.Parameter, slots: tuple[str, ...]) -> None:
         """Put a merged weight in place. The frozen one waits aside, so its return is exact to the bit."""
         if not self._frozen:
-            self._frozen = (self.weight,)
+            self._frozen = (self.live_weight,)
         self.base_layer.weight = weight
         self.merged = slots
 
@@ -178,7 +184,12 @@ class LoraLayer(nn.Module):
 
     @property
     def frozen_weight(self) -> Tensor:
-        return self._frozen[0] if self._frozen else self.weight
+        return self._frozen[0] if self._frozen else self.live_weight
+
+    @property
+    def live_weight(self) -> Tensor:
+        """What is adapted, as the model holds it now: frozen or merged."""
+        return self.weight
 
     # -- the face that models expect of the layer they had ------------------------------------------------------
 
@@ -265,7 +276,7 @@ class LoraLinear(LoraLayer):
                 route.active
                 or (route.order is None and x.dim() > 1 and 0 < route.rows <= len(x) and len(x) % route.rows == 0)
             )
-            or type(base) not in (nn.Linear, _conv1d())
+            or not is_map(base)
             or type(weight) is not nn.Parameter
             or weight.requires_grad
             or weight.dtype != x.dtype
@@ -438,14 +449,14 @@ class LoraConv(LoraLayer):
 
     def merge_obstacle(self) -> str | None:
         if self.base_layer.groups == 1:
-            return None
+            return super().merge_obstacle()
         return (
             f"a convolution with groups={self.base_layer.groups}: its weight has no place for an update that "
             "reads every input channel"
         )
 
 
-#: The exact layer type → the class that adapts it. Subclasses count too, unless named in ``unsupported``.
+#: The layer type → the class that adapts it. A subclass counts too, if an update can stand beside its forward.
 KINDS: tuple[tuple[type[nn.Module], type[LoraLayer]], ...] = (
     (nn.Linear, LoraLinear),
     (nn.Embedding, LoraEmbedding),
@@ -456,21 +467,15 @@ KINDS: tuple[tuple[type[nn.Module], type[LoraLayer]], ...] = (
 
 
 def layer_class(module: nn.Module) -> type[LoraLayer] | None:
-    """The class that adapts ``module``, or None when LoRA around it would not be used or is not known."""
-    # MultiheadAttention reads its projection's weight and never calls it, so an adapter would do nothing.
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """The class that adapts ``module``, or None when LoRA around it would do nothing or wrong, or is not known."""
+    if is_never_called(module):
         return None
-    for base, cls in KINDS:
-        if isinstance(module, base):
-            return cls
-    return LoraConv1D if isinstance(module, _conv1d()) else None
+    cls = next((cls for base, cls in KINDS if isinstance(module, base)), None)
+    if cls is None and isinstance(module, conv1d()):
+        cls = LoraConv1D
+    return None if cls is None or forward_of(module).obstacle else cls
 
 
-def _conv1d() -> type[nn.Module]:
-    """transformers' Conv1D. Not imported for its own sake: a model can hold one only if transformers is loaded."""
-    found: type[nn.Module] = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", _NoConv1D)
-    return found
-
-
-class _NoConv1D(nn.Module):
-    """What no module is."""
+def is_never_called(module: nn.Module) -> bool:
+    """Whether its weight is read and its forward never called, as MultiheadAttention does: an adapter does nothing."""
+    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)

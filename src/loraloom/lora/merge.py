@@ -78,7 +78,7 @@ def untied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> bool:
     """Whether modules that share a weight in the base hold two different ones once the adapters are folded in."""
     copies = [w for w in model.modules() if isinstance(w, SavedModule) and w.current() is not w.original_module]
     left = {id(module) for wrapper in copies for module in wrapper.original_module.modules()}
-    pairs = [(layer.frozen_weight, layer.weight) for layer in layers.values() if id(layer.base_layer) not in left]
+    pairs = [(layer.frozen_weight, layer.live_weight) for layer in layers.values() if id(layer.base_layer) not in left]
     left |= {id(layer.base_layer) for layer in layers.values()}
     for wrapper in copies:
         mine = wrapper.current()._parameters

@@ -1,26 +1,28 @@
 """From a config and a model to a ``Plan``: which modules get which rank, alpha and scale, and what that costs.
 
 Nothing here touches the model. Strict: a pattern that matches nothing is an error that names the closest match.
-The grammar is PEFT's: a list holds exact names or suffixes after a dot, a string is a regular expression over whole
-names, and the keys of ``rank_pattern`` and ``alpha_pattern`` match the end of a name.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from loraloom.config import TASK_HEADS, LoraConfig
 from loraloom.errors import TargetError
-from loraloom.lora.layers import HALF, LoraConv, LoraConv1D, LoraLayer, LoraLinear, layer_class
+from loraloom.lora.experts import TYPES, Experts, Translation, old_names, parameter_names, translate, unadapted
+from loraloom.lora.kinds import forward_of, is_map
+from loraloom.lora.layers import HALF, LoraConv, LoraConv1D, LoraLayer, LoraLinear, is_never_called, layer_class
+from loraloom.lora.matching import ends_as, in_layers, layer_number, matches_any, matches_name, pattern_key, suffixes
+from loraloom.lora.parameters import LoraParameter, parameter_obstacle, parameter_shapes
 from loraloom.lora.presets import found, preset
+from loraloom.lora.reading import Read, as_peft_reads, refused
 from loraloom.lora.saved import unwrap
 
 ALL_LINEAR = "all-linear"
@@ -61,6 +63,14 @@ class Plan:
     base_bytes: int
     #: what was decided for the user, who may want otherwise; "" where nothing was
     note: str = ""
+    #: expert weights that stay as they are
+    experts: Experts = field(default_factory=Experts)
+    #: sentences on what is left out or does not apply
+    notes: tuple[str, ...] = ()
+    #: names that no config makes PEFT read as we do; a folder with them is not for PEFT
+    unreadable: tuple[str, ...] = ()
+    #: modules that were named and whose weight the model reads without calling them
+    idle: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[Target | Extra]:
@@ -94,7 +104,10 @@ class Plan:
             f"{self.parameters:,} of {self.base_parameters + self.parameters:,} parameters train ({share:.4f}%), "
             f"{self.bytes:,} bytes beside a base of {self.base_bytes:,}"
         )
-        return "\n".join([*lines, *([self.note] if self.note else [])])
+        lines += [*([self.note] if self.note else []), *self.notes]
+        if self.experts.weights:
+            lines.append(f"not adapted: {self.experts}")
+        return "\n".join(lines)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -130,7 +143,8 @@ def plan(
             ``alpha_pattern`` that matches nothing is an error; False turns that off.
         autocast_adapter_dtype: factors of a half-precision base are kept in float32.
         follow_ties: a module that shares its weight with one in ``modules_to_save`` is trained with it, as one
-            tensor. False takes ``modules_to_save`` to the letter, as for an adapter that was written elsewhere.
+            tensor, and the names of experts mean the parameters that hold them now. False takes all names to the
+            letter, as for an adapter that was written elsewhere.
 
     Raises:
         TargetError: a pattern matches nothing, or a module that cannot carry LoRA; nothing would be trained.
@@ -153,67 +167,135 @@ def plan_on(
     # A preset names what models of a type may have, and "all-linear" what this one has: neither is a demand.
     given = config.target_modules is not None and not _is_all_linear(config.target_modules)
     wanted = config.target_modules
+    literal, demanded = not follow_ties and given, config.target_parameters if strict else None
+    model_type = _model_type(model)
     config = config.copy(
         target_modules=_resolve(model, modules, config, inside_saved),
         modules_to_save=_names_of_saved(config, saved),
     )
+    translation = Translation(config) if literal else translate(config, model_type, modules)
+    config = translation.config
     excluded = _excluded(modules, config, strict)
     names = _matches(modules, config, strict and given, excluded, inside_saved)
+    idle = [name for name in names if is_never_called(modules[name])]
+    names = _adaptable(modules, names, None if literal else model_type)
+    spared = inside_saved if literal else inside_saved | excluded
+    chosen = _chosen(modules, names, _parameters(modules, config, demanded or (), literal, spared))
 
-    targets = []
+    targets, reads = [], []
     used: dict[str, set[str | None]] = {"rank_pattern": set(), "alpha_pattern": set()}
-    for name in names:
-        module = modules[name]
-        cls = layer_class(module)
-        assert cls is not None
-        r_key, alpha_key = pattern_key(config.rank_pattern, name), pattern_key(config.alpha_pattern, name)
+    for one in chosen:
+        module = modules[one.module]
+        r_key = pattern_key(config.rank_pattern, one.pattern_name)
+        alpha_key = pattern_key(config.alpha_pattern, one.pattern_name)
         used["rank_pattern"].add(r_key)
         used["alpha_pattern"].add(alpha_key)
         r = config.r if r_key is None else config.rank_pattern[r_key]
         alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
-        if issubclass(cls, LoraConv) and r % module.groups:  # type: ignore[operator]
-            raise TargetError(
-                f"r: {name} is a convolution with groups={module.groups}, so its rank must be a multiple of that, "
-                f"found {r}; set rank_pattern={{{name!r}: ...}} or leave the module out"
-            )
-        parameters = sum(math.prod(shape) for shape in cls.shapes(module, r))
+        parameters = sum(math.prod(shape) for shape in _shapes(one, module, r))
         size = adapter_itemsize(module, autocast_adapter_dtype)
-        targets.append(
-            Target(name, _kind(module, cls), r, alpha, config.scale(r, alpha), parameters, parameters * size)
-        )
+        scale = config.scale(r, alpha)
+        targets.append(Target(one.name, _kind(module, one.cls), r, alpha, scale, parameters, parameters * size))
+        reads.append(Read(one.pattern_name, one.pattern_name != one.module, r, alpha))
     if strict:
-        _check_pattern_keys(config, [t.name for t in targets], used)
+        _check_pattern_keys(config, [one.pattern_name for one in chosen], used)
 
+    patterned = [one.pattern_name for one in chosen]
     config = config.copy(
-        rank_pattern=_order_free(config.rank_pattern, names),
-        alpha_pattern=_order_free(config.alpha_pattern, names),
+        rank_pattern=_order_free(config.rank_pattern, patterned),
+        alpha_pattern=_order_free(config.alpha_pattern, patterned),
         fan_in_fan_out=any(target.kind == LoraConv1D.kind for target in targets),
     )
+    config, unreadable = as_peft_reads(config, model_type, modules, reads)
     extras = tuple(_extras(modules, saved, autocast_adapter_dtype))
     biases = tuple(_biases(modules, config, {t.name for t in targets}, inside_saved))
     if not (targets or extras or biases):
         raise TargetError("target_modules: nothing would be trained; " + _offer(modules))
     base = _base_parameters(modules)
+    total = sum(p.numel() for p in base)
     return Plan(
         config,
         tuple(targets),
         extras,
         biases,
-        sum(p.numel() for p in base),
+        total,
         sum(p.numel() * p.element_size() for p in base),
         _note(model, modules, wanted, config.target_modules),
+        unadapted(modules, [t.name for t in targets] + [*inside_saved], total),
+        tuple(_notes(config, targets, translation.left_out, idle)),
+        unreadable,
+        tuple(idle),
     )
 
 
 def _note(model: nn.Module, modules: dict[str, nn.Module], wanted: object, targets: list[str] | str | None) -> str:
     """That the targets were found in the model, for nobody chose them."""
-    if wanted is not None or _usual(model, modules) is not None:
+    if wanted is not None or not targets or _usual(model, modules) is not None:
         return ""
     listed = ", ".join(targets) if isinstance(targets, list) else targets
     return (
         f"target_modules: not given, and {_no_default(model)}: {listed} were found in the model; "
         "give target_modules to adapt others"
     )
+
+
+class _Chosen(NamedTuple):
+    """What is adapted: the target's name, its module's, the name that patterns match, and the class that adapts it."""
+
+    name: str
+    module: str
+    pattern_name: str
+    cls: type[LoraLayer]
+
+
+def _chosen(modules: dict[str, nn.Module], names: list[str], parameters: list[str]) -> list[_Chosen]:
+    """Modules and parameters as targets. The weight of a Linear is adapted as that Linear: the shapes are the same."""
+    out = []
+    for name in names:
+        cls = layer_class(modules[name])
+        assert cls is not None
+        out.append(_Chosen(name, name, name, cls))
+    for parameter in parameters:
+        name, _, key = parameter.rpartition(".")
+        if name in names:
+            raise TargetError(
+                f"target_parameters: {parameter} belongs to {name}, which target_modules adapts already; name one of "
+                "them (target_modules=[] adapts parameters alone)"
+            )
+        module = modules[name]
+        if key == "weight" and layer_class(module) is LoraLinear and is_map(module):
+            out.append(_Chosen(name, name, parameter, LoraLinear))
+        else:
+            out.append(_Chosen(parameter, name, parameter, LoraParameter))
+    return out
+
+
+def _shapes(one: _Chosen, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if one.cls is LoraParameter:
+        return parameter_shapes(module, one.name.rpartition(".")[2], r)
+    if issubclass(one.cls, LoraConv) and r % module.groups:  # type: ignore[operator]
+        raise TargetError(
+            f"r: {one.name} is a convolution with groups={module.groups}, so its rank must be a multiple of that, "
+            f"found {r}; set rank_pattern={{{one.name!r}: ...}} or leave the module out"
+        )
+    return one.cls.shapes(module, r)
+
+
+def _notes(config: LoraConfig, targets: list[Target], left_out: list[str], idle: list[str]) -> Iterator[str]:
+    """What a reader of the plan should know and would not expect."""
+    if config.lora_dropout and (count := sum(target.kind == LoraParameter.kind for target in targets)):
+        yield f"lora_dropout does not reach {count} of the targets: experts and other parameters are adapted in place"
+    if left_out:
+        yield (
+            f"left out, as in PEFT: {_some(left_out)}, called as the experts were before they became parameters; name "
+            "them in full to adapt them"
+        )
+    if idle:
+        yield f"left out: {_some(idle)}, whose weight the model reads without calling it, so an adapter does nothing"
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def adapter_itemsize(module: nn.Module, autocast_adapter_dtype: bool) -> int:
@@ -238,24 +320,6 @@ def _base_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
 # -- matching -----------------------------------------------------------------------------------------------------
 
 
-def matches_name(pattern: str, name: str) -> bool:
-    """A list's entry: the whole name, or its end after a dot."""
-    return name == pattern or name.endswith("." + pattern)
-
-
-def _ends_as(patterns: Iterable[str], name: str) -> bool:
-    """``modules_to_save`` and heads: a bare ending, as in PEFT, so that "classifier" takes "pre_classifier" along."""
-    return any(name.endswith(pattern) for pattern in patterns)
-
-
-def _matches_any(patterns: Iterable[str] | str | None, name: str) -> bool:
-    if not patterns:
-        return False
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(matches_name(pattern, name) for pattern in patterns)
-
-
 def _is_all_linear(wanted: object) -> bool:
     return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
 
@@ -265,13 +329,18 @@ def _resolve(
 ) -> list[str] | str:
     """``target_modules`` with "all-linear" and the model type's preset written out."""
     wanted = config.target_modules
+    model_type = _model_type(model)
     if _is_all_linear(wanted):
         linear = [name for name, m in modules.items() if layer_class(m) in (LoraLinear, LoraConv1D)]
+        experts = old_names(model_type, modules)
         left_out = _output_heads(model, modules, config) | inside_saved
-        chosen = [name for name in linear if name not in left_out]
-        return suffixes(chosen, modules)
+        left_out |= {name for name in linear if refused(model_type, name) or name.rpartition(".")[2] in experts}
+        chosen = suffixes([name for name in linear if name not in left_out], modules)
+        return chosen if isinstance(chosen, str) else [*chosen, *experts]
     if wanted is not None:
         return wanted
+    if config.target_parameters and (model_type in TYPES or _usual(model, modules) is None):
+        return []
     usual = _usual(model, modules)
     if usual is not None:
         return usual
@@ -282,7 +351,7 @@ def _resolve(
 def _usual(model: nn.Module, modules: dict[str, nn.Module]) -> list[str] | str | None:
     """The default of the model's type, where it matches something in this model."""
     usual = preset(_model_type(model))
-    if usual is None or not any(_matches_any(usual, name) for name in modules):
+    if usual is None or not any(matches_any(usual, name) for name in modules):
         return None
     return usual if isinstance(usual, str) else list(usual)
 
@@ -324,29 +393,14 @@ def _output_heads(model: nn.Module, modules: dict[str, nn.Module], config: LoraC
     return {name for name in modules if name in _task_heads(config)}
 
 
-def suffixes(names: Iterable[str], modules: dict[str, nn.Module]) -> list[str] | str:
-    """The shortest list of suffixes that matches exactly ``names`` among ``modules``; an expression where none does."""
-    chosen = set(names)
-    others = [name for name in modules if name not in chosen]
-    out: set[str] = set()
-    for name in chosen:
-        parts = name.split(".")
-        tails = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
-        # A number is a place in a list, which says nothing by itself.
-        fitting = (t for t in tails if not t[0].isdigit() and not any(matches_name(t, other) for other in others))
-        out.add(next(fitting, name))
-        if name in out and any(matches_name(name, other) for other in others):  # a whole name that is another's end
-            return "|".join(re.escape(name) for name in modules if name in chosen)
-    return sorted(out)
-
-
 def _excluded(modules: dict[str, nn.Module], config: LoraConfig, strict: bool) -> set[str]:
     patterns = config.exclude_modules
     if strict:
+        names = [*modules, *(parameter_names(modules) if config.target_parameters else ())]
         for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-            if not any(_matches_any(patterns if isinstance(patterns, str) else [pattern], name) for name in modules):
+            if not any(matches_any(patterns if isinstance(patterns, str) else [pattern], name) for name in names):
                 raise TargetError(f"exclude_modules: {pattern!r} matches no module{_closest(pattern, modules)}")
-    return {name for name in modules if _matches_any(patterns, name)}
+    return {name for name in modules if matches_any(patterns, name)}
 
 
 def _matches(
@@ -357,12 +411,12 @@ def _matches(
     inside_saved: set[str],
 ) -> list[str]:
     wanted = config.target_modules or []
-    in_layers = [name for name in modules if _in_layers(name, config)]
-    matched = [name for name in in_layers if _matches_any(wanted, name)]
+    placed = [name for name in modules if in_layers(name, config)]
+    matched = [name for name in placed if matches_any(wanted, name)]
     names = [name for name in matched if name not in excluded and name not in inside_saved]
     if strict:
         for pattern in [wanted] if isinstance(wanted, str) else wanted:
-            hits = [n for n in modules if _matches_any(wanted if isinstance(wanted, str) else [pattern], n)]
+            hits = [n for n in modules if matches_any(wanted if isinstance(wanted, str) else [pattern], n)]
             if not hits:
                 able = {name: module for name, module in modules.items() if layer_class(module)}
                 raise TargetError(
@@ -378,51 +432,98 @@ def _matches(
                 )
                 raise TargetError(f"target_modules: {pattern!r} matches {len(hits)} modules, but {why}")
         _check_layers(modules, config)
-    elif wanted and not names:
-        elsewhere = sum(_matches_any(wanted, name) for name in modules)
+    elif wanted and not names and not config.target_parameters:
+        elsewhere = sum(matches_any(wanted, name) for name in modules)
         if elsewhere and not matched:
             raise TargetError(
                 f"layers_to_transform: none of the {elsewhere} modules that {wanted!r} matches is in the layers "
                 f"{config.layers_to_transform}"
             )
         raise TargetError(f"target_modules: {wanted!r} matches no module; {_offer(modules)}")
-    for name in names:
-        if layer_class(modules[name]) is None:
-            raise TargetError(
-                f"target_modules: {name} is a {type(modules[name]).__name__}, which LoRA cannot wrap; "
-                f"name layers of kind Linear, Conv1D, Embedding, Conv1d, Conv2d or Conv3d; {_offer(modules)}"
-            )
     return names
 
 
-def _in_layers(name: str, config: LoraConfig) -> bool:
-    wanted = config.layers_to_transform
-    return wanted is None or _layer(name, config) in ([wanted] if isinstance(wanted, int) else wanted)
+def _adaptable(modules: dict[str, nn.Module], names: list[str], model_type: str | None) -> list[str]:
+    """``names`` without those whose adapter would do nothing.
+
+    Raises:
+        TargetError: one of another kind, or one whose forward leaves no place for an update; or none is left.
+    """
+    out = [name for name in names if not is_never_called(modules[name])]
+    if names and not out:
+        raise TargetError(
+            f"target_modules: {names[0]} is a {type(modules[names[0]]).__name__}, which LoRA cannot wrap, because the "
+            f"attention reads its weight without calling it; {_offer(modules)}"
+        )
+    for name in out:
+        module = modules[name]
+        if refused(model_type, name):
+            raise TargetError(
+                f"target_modules: {name} cannot be adapted, because the fused kernels of {model_type!r} read its "
+                f"weight without calling it, and PEFT refuses it too; {_offer(modules)}"
+            )
+        if layer_class(module) is not None:
+            continue
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            offer = f"; target_parameters=['{name}.weight'] adapts its weight" if isinstance(module, nn.Linear) else ""
+            raise TargetError(
+                f"target_modules: {name} is a {type(module).__name__}, which LoRA cannot wrap, because "
+                f"{forward_of(module).obstacle}{offer}; {_offer(modules)}"
+            )
+        raise TargetError(
+            f"target_modules: {name} is a {type(module).__name__}, which LoRA cannot wrap; "
+            f"name layers of kind Linear, Conv1D, Embedding, Conv1d, Conv2d or Conv3d; {_offer(modules)}"
+        )
+    return out
 
 
-def _layer(name: str, config: LoraConfig) -> int | None:
-    """The number of the layer that a module lies in."""
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    # The first number is the layer's; later ones count experts and the like.
-    expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns or ()] or [r"(?:.*?\.)?[^.]*\.(\d+)\."]
-    found = next((m for e in expressions if (m := re.match(e, name))), None)
-    return None if found is None else int(found[1])
+def _parameters(
+    modules: dict[str, nn.Module], config: LoraConfig, demanded: Iterable[str], literal: bool, spared: set[str]
+) -> list[str]:
+    """The parameters that ``target_parameters`` names, in the model's order.
+
+    PEFT looks at ``exclude_modules`` and ``layers_to_transform`` for modules alone; here they hold for parameters too,
+    unless ``literal``.
+    """
+    there = parameter_names(modules)
+    out: set[str] = set()
+    for pattern in config.target_parameters or ():
+        hits = [name for name in there if matches_name(pattern, name)]
+        left = [name for name in hits if name.rpartition(".")[0] not in spared]
+        if not literal:
+            left = [n for n in left if in_layers(n, config) and not matches_any(config.exclude_modules, n)]
+        if pattern in demanded and not left:
+            why = "matches no parameter" if not hits else f"matches {len(hits)} parameters, and all are left out"
+            raise TargetError(f"target_parameters: {pattern!r} {why}{_closest_parameter(pattern, there, hits)}")
+        out.update(left)
+    for name in out:
+        module, _, key = name.rpartition(".")
+        if (obstacle := parameter_obstacle(modules[module], key)) is not None:
+            raise TargetError(f"target_parameters: {name} {obstacle}")
+    return [name for name in there if name in out]
+
+
+def _closest_parameter(pattern: str, there: list[str], hits: list[str]) -> str:
+    if hits:
+        return " by exclude_modules, modules_to_save or layers_to_transform"
+    counts = Counter(name.rpartition(".")[2] for name in there)
+    close = difflib.get_close_matches(pattern.rpartition(".")[2], list(counts), n=1, cutoff=0.5)
+    if not close:
+        return "; str(model) shows the modules, and model.named_parameters() the parameters that they hold"
+    example = next(name for name in there if matches_name(close[0], name))
+    return f"; did you mean {close[0]!r} ({counts[close[0]]} parameters, such as {example})?"
 
 
 def _check_layers(modules: dict[str, nn.Module], config: LoraConfig) -> None:
     if not isinstance(config.layers_to_transform, list):
         return
-    layers = {_layer(name, config) for name in modules if _matches_any(config.target_modules, name)} - {None}
+    named = [name for name in modules if matches_any(config.target_modules, name)]
+    named += [name for name in parameter_names(modules) if matches_any(config.target_parameters, name)]
+    layers = {layer_number(name, config) for name in named} - {None}
     for index in config.layers_to_transform:
         if index not in layers:
             there = ", ".join(str(layer) for layer in sorted(layers, key=int))  # type: ignore[arg-type]
             raise TargetError(f"layers_to_transform: no targeted module is in layer {index}; their layers are {there}")
-
-
-def pattern_key(patterns: dict[str, int] | dict[str, float], name: str) -> str | None:
-    if not patterns:
-        return None
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
 def _order_free(patterns: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -434,13 +535,13 @@ def _order_free(patterns: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def _check_pattern_keys(config: LoraConfig, targets: list[str], used: dict[str, set[str | None]]) -> None:
-    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+    for which, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
-            if key in used[field]:
+            if key in used[which]:
                 continue
             if any(pattern_key({key: 1}, name) for name in targets):
-                raise TargetError(f"{field}: {key!r} never applies, because an earlier key matches the same modules")
-            raise TargetError(f"{field}: {key!r} matches no adapted module{_closest(key, dict.fromkeys(targets))}")
+                raise TargetError(f"{which}: {key!r} never applies, because an earlier key matches the same modules")
+            raise TargetError(f"{which}: {key!r} matches no adapted module{_closest(key, dict.fromkeys(targets))}")
 
 
 # -- what is trained in full ----------------------------------------------------------------------------------------
@@ -450,7 +551,7 @@ def _names_of_saved(config: LoraConfig, saved: list[str]) -> list[str] | None:
     """As PEFT writes them: what was asked for, then the task's usual heads, then what is tied to them."""
     asked = config.modules_to_save or []
     asked = [*asked, *(head for head in _task_heads(config) if head not in asked)]
-    return [*asked, *(name for name in saved if not _ends_as(asked, name))] or config.modules_to_save
+    return [*asked, *(name for name in saved if not ends_as(asked, name))] or config.modules_to_save
 
 
 def _task_heads(config: LoraConfig) -> tuple[str, ...]:
@@ -463,9 +564,9 @@ def _saved_modules(modules: dict[str, nn.Module], config: LoraConfig, strict: bo
     if strict:
         for pattern in asked:
             # A task's usual head is asked for by habit; models that call it otherwise are no mistake.
-            if pattern not in heads and not any(_ends_as([pattern], name) for name in modules):
+            if pattern not in heads and not any(ends_as([pattern], name) for name in modules):
                 raise TargetError(f"modules_to_save: {pattern!r} matches no module{_closest(pattern, modules)}")
-    names = [name for name in modules if _ends_as([*asked, *heads], name)]
+    names = [name for name in modules if ends_as([*asked, *heads], name)]
     if follow_ties:
         chosen = [modules[name] for name in names]
         names = [name for name in modules if name in names or _shares(modules[name], chosen)]

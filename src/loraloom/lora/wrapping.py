@@ -24,6 +24,8 @@ class Places:
             raise AdapterError("target_modules: the model itself cannot be wrapped; put it inside another module")
         for parent, key in self._held[id(module)]:
             held = parent._modules[key]
+            if isinstance(wrapper, LoraLayer) and isinstance(inner := _inside(held), LoraLayer):
+                wrapper.base_layer = inner  # another parameter of the same module
             if isinstance(held, SavedModule):
                 held.original_module = wrapper
             else:
@@ -41,6 +43,10 @@ class Places:
                 for key, child in parent._modules.items():
                     if child is not None:
                         self._held.setdefault(id(unwrap(child)), []).append((parent, key))
+
+
+def _inside(held: nn.Module | None) -> nn.Module | None:
+    return held.original_module if isinstance(held, SavedModule) else held
 
 
 def strip(model: nn.Module, *, only_empty: bool = False, keep_copies: bool = False) -> None:

@@ -28,8 +28,9 @@ def resolve_targets(model: nn.Module, word: str) -> list[str] | str:
         TargetError: the model has no such modules. Begins with ``target_modules``.
     """
     from loraloom.lora.layers import LoraConv1D, LoraLinear, layer_class
+    from loraloom.lora.matching import matches_name, suffixes
     from loraloom.lora.presets import preset
-    from loraloom.lora.targets import base_modules, matches_name, suffixes
+    from loraloom.lora.targets import base_modules
 
     if word == "all-linear":
         return word

@@ -16,8 +16,8 @@ from loraloom.data.records import Record
 from loraloom.data.rows import Row
 from loraloom.data.table.survey import Watch
 from loraloom.errors import ConfigError, ModelError
+from loraloom.lora.matching import matches_name
 from loraloom.lora.model import PeftModel
-from loraloom.lora.targets import matches_name
 from loraloom.models.configs import tokens_at_most
 from loraloom.models.labels import as_the_model, some
 from loraloom.models.parts import text_only

@@ -1,0 +1,153 @@
+"""What a layer's forward is: the map that its weight stands for, something else of the same shape, or no layer at all.
+
+A subclass of ``nn.Linear`` may return tuples (the router of a mixture of experts), scale its weight first, or pad its
+input. Such a class is called once with a small input and compared with torch's own function of its weight and bias.
+Knows nothing of slots.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: The classes whose own forward is known.
+_KNOWN = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What was found out about a module's forward.
+
+    ``is_map``: it equals torch's function of weight and bias. ``obstacle``: why an update beside it would be wrong.
+    ``differs``: it gives a tensor of the right shape with other numbers, so an update can stand beside the layer and
+    cannot be folded into its weight.
+    """
+
+    is_map: bool = False
+    differs: bool = False
+    obstacle: str | None = None
+
+
+_MAP, _UNKNOWN, _DIFFERS = Forward(is_map=True), Forward(), Forward(differs=True)
+_found: weakref.WeakKeyDictionary[nn.Module, Forward] = weakref.WeakKeyDictionary()
+
+
+def forward_of(module: nn.Module) -> Forward:
+    """What the forward of ``module`` (a Linear, Conv1D, Embedding or convolution) does. Found once for each module."""
+    if _has_known_forward(module):
+        return _MAP
+    found = _found.get(module)
+    if found is None:
+        weight = module._parameters.get("weight")
+        found = _examine(module, weight)
+        if weight is not None and not weight.is_meta:  # numbers may follow
+            _found[module] = found
+    return found
+
+
+def is_map(module: nn.Module) -> bool:
+    """Whether ``module`` computes ``F.linear`` (or a lookup, a convolution) of its weight and bias and no more."""
+    return _has_known_forward(module) or forward_of(module).is_map
+
+
+def conv1d() -> type[nn.Module]:
+    """transformers' Conv1D. Not imported for its own sake: a model can hold one only if transformers is loaded."""
+    found: type[nn.Module] = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", _NoConv1D)
+    return found
+
+
+class _NoConv1D(nn.Module):
+    """What no module is."""
+
+
+def _has_known_forward(module: nn.Module) -> bool:
+    cls = type(module)
+    return cls in _KNOWN or any(cls.forward is known.forward for known in (*_KNOWN, conv1d()))
+
+
+def _examine(module: nn.Module, weight: Tensor | None) -> Forward:
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() < 2:
+        return _UNKNOWN  # quantised or sharded: the module alone knows how to use it
+    if not weight.numel() or getattr(module, "max_norm", None) is not None:  # a trial would clip the table itself
+        return _UNKNOWN
+    try:
+        inputs, reference = _trial(module, weight)
+    except (RuntimeError, TypeError, ValueError):  # a shape that its weight does not have: packed
+        return _UNKNOWN
+    problem = ""
+    for x in inputs:
+        try:
+            with torch.no_grad():
+                y, wanted = type(module).forward(module, x), reference(x)
+        except Exception as error:  # whatever a forward of unknown make raises
+            problem = problem or f"does not take one tensor of {_size(module)} ({type(error).__name__})"
+            continue
+        return _compare(module, y, wanted)
+    return Forward(obstacle=f"its forward {problem}")
+
+
+def _trial(module: nn.Module, weight: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+    """Small inputs, and what torch makes of them with the weight and bias of ``module``."""
+    bias = module._parameters.get("bias")
+    if isinstance(module, nn.Embedding):
+        scale = torch.as_tensor(getattr(module, "embed_scale", 1.0), device=weight.device).to(weight.dtype)
+        return [_ids(module)], lambda x: F.embedding(x, weight) * scale
+    if isinstance(module, _CONVOLUTIONS):
+        spans = [d * (k - 1) + 3 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        x = _numbers(weight, 2, module.in_channels, *spans)
+        return [x], lambda x: module._conv_forward(x, weight, bias)
+    width = weight.shape[0] if isinstance(module, conv1d()) else int(module.in_features)  # type: ignore[arg-type]
+    reference = (lambda x: x @ weight + bias) if isinstance(module, conv1d()) else lambda x: F.linear(x, weight, bias)
+    return [_numbers(weight, 2, 3, width), _numbers(weight, 6, width)], reference
+
+
+def _numbers(like: Tensor, *shape: int) -> Tensor:
+    """Numbers in ±1, the same each time and not from torch's generator."""
+    count = torch.Size(shape).numel()
+    return torch.arange(count, device=like.device, dtype=torch.float32).sin().to(like.dtype).view(shape)
+
+
+def _compare(module: nn.Module, y: Any, wanted: Tensor) -> Forward:
+    if not isinstance(y, Tensor):
+        return Forward(obstacle=f"its forward returns a {type(y).__name__}, to which no update can be added")
+    if y.shape != wanted.shape:
+        return Forward(obstacle=f"its forward does more than {_function(module)}: it returns another shape")
+    if y.is_meta:
+        return _UNKNOWN
+    tolerance = 1e-5 if y.dtype in (torch.float32, torch.float64) else 2e-2
+    if torch.allclose(y.float(), wanted.float(), rtol=tolerance, atol=tolerance * float(wanted.abs().max())):
+        return _MAP
+    if isinstance(module, nn.Embedding) and not _looks_up(module, y, tolerance):
+        return Forward(obstacle="its forward does not look up the rows that it is given")
+    return _DIFFERS
+
+
+def _looks_up(module: nn.Embedding, y: Tensor, tolerance: float) -> bool:
+    """Whether what ``module`` gives for an id, such as ``y`` for those of ``_trial``, depends on that id alone."""
+    ids = _ids(module).flip(1)
+    with torch.no_grad():
+        return torch.allclose(type(module).forward(module, ids), y.flip(1), rtol=tolerance, atol=tolerance)
+
+
+def _ids(module: nn.Embedding) -> Tensor:
+    return torch.tensor([[2, 0, 1]], device=module.weight.device) % module.num_embeddings
+
+
+def _size(module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding):
+        return "row numbers"
+    return "[rows, channels, ...]" if isinstance(module, _CONVOLUTIONS) else "[..., in_features]"
+
+
+def _function(module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding):
+        return "a lookup"
+    return "a convolution with its weight" if isinstance(module, _CONVOLUTIONS) else "a product with its weight"

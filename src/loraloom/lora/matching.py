@@ -1,0 +1,66 @@
+"""How patterns match names: PEFT's grammar, over names alone.
+
+A list holds exact names or suffixes after a dot, a string is a regular expression over whole names, and the keys of
+``rank_pattern`` and ``alpha_pattern`` match the end of a name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from loraloom.config import LoraConfig
+
+
+def matches_name(pattern: str, name: str) -> bool:
+    """A list's entry: the whole name, or its end after a dot."""
+    return name == pattern or name.endswith("." + pattern)
+
+
+def ends_as(patterns: Iterable[str], name: str) -> bool:
+    """``modules_to_save`` and heads: a bare ending, as in PEFT, so that "classifier" takes "pre_classifier" along."""
+    return any(name.endswith(pattern) for pattern in patterns)
+
+
+def matches_any(patterns: Iterable[str] | str | None, name: str) -> bool:
+    if not patterns:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(matches_name(pattern, name) for pattern in patterns)
+
+
+def suffixes(names: Iterable[str], modules: Iterable[str]) -> list[str] | str:
+    """The shortest list of suffixes that matches exactly ``names`` among ``modules``; an expression where none does."""
+    modules, chosen = list(modules), set(names)
+    others = [name for name in modules if name not in chosen]
+    out: set[str] = set()
+    for name in chosen:
+        parts = name.split(".")
+        tails = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+        # A number is a place in a list, which says nothing by itself.
+        fitting = (t for t in tails if not t[0].isdigit() and not any(matches_name(t, other) for other in others))
+        out.add(next(fitting, name))
+        if name in out and any(matches_name(name, other) for other in others):  # a whole name that is another's end
+            return "|".join(re.escape(name) for name in modules if name in chosen)
+    return sorted(out)
+
+
+def in_layers(name: str, config: LoraConfig) -> bool:
+    wanted = config.layers_to_transform
+    return wanted is None or layer_number(name, config) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def layer_number(name: str, config: LoraConfig) -> int | None:
+    """The number of the layer that a module lies in."""
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    # The first number is the layer's; later ones count experts and the like.
+    expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns or ()] or [r"(?:.*?\.)?[^.]*\.(\d+)\."]
+    found = next((m for e in expressions if (m := re.match(e, name))), None)
+    return None if found is None else int(found[1])
+
+
+def pattern_key(patterns: dict[str, int] | dict[str, float], name: str) -> str | None:
+    if not patterns:
+        return None
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)

@@ -1,0 +1,118 @@
+"""How PEFT (0.21) reads a config on a model, computed from names alone; and a config that it reads as we do.
+
+An adapter folder holds no list of the modules that it adapts: whoever reads it resolves ``target_modules`` and
+``target_parameters`` for himself. Where PEFT would come to other modules, ranks or alphas, the names are written in
+full.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from loraloom.config import LoraConfig
+from loraloom.errors import TargetError
+from loraloom.lora.experts import TYPES, parameter_names, translate
+from loraloom.lora.matching import in_layers, matches_any, matches_name, pattern_key, suffixes
+
+#: Module names that PEFT refuses on these model types, because fused kernels read the weight and call no module.
+MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+MAMBA_NAMES = ("out_proj", "conv1d")
+
+
+@dataclass(frozen=True)
+class Read:
+    """One adapted thing as PEFT sees it: ``name`` is that of a module, or of a parameter with its module's before."""
+
+    name: str
+    parameter: bool
+    r: int
+    alpha: float
+
+
+def refused(model_type: str | None, name: str) -> bool:
+    """Whether PEFT raises on a module of this name."""
+    return model_type in MAMBA_TYPES and name.rpartition(".")[2] in MAMBA_NAMES
+
+
+def peft_reads(config: LoraConfig, model_type: str | None, modules: Mapping[str, nn.Module]) -> set[Read] | None:
+    """What PEFT would adapt by ``config``, or None where it would raise."""
+    try:
+        config = translate(config, model_type, modules).config
+    except TargetError:
+        return None
+    if model_type in TYPES and isinstance(config.target_modules, str):
+        return None  # by last names in any layer, whatever the expression says
+    table = TYPES.get(model_type or "", {})
+    if any(matches_name(old, pattern) for pattern in config.target_modules or () for old in table):
+        return None  # taken for experts
+    names = [(name, False) for name in modules if _is_target(config, name)]
+    wanted = config.target_parameters or ()
+    names += [(name, True) for name in parameter_names(modules) if matches_any(wanted, name)]
+    if any(refused(model_type, name) for name, _ in names):
+        return None
+    return {Read(name, parameter, *_numbers(config, name)) for name, parameter in names}
+
+
+def _is_target(config: LoraConfig, name: str) -> bool:
+    saved = config.modules_to_save or ()
+    if matches_any(config.exclude_modules, name) or any(re.match(rf"(^|.*\.){s}($|\..*)", name) for s in saved):
+        return False
+    wanted = config.target_modules or ()
+    if isinstance(wanted, str) or name in wanted:
+        return matches_any(wanted, name)
+    return matches_any(wanted, name) and (not config.layers_to_transform or in_layers(name, config))
+
+
+def _numbers(config: LoraConfig, name: str) -> tuple[int, float]:
+    r, alpha = pattern_key(config.rank_pattern, name), pattern_key(config.alpha_pattern, name)
+    return (
+        config.r if r is None else config.rank_pattern[r],
+        config.lora_alpha if alpha is None else config.alpha_pattern[alpha],
+    )
+
+
+def as_peft_reads(
+    config: LoraConfig, model_type: str | None, modules: Mapping[str, nn.Module], wanted: Sequence[Read]
+) -> tuple[LoraConfig, tuple[str, ...]]:
+    """A config by which PEFT adapts ``wanted`` and no more, and the names for which there is none.
+
+    ``config`` itself if that does. ``wanted``: a Linear's weight may be wanted as a parameter or as a module.
+    """
+    if peft_reads(config, model_type, modules) == set(wanted):
+        return config, ()
+    table = TYPES.get(model_type or "", {})
+    exact = [
+        Read(f"{one.name}.weight", True, one.r, one.alpha)
+        if not one.parameter and one.name.rpartition(".")[2] in table and isinstance(modules[one.name], nn.Linear)
+        else one
+        for one in wanted
+    ]
+    names = [one.name for one in exact if not one.parameter]
+    parameters = [one.name for one in exact if one.parameter]
+    changes: dict[str, object] = {}
+    if isinstance(config.target_modules, str) or set(names) != {one.name for one in wanted if not one.parameter}:
+        changes |= {"layers_to_transform": None, "layers_pattern": None}
+    changed = config.copy(
+        target_modules=names if table else suffixes(names, modules),
+        target_parameters=parameters or None,
+        exclude_modules=config.exclude_modules if matches_none(config, names) else None,
+        rank_pattern={one.name: one.r for one in exact if one.r != config.r},
+        alpha_pattern={one.name: one.alpha for one in exact if one.alpha != config.lora_alpha},
+        **changes,
+    )
+    reads = peft_reads(changed, model_type, modules)
+    if reads == set(exact):
+        return changed, ()
+    other = {one.name for one in exact} if reads is None else {one.name for one in set(exact) ^ reads}
+    if reads is None:
+        other = {name for name in other if refused(model_type, name)} or other
+    return config, tuple(sorted(other))
+
+
+def matches_none(config: LoraConfig, names: Sequence[str]) -> bool:
+    """Whether ``exclude_modules`` leaves all of ``names``."""
+    return not any(matches_any(config.exclude_modules, name) for name in names)
