@@ -274,6 +274,8 @@ def labelled(*labels: object) -> Shape:
         (("4", "3.5"), "regression"),
         ((float("nan"), 1.5), "regression"),
         (([], ["a"]), "multi_label_classification"),
+        (("1_000", "2.5"), "single_label_classification"),
+        ((True, False), "single_label_classification"),
     ],
 )
 def test_what_labels_are_follows_from_the_first_rows(labels: tuple[object, ...], problem: str) -> None:
@@ -288,6 +290,7 @@ def test_what_labels_are_follows_from_the_first_rows(labels: tuple[object, ...],
         ("regression", "inf", "finite"),
         ("regression", None, "found null"),
         ("regression", True, "found bool"),
+        ("regression", "1_000", "must be a number"),
         ("regression", 10**400, "must be a number"),
         ("single_label_classification", 0.5, "set problem_type: regression"),
         ("single_label_classification", ["a"], "set problem_type: multi_label_classification"),
@@ -304,11 +307,98 @@ def test_a_label_that_does_not_fit_the_others_is_refused(problem: str, label: ob
     refused("seq-cls", {"text": "t", "label": label}, "'label'", words, problem_type=problem)
 
 
+def labels_read(*labels: object) -> list[object]:
+    shape = labelled(*labels)
+    found = [shape.read(row({"text": "t", "label": label}, n)) for n, label in enumerate(labels, 1)]
+    return [record.label for record in found]  # type: ignore[union-attr]
+
+
+def test_true_and_false_are_classes_as_json_writes_them() -> None:
+    assert labels_read(True, False) == ["true", "false"]
+    _, record = read("token-cls", {"tokens": ["a", "b"], "tags": [True, False]})
+    assert record.tags == ["true", "false"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (([0, 1], [1, 0], [0, 0]), [[1], [0], []]),
+        (("[0, 1, 1]", "[1, 0, 0]"), [[1, 2], [0]]),
+        (([0.0, 1.0], [1.0, 1.0]), [[1], [0, 1]]),
+        (([True, False], [False, False]), [[0], []]),
+        (([0], [1]), [[0], [1]]),  # of one place, they name a class
+        (([0, 1], [1]), [[0, 1], [1]]),
+        (([0, 2], [1, 0]), [[0, 2], [1, 0]]),
+    ],
+)
+def test_lists_of_one_length_of_0_and_1_are_multi_hot(labels: tuple[object, ...], classes: list[list[int]]) -> None:
+    assert labels_read(*labels) == classes
+
+
+def test_a_multi_hot_label_is_of_the_length_and_the_kind_of_the_others() -> None:
+    shape = labelled([0, 1], [1, 0])
+    assert "multi-hot lists of 2 classes" in shape.describe()
+    for label in ([1], [0, 1, 0], [0, 2], ["a", "b"]):
+        with pytest.raises(DataError, match="must be multi-hot, 2 times 0 or 1"):
+            shape.read(row({"text": "t", "label": label}))
+
+
+def test_in_a_table_of_whole_numbers_a_fraction_is_no_class() -> None:
+    assert list(map(str, labels_read("1", "1.0", "0", "2e0", "01"))) == ["1", "1", "0", "2", "01"]
+    shape = labelled("1", "0", "1.0")
+    for label, words in (
+        ("0.14", "found 0.14; where labels are numbers"),
+        (" 1.5 ", "found 1.5"),
+        ("nan", "found nan$"),
+    ):
+        with pytest.raises(DataError, match=f"'label' must be a whole number as in the rows before, {words}"):
+            shape.read(row({"text": "t", "label": label}))
+    assert shape.read(row({"text": "t", "label": "none"})).label == "none"  # type: ignore[union-attr]
+    chosen = recognise(row({"text": "t", "label": "1"}), "seq-cls", problem_type="single_label_classification")
+    assert chosen.read(row({"text": "t", "label": "1.5"})).label == "1.5"  # type: ignore[union-attr]
+
+
 def test_a_number_is_a_float_where_labels_are_numbers() -> None:
     for label in (3, "3", 3.0):
         _, record = read("seq-cls", {"text": "t", "label": label}, problem_type="regression")
         assert isinstance(record, Labelled)
         assert isinstance(record.label, float)
+
+
+# Conversations of other forms -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_an_object_of_lists_is_a_conversation(text: bool) -> None:
+    for fields in (
+        {"conversations": {"from": ["human", "gpt"], "value": ["hi", "hello"]}},
+        {"messages": {"role": ["user", "assistant"], "content": ["hi", "hello"]}},
+        {"messages": {"from": ["human", "gpt"], "value": ["hi", "hello"], "weight": [None, 1]}},
+    ):
+        given = {name: json.dumps(value) for name, value in fields.items()} if text else fields
+        if text and "from" in fields.get("messages", {}):
+            continue  # what is in a text is not looked at to choose a shape
+        _, record = read("causal-lm", given)
+        assert [message["content"] for message in record.messages] == ["hi", "hello"]  # type: ignore[union-attr]
+    refused("causal-lm", {"messages": {"role": ["user"], "content": []}}, "an object of lists of one length")
+
+
+def test_what_is_not_trained_on_may_be_empty() -> None:
+    asked, empty, said = {"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}, {
+        "role": "assistant", "content": "yes"}  # fmt: skip
+    for untrained in ({**empty, "weight": 0}, {"role": "assistant", "content": None, "weight": 0}):
+        _, record = read("causal-lm", {"messages": [asked, untrained, asked, said]})
+        assert [message["content"] for message in record.messages] == ["hi", "", "hi", "yes"]  # type: ignore[union-attr]
+    turns = [
+        {"from": "human", "value": "hi"},
+        {"from": "gpt", "value": "", "weight": 0},
+        {"from": "gpt", "value": "yes"},
+    ]
+    _, record = read("causal-lm", {"conversations": turns})
+    assert record.messages[1] == {"role": "assistant", "content": "", "weight": 0}  # type: ignore[union-attr]
+    _, record = read("causal-lm", {"prompt": [asked, empty, asked], "completion": [said]})
+    assert record.messages[1] == {**empty, "weight": 0}  # type: ignore[union-attr]
+    refused("causal-lm", {"messages": [asked, {**empty, "weight": 1}, said]}, "'content' of assistant is empty")
 
 
 # Refused --------------------------------------------------------------------------------------------------

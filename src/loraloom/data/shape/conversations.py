@@ -87,17 +87,23 @@ def read_prompt_completion(fields: Fields) -> Pair | Chat:
     messages: list[Message] = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(fields.get(name), list):
-            part = [_message(fields, name, number, item) for number, item in _numbered(fields, name)]
+            items = _numbered(fields, name)
+            if name == "prompt":
+                items = [(number, _untrained(item)) for number, item in items]
+            part = [_message(fields, name, number, item) for number, item in items]
         else:
             part = [{"role": role, "content": fields.text(name)}]
-        if name == "prompt":
-            part = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in part]
         messages += part
     return _chat(fields, "completion", messages)
 
 
+def _untrained(item: Any) -> Any:
+    """A message of a prompt: what the assistant says in it is not trained on."""
+    return {**item, "weight": 0} if isinstance(item, dict) and item.get("role") == "assistant" else item
+
+
 def _numbered(fields: Fields, name: str) -> list[tuple[int, Any]]:
-    items = fields.items(name)
+    items = fields.objects(name)
     if not items:
         raise fields.wrong(name, "is empty: a conversation has at least one message")
     return list(enumerate(items, start=1))
@@ -142,18 +148,26 @@ def _openai(item: Any) -> Message:
         raise Fault(f"the role {role!r} is not one of {', '.join(ROLES)}{nearest(str(role), ROLES)}")
     if calls and role != "assistant":
         raise Fault(f"only the assistant calls tools, not {role!r}")
-    message["content"] = _content(message.get("content"), role, bool(calls))
+    # Only what is to be learned must be there.
+    empty = bool(calls) or _weight(message) == 0
+    message["content"] = _content(message.get("content"), role, empty)
     if calls:
         message["tool_calls"] = _calls(calls)
-    weight = message.get("weight", 1)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise Fault(f"the weight must be 0 (not trained on) or 1, found {shown(weight)}")
     return message
 
 
-def _content(content: Any, role: str, calls: bool) -> str:
-    """The content as one string; parts of other kinds than text are refused."""
-    if content is None and calls:
+def _weight(message: dict[str, Any]) -> int:
+    weight = message.get("weight")
+    if weight is None:
+        return 1
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise Fault(f"the weight must be 0 (not trained on) or 1, found {shown(weight)}")
+    return int(weight)
+
+
+def _content(content: Any, role: str, empty: bool) -> str:
+    """The content as one string; parts of other kinds than text are refused. With ``empty``, it may be so of all."""
+    if content is None and empty:
         return ""
     if isinstance(content, list):
         texts = []
@@ -165,8 +179,7 @@ def _content(content: Any, role: str, calls: bool) -> str:
                 raise Fault(f"'content' has a part that is no text: {shown(kind)}; only text is read")
             texts.append(part["text"])
         content = "".join(texts)
-    # Only what is to be learned must be there.
-    if fault := text_fault(content, empty=calls or role != "assistant"):
+    if fault := text_fault(content, empty=empty or role != "assistant"):
         raise Fault(f"'content' of {role} {fault}")
     return content  # type: ignore[no-any-return]
 
@@ -202,7 +215,7 @@ def _tools(fields: Fields) -> list[dict[str, Any]] | None:
     if value in (ABSENT, None, "", [], {}):
         return None
     tools = []
-    for number, tool in enumerate(fields.items(name), start=1):
+    for number, tool in enumerate(fields.objects(name), start=1):
         inner = tool.get("function", tool) if isinstance(tool, dict) else tool
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise fields.wrong(name, f"item {number}: a tool is an object with a 'name', found {shown(tool)}")
@@ -233,12 +246,8 @@ def _turn(item: Any) -> Message:
         if not calls:
             raise Fault(f"the 'value' of {who} calls nothing")
         return {"role": "assistant", "content": "", "tool_calls": calls}
-    if fault := text_fault(value, empty=role != "assistant"):
+    untrained = _weight(item) == 0
+    if fault := text_fault("" if value is None and untrained else value, empty=untrained or role != "assistant"):
         raise Fault(f"the 'value' of {who} {fault}")
-    message: Message = {"role": role, "content": value}
-    weight = item.get("weight")
-    if weight is not None:
-        if isinstance(weight, bool) or weight not in (0, 1):
-            raise Fault(f"the weight must be 0 (not trained on) or 1, found {shown(weight)}")
-        message["weight"] = weight
-    return message
+    message: Message = {"role": role, "content": value or ""}
+    return message if item.get("weight") is None else {**message, "weight": item["weight"]}

@@ -74,6 +74,16 @@ class Fields:
         value: list[Any] = self.parsed(name, list, "a list")
         return value
 
+    def objects(self, name: str) -> list[Any]:
+        """A list of objects; also an object of lists of one length, as ``datasets`` makes of such a list."""
+        value = self.parsed(name, list | dict, "a list")
+        if isinstance(value, list):
+            return value
+        columns = list(value.values())
+        if not columns or not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            raise self.wrong(name, f"must be a list, or an object of lists of one length, found {shown(value)}")
+        return [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
+
     def parsed(self, name: str, kind: Any, what: str) -> Any:
         """A value of type ``kind``, or a string with JSON of one."""
         value = self.get(name)

@@ -12,7 +12,7 @@ from loraloom.config import TaskType
 from loraloom.data.records import Record
 from loraloom.data.rows import Row, RowError, as_task, row_error, shown, task_option
 from loraloom.data.shape.fields import ABSENT, Fields, lookup
-from loraloom.data.shape.forms import SHAPES, Form, problem_of
+from loraloom.data.shape.forms import SHAPES, Form, Labels, labels_of
 from loraloom.errors import ConfigError, DataError, nearest
 
 #: Names of ``format`` that say how plain text is cut into rows; their shape is ``text``.
@@ -35,10 +35,14 @@ class Shape:
     problem_type: str | None = None
     ignored: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    #: what the labels of seq-cls are beside that: see ``forms.Labels``
+    whole: bool = False
+    multi_hot: int = 0
 
     def read(self, row: Row) -> Record:
         """The record of ``row``; ``RowError`` with file, line and column for one that is not of this shape."""
-        return _FORMS[self.task, self.name].read(Fields(row, self.columns), self.problem_type)
+        labels = Labels(self.problem_type, self.whole, self.multi_hot)
+        return _FORMS[self.task, self.name].read(Fields(row, self.columns), labels)
 
     def describe(self) -> str:
         """The shape in a few words, for saying aloud what was recognised."""
@@ -46,6 +50,8 @@ class Shape:
         said = f"{self.name} ({', '.join(renamed)})" if renamed else self.name
         if self.problem_type:
             said += f", {self.problem_type.replace('_', ' ')}"
+        if self.multi_hot:
+            said += f" (multi-hot lists of {self.multi_hot} classes)"
         if self.ignored:
             said += f"; not read: {', '.join(map(repr, self.ignored))}"
         if self.also:
@@ -67,7 +73,7 @@ def recognise(
 
     ``format`` names the shape. ``columns`` maps our names of columns to the user's; ``a.b`` is the key b of the
     column a. ``problem_type`` says what the labels of seq-cls are; without it they are several classes where they
-    are lists, numbers where one has a fraction, and else classes.
+    are lists, numbers where one has a fraction, and else classes. Lists of one length of 0 and 1 are multi-hot.
 
     Raises ``DataError`` where the columns are not there, with the nearest names, and ``ConfigError`` for a
     ``format`` or ``columns`` that the task does not know.
@@ -91,12 +97,13 @@ def recognise(
     if not fitting:
         raise _nothing_fits(row, kind, forms, named)
     form, renamed = fitting[0]
+    labels = Labels(problem_type)
     if form.name in ("text-label", "pair-label"):
-        problem_type = problem_type or problem_of(first, renamed.get("label", "label"))
+        labels = labels_of(first, renamed.get("label", "label"), problem_type)
     used = {renamed.get(name, name).split(".")[0] for name in (*form.needs, *form.may)} | set(renamed.values())
     ignored = dict.fromkeys(name for other in first for name in other.fields if name not in used)
     also = tuple(dict.fromkeys(other.name for other, _ in fitting[1:] if other.name != form.name))
-    return Shape(form.name, kind, renamed, problem_type, tuple(ignored), also)
+    return Shape(form.name, kind, renamed, labels.problem, tuple(ignored), also, labels.whole, labels.multi_hot)
 
 
 def _forms(kind: TaskType, format: str | None, columns: dict[str, str]) -> list[Form]:
@@ -136,7 +143,7 @@ def _fits(form: Form, row: Row, columns: dict[str, str], forced: bool) -> Iterat
     key, other = ("role", "from") if form.name == "messages" else ("from", "role")
     for theirs in [own] if ours in columns else dict.fromkeys([own, "messages", "conversations"]):
         value = lookup(row, theirs)
-        item = value[0] if isinstance(value, list) and value else None
+        item = value[0] if isinstance(value, list) and value else value  # or an object of lists
         keys = item if isinstance(item, dict) else {}
         # What is neither is taken by its name, to be refused with words that fit it.
         if key in keys or (theirs == own and value is not ABSENT and (forced or other not in keys)):

@@ -12,7 +12,7 @@ import os
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -159,6 +159,11 @@ def survey(
     problem = known.problem if known else problem
     shapes = [recognise(source.first(LOOK, on_bad), kind, format, columns, problem, skip) for source in sources]
     _check_alike(sources, shapes)
+    # What was found of the first rows holds for those of the other sources, and for those of validation.
+    whole, multi_hot = all(shape.whole for shape in shapes), shapes[0].multi_hot
+    if known is not None:
+        whole, multi_hot = known.shapes[0].whole, known.shapes[0].multi_hot
+    shapes = [replace(shape, whole=whole, multi_hot=multi_hot) for shape in shapes]
     stamps = {path: _stamp(path) for source in sources for path in source.files}
     hashes = {name: value for source in sources for name, value in source.hashes().items()}
     made = Survey(list(sources), shapes, [], [], None, _NONE, _NONE, 0, hashes, stamps, None)
@@ -224,6 +229,15 @@ def _check_alike(sources: Sequence[Source], shapes: Sequence[Shape]) -> None:
                 f"{source.name}: its labels are those of {shape.problem_type}, and those of {sources[0].name} of "
                 f"{shapes[0].problem_type}; say with problem_type what they are"
             )
+        if shape.multi_hot != shapes[0].multi_hot:
+            raise DataError(
+                f"{source.name}: its labels are {_lists(shape)}, and those of {sources[0].name} {_lists(shapes[0])}; "
+                "write them in one way"
+            )
+
+
+def _lists(shape: Shape) -> str:
+    return f"multi-hot lists of {shape.multi_hot} classes" if shape.multi_hot else "lists of the classes' names"
 
 
 def _write(made: Survey, draft: cache.Draft) -> dict[str, Any]:
