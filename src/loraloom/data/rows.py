@@ -109,7 +109,8 @@ def task_option(task: TaskType) -> str:
 
 def shown(value: object) -> str:
     """A value as errors show it, with its type and not at full length: ``int 3``, ``list [1, 2, ...]``, ``null``."""
-    return "null" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
+    name = "int" if type(value).__name__ == "LongNumber" else type(value).__name__
+    return "null" if value is None else f"{name} {reprlib.repr(value)}"
 
 
 def ordered_labels(names: Iterable[str]) -> list[str]:

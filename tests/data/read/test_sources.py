@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from loraloom.data.read import arrays, readers, tables
 from loraloom.data.read.holdout import held_out, weighted
 from loraloom.data.read.sources import Source, read_rows, resolve
-from loraloom.data.rows import BadRow, RowError
+from loraloom.data.rows import BadRow, RowError, shown
 from loraloom.errors import ConfigError, DataError
 
 CALM = settings(max_examples=40, deadline=None)  # two cores are shared: a slow example is no failure
@@ -149,6 +149,41 @@ def test_structs_of_parquet_lose_the_keys_that_only_other_rows_have(tmp_path: Pa
     assert fields(tmp_path / "a.parquet") == rows
 
 
+def test_a_null_that_every_row_has_is_the_same_from_parquet(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    call = {"name": "order", "arguments": {"what": "tea", "milk": None, "with": {"sugar": None}}}
+    other = {"name": "find", "arguments": {"q": "x"}}
+    meant = [{"tool_calls": [{"function": call}]}] * 2
+    mixed = [{"tool_calls": [{"function": call}]}, {"tool_calls": [{"function": other}]}]
+    for name, rows in (("meant", meant), ("mixed", mixed)):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    assert fields(tmp_path / "meant.parquet") == meant
+    # Here nulls also stand for what a call does not have, and nothing tells them apart.
+    assert fields(tmp_path / "mixed.parquet")[1] == mixed[1]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_lines_that_end_in_carriage_returns_are_lines(tmp_path: Path, suffix: str) -> None:
+    for name, text in (
+        ("a.csv", 'a,b\r1,"x, y"\r2,z\r'), ("a.jsonl", '{"a": "1", "b": "x, y"}\r{"a": "2", "b": "z"}'),
+    ):  # fmt: skip
+        content = text.encode()
+        path = saved(tmp_path, name + suffix, gzip.compress(content) if suffix else content)
+        assert fields(path) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": "z"}]
+    rows = list(one(saved(tmp_path, "b.txt", "one\rtwo\r\r" + "x" * 200_000 + "\r")))
+    assert [(row.fields["text"], row.line) for row in rows] == [("one\ntwo", 1), ("x" * 200_000, 4)]
+
+
+@pytest.mark.parametrize(("name", "form"), [("a.json", "[{}]"), ("a.jsonl", "{}")])
+def test_a_number_beyond_python_is_no_error_where_nobody_reads_it(tmp_path: Path, name: str, form: str) -> None:
+    row = '{"text": "a", "id": -' + "1" * 5000 + ', "n": 3}'
+    (found,) = fields(saved(tmp_path, name, form.replace("{}", row)))
+    assert (found["text"], found["n"]) == ("a", 3)
+    assert shown(found["id"]) == "int of 5,000 digits"
+
+
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip)
 
 
@@ -219,7 +254,24 @@ BAD: list[tuple[str, str, str | bytes, tuple[str, ...]]] = [
     ("an empty array", "a.json", "[]", ("no rows",)),
     ("an object over lines", "a.json", '{\n "data": []\n}', ("line 1", "over several lines")),
     ("deep nesting", "a.json", "[" * 100_000, ("line 1", "cannot be read")),
-    ("a number beyond Python", "a.json", '[{"a": ' + "1" * 5000 + "}]", ("line 1", "cannot be read")),
+    (
+        "columns of pandas",
+        "a.json",
+        '{"text": {"0": "a"}, "label": {"0": "b"}}',
+        ("a column under each key", "records"),
+    ),
+    ("rows of pandas", "a.json", '{"0": {"text": "a"}, "1": {"text": "b"}}', ("a row under each number",)),
+    (
+        "a table of pandas",
+        "a.json",
+        '{"columns": ["a"], "index": [0], "data": [["b"]]}',
+        ("pandas", "orient='records'"),
+    ),
+    ("columns, indented", "a.json", '{\n "text": {\n "0": "a"}}', ("line 1", "a column under each key")),
+    ("SQuAD", "a.json", '{"data": [{"paragraphs": []}], "version": "1"}', ("SQuAD's own form", "'answer_start'")),
+    ("SQuAD, indented", "a.json", '{\n"data": [{"paragraphs": []}]}', ("line 1", "SQuAD's own form")),
+    ("SQuAD, larger than a row", "a.json", '{"data": [{"paragraphs": ["' + "x" * (17 << 20), ("SQuAD's own form",)),
+    ("line ends of two kinds", "a.csv", "a,b\n1,2\r3,4\n", ("line 2", "a carriage return (CR)", "of one kind")),
     ("not UTF-8", "a.json", b'[{"a": "b"},\n{"a": "caf\xe9"}]', ("line 2", "not UTF-8", "0xe9")),
     ("not UTF-8 in text", "a.txt", b"one\n\ntwo\nca\xe9\n", ("line 4", "byte 3", "0xe9")),
     ("a tail that is not UTF-8", "a.jsonl", b'{"a": 1}\n{"a": "\xc3', ("line 2", "not UTF-8")),
@@ -561,6 +613,18 @@ def test_a_saved_dataset_gives_its_rows_with_the_names_of_its_classes(tmp_path: 
     assert source.fingerprint() == one(tmp_path / "d").fingerprint()
     assert pickle.loads(pickle.dumps(source)).fingerprint() == source.fingerprint()
     assert "saved dataset" in source.describe()
+
+
+def test_a_parquet_file_of_datasets_gives_the_names_of_its_classes(tmp_path: Path, dataset: Any) -> None:
+    import datasets
+
+    dataset.select(range(3)).to_parquet(tmp_path / "a.parquet")
+    assert fields(tmp_path / "a.parquet")[1] == {"text": "t1", "label": "praise", "tags": ["B", "O"]}
+    inner = datasets.Features({"o": {"label": datasets.ClassLabel(names=["no", "yes"])}})
+    datasets.Dataset.from_list([{"o": {"label": 1}}, {"o": {"label": -1}}], features=inner).to_parquet(
+        tmp_path / "b.parquet"
+    )
+    assert fields(tmp_path / "b.parquet") == [{"o": {"label": "yes"}}, {"o": {"label": None}}]
 
 
 def test_a_split_of_a_saved_dataset_is_named(tmp_path: Path, dataset: Any) -> None:

@@ -197,6 +197,36 @@ def test_an_answer_of_weight_0_is_read_and_not_trained_on(name: str) -> None:
     assert trained(weighed, made) == trained(plain, made)[-1:]
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_an_empty_answer_of_weight_0_is_no_obstacle(name: str) -> None:
+    made = tokenizer(name)
+    empty = one([user("a?"), bot("", weight=0), user("b?"), bot("good")], made)
+    plain = one([user("a?"), bot("bad"), user("b?"), bot("good")], made)
+    assert trained(empty, made) == trained(plain, made)[-1:]
+
+
+def test_half_of_a_surrogate_pair_anywhere_in_a_conversation_is_an_error_of_that_row() -> None:
+    made = with_template(
+        "{{ tools | tojson }}{% for m in messages %}{{ m.note }}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    half = "a \ud83d b"
+    call = {"type": "function", "function": {"name": "find", "arguments": {"q": half}}}
+    encoder = ChatEncoder(made, Settings(9999))
+    chats = [
+        Chat([user("a"), bot("", tool_calls=[call])]),
+        Chat([user("a"), bot("b", note=half)]),
+        Chat([user("a"), bot("b")], [{"type": "function", "function": {"name": "f", "description": half}}]),
+        Chat([user("a"), bot("b")]),
+    ]
+    *wrong, right = encoder.encode(chats)
+    for result in wrong:
+        assert "half of a surrogate pair" in result.error
+        assert r"a \ud83d b" in result.error
+    assert trained(right, made) == ["b<|im_end|>"]
+
+
 @pytest.mark.parametrize("name", [n for n in ALL if n != "gemma"])
 def test_a_system_message_is_not_trained_on(name: str) -> None:
     made = tokenizer(name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.data.read import network
 from loraloom.data.read.source import Source
-from loraloom.data.read.tables import CHUNK, records
+from loraloom.data.read.tables import CHUNK, class_names, named, records
 from loraloom.data.rows import OnBad, Row
 from loraloom.errors import ConfigError, DataError, nearest
 
@@ -128,16 +128,15 @@ class DatasetSource(Source):
             raise DataError(f"{self.path}: the dataset cannot be fetched from the hub: {_first_line(exc)}") from exc
 
     def _rows(self, bad: OnBad | None) -> Iterator[Row]:
-        from datasets import ClassLabel
-
         dataset = self._dataset()
-        classes = {name: feature for name, feature in dataset.features.items() if _names(feature, ClassLabel)}
+        features = dataset.features.to_dict()
+        classes = {name: names for name, feature in features.items() if (names := class_names(feature))}
         number = 0
         for table in dataset.with_format("arrow").iter(batch_size=CHUNK):
             for fields in records(table):
                 number += 1
-                for name, feature in classes.items():
-                    fields[name] = _named(fields[name], _names(feature, ClassLabel))
+                for name, names in classes.items():
+                    fields[name] = named(fields[name], names)
                 yield Row(fields, number, self.name, "row")
 
     def fingerprint(self) -> str:
@@ -172,16 +171,3 @@ def _beside(path: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _names(feature: Any, class_label: type) -> list[str]:
-    """The names of the classes of a feature that is a class or a list of classes; else none."""
-    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
-    return list(inner.names or ()) if isinstance(inner, class_label) else []  # type: ignore[attr-defined]
-
-
-def _named(value: Any, names: list[str]) -> Any:
-    """The names of classes; None stands for -1, by which ``datasets`` means that there is no label."""
-    if isinstance(value, list):
-        return [_named(part, names) for part in value]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None if value == -1 else value

@@ -6,9 +6,10 @@ import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from loraloom.data.read.arrays import read_array
-from loraloom.data.read.readers import StrictJson, checked_start, decoded, guarded, lines, open_file, report
+from loraloom.data.read.readers import ROW_LIMIT, StrictJson, checked_start, decoded, guarded, lines, open_file, report
 from loraloom.data.rows import BadRow, OnBad, Row, shown
 from loraloom.errors import DataError
 
@@ -41,6 +42,8 @@ def _json_lines(path: Path, bad: OnBad | None) -> Iterator[Row]:
         text = decoded(line, path)
         number = line.number
         if isinstance(text, BadRow):
+            if first and line.cut and '"paragraphs"' in text.raw:
+                raise DataError(f"{path}: {SQUAD}")
             report(bad, text)
             continue
         # Not text.strip(): a no-break space is no blank of JSON's, and is said to be wrong.
@@ -51,11 +54,8 @@ def _json_lines(path: Path, bad: OnBad | None) -> Iterator[Row]:
             value = strict.decode(text)
         except json.JSONDecodeError as exc:
             reason, column = f"not JSON: {exc.msg} (character {exc.colno})", exc.colno
-            if first and text.strip() == "{":
-                raise DataError(
-                    f"{path}, line {number}: an object over several lines; a file of JSON lines has a whole object "
-                    f"on each line, and a .json file may also be one array of objects"
-                ) from None
+            if first and (named := _whole_object(path)):
+                raise DataError(f"{path}, line {number}: {named}") from None
         except (ValueError, RecursionError) as exc:
             reason = f"JSON that cannot be read: {exc}"
         else:
@@ -63,8 +63,55 @@ def _json_lines(path: Path, bad: OnBad | None) -> Iterator[Row]:
             if not reason and not isinstance(value, dict):
                 reason = f"a JSON object is needed on every line, found {shown(value)}"
             if not reason:
+                if first and (named := other_form(value)):
+                    raise DataError(f"{path}: {named}")
                 first = False
                 yield Row(value, number, name)
                 continue
         strict.fault()
         report(bad, BadRow(name, number, reason, column, raw=text))
+
+
+# One object that holds the rows in a way of its own --------------------------------------------------------------
+
+ROWS = "a file of JSON lines has a whole object on each line, and a .json file may also be one array of objects"
+SQUAD = (
+    "SQuAD's own form, with paragraphs in 'data' and questions in 'qas'; write a row for each question, with "
+    "'question', 'context' and 'answers' ({'text': [...], 'answer_start': [...]}), as the dataset of the hub has them"
+)
+PANDAS = "as pandas' to_json can write it; write orient='records', lines=True"
+
+
+def other_form(value: dict[str, Any]) -> str:
+    """What an object is that is no row but a whole table, with what to do; or the empty string."""
+    data = value.get("data")
+    if isinstance(data, list) and data and all(isinstance(one, dict) and "paragraphs" in one for one in data[:10]):
+        return SQUAD
+    if isinstance(data, list) and (value.keys() == {"columns", "index", "data"} or value.keys() == {"schema", "data"}):
+        return f"one object that is a whole table, {PANDAS}"
+    parts = list(value.values())
+    if parts and all(isinstance(part, dict) and part for part in parts):
+        keys = parts[0].keys()
+        if all(part.keys() == keys for part in parts):
+            if all(map(str.isdecimal, keys)):
+                return f"one object with a column under each key, {PANDAS}"
+            if all(map(str.isdecimal, value)):
+                return f"one object with a row under each number, {PANDAS}"
+    return ""
+
+
+def _whole_object(path: Path) -> str:
+    """What a file is whose first line is no object, if that opens one over several lines; else the empty string."""
+    with open_file(path) as file:
+        text = guarded(file, path, ROW_LIMIT).removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace")
+    if not text.lstrip().startswith("{"):
+        return ""
+    try:
+        value = StrictJson().decode(text)
+    except json.JSONDecodeError:
+        if text.lstrip().split("\n", 1)[0].strip() != "{":
+            return ""
+        return SQUAD if '"paragraphs"' in text[:4000] else f"an object over several lines; {ROWS}"
+    except (ValueError, RecursionError):
+        return ""
+    return other_form(value) or f"one object over several lines; {ROWS}"

@@ -15,6 +15,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -82,7 +83,7 @@ def open_file(path: Path, unpack: bool = True) -> BinaryIO:
         raise DataError(f"{path}: cannot be read: {exc.strerror}") from exc
 
 
-def guarded(file: BinaryIO, path: Path, size: int, line: bool = False) -> bytes:
+def guarded(file: BinaryIO | _CrLines, path: Path, size: int, line: bool = False) -> bytes:
     """``file.read(size)`` or ``file.readline(size)``; what goes wrong names the file."""
     try:
         return file.readline(size) if line else file.read(size)
@@ -104,13 +105,15 @@ def checked_start(start: bytes, path: Path) -> None:
 
 
 def lines(path: Path, limit: int | None = None) -> Iterator[Line]:
-    """The lines of a file, ended by LF or CRLF, without a byte order mark at its start.
+    """The lines of a file, ended by LF or CRLF, or all by CR, without a byte order mark at its start.
 
     A line longer than ``limit`` bytes (``ROW_LIMIT`` by default) is cut after ``SHOWN`` of them and marked so.
     """
     limit = ROW_LIMIT if limit is None else limit
     number = 0
-    with open_file(path) as file:
+    only_cr = _ends_in_cr(path)
+    with open_file(path) as opened:
+        file = _CrLines(opened) if only_cr else opened
         while raw := guarded(file, path, limit + 1, line=True):
             number += 1
             if number == 1:
@@ -124,6 +127,34 @@ def lines(path: Path, limit: int | None = None) -> Iterator[Line]:
                 raw = raw[:SHOWN]
             end = "\r\n" if raw.endswith(b"\r\n") else "\n" if raw.endswith(b"\n") else ""
             yield Line(number, raw[: len(raw) - len(end)], end, cut)
+
+
+def _ends_in_cr(path: Path) -> bool:
+    """Whether the lines of a file end in CR, as those of old Macs and some spreadsheets do."""
+    with open_file(path) as file:
+        start = guarded(file, path, 2**16)
+    return b"\r" in start[:-1] and b"\n" not in start
+
+
+class _CrLines:
+    """A file whose CRs are read as LFs."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._left = b""
+
+    def read(self, size: int) -> bytes:
+        raise NotImplementedError  # lines alone are asked for
+
+    def readline(self, size: int) -> bytes:
+        while b"\r" not in self._left and len(self._left) < size:
+            more = self._file.read(2**16)
+            if not more:
+                break
+            self._left += more
+        end = self._left.find(b"\r") + 1 or len(self._left)
+        line, self._left = self._left[: min(end, size)], self._left[min(end, size) :]
+        return line[:-1] + b"\n" if line.endswith(b"\r") else line
 
 
 def decoded(line: Line, path: Path) -> str | BadRow:
@@ -183,11 +214,44 @@ class StrictJson:
 
     def decode(self, text: str) -> Any:
         """The one value that ``text`` is; raises as ``json.loads`` does."""
-        return self._json.decode(text)
+        try:
+            return self._json.decode(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # a number of thousands of digits, which may stand in a column that nobody reads
+            return self._with_long_numbers.decode(text)
 
     def decode_from(self, text: str, start: int) -> tuple[Any, int]:
         """The value that starts at ``start``, and where it ends."""
-        return self._json.raw_decode(text, start)
+        try:
+            return self._json.raw_decode(text, start)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:
+            return self._with_long_numbers.raw_decode(text, start)
+
+    @cached_property
+    def _with_long_numbers(self) -> json.JSONDecoder:
+        return json.JSONDecoder(
+            object_pairs_hook=self._object, parse_constant=self._constant, parse_int=LongNumber.read
+        )
+
+
+class LongNumber:
+    """A whole number of more digits than Python reads, which is none that a row can mean."""
+
+    def __init__(self, digits: int) -> None:
+        self.digits = digits
+
+    def __repr__(self) -> str:
+        return f"of {self.digits:,} digits"
+
+    @classmethod
+    def read(cls, text: str) -> int | LongNumber:
+        try:
+            return int(text)
+        except ValueError:
+            return cls(len(text.removeprefix("-")))
 
 
 # Plain text -----------------------------------------------------------------------------------------------

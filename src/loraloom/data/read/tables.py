@@ -7,6 +7,7 @@ known here. The values of CSV and TSV are all strings; Parquet has types.
 from __future__ import annotations
 
 import csv
+import json
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from loraloom.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+#: Names of classes by number; of an object, by its keys.
+Names = list[str] | dict[str, Any]
 
 #: Rows of a Parquet file that are Python objects at once.
 CHUNK = 256
@@ -45,7 +49,10 @@ def read_table(path: Path, bad: OnBad | None = None, delimiter: str = ",") -> It
         except StopIteration:
             return
         except csv.Error as exc:
-            reason = f"not {kind}: {exc}; is a double quote not closed?"
+            why = "is a double quote not closed?"
+            if "new-line character" in str(exc):
+                exc, why = csv.Error("a carriage return (CR) in a field"), "are the line ends of one kind?"
+            reason = f"not {kind}: {exc}; {why}"
         wrong = text.wrong
         if not reason and wrong is None:
             if len(cells) <= 1 and not "".join(cells).strip():
@@ -128,16 +135,22 @@ class _Lines:
 
 
 def read_parquet(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
-    """The rows of a Parquet file, counted from 1; whatever is wrong there is wrong with the whole file."""
+    """The rows of a Parquet file, counted from 1; whatever is wrong there is wrong with the whole file.
+
+    Classes that ``datasets`` named when it wrote the file come as these names.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with open_file(path) as handle, pq.ParquetFile(handle) as file:
+            classes = _classes_in(file.schema_arrow)
             for batch in file.iter_batches(batch_size=CHUNK):
                 for fields in records(batch):
                     number += 1
+                    for name, names in classes.items():
+                        fields[name] = named(fields[name], names)
                     yield Row(fields, number, str(path), "row")
     except (pa.ArrowException, OSError) as exc:
         raise DataError(f"{path}: not a Parquet file that can be read: {exc}") from exc
@@ -146,22 +159,67 @@ def read_parquet(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
 def records(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
     """The rows of an Arrow batch as Python values.
 
-    Arrow gives all structs of a column the same keys and fills those that a row did not have with null; such
-    keys are left out again, or every tool would seem to have the parameters of every other.
+    Arrow gives all structs of a column the same keys and fills those that a row did not have with null; such keys are
+    left out again, or every tool would seem to have the parameters of every other. A key that is null in every row was
+    meant: it stays where nothing else beside it is null.
     """
     import pyarrow as pa
 
-    nested = [field.name for field in batch.schema if pa.types.is_nested(field.type)]
+    nested = [field for field in batch.schema if pa.types.is_nested(field.type)]
     rows: list[dict[str, Any]] = batch.to_pylist()
-    for name in nested:
+    for field in nested:
         for row in rows:
-            row[name] = _without_nulls(row[name])
+            row[field.name] = _without_nulls(row[field.name], field.type)
     return rows
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list):
-        return [_without_nulls(part) for part in value]
+def _without_nulls(value: Any, kind: pa.DataType) -> Any:
+    import pyarrow as pa
+
+    if isinstance(value, dict) and pa.types.is_struct(kind):
+        empty = {key for key, part in value.items() if part is None}
+        if all(pa.types.is_null(kind.field(key).type) for key in empty):
+            empty = set()
+        return {key: _without_nulls(part, kind.field(key).type) for key, part in value.items() if key not in empty}
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_without_nulls(part, kind.value_type) for part in value]
     return value
+
+
+# Classes that datasets names ------------------------------------------------------------------------------
+
+
+def _classes_in(schema: pa.Schema) -> dict[str, Names]:
+    """Column → the names of its classes, as ``datasets`` writes its features into the schema."""
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = info["info"]["features"]
+        found = {name: class_names(features.get(name)) for name in schema.names}
+    except (ValueError, KeyError, TypeError, AttributeError):  # none of theirs, or none that can be read
+        return {}
+    return {name: names for name, names in found.items() if names}
+
+
+def class_names(feature: Any) -> Names:
+    """The names of the classes of a feature as JSON: a class, a list of classes, or an object with such in it."""
+    if isinstance(feature, list):
+        return class_names(feature[0]) if feature else []
+    if not isinstance(feature, dict):
+        return []
+    if isinstance(feature.get("_type"), str):
+        if feature["_type"] == "ClassLabel":
+            return [str(name) for name in feature.get("names") or ()]
+        return class_names(feature.get("feature"))
+    inside = {key: class_names(part) for key, part in feature.items()}
+    return {key: names for key, names in inside.items() if names}
+
+
+def named(value: Any, names: Names) -> Any:
+    """The names of classes; None stands for -1, by which ``datasets`` means that there is no label."""
+    if isinstance(value, list):
+        return [named(part, names) for part in value]
+    if isinstance(names, dict):
+        if not isinstance(value, dict):
+            return value
+        return {key: named(part, names[key]) if key in names else part for key, part in value.items()}
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None if value == -1 else value

@@ -196,6 +196,9 @@ def _nothing_fits(row: Row, kind: TaskType, forms: Sequence[Form], columns: dict
     )
     if lookup(row, wanted) is not ABSENT:
         reason = f"{wanted!r} is not what {best.name} needs, found {shown(lookup(row, wanted))}"
+    inside = [name for name, value in row.fields.items() if isinstance(value, list) and value]
+    if len(row.fields) == 1 and inside and isinstance(row.fields[inside[0]][0], dict):
+        reason += f"; {inside[0]!r} is a list of objects: are these the rows? Then make that list the file"
     return row_error(row, reason, wanted)
 
 

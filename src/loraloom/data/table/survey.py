@@ -121,8 +121,14 @@ class Survey:
 
 
 def bad_line(row: BadRow) -> bytes:
-    """A bad row as a line of JSON."""
-    fields = {row.unit: row.line, "file": row.file, "reason": row.reason, "row": row.raw}
+    """A bad row as a line of JSON: its place by ``line``, or by ``number`` where a file has no lines."""
+    # "row" is what stands there.
+    fields = {
+        "line" if row.unit == "line" else "number": row.line,
+        "file": row.file,
+        "reason": row.reason,
+        "row": row.raw,
+    }
     if row.column is not None:
         fields["column"] = row.column
     if row.field:

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.data.example import IGNORE, Encoded1, Settings, tokenize
 from loraloom.data.records import Chat, Message
+from loraloom.data.tokens.marks import silent
 from loraloom.data.tokens.templates import find_template
 from loraloom.data.tokens.turns import Spans, Turns
 from loraloom.data.tokens.windows import fitted
-from loraloom.errors import InputError
+from loraloom.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,9 +71,13 @@ class ChatEncoder:
 
     def _find(self, chat: Chat) -> Spans:
         """The assistant's turns that are to be trained on: not those of weight 0, which no template is shown."""
+        for number, message in enumerate(chat.messages, start=1):
+            if silent(message) and message.get("weight", 1):
+                raise DataError(f"{self.turns.template.name} has nothing to write for message {number}: it is empty")
         plain = [{key: value for key, value in message.items() if key != "weight"} for message in chat.messages]
         spans = self.turns.find(Chat(plain, chat.tools))
-        weights = [message.get("weight", 1) for message in chat.messages if message.get("role") == "assistant"]
+        said = [message for message in chat.messages if message.get("role") == "assistant" and not silent(message)]
+        weights = [message.get("weight", 1) for message in said]
         return replace(spans, spans=[span for span, weight in zip(spans.spans, weights, strict=True) if weight])
 
     def _labelled(self, chat: Chat, spans: Spans, tokens: Any, settings: Settings) -> Encoded1:

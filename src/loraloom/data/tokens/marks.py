@@ -83,6 +83,13 @@ def said_in(message: Message) -> str:
     return str(message.get("content") or "") if message.get("role") == "assistant" else ""
 
 
+def silent(message: Message) -> bool:
+    """Whether it is a turn of the assistant without a word in it, which has no place to be found by."""
+    words = [message.get("content"), *(message.get(key) for key in REASONING)]
+    said = any(isinstance(part, str) and part.strip() for part in words)
+    return message.get("role") == "assistant" and not said and not message.get("tool_calls")
+
+
 def numbers(message: Message) -> set[int]:
     """The marks of a message's words."""
     told = [message.get("content"), *(message.get(key) for key in REASONING), message.get("tool_calls")]

@@ -81,8 +81,8 @@ class Template:
     ) -> str:
         """The text of ``messages``; with ``prompt``, also what the template writes for the assistant to go on from.
 
-        Raises ``Refusal`` where the template says that it cannot take the conversation, and ``ModelError`` where
-        it fails, with its own message and line.
+        Raises ``Refusal`` where the template says that it cannot take the conversation, ``ModelError`` where it fails,
+        with its own message and line, and ``DataError`` for a text that no tokenizer takes.
         """
         from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -102,7 +102,20 @@ class Template:
                 raise Refusal(f"{self.name} does not take this conversation: {said}") from None
             raise ModelError(f"{self.name}{_line(exc)}: {said}") from None
         assert isinstance(text, str)
+        _check_text(text, self.name)
         return text
+
+
+def _check_text(text: str, name: str) -> None:
+    """What is written may come from anywhere in a row: arguments of calls, schemas of tools, keys of its own."""
+    try:
+        text.isascii() or text.encode("utf-8")
+    except UnicodeEncodeError as exc:
+        around = text[max(0, exc.start - 20) : exc.end + 20]
+        raise DataError(
+            f"half of a surrogate pair, which is no character, in what {name} writes of it: {around!a}; take it "
+            "out, or write the whole pair"
+        ) from None
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> Template:

@@ -26,7 +26,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from loraloom.data.tokens.edges import Edges
-from loraloom.data.tokens.marks import MARK, mark_words, numbers, said_in, text_arguments
+from loraloom.data.tokens.marks import MARK, mark_words, numbers, said_in, silent, text_arguments
 from loraloom.data.tokens.templates import Template
 from loraloom.errors import DataError, InputError, ModelError
 
@@ -39,7 +39,7 @@ FORMS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """The text of a conversation, and the (start, end) in it of each of the assistant's turns, in characters.
+    """The text of a conversation, and the (start, end) in it of each of the assistant's turns that is not empty.
 
     ``left_out``: the template does not write everything (the reasoning of an earlier turn, a message that it
     ignores). ``endless``: it writes nothing after some turn that would end it.
@@ -117,7 +117,7 @@ class Turns:
             for number, message in enumerate(messages):
                 own = numbers(message)
                 left_out = left_out or not own <= {mark for *_, mark in places}
-                if message.get("role") != "assistant":
+                if message.get("role") != "assistant" or silent(message):
                     continue
                 start, end, ended = self.edges.find(messages, tools, number, text)
                 spans.append((start, end))

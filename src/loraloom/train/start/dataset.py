@@ -8,6 +8,7 @@ by numbers: the examples lie in a table, on disk where they are many, and traini
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -295,6 +296,10 @@ def _reasons(encoded: Encoded, flags: Array) -> str:
                encoded.problems.items()]  # fmt: skip
     if over := int(np.count_nonzero(flags & OVERLONG)):
         reasons.append(f"{_rows(over)} over max_length")
+    if bad := next(encoded.bad_lines(), None):
+        first = json.loads(bad)
+        place = f"line {first['line']}" if "line" in first else f"row {first['number']}"
+        reasons.append(f"{first['file']}, {place}: {first['reason']}")
     return "; ".join(reasons) or "none can be encoded"
 
 
