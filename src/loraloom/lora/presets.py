@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import product
+from typing import Any
 
 from torch import nn
 
@@ -131,7 +132,10 @@ def _text_part(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
     """The name of the part that reads text in a model of several parts."""
     config = getattr(model, "config", None)
     get = getattr(config, "get_text_config", None)
-    text = None if get is None else get()
+    try:
+        text = None if get is None else get()
+    except ValueError:  # more than one, as where a text leads a decoder of music
+        return None
     if text is None or text is config:
         return None
     return next((name for name, module in modules.items() if getattr(module, "config", None) is text), None)
@@ -140,11 +144,12 @@ def _text_part(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
 def _weight_is_read(modules: dict[str, nn.Module], name: str) -> bool:
     """Whether the module around ``name`` reads its weight instead of calling it: an adapter there would do nothing."""
     parent, _, leaf = name.rpartition(".")
-    return parent in modules and f"self.{leaf}.weight" in _source(type(modules[parent]))
+    around: Any = type(modules[parent]) if parent in modules else None
+    return around is not None and f"self.{leaf}.weight" in _source(around)
 
 
 @cache
-def _source(cls: type) -> str:
+def _source(cls: Any) -> str:
     try:
         return inspect.getsource(cls)
     except (OSError, TypeError):  # written in no file
