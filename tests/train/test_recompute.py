@@ -128,3 +128,20 @@ def test_a_model_that_cannot_says_so() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
     with pytest.raises(ModelError, match="gradient_checkpointing: the layers of Sequential cannot"):
         recompute.enable(model)
+
+
+def test_a_model_that_transformers_will_not_checkpoint_is_refused_by_name() -> None:
+    """Its layers are of the kind that could compute again."""
+    config = transformers.JetMoeConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=8,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+    )
+    model = get_peft_model(transformers.JetMoeForCausalLM(config), LoraConfig(target_modules=["kv_proj"]))
+    with pytest.raises(ModelError, match="gradient_checkpointing: the layers of JetMoeForCausalLM cannot"):
+        recompute.enable(model)

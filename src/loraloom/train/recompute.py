@@ -22,7 +22,8 @@ def enable(model: PeftModel) -> None:
         ModelError: the model's layers cannot.
     """
     base: Any = model.get_base_model()
-    if not any(repeated(base)):
+    # JetMoE's layers are of the kind that could, and transformers refuses the model all the same.
+    if not any(repeated(base)) or not getattr(base, "supports_gradient_checkpointing", True):
         raise ModelError(
             f"gradient_checkpointing: the layers of {type(base).__name__} cannot compute again; leave it out"
         )
