@@ -224,3 +224,26 @@ def test_segments_reach_a_model_that_tells_them_apart_and_no_other() -> None:
             outs[name] = [objective.forward(x) for x in (inputs, {**inputs, "token_type_ids": types})]
     assert not torch.allclose(*outs["one class"])
     assert torch.equal(*outs["a decoder's class"])
+
+
+def test_a_decoder_begins_from_the_labels_where_only_the_models_forward_shifts_them() -> None:
+    """M2M100 and NLLB have no method for it."""
+    from transformers import LlamaConfig, LlamaForCausalLM, M2M100Config, M2M100ForConditionalGeneration
+
+    from loraloom.errors import ModelError
+    from loraloom.train.objective import decoder_inputs
+
+    config = M2M100Config(
+        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=1, decoder_start_token_id=2,
+    )  # fmt: skip
+    model = M2M100ForConditionalGeneration(config).eval()
+    ids, labels = torch.randint(4, 32, (2, 5)), torch.tensor([[5, 6, 7], [8, 9, -100]])
+    with torch.no_grad():
+        wanted = model(input_ids=ids, labels=labels).logits
+        found = model(input_ids=ids, decoder_input_ids=decoder_inputs(model, labels)).logits
+    assert torch.equal(found, wanted)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2))  # fmt: skip
+    with pytest.raises(ModelError, match="LlamaForCausalLM is a decoder alone"):
+        decoder_inputs(llama, labels)

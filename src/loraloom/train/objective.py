@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loraloom.config import TaskType
 from loraloom.data.tokens.encode import IGNORE
+from loraloom.errors import ModelError
 from loraloom.lora.layers import HALF
 from loraloom.lora.model import PeftModel
 from loraloom.lora.route import Route
@@ -53,8 +54,7 @@ class Objective:
         read by models alone whose decoder begins from them (seq2seq-lm).
         """
         if self._task is TaskType.SEQ_2_SEQ_LM and labels is not None and "decoder_input_ids" not in inputs:
-            shift = self._model.prepare_decoder_input_ids_from_labels
-            inputs = {**inputs, "decoder_input_ids": shift(labels=labels)}  # type: ignore[operator]
+            inputs = {**inputs, "decoder_input_ids": decoder_inputs(self._model, labels)}
         if not self._segments:
             inputs = {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
         # A cache of keys and values is for generation; filling it costs time and memory in every step.
@@ -151,6 +151,30 @@ class Objective:
             out, labels = out[:, :-1], labels[:, 1:]
         out, labels = out.flatten(0, 1).index_select(0, kept), labels.flatten().index_select(0, kept)
         return (out if self._head is not None else _wide(out)), labels
+
+
+def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
+    """What a decoder begins from to say ``labels``, both [rows, length]: a start token, then all labels but the last.
+
+    Raises:
+        ModelError: the model has no decoder beside an encoder, or its config no start token.
+    """
+    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        found: Tensor = shift(labels=labels)
+        return found
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"task: seq2seq-lm is for an encoder and a decoder, and {type(model).__name__} is a decoder alone; "
+            "train its text as causal-lm"
+        )
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise ModelError(f"model: the config of {type(model).__name__} has no decoder_start_token_id; set it there")
+    padding = getattr(config, "pad_token_id", None) or 0  # as M2M100 and its kin do inside their forward
+    before = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE, padding)
+    return torch.cat([torch.full_like(labels[:, :1], start), before], 1)
 
 
 def _wide(logits: Tensor) -> Tensor:
