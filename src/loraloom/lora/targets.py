@@ -585,7 +585,7 @@ def _extras(modules: dict[str, nn.Module], saved: list[str], autocast_adapter_dt
 
 
 def _storage(parameter: nn.Parameter) -> int:
-    return id(parameter) if parameter.is_meta else parameter.data_ptr()
+    return parameter.data_ptr() or id(parameter)
 
 
 def _storages(module: nn.Module) -> set[int]:
