@@ -247,3 +247,36 @@ def test_a_decoder_begins_from_the_labels_where_only_the_models_forward_shifts_t
                                          num_attention_heads=2))  # fmt: skip
     with pytest.raises(ModelError, match="LlamaForCausalLM is a decoder alone"):
         decoder_inputs(llama, labels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "changes"),
+    [
+        ("gpt2", TaskType.QUESTION_ANS, FAMILIES["gpt2"][0]),  # its forward has no argument for it
+        ("rembert", TaskType.CAUSAL_LM, {**SIZES, "input_embedding_size": 8, "output_embedding_size": 8,
+                                         "is_decoder": True}),
+        ("granitemoe", TaskType.CAUSAL_LM, {**SIZES, "num_local_experts": 2}),
+    ],
+)  # fmt: skip
+def test_no_forward_fills_a_cache_whatever_its_arguments_are(
+    kind: str, task: TaskType, changes: dict[str, Any]
+) -> None:
+    import transformers
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(kind, **changes)
+    auto = "AutoModelForQuestionAnswering" if task is TaskType.QUESTION_ANS else "AutoModelForCausalLM"
+    base = getattr(transformers, auto).from_config(config)
+    model = get_peft_model(base, LoraConfig(task_type=task, target_modules="all-linear"))
+    seen: list[Any] = []
+
+    def note(module: nn.Module, inputs: Any, out: Any) -> None:
+        seen.append(out.get("past_key_values"))
+
+    getattr(base, base.base_model_prefix).register_forward_hook(note)
+    objective = Objective(model, task)
+    seen.clear()
+    ids = torch.ones(2, 5, dtype=torch.long)
+    objective.forward({"input_ids": ids, "attention_mask": ids})
+    assert seen == [None]
+    assert config.use_cache is True

@@ -21,6 +21,7 @@ from loraloom.errors import ModelError
 from loraloom.lora.layers import HALF
 from loraloom.lora.model import PeftModel
 from loraloom.lora.route import Route
+from loraloom.models import padding
 from loraloom.models.configs import segments, without_cache
 from loraloom.train.loss import frozen_head, head_cross_entropy, head_scores, linear_cross_entropy
 from loraloom.train.measure.metrics import Scores
@@ -45,6 +46,7 @@ class Objective:
         #: For forwards that read it from their arguments alone; see ``forward`` for the others.
         self._options = {"use_cache": False} if "use_cache" in arguments else {}
         #: Tokenizers may tell segments apart that the model does not.
+        self._arranged = padding.for_rows(self._config) if task is TaskType.SEQ_CLS else None
         self._segments = "token_type_ids" in arguments and segments(self._config) > 1
 
     def forward(self, inputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
@@ -57,6 +59,8 @@ class Objective:
             inputs = {**inputs, "decoder_input_ids": decoder_inputs(self._model, labels)}
         if not self._segments:
             inputs = {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
+        if self._arranged is not None:
+            inputs = self._arranged(inputs)
         # A cache of keys and values is for generation; filling it costs time and memory in every step.
         with self.attention(inputs["input_ids"]), without_cache(self._config):
             out = self._model(**inputs, **self._options)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from loraloom import LoraConfig, get_peft_model
 from loraloom.train.settings.options import TrainOptions
@@ -46,3 +47,30 @@ def test_a_new_head_trains_whatever_it_is_called(
     assert loaded.new_modules == [head]
     adapted = get_peft_model(loaded.base, loaded.config(loaded.options))
     assert any(f".{head}." in f".{name}." for name in adapted.adapter_parameters("default"))
+
+
+NLI = ["entailment", "neutral", "contradiction"]
+
+
+@pytest.mark.parametrize(("known", "kept"), [(NLI, True), (["ENTAILMENT", "Neutral", "contradiction"], True),
+                                             (["yes", "maybe", "no"], False)])  # fmt: skip
+def test_a_ready_head_is_kept_under_its_own_numbers_or_replaced(
+    encoder_folder: Path, tmp_path: Path, known: list[str], kept: bool
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    names = {"id2label": dict(enumerate(known)), "label2id": {name: i for i, name in enumerate(known)}}
+    ready = AutoModelForSequenceClassification.from_pretrained(encoder_folder, num_labels=3, **names)
+    ready.classifier.weight.data.fill_(0.5)
+    ready.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(encoder_folder).save_pretrained(tmp_path / "model")
+    rows = [{"text1": "the cat was bad", "text2": "it was a film", "label": label} for label in NLI * 10]
+    (tmp_path / "nli.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load(TrainOptions(model=tmp_path / "model", data=tmp_path / "nli.jsonl", task="seq-cls", output=tmp_path))
+    weight = found.base.get_parameter("classifier.weight")
+    assert found.data.names == (NLI if kept else sorted(NLI))
+    assert torch.equal(weight, ready.classifier.weight) is kept
+    assert found.new_modules == ([] if kept else ["classifier"])
+    said = " ".join(found.data.notes)
+    assert ("classes are numbered as" in said) is kept
+    assert ("has a head for other classes (yes, maybe, no): a new one is trained" in said) is not kept

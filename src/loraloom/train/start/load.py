@@ -15,7 +15,7 @@ from loraloom.config import TaskType
 from loraloom.data.read import network
 from loraloom.data.rows import task_option
 from loraloom.errors import ConfigError, ModelError
-from loraloom.models.configs import ask, has_decoder_and_encoder, set_token, token, tokens_at_most
+from loraloom.models.configs import ask, field, has_decoder_and_encoder, set_token, token, tokens_at_most
 from loraloom.models.labels import in_order, known_labels, some
 from loraloom.models.parts import auto_class, reads, reads_both_ways, why_none
 
@@ -175,8 +175,18 @@ def _same_ends(name: str, model: nn.Module, task: TaskType, tokenizer: Any, say:
 
     Models with encoder and decoder find it by the end token.
     """
-    config = model.config
-    for which in ("pad", "eos") if task is TaskType.SEQ_CLS and has_decoder_and_encoder(config) else ("pad",):
+    config: Any = model.config
+    both = has_decoder_and_encoder(config)
+    if both and ask(config, "decoder_start_token_id") is None:
+        start = field(field(model, "generation_config"), "decoder_start_token_id")
+        config.decoder_start_token_id = tokenizer.pad_token_id if start is None else start  # T5's, where none is named
+    by_end = both and task is TaskType.SEQ_CLS and "gemma" not in config.model_type
+    if by_end and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ModelError(
+            f"{name}: its tokenizer pads with the end token ({tokenizer.eos_token!r}), by which {config.model_type} "
+            "finds where a text ends; set another pad_token in it"
+        )
+    for which in ("pad", "eos") if by_end else ("pad",):
         mine, theirs = getattr(tokenizer, f"{which}_token_id"), token(config, which)
         if mine is None or not set_token(config, which, mine) or theirs is None or task is not TaskType.SEQ_CLS:
             continue
