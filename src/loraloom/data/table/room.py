@@ -91,9 +91,16 @@ class _Found:
 
 
 def make(folder: Path, limit: int) -> str:
-    """Delete entries of the cache in ``folder`` until it takes at most ``limit`` bytes. Returns what went, in words."""
-    if not limit:
-        return ""
+    """Delete entries of the cache in ``folder`` until it takes at most ``limit`` bytes. Returns what went, in words.
+
+    What cannot be looked at stays: that is no reason not to use what was built.
+    """
+    with contextlib.suppress(OSError):
+        return _make(folder, limit) if limit else ""
+    return ""
+
+
+def _make(folder: Path, limit: int) -> str:
     now = time.time()
     for draft in folder.glob("*/.*.part"):
         if now - _newest(draft) > HOURS * 3600:  # of a process that was killed
