@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 import loraloom
 from loraloom.config import LoraConfig
 from loraloom.errors import ConfigError, InputError, LoraloomError
+from loraloom.report.screen import Text, say
 
 app = typer.Typer(
     help="Fine-tune LoRA adapters on a frozen model.",
@@ -334,7 +334,7 @@ def init(
     from loraloom.train.settings.starter import begin
 
     found = begin(model, data, path, task=task, output=output, overwrite=overwrite)
-    print(f"{path}: {found}; next: loraloom train {path} --dry-run")
+    say(f"{path}: {found}; next: loraloom train {path} --dry-run")
 
 
 @app.command()
@@ -376,9 +376,9 @@ def plan(
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
     )
-    print(made)
-    print(f"memory of a training step with {batch_size} rows of {length} tokens in {dtype}:")
-    print(memory_table(memory))
+    say(str(made))
+    say(f"memory of a training step with {batch_size} rows of {length} tokens in {dtype}:")
+    say(memory_table(memory))
 
 
 @app.command()
@@ -396,7 +396,7 @@ def inspect(
     if as_json:
         print(json.dumps(asdict(found) | {"config": found.config.to_dict()}, indent=2, sort_keys=True))
     else:
-        print(inspection(folder, found))
+        say(inspection(folder, found))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -412,7 +412,7 @@ def _run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except LoraloomError as error:
         if os.environ.get("LORALOOM_TRACEBACK"):
-            traceback.print_exc()
+            say(traceback.format_exc(), sys.stderr)
         return _fail(str(error), 2 if isinstance(error, InputError) else 1)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped", 1)
@@ -422,7 +422,7 @@ def _run(arguments: list[str]) -> int:
         from loraloom.train.run import explain
 
         if os.environ.get("LORALOOM_TRACEBACK"):
-            traceback.print_exc()
+            say(traceback.format_exc(), sys.stderr)
         what = explain(error)
         if what.startswith("out of memory"):
             return _fail(what, 1)
@@ -439,7 +439,7 @@ def _whole_resume(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str, code: int) -> int:
-    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    Console(stderr=True).print(Text.assemble(Text("error: ", "bold red"), Text(message)), soft_wrap=True)
     return code
 
 

@@ -8,13 +8,28 @@ against those keeps working.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+#: Control characters but for line breaks and tabs, marks that turn the direction of writing, other ends of lines, and
+#: halves of surrogate pairs.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """``text`` as people may be shown it: what a terminal would obey is written out, ``\\x1b`` or ``\\u202e``."""
+    if text.isascii() and text.isprintable():
+        return text
+    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class LoraloomError(Exception):
-    """Base of everything that loraloom raises on purpose."""
+    """Base of everything that loraloom raises on purpose. Its message may name files and rows, so it is ``visible``."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class InputError(LoraloomError, ValueError):

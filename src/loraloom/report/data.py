@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from loraloom.config import TaskType
 from loraloom.data.tokens.encode import IGNORE, Example
+from loraloom.report.screen import Text
 from loraloom.train.start.dataset import Data, Part
 
 #: How trained tokens look, and the others; and what stands around trained ones where there are no colours.

@@ -16,6 +16,7 @@ from loraloom.errors import ConfigError, SaveError
 from loraloom.report import trackers
 from loraloom.report.data import picture
 from loraloom.report.plot import PLOT_NAME, plot_run
+from loraloom.report.screen import Text
 from loraloom.report.terminal import Meter, Reading, expectations, outcome, overview
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
@@ -57,7 +58,7 @@ def train_run(
         return None
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(Text(text), soft_wrap=True)
 
     try:
         with _tracked(prepared, resume, say) as tell, Meter(console, prepared.steps) as meter:
@@ -106,9 +107,7 @@ def data_run(options: TrainOptions, console: Console | None = None, *, rows: int
         length, marks = prepared.options.max_length, console.color_system is None
         console.print(picture(prepared.data, prepared.tokenizer, prepared.task, rows, length, marks))
         if bad.exists():
-            console.print(
-                f"\nbad rows:\n{bad.read_text()[:4000].rstrip()}", markup=False, highlight=False, soft_wrap=True
-            )
+            console.print(Text(f"\nbad rows:\n{bad.read_text()[:4000].rstrip()}"), soft_wrap=True)
         console.print()
         console.print(expectations([], outlook(prepared)), soft_wrap=True)
 
@@ -134,9 +133,7 @@ def tune_run(options: TuneOptions, console: Console | None = None) -> SearchResu
     ]
     lines = {"adapter": folder / BEST_NAME, "in full": f"loraloom train {shlex.quote(str(folder / BEST_FILE))}"}
     lines |= {"record": folder / RESULT_NAME, "pictures": ", ".join(map(str, pictures))}
-    console.print(
-        "\n" + "\n".join(f"{what:9}{where}" for what, where in lines.items()), soft_wrap=True, highlight=False
-    )
+    console.print(Text("\n" + "\n".join(f"{what:9}{where}" for what, where in lines.items())), soft_wrap=True)
     return result
 
 

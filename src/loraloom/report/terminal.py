@@ -10,14 +10,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
-from rich.text import Text
 
 from loraloom.config import LoraConfig
 from loraloom.lora.inspection import ENERGY, Inspection
+from loraloom.report.screen import Text
 from loraloom.train.ahead.memory import size
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ class Reading:
             self.status.update(line)
         elif self.clock() - self.told >= TELL:
             self.told = self.clock()
-            self.console.print(line, highlight=False)
+            self.console.print(Text(line))
 
 
 class Meter:
@@ -153,12 +152,8 @@ class Meter:
         if len(slot.curve.evaluations) > self.seen:
             self.seen = len(slot.curve.evaluations)
             held_out = ", ".join(_figures(slot.curve.evaluations[-1]))
-            self.console.print(
-                f"step {slot.step}: training loss {self.loss:.3f}, {held_out}, {', '.join(state)}, "
-                f"{speed:,.0f} tokens/s",
-                highlight=False,
-                soft_wrap=True,
-            )
+            line = f"step {slot.step}: training loss {self.loss:.3f}, {held_out}, {', '.join(state)}"
+            self.console.print(Text(f"{line}, {speed:,.0f} tokens/s"), soft_wrap=True)
 
 
 def _figures(evaluation: dict[str, float]) -> list[str]:
@@ -233,7 +228,7 @@ def inspection(folder: str, found: Inspection) -> str:
 def predictions(rows: list[dict[str, Any]]) -> Table:
     table = Table("held-out text", "expected", "predicted", box=None, header_style="bold", pad_edge=False)
     for row in rows:
-        table.add_row(*(escape(_short(str(row[key]))) for key in ("input", "expected", "predicted")))
+        table.add_row(*(Text(_short(str(row[key]))) for key in ("input", "expected", "predicted")))
     return table
 
 

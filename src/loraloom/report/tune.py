@@ -12,8 +12,8 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
+from loraloom.report.screen import Text
 from loraloom.train.ahead.memory import size
 from loraloom.tune.score import Score, last_measured, measured, originals, ranking, scores, varying
 from loraloom.tune.trial import Trial
