@@ -18,6 +18,7 @@ from loraloom.errors import ConfigError, SaveError
 from loraloom.lora.atomic import write_files
 from loraloom.train.course import checkpoints
 from loraloom.train.course.checkpoints import MANIFEST_NAME, STATE_NAME, TENSORS_NAME
+from loraloom.train.measure import best
 
 ADAPTER = {"adapter_model.safetensors": b"weights", "adapter_config.json": b"{}"}
 
@@ -58,6 +59,14 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert back[name].dtype == tensor.dtype
         assert torch.equal(back[name], tensor)
+
+
+def test_the_first_metric_of_an_evaluation_is_still_the_first(tmp_path: Path) -> None:
+    measured = {"step": 1, "loss": 0.5, "f1": 0.2, "accuracy": 0.9}  # the first beside the loss is what is watched
+    path = write(tmp_path, 1, curve={"evaluations": [measured]})
+    (found,) = checkpoints.read(path).state["curve"]["evaluations"]
+    assert list(found) == list(measured)
+    assert best.watched(found, None) == "f1"
 
 
 def test_the_manifest_is_what_anybody_can_check(tmp_path: Path) -> None:
@@ -198,6 +207,7 @@ import torch
 from loraloom.errors import SaveError
 from loraloom.lora.atomic import write_files
 from loraloom.train.course import checkpoints
+from loraloom.train.measure import best
 
 folder, limit, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -89,7 +89,8 @@ def write(
     try:
         make_folder(aside)
         adapter(aside)
-        text = json.dumps({**limits_as_text(state), "format": FORMAT, "step": step}, indent=1, sort_keys=True)
+        # Not sorted: the first metric of an evaluation is the one that is watched.
+        text = json.dumps({**limits_as_text(state), "format": FORMAT, "step": step}, indent=1)
         write_files(aside, {TENSORS_NAME: partial(write_tensors, tensors), STATE_NAME: text.encode()})
         manifest = {
             name: {"bytes": (aside / name).stat().st_size, "sha256": file_hash(aside / name)} for name in _FILES

@@ -135,7 +135,8 @@ def save(
         # The last one written: it says what the others are.
         write_files(to, {**hashed, RUN_NAME: lambda path: _put(path, as_json({**record, "files": hashes}))})
         found: dict[str, Any] = json.loads(as_json({**record, "files": hashes}))
-        return found
+        # The file's keys are sorted; the first metric is the one that is watched, and said first.
+        return found | {"result": {name: found["result"][name] for name in record["result"]}}
 
     try:
         return write(Path(folder))
