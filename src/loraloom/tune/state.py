@@ -89,7 +89,7 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
     try:
         found = json.loads(path.read_text())
         other = found["fingerprint"] != fingerprint
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from None
     if other:
         raise ConfigError(
@@ -114,7 +114,7 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
             seconds=found["seconds"],
             finished=found["finished"],
         )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise _damaged(path, error) from None
 
 

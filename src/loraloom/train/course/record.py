@@ -113,7 +113,9 @@ def read(path: Path) -> dict[str, Any] | None:
         parts = [found, *(found[key] for key in ("options", "identity", "versions", "machine"))]
         parts += [found["options"]["lora"], found.get("files", {})]
         whole = all(isinstance(part, dict) for part in parts) and isinstance(found["steps"], int)
-        if whole and found.get(_OWN_HASH) in (None, _hash({k: v for k, v in found.items() if k != _OWN_HASH})):
+        plain = {key: value for key, value in found.items() if key != _OWN_HASH}
+        early = _OWN_HASH not in found and "files" not in found  # earlier versions knew no hashes
+        if whole and (early or found[_OWN_HASH] == _hash(plain)):
             return found  # type: ignore[no-any-return]
     except FileNotFoundError:
         return None
