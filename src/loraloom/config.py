@@ -18,11 +18,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from loraloom import peftfile
 from loraloom.errors import ConfigError, nearest
+from loraloom.peftfile import short
 
 CONFIG_NAME = "adapter_config.json"
+#: Beyond this, scale times an update leaves float32 for every weight that means anything.
+_MOST_ALPHA = 1e12
+_MOST_INTEGER = 2**31 - 1
+#: Characters of the longest name of a module, and of the longest regular expression: one that lists every module of a
+#: large model has some 100,000.
+_LONGEST_NAME = 1000
+_LONGEST_PATTERN = 400_000
+#: Names in the longest list.
+_MOST_NAMES = 100_000
 PEFT_FORMAT = "0.21.2"  # the version of PEFT whose files we read and write
 
 
@@ -45,8 +56,41 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 }
 
 
+class PeftType(str, Enum):
+    """PEFT's name for the method of an adapter. loraloom has one of them."""
+
+    LORA = "LORA"
+
+
+class PeftConfig:
+    """What PEFT's configs have in common, for code that reads a folder before it knows what kind of adapter it has."""
+
+    is_prompt_learning = False
+    is_adaption_prompt = False
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **options: Any
+    ) -> LoraConfig:
+        """Read ``adapter_config.json`` of an adapter folder. Fields among ``options`` take the place of the file's."""
+        return LoraConfig._of_folder(Path(pretrained_model_name_or_path) / (subfolder or ""), options)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path, **options: Any) -> dict[str, Any]:
+        """The fields in a file, as they are there."""
+        return peftfile.read_json(Path(path_json_file))
+
+    @classmethod
+    def from_peft_type(cls, **fields: Any) -> LoraConfig:
+        """A config from its fields, ``peft_type`` among them. Unknown ones that say nothing are left out."""
+        return LoraConfig.from_dict(fields)
+
+    def push_to_hub(self, *args: Any, **options: Any) -> None:
+        raise ConfigError("push_to_hub: loraloom opens no connection; save_pretrained, and upload the folder with `hf`")
+
+
 @dataclass(kw_only=True)
-class LoraConfig:
+class LoraConfig(PeftConfig):
     """The settings of one LoRA adapter, checked when made.
 
     The update of a module is ``scale · B A x`` with ``A: [r, in]``, ``B: [out, r]`` and ``scale`` equal to
@@ -93,7 +137,7 @@ class LoraConfig:
     revision: str | None = None
 
     # What PEFT records of itself.
-    peft_type: str = "LORA"
+    peft_type: PeftType = PeftType.LORA
     peft_version: str = PEFT_FORMAT
     auto_mapping: dict[str, Any] | None = None
 
@@ -119,6 +163,9 @@ class LoraConfig:
     kasa_config: Any = None
     ensure_weight_tying: Any = False
 
+    #: What of a file's fields was left out, and why; not a field.
+    notes: ClassVar[tuple[str, ...]] = ()
+
     def __new__(cls, *args: Any, **kwargs: Any) -> LoraConfig:
         # Before the generated __init__, whose TypeError would not name the nearest field.
         _check_names(cls, kwargs)
@@ -127,7 +174,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         self._check_not_implemented()
         self.r = _integer("r", self.r, low=1)
-        self.lora_alpha = _finite("lora_alpha", self.lora_alpha)
+        self.lora_alpha = _alpha("lora_alpha", self.lora_alpha)
         self.lora_dropout = _number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout: must be at least 0 and below 1, found {self.lora_dropout}")
@@ -140,34 +187,37 @@ class LoraConfig:
         self.task_type = _task_type(self.task_type)
         for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: must be true or false, found {getattr(self, name)!r}")
+                raise ConfigError(f"{name}: must be true or false, found {short(getattr(self, name))}")
         if not isinstance(self.init_lora_weights, bool):
             _choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian"))
         self.rank_pattern = {
-            key: _integer(f"rank_pattern[{key!r}]", r, low=1) for key, r in _pattern("rank_pattern", self.rank_pattern)
+            key: _integer(f"rank_pattern[{short(key)}]", r, low=1)
+            for key, r in _pattern("rank_pattern", self.rank_pattern)
         }
         self.alpha_pattern = {
-            key: _finite(f"alpha_pattern[{key!r}]", alpha)
+            key: _alpha(f"alpha_pattern[{short(key)}]", alpha)
             for key, alpha in _pattern("alpha_pattern", self.alpha_pattern)
         }
         self._check_layers()
         for name in ("base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), str | None):
-                raise ConfigError(f"{name}: must be a string, found {getattr(self, name)!r}")
+                raise ConfigError(f"{name}: must be a string, found {short(getattr(self, name))}")
         if not isinstance(self.auto_mapping, dict | None):
-            raise ConfigError(f"auto_mapping: must be a mapping or null, found {self.auto_mapping!r}")
+            raise ConfigError(f"auto_mapping: must be a mapping or null, found {short(self.auto_mapping)}")
         self.auto_mapping = copy.deepcopy(self.auto_mapping)
 
     def _check_not_implemented(self) -> None:
-        if self.peft_type != "LORA":
-            raise ConfigError(f"peft_type: loraloom reads LORA adapters, found {self.peft_type!r}")
+        found = getattr(self.peft_type, "value", self.peft_type)  # peft's own is an Enum of the same strings
+        if found not in ("LORA", None):
+            raise ConfigError(f"peft_type: loraloom reads LORA adapters, found {short(found)}")
+        self.peft_type = PeftType.LORA
         for name, default in _not_implemented().items():
             found = getattr(self, name)
             # PEFT writes the same "nothing" as None, {} or False in different releases.
-            if found != default and not (not default and not found):
+            if found != default and found not in (None, False, {}, [], ""):
                 raise ConfigError(
                     f"{name}: not implemented in loraloom yet, so only PEFT's default {default!r} is accepted, "
-                    f"found {found!r}; leave it out"
+                    f"found {short(found)}; leave it out"
                 )
             setattr(self, name, copy.copy(default))
 
@@ -184,7 +234,7 @@ class LoraConfig:
             if isinstance(self.target_modules, str):
                 raise ConfigError(
                     "layers_to_transform: needs target_modules as a list of names, found the string "
-                    f"{self.target_modules!r}; write the layers into the regular expression instead"
+                    f"{short(self.target_modules)}; write the layers into the regular expression instead"
                 )
         if self.layers_pattern is not None:
             self.layers_pattern = (
@@ -192,13 +242,16 @@ class LoraConfig:
                 if isinstance(self.layers_pattern, str)
                 else _names("layers_pattern", self.layers_pattern)
             )
+            for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern:
+                _regular_expression("layers_pattern", pattern)
             if self.layers_pattern and self.layers_to_transform is None:
                 raise ConfigError("layers_pattern: has no effect without layers_to_transform; set both or neither")
 
     def copy(self, **changes: Any) -> LoraConfig:
         """A checked copy that shares nothing with this config, with ``changes`` applied."""
         _check_names(type(self), changes)
-        return dataclasses.replace(copy.deepcopy(self), **changes)
+        mine = {spec.name: copy.deepcopy(getattr(self, spec.name)) for spec in fields(self)}
+        return type(self)(**{**mine, **changes})
 
     def scale(self, r: int, alpha: float) -> float:
         """The factor of ``B A x`` for rank ``r`` and ``alpha``."""
@@ -227,32 +280,38 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "") -> LoraConfig:
-        """A config from ``adapter_config.json``'s contents; ``source`` (a path) opens the error messages."""
+        """A config from ``adapter_config.json``'s contents; ``source`` (a path) opens the error messages.
+
+        What of an adapter that was trained elsewhere can mean nothing is left out: see ``notes``.
+        """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{source or 'config'}: must be a JSON object, found {type(values).__name__}")
         try:
-            return cls(**dict(values))
+            known, notes = peftfile.finished(values, [spec.name for spec in fields(cls)])
+            config = cls(**known)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}" if source else str(error)) from None
+        vars(config)["notes"] = tuple(notes)
+        return config
 
     @classmethod
     def from_json(cls, text: str, *, source: str = CONFIG_NAME) -> LoraConfig:
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{source}, line {error.lineno}: not valid JSON ({error.msg})") from None
-        return cls.from_dict(values, source=source)
+        return cls.from_dict(peftfile.parse(text, source=source), source=source)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> LoraConfig:
-        """Read ``adapter_config.json`` of an adapter folder."""
-        path = Path(folder) / CONFIG_NAME
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"), source=str(path))
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}); is this an adapter folder?") from None
+    def _of_folder(cls, folder: Path, options: Mapping[str, Any]) -> LoraConfig:
+        path = folder / CONFIG_NAME
+        own = {spec.name for spec in fields(cls)} - {"revision"}
+        for name, value in options.items():
+            if name not in own and name not in peftfile.HARMLESS and (value or name not in peftfile.HUB_ONLY):
+                raise ConfigError(
+                    f"{name}: chooses among files of a hub, and loraloom reads folders alone"
+                    if name in peftfile.HUB_ONLY
+                    else f"{name}: loraloom has no such option{nearest(name, [*own, *peftfile.HARMLESS])}"
+                )
+        config = cls.from_dict(peftfile.read_json(path), source=str(path))
+        changes = {name: value for name, value in options.items() if name in own}
+        return config.copy(**changes) if changes else config
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``adapter_config.json`` into ``folder``, which is made if need be."""
@@ -276,7 +335,7 @@ def _check_names(cls: type[LoraConfig], given: Iterable[str]) -> None:
     known = [spec.name for spec in fields(cls)]
     for name in given:
         if name not in known:
-            raise ConfigError(f"{name}: LoraConfig has no such field{nearest(name, known)}")
+            raise ConfigError(f"{short(name)[1:-1]}: LoraConfig has no such field{nearest(name[:99], known)}")
 
 
 def _integer(name: str, value: Any, low: int) -> int:
@@ -285,35 +344,45 @@ def _integer(name: str, value: Any, low: int) -> int:
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise ConfigError(f"{name}: must be a whole number, found {value!r}") from None
+        raise ConfigError(f"{name}: must be a whole number, found {short(value)}") from None
     if number < low:
-        raise ConfigError(f"{name}: must be at least {low}, found {number}")
+        raise ConfigError(f"{name}: must be at least {low}, found {short(number)}")
+    if number > _MOST_INTEGER:
+        raise ConfigError(f"{name}: {short(number)} is more than any model has")
     return number
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, str):
-        raise ConfigError(f"{name}: must be a number, found {value!r}")
+        raise ConfigError(f"{name}: must be a number, found {short(value)}")
     return value if isinstance(value, int) else float(value)
 
 
-def _finite(name: str, value: Any) -> float:
+def _alpha(name: str, value: Any) -> float:
     number = _number(name, value)
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         raise ConfigError(f"{name}: must be finite, found {number}")
     if number == 0:
         raise ConfigError(f"{name}: 0 would switch the adapter off; give a number that is not 0")
+    if not 1 / _MOST_ALPHA <= abs(number) <= _MOST_ALPHA:
+        raise ConfigError(f"{name}: {short(number)} times an update is no number in float32; give one near r")
     return number
 
 
 def _names(name: str, value: Any) -> list[str]:
     """A copy of a list of names, duplicates removed, order kept."""
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise ConfigError(f"{name}: must be a list of module names, found {value!r}; write [{value!r}] for one name")
-    names = sorted(value) if isinstance(value, set | frozenset) else list(value)
-    for item in names:
+        raise ConfigError(
+            f"{name}: must be a list of module names, found {short(value)}; write [{short(value)}] for one name"
+        )
+    for item in value:
         if not isinstance(item, str) or not item:
-            raise ConfigError(f"{name}: every entry must be a module's name, found {item!r}")
+            raise ConfigError(f"{name}: every entry must be a module's name, found {short(item)}")
+        if len(item) > _LONGEST_NAME:
+            raise ConfigError(f"{name}: an entry of {len(item):,} characters, {short(item)}, is no module's name")
+    names = sorted(value) if isinstance(value, set | frozenset) else list(value)
+    if len(names) > _MOST_NAMES:
+        raise ConfigError(f"{name}: {len(names):,} names, more than the {_MOST_NAMES:,} that are read")
     return list(dict.fromkeys(names))
 
 
@@ -332,25 +401,31 @@ def _pattern(name: str, value: Any) -> list[tuple[str, Any]]:
     if value is None:
         return []
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name}: must map module names to numbers, found {value!r}")
+        raise ConfigError(f"{name}: must map module names to numbers, found {short(value)}")
     for key in value:
         if not isinstance(key, str) or not key:
-            raise ConfigError(f"{name}: every key must be a module's name or a pattern, found {key!r}")
+            raise ConfigError(f"{name}: every key must be a module's name or a pattern, found {short(key)}")
         _regular_expression(name, key)
+        _regular_expression(name, rf"(.*\.)?({key})$")  # as it is matched: an (?i) at its start would stand inside
     return list(value.items())
 
 
 def _regular_expression(name: str, pattern: str) -> None:
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ConfigError(
+            f"{name}: a regular expression of {len(pattern):,} characters, more than the {_LONGEST_PATTERN:,} "
+            "that are read"
+        )
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{name}: {pattern!r} is not a regular expression ({error})") from None
+    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"{name}: {short(pattern)} is not a regular expression ({error})") from None
 
 
 def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices or (isinstance(value, int) and not isinstance(value, bool)):
-        hint = nearest(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
-        raise ConfigError(f"{name}: must be one of {', '.join(map(repr, choices))}, found {value!r}{hint}")
+        hint = nearest(value[:99], [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
+        raise ConfigError(f"{name}: must be one of {', '.join(map(repr, choices))}, found {short(value)}{hint}")
 
 
 def _task_type(value: Any) -> TaskType | None:
@@ -359,6 +434,6 @@ def _task_type(value: Any) -> TaskType | None:
     known = [task.value for task in TaskType]
     text = getattr(value, "value", value)  # peft's own TaskType is an Enum of the same strings
     if text not in known:
-        hint = nearest(text.upper(), known) if isinstance(text, str) else ""
-        raise ConfigError(f"task_type: must be one of {', '.join(known)}, found {value!r}{hint}")
+        hint = nearest(text[:99].upper(), known) if isinstance(text, str) else ""
+        raise ConfigError(f"task_type: must be one of {', '.join(known)}, found {short(value)}{hint}")
     return TaskType(text)

@@ -662,16 +662,14 @@ def test_a_key_mapping_renames_the_keys_of_a_file(saved, fresh, tmp_path) -> Non
         model.load_adapter(tmp_path / "old", "b", key_mapping={"(": "x"})
 
 
-@pytest.mark.parametrize("where", ["_fill", "_check_base"])
+@pytest.mark.parametrize("where", ["_fill", "embeddings.check"])
 def test_a_load_that_is_cut_off_leaves_nothing(saved, fresh, monkeypatch, where: str) -> None:
-    from loraloom.lora import checkpoint
-
     def cut_off(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     model = get_peft_model(fresh, config(), adapter_name="first")
     before = snapshot(model)
-    monkeypatch.setattr(checkpoint, where, cut_off)
+    monkeypatch.setattr(f"loraloom.lora.checkpoint.{where}", cut_off)
     with pytest.raises(KeyboardInterrupt):
         model.load_adapter(saved, "b")
     assert snapshot(model) == before

@@ -31,6 +31,8 @@ from loraloom.lora.targets import Plan, base_modules, plan, plan_on
 from loraloom.lora.wrapping import Places, strip
 
 PREFIX = "base_model.model."
+#: Rank up to which factors are made before a file's are looked at, however small the layer is.
+_LARGEST_MISSING = 1024
 #: Names without ``lora_`` that this class had before; they hid what models call so.
 EARLIER = ("layers", "router", "enabled", "saved_modules", "routed")
 _BASE = ".base_layer"
@@ -79,6 +81,7 @@ class LoraModel(nn.Module):
         strict: bool = True,
         autocast_adapter_dtype: bool = True,
         tensors: Mapping[str, Tensor] | None = None,
+        source: str = "",
     ) -> Plan:
         """Give ``adapter_name`` its slot in every layer that ``config`` targets. The active adapters stay active.
 
@@ -88,6 +91,7 @@ class LoraModel(nn.Module):
             autocast_adapter_dtype: keep factors in float32 where the base is float16 or bfloat16.
             tensors: an adapter's tensors under PEFT's keys, which the caller will copy into the slot once they are
                 checked; factors that they hold are left without numbers until then.
+            source: of ``tensors``, which opens the error messages about them.
 
         Raises:
             AdapterError: the name is taken or cannot be a name, or adapters are merged.
@@ -98,6 +102,8 @@ class LoraModel(nn.Module):
         modules = dict(base_modules(self.model))
         made = plan_on(self.model, modules, config, strict, autocast_adapter_dtype, follow_ties=tensors is None)
         seed = seed_of(adapter_name) if seed is None else seed
+        if tensors is not None:
+            self._check_ranks(made, modules, tensors, source)
         try:
             self._place(adapter_name, made, modules, seed, autocast_adapter_dtype, tensors)
             self.peft_config[adapter_name] = made.config
@@ -109,6 +115,27 @@ class LoraModel(nn.Module):
             self._remove(adapter_name)
             raise
         return made
+
+    def _check_ranks(
+        self, made: Plan, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], source: str
+    ) -> None:
+        """A small file must not ask for a large adapter: no factor is made that ``tensors`` lack the room for."""
+        there = sum(tensor.numel() for tensor in tensors.values())
+        for target in made.targets:
+            cls = layer_class(modules[target.name]) if target.name in modules else None
+            if cls is None:  # a parameter: see lora.parameters
+                if target.parameters > max(2 * there, 10**8):
+                    raise AdapterError(f"{source}r: {target.name} is to have rank {target.r:,}, which the file lacks")
+                continue
+            a_shape, b_shape = cls.shapes(modules[target.name], target.r)
+            keys = [file_key(f"{target.name}.lora_A.weight"), file_key(f"{target.name}.lora_embedding_A")]
+            found = next((tuple(tensors[key].shape) for key in keys if key in tensors), None)
+            if found != a_shape and target.r > max(*a_shape[1:], b_shape[0], _LARGEST_MISSING):
+                raise AdapterError(
+                    f"{source}r: the config gives {target.name} rank {target.r:,}, and the file holds "
+                    f"{'no tensor for it' if found is None else f'one of shape {found}'}; config and file are of "
+                    "different adapters, or damaged"
+                )
 
     def _place(
         self,

@@ -6,10 +6,7 @@ changes before every tensor was checked.
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -19,53 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraloom.config import CONFIG_NAME, LoraConfig
-from loraloom.errors import AdapterError, ConfigError, nearest
-from loraloom.lora.adapters import PREFIX, LoraModel, file_key
+from loraloom.errors import AdapterError, nearest
+from loraloom.lora import embeddings
+from loraloom.lora.adapters import LoraModel
 from loraloom.lora.atomic import Contents, recover, write_files
+from loraloom.lora.embeddings import dtype_name, overflows
+from loraloom.lora.keys import follow_renamings, normalise
+from loraloom.lora.loadreport import LoadReport as LoadReport
+from loraloom.lora.targets import base_modules
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
-
-
-@dataclass
-class LoadReport:
-    """What became of each tensor of a file. Keys are PEFT's."""
-
-    used: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    #: key → (dtype in the file, dtype in the model)
-    dtypes: dict[str, tuple[str, str]] = field(default_factory=dict)
-    #: key in the file → key that it was read as
-    renamed: dict[str, str] = field(default_factory=dict)
-    #: repeats of other tensors and of the base's biases, which PEFT writes for bias="all"; left out
-    repeated: list[str] = field(default_factory=list)
-    #: embeddings of the base that the file carries along and that were put into the base, as PEFT does
-    base_replaced: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    # PEFT's names for the two lists.
-    @property
-    def missing_keys(self) -> list[str]:
-        return self.missing
-
-    @property
-    def unexpected_keys(self) -> list[str]:
-        return self.unexpected
-
-    def __str__(self) -> str:
-        parts = [f"{len(self.used)} tensors used"]
-        for words, entries in (
-            ("missing", self.missing),
-            ("unexpected", self.unexpected),
-            ("converted to another dtype", self.dtypes),
-            ("renamed", self.renamed),
-            ("repeated", self.repeated),
-            ("put into the base", self.base_replaced),
-        ):
-            if entries:
-                parts.append(f"{len(entries)} {words}")
-        return ", ".join(parts)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 # -- write ------------------------------------------------------------------------------------------------------------
@@ -76,26 +38,26 @@ def save(
     folder: str | Path,
     adapters: Sequence[str] | None = None,
     gathered: Mapping[int, Tensor] | None = None,
+    save_embedding_layers: bool | str = False,
 ) -> None:
     """Write adapters (all by default) into ``folder`` as PEFT lays them out, in one atomic step.
 
-    ``gathered``: id of a live tensor → what to write for it.
+    ``gathered``: id of a live tensor → what to write for it. ``save_embedding_layers``: see ``embeddings.to_save``.
     """
-    write_files(folder, files_of(model, adapters, gathered))
+    write_files(folder, files_of(model, adapters, gathered, save_embedding_layers))
 
 
 def files_of(
-    model: LoraModel, adapters: Sequence[str] | None = None, gathered: Mapping[int, Tensor] | None = None
+    model: LoraModel,
+    adapters: Sequence[str] | None = None,
+    gathered: Mapping[int, Tensor] | None = None,
+    save_embedding_layers: bool | str = False,
 ) -> dict[str, Contents]:
     """What ``save`` writes, for who writes more beside it in the same step."""
     files: dict[str, Contents] = {}
     for name in model.peft_config if adapters is None else adapters:
         place = "" if name == "default" else f"{name}/"
-        tensors = model.tensors_of(name)
-        if gathered is not None:
-            if lost := [key for key, tensor in tensors.items() if id(tensor) not in gathered]:
-                raise AdapterError(f"state_dict: it lacks {lost[0]}{_more(lost)}; pass a whole one or none")
-            tensors = {key: gathered[id(tensor)] for key, tensor in tensors.items()}
+        tensors = to_write(model, name, gathered, save_embedding_layers)
         files[place + WEIGHTS_NAME] = partial(write_tensors, tensors)
         config = model.peft_config[name].copy(inference_mode=True)
         if config.task_type is None:  # what PEFT needs to find the base by itself
@@ -103,6 +65,25 @@ def files_of(
             config = config.copy(auto_mapping={"base_model_class": base.__name__, "parent_library": base.__module__})
         files[place + CONFIG_NAME] = config.to_json().encode()
     return files
+
+
+def to_write(
+    model: LoraModel,
+    adapter_name: str,
+    gathered: Mapping[int, Tensor] | None = None,
+    save_embedding_layers: bool | str = False,
+) -> dict[str, Tensor]:
+    """The tensors of one adapter's file by their keys. Arguments as for ``save``."""
+    tensors = model.tensors_of(adapter_name)
+    base = embeddings.to_save(model, adapter_name, save_embedding_layers)
+    if gathered is None:
+        return {**base, **tensors}
+    if save_embedding_layers == "auto":  # a state dict of the adapter alone is whole too
+        base = {key: tensor for key, tensor in base.items() if id(tensor) in gathered}
+    tensors = {**base, **tensors}
+    if lost := [key for key, tensor in tensors.items() if id(tensor) not in gathered]:
+        raise AdapterError(f"state_dict: it lacks {lost[0]}{_more(lost)}; pass a whole one or none")
+    return {key: gathered[id(tensor)] for key, tensor in tensors.items()}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -149,11 +130,21 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
         raise AdapterError(f"{folder}: holds no {WEIGHTS_NAME}{hint}")
     try:
         tensors: dict[str, Tensor] = load_file(path)
+        _check_dtypes(path, tensors)
         return tensors
     except SafetensorError as error:
         raise AdapterError(f"{path}: cut off or damaged ({error}); copy it again") from None
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _check_dtypes(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS and (".lora_" in key or tensor.is_floating_point() or tensor.is_complex()):
+            raise AdapterError(
+                f"{path}: {key} holds {dtype_name(tensor)} numbers; loraloom reads "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _FLOATS)}"
+            )
 
 
 def load(
@@ -170,10 +161,12 @@ def load(
     """Put the adapter of ``folder`` on ``model`` as ``adapter_name``, after checking all of it."""
     tensors = read_tensors(folder)
     config = LoraConfig.from_pretrained(folder) if config is None else config
+    report = LoadReport(notes=list(config.notes))
     config = config.copy(inference_mode=not is_trainable)
-    report = LoadReport()
-    renamed = _normalise(tensors, report, key_mapping or {})
-    base = _take_base_tensors(model, renamed, config)
+    renamed = normalise(tensors, report, key_mapping or {})
+    if key_mapping is None:
+        follow_renamings(model.model, renamed, [name for name, _ in base_modules(model.model)], report)
+    base = embeddings.take(model, renamed, config)
     new = adapter_name not in model.peft_config
     if new:
         model.add_adapter(
@@ -182,17 +175,14 @@ def load(
             strict=False,  # every tensor is checked below, which says more than the patterns do
             autocast_adapter_dtype=autocast_adapter_dtype,
             tensors=renamed,
+            source=f"{folder}: ",
         )
     else:
         model.check_same(adapter_name, config, f"{folder}: ")
     try:
-        _check_base(model, base, f"{folder}: ")
+        embeddings.check(model, base, f"{folder}: ")
         _fill(model, adapter_name, renamed, report, strict=strict, source=f"{folder}: ")
-        for key, (live, tensor) in base.items():
-            if not torch.equal(live.detach(), tensor.to(live)):
-                live.data.copy_(tensor)
-                report.base_replaced.append(key)
-            report.used.append(key)
+        _replace(base, report)
     except BaseException:  # Ctrl-C among them
         if new:
             model.delete_adapter(adapter_name)
@@ -203,8 +193,21 @@ def load(
 def fill(model: LoraModel, adapter_name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
     """Copy ``tensors`` into an adapter that exists, after checking all of them."""
     report = LoadReport()
-    _fill(model, adapter_name, _normalise(tensors, report), report, strict=strict)
+    renamed = normalise(tensors, report)
+    base = embeddings.take(model, renamed, model.peft_config[adapter_name]) if adapter_name in model.peft_config else {}
+    embeddings.check(model, base, "")
+    _fill(model, adapter_name, renamed, report, strict=strict)
+    _replace(base, report)
     return report
+
+
+def _replace(base: Mapping[str, tuple[Tensor, Tensor]], report: LoadReport) -> None:
+    """Put the base's embeddings of a file into the base."""
+    for key, (live, tensor) in base.items():
+        if not torch.equal(live.detach(), tensor.to(live)):
+            live.data.copy_(tensor)
+            report.base_replaced.append(key)
+        report.used.append(key)
 
 
 def _fill(
@@ -228,14 +231,16 @@ def _fill(
         found, wanted = tensors[key], live[key]
         if found.shape != wanted.shape:
             wrong.append(f"{key} has shape {tuple(found.shape)} and the model needs {tuple(wanted.shape)}")
+        elif found.is_floating_point() != wanted.is_floating_point():
+            wrong.append(f"{key} holds {dtype_name(found)} numbers and the model needs {dtype_name(wanted)}")
         elif not finite and not torch.isfinite(found).all():
             wrong.append(f"{key} holds values that are not finite")
-        elif _overflows(found, wanted.dtype):
-            wrong.append(f"{key} holds values that are not finite in {_dtype(wanted)}")
+        elif overflows(found, wanted.dtype):
+            wrong.append(f"{key} holds values that are not finite in {dtype_name(wanted)}")
         else:
             report.used.append(key)
             if found.dtype != wanted.dtype:
-                report.dtypes[key] = (_dtype(found), _dtype(wanted))
+                report.dtypes[key] = (dtype_name(found), dtype_name(wanted))
     report.problems = wrong
     if wrong:
         raise AdapterError(
@@ -258,96 +263,6 @@ def _fill(
     with torch.no_grad():
         for key in report.used:
             live[key].copy_(tensors[key])
-
-
-def _normalise(
-    tensors: Mapping[str, Tensor], report: LoadReport, key_mapping: Mapping[str, str] | None = None
-) -> dict[str, Tensor]:
-    """Keys as PEFT writes them, whichever tool wrote these."""
-    out: dict[str, Tensor] = {}
-    names: dict[str, str] = {}
-    for key, tensor in tensors.items():
-        new = file_key(key.removeprefix(PREFIX))
-        if not key.startswith(PREFIX):  # absent, or after what another tool put in front
-            new = PREFIX + new.removeprefix(PREFIX).removeprefix(PREFIX)
-        if key_mapping:
-            new = PREFIX + _mapped(new.removeprefix(PREFIX), key_mapping)
-        if ".original_module." in new:
-            report.repeated.append(key)
-            continue
-        if new in out:
-            raise AdapterError(f"{names[new]} and {key} are both read as {new}; leave one of them out")
-        if new != key:
-            report.renamed[key] = new
-        out[new], names[new] = tensor, key
-    for key in [key for key in out if ".modules_to_save." in key]:
-        module, _, leaf = key.partition(".modules_to_save.")
-        # The adapter's name may or may not stand between.
-        for plain in (f"{module}.{leaf}", f"{module}.{leaf.partition('.')[2]}"):
-            if plain in out and torch.equal(out[plain], out[key]):
-                report.repeated.append(key)
-                del out[key]
-                break
-    return out
-
-
-def _mapped(name: str, key_mapping: Mapping[str, str]) -> str:
-    for pattern, replacement in key_mapping.items():
-        try:
-            new, hits = re.subn(pattern, replacement, name)
-        except re.error as error:
-            raise ConfigError(f"key_mapping: {pattern!r} → {replacement!r} is no replacement ({error})") from None
-        if hits:
-            return new
-    return name
-
-
-def _take_base_tensors(
-    model: LoraModel, tensors: dict[str, Tensor], config: LoraConfig
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Take out copies of the base's embeddings, which PEFT adds when it adapts them or the vocabulary was resized."""
-    out: dict[str, tuple[Tensor, Tensor]] = {}
-    if all(".lora_" in key for key in tensors):
-        return out
-    saved = config.modules_to_save or []
-    get = model.model
-    tables = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(AttributeError, NotImplementedError):  # not every model has a table of words
-            tables.append(getattr(get, getter)())
-    for name, module in get.named_modules():
-        if not any(module is table for table in tables) or any(name == s or name.endswith("." + s) for s in saved):
-            continue
-        for middle in (".base_layer.", "."):
-            key = file_key(f"{name}{middle}weight")
-            if key in tensors:
-                weight = module.weight
-                assert isinstance(weight, Tensor)
-                out[key] = (weight, tensors.pop(key))
-    return out
-
-
-def _check_base(model: LoraModel, base: Mapping[str, tuple[Tensor, Tensor]], source: str) -> None:
-    for key, (live, tensor) in base.items():
-        if live.shape != tensor.shape:
-            raise AdapterError(
-                f"{source}it carries the base's {key} with shape {tuple(tensor.shape)}, this base has "
-                f"{tuple(live.shape)}; resize the base's embeddings first (resize_token_embeddings({tensor.shape[0]}))"
-            )
-        if not torch.isfinite(tensor).all() or _overflows(tensor, live.dtype):
-            raise AdapterError(f"{source}it carries the base's {key} with values that are not finite in {_dtype(live)}")
-
-
-def _overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether ``dtype`` turns finite numbers of ``tensor`` into infinite ones."""
-    if tensor.dtype == dtype or not (tensor.is_floating_point() and dtype.is_floating_point):
-        return False
-    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-    return narrower and not bool(torch.isfinite(tensor.to(dtype)).all())
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _more(items: Sequence[str]) -> str:

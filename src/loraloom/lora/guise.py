@@ -52,12 +52,23 @@ def blank(peft_model: type[nn.Module], base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def seen_as(cls: type) -> type:
-    """``cls``, or, where ``peft`` is loaded, a class that is both: what ``isinstance`` looks at."""
-    theirs = getattr(sys.modules.get("peft"), "PeftModel", None)
-    return cls if theirs is None or issubclass(cls, theirs) else _both(cls, theirs)
+def seen_as(cls: type, module: str = "peft", name: str = "") -> type:
+    """``cls``, or, where ``module`` of peft is loaded, a class that is also its ``name``: what ``isinstance`` looks at.
+
+    Without a name it is the PeftModel for the task that ``cls`` is for.
+    """
+    there = sys.modules.get(module)
+    if there is None:
+        return cls
+    names = [name] if name else [one.__name__ for one in cls.__mro__ if one.__name__.startswith("PeftModel")]
+    theirs = next((found for one in names if isinstance(found := getattr(there, one, None), type)), None)
+    if theirs is None or issubclass(cls, theirs):
+        return cls
+    mine: Any = cls
+    both: type = _both(mine, theirs)
+    return both
 
 
 @lru_cache(1024)
-def _both(cls: type, theirs: type) -> type:
-    return type(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+def _both(cls: Any, theirs: Any) -> Any:
+    return type(theirs)(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__})

@@ -16,6 +16,7 @@ from loraloom.config import LoraConfig
 from loraloom.errors import AdapterError
 from loraloom.lora.adapters import PREFIX
 from loraloom.lora.checkpoint import read_tensors
+from loraloom.lora.expressions import check_expressions
 from loraloom.lora.matching import pattern_key
 
 #: The rank used is the fewest singular directions that hold this share of the update's squared norm.
@@ -53,6 +54,7 @@ def inspect(folder: str | Path) -> Inspection:
     """
     tensors = read_tensors(folder)
     config = LoraConfig.from_pretrained(folder)
+    check_expressions(config, [key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors])
     updates, others = [], {}
     for key, a in sorted(tensors.items()):
         name = key.removeprefix(PREFIX)

@@ -9,24 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loraloom.config import LoraConfig
+from loraloom.config import LoraConfig, PeftType, TaskType
 from loraloom.errors import AdapterError, ConfigError, nearest
 from loraloom.lora import checkpoint, guise, status
-from loraloom.lora.adapters import EARLIER, LoraModel
+from loraloom.lora.adapters import EARLIER, LoraModel, file_key
 from loraloom.lora.checkpoint import LoadReport
 from loraloom.lora.status import TunerLayerStatus, TunerModelStatus
+from loraloom.peftfile import HARMLESS, HUB_ONLY
 
-#: PEFT's options of loading that say how it works and not what comes of it.
-HARMLESS = (
-    "torch_device",
-    "low_cpu_mem_usage",
-    "token",
-    "use_auth_token",
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-)
 #: What PEFT's model has beside this.
 NOT_YET = (
     "add_weighted_adapter",
@@ -40,8 +30,10 @@ NOT_YET = (
 )
 #: Attributes of LoraModel that PEFT's does not have.
 NOT_OF_PEFT = ("check_same", "parameters_of", "tensors_of", "thaw")
-#: What names another adapter on a hub.
-HUB_ONLY = ("revision", "repo_type", "repo_id")
+#: Options of saving that change nothing here: accelerate's and the hub's.
+_OF_SAVING = (
+    "create_pr", "commit_message", "is_main_process", "max_shard_size", "private", "save_function", "token", "variant"
+)  # fmt: skip
 
 
 def get_peft_model(
@@ -82,7 +74,7 @@ def get_peft_model(
                 f"revision: the config says {peft_config.revision!r}, found {revision!r}; give one of them"
             )
         peft_config = peft_config.copy(revision=revision)
-    peft = PeftModel(model)
+    peft = class_for_task(peft_config.task_type)(model)
     try:
         peft.add_adapter(
             adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype, seed=seed, strict=strict
@@ -100,11 +92,27 @@ class PeftModel(nn.Module):
     #: this class and the model's, of which ``guise`` made the class of this object
     made_of: tuple[type[nn.Module], type[nn.Module]]
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig | None = None,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """``get_peft_model`` is this and more checks. Without a config the model has no adapter yet."""
         super().__init__()
         self.base_model = LoraModel(model)
         self.training = model.training
         self.__class__ = guise.class_for(type(self), type(model))
+        if peft_config is None:
+            return
+        try:
+            self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        except BaseException:
+            self.base_model.thaw()
+            raise
+        self.set_adapter(adapter_name)
 
     # -- what others see: see guise -------------------------------------------------------------------------------
 
@@ -123,7 +131,7 @@ class PeftModel(nn.Module):
         return type(self.get_base_model()).__name__  # by which the Trainer knows whose labels to shift
 
     def __repr__(self) -> str:
-        return PeftModel.__name__ + super().__repr__().removeprefix(self._get_name())
+        return self.made_of[0].__name__ + super().__repr__().removeprefix(self._get_name())
 
     # -- calling --------------------------------------------------------------------------------------------------
 
@@ -169,6 +177,10 @@ class PeftModel(nn.Module):
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
         return self.base_model.peft_config
+
+    @property
+    def peft_type(self) -> PeftType:
+        return PeftType.LORA
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -264,33 +276,43 @@ class PeftModel(nn.Module):
         save_directory: str | Path,
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
         state_dict: Mapping[str, Tensor] | None = None,
-        **unused: Any,
+        **options: Any,
     ) -> None:
         """Write adapters as PEFT does: "default" at the top of the folder, others in folders of their names.
 
         Atomic: after a crash or on a full disk the folder holds the adapters from before, or the new ones.
-        ``state_dict`` holds the tensors under this model's names where they were gathered from several devices.
+
+        Args:
+            save_embedding_layers: True adds the base's input and output embeddings to the file, which loading puts
+                into the base. "auto" does so where the vocabulary has another size than that of the base on disk.
+            state_dict: the tensors under this model's names where they were gathered from several devices.
+            options: those of transformers' and accelerate's saving that change nothing here, such as
+                ``save_function``.
 
         Raises:
             SaveError: the folder cannot be written. What was there is still there.
-            ConfigError: an option that loraloom does not have; ``safe_serialization=False`` (pickle) among them.
+            ConfigError: an option that cannot be honoured; ``safe_serialization=False`` (pickle) among them.
         """
         if not safe_serialization:
             raise ConfigError("safe_serialization: loraloom writes no pickle; leave it at True")
-        # PEFT's knobs about copies of the base's embeddings, which an adapter of ours never needs.
-        unknown = set(unused) - {"save_embedding_layers", "path_initial_model_for_weight_conversion"}
-        if unknown or unused.get("path_initial_model_for_weight_conversion"):
-            raise ConfigError(f"save_pretrained: unknown option {sorted(unknown or unused)[0]!r}")
+        if path_initial_model_for_weight_conversion:
+            raise ConfigError(
+                "path_initial_model_for_weight_conversion: loraloom has no start that rewrites the base, so there is "
+                "nothing to convert; leave it out"
+            )
+        for name, value in options.items():
+            if name == "push_to_hub" and value:
+                raise ConfigError("push_to_hub: loraloom opens no connection; upload the folder with `hf upload`")
+            if name not in (*_OF_SAVING, "push_to_hub"):
+                raise ConfigError(f"save_pretrained: unknown option {name!r}{nearest(name, _OF_SAVING)}")
         if is_main_process:
-            gathered = None if state_dict is None else self._by_identity(state_dict)
-            checkpoint.save(self.base_model, save_directory, selected_adapters, gathered)
-
-    def _by_identity(self, state_dict: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """``id`` of a tensor of this model → the tensor under its name in ``state_dict``."""
-        mine = self.state_dict(keep_vars=True)
-        return {id(tensor): state_dict[name] for name, tensor in mine.items() if name in state_dict}
+            gathered = None if state_dict is None else _by_identity(self, state_dict)
+            checkpoint.save(self.base_model, save_directory, selected_adapters, gathered, save_embedding_layers)
 
     @classmethod
     def from_pretrained(
@@ -335,6 +357,8 @@ class PeftModel(nn.Module):
             peft.base_model.thaw()
             raise
         peft.set_adapter(adapter_name)
+        if cls is PeftModel:  # which class it is the folder says
+            peft.__class__ = guise.class_for(class_for_task(peft.active_peft_config.task_type), type(model))
         object.__setattr__(peft, "load_report", report)
         return peft
 
@@ -387,16 +411,96 @@ class PeftModel(nn.Module):
         )
 
 
-def get_peft_model_state_dict(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
-    """One adapter's tensors under PEFT's keys, detached; they share memory with the model."""
-    return {key: tensor.detach() for key, tensor in model.base_model.tensors_of(adapter_name).items()}
+class PeftModelForCausalLM(PeftModel):
+    """PEFT's name for a model of this task. It does what every ``PeftModel`` does, as do its sisters."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """See ``PeftModelForCausalLM``."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """See ``PeftModelForCausalLM``."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """See ``PeftModelForCausalLM``."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """See ``PeftModelForCausalLM``."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """See ``PeftModelForCausalLM``."""
+
+
+_CLASSES: dict[TaskType, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def class_for_task(task_type: TaskType | None) -> type[PeftModel]:
+    """The class that PEFT gives a model of this task."""
+    return PeftModel if task_type is None else _CLASSES[task_type]
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | str | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """One adapter's tensors under PEFT's keys, detached; they share memory with the model.
+
+    Args:
+        model: a ``PeftModel``, compiled or not.
+        state_dict: take the tensors from here, by the model's names for them, and not from the model. A string is
+            taken for ``adapter_name``.
+        save_embedding_layers: as for ``PeftModel.save_pretrained``.
+    """
+    peft, gathered = _unwrapped(model), None
+    if isinstance(state_dict, str):
+        adapter_name = state_dict
+    elif state_dict is not None:
+        gathered = _by_identity(peft, state_dict)
+    tensors = checkpoint.to_write(peft.base_model, adapter_name, gathered, save_embedding_layers)
+    return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def set_peft_model_state_dict(
-    model: PeftModel, state_dict: Mapping[str, Tensor], adapter_name: str = "default", *, strict: bool = True
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    *,
+    strict: bool = True,
 ) -> LoadReport:
     """Copy tensors under PEFT's keys into an adapter that exists. Raises as ``PeftModel.load_adapter``."""
-    return checkpoint.fill(model.base_model, adapter_name, state_dict, strict=strict)
+    _check_options(ignore_mismatched_sizes=ignore_mismatched_sizes, low_cpu_mem_usage=low_cpu_mem_usage)
+    return checkpoint.fill(_unwrapped(model).base_model, adapter_name, peft_model_state_dict, strict=strict)
+
+
+def _unwrapped(model: nn.Module) -> PeftModel:
+    found = getattr(model, "_orig_mod", model)
+    if not isinstance(found, PeftModel):
+        raise ConfigError(f"model: must be a loraloom.PeftModel, found {type(found).__name__}")
+    return found
+
+
+def _by_identity(model: PeftModel, state_dict: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """``id`` of a tensor of ``model`` → the tensor under its name in ``state_dict``, in wrappers of FSDP or not."""
+    given = {file_key(name): tensor for name, tensor in state_dict.items()}
+    # The method of the class: some put one on the model that calls the function which calls this.
+    mine = type(model).state_dict(model, keep_vars=True)
+    return {id(tensor): given[key] for name, tensor in mine.items() if (key := file_key(name)) in given}
 
 
 def _check_rows(names: int, inputs: Iterable[Any]) -> None:

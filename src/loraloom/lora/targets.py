@@ -17,6 +17,7 @@ from torch import nn
 from loraloom.config import TASK_HEADS, LoraConfig
 from loraloom.errors import TargetError
 from loraloom.lora.experts import TYPES, Experts, Translation, old_names, parameter_names, translate, unadapted
+from loraloom.lora.expressions import check_expressions
 from loraloom.lora.kinds import forward_of, is_map
 from loraloom.lora.layers import HALF, LoraConv, LoraConv1D, LoraLayer, LoraLinear, is_never_called, layer_class
 from loraloom.lora.matching import ends_as, in_layers, layer_number, matches_any, matches_name, pattern_key, suffixes
@@ -162,6 +163,7 @@ def plan_on(
     follow_ties: bool,
 ) -> Plan:
     """``plan`` for a model whose ``base_modules`` are known already."""
+    check_expressions(config, modules)
     saved = _saved_modules(modules, config, strict, follow_ties)
     inside_saved = {name for name in modules if any(name == s or name.startswith(s + ".") for s in saved)}
     # A preset names what models of a type may have, and "all-linear" what this one has: neither is a demand.
