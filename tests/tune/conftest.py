@@ -24,19 +24,37 @@ def make(train: Mapping[str, Any], space: Mapping[str, Any], changes: dict[str, 
     return TuneOptions(train=options, space=Space.parse(space, options), **given)
 
 
+@pytest.fixture(scope="session")
+def classifying(encoder_folder: Path, reviews: Path) -> Callable[[Path], Make]:
+    """Searches in a folder."""
+
+    def into(output: Path) -> Make:
+        def options(space: Mapping[str, Any], **changes: Any) -> TuneOptions:
+            train = {"model": encoder_folder, "data": reviews, "task": "seq-cls", "output": output}
+            return make({**train, "max_steps": 9, "batch_size": 8, "eval_split": 40}, space, changes)
+
+        return options
+
+    return into
+
+
+@pytest.fixture(scope="session")
+def completing(decoder_folder: Path, chats: Path) -> Callable[[Path], Make]:
+    def into(output: Path) -> Make:
+        def options(space: Mapping[str, Any], **changes: Any) -> TuneOptions:
+            train = {"model": decoder_folder, "data": chats, "task": "causal-lm", "output": output}
+            return make({**train, "max_steps": 9, "batch_size": 4, "eval_split": 20}, space, changes)
+
+        return options
+
+    return into
+
+
 @pytest.fixture
-def classify(encoder_folder: Path, reviews: Path, tmp_path: Path) -> Make:
-    def options(space: Mapping[str, Any], **changes: Any) -> TuneOptions:
-        train = {"model": encoder_folder, "data": reviews, "task": "seq-cls", "output": tmp_path / "search"}
-        return make({**train, "max_steps": 9, "batch_size": 8, "eval_split": 40}, space, changes)
-
-    return options
+def classify(classifying: Callable[[Path], Make], tmp_path: Path) -> Make:
+    return classifying(tmp_path / "search")
 
 
 @pytest.fixture
-def complete(decoder_folder: Path, chats: Path, tmp_path: Path) -> Make:
-    def options(space: Mapping[str, Any], **changes: Any) -> TuneOptions:
-        train = {"model": decoder_folder, "data": chats, "task": "causal-lm", "output": tmp_path / "search"}
-        return make({**train, "max_steps": 9, "batch_size": 4, "eval_split": 20}, space, changes)
-
-    return options
+def complete(completing: Callable[[Path], Make], tmp_path: Path) -> Make:
+    return completing(tmp_path / "search")

@@ -86,9 +86,11 @@ def test_the_metric_is_the_tasks_own_unless_it_is_given() -> None:
     assert (options(train=train).metric, options(train=train).higher_is_better) == ("perplexity", False)
 
 
-def test_rungs_are_shares_of_the_steps_that_grow_by_the_reduction() -> None:
-    assert options().rungs == pytest.approx([1 / 9, 1 / 3])
-    assert options(reduction=2, min_share=0.25).rungs == [0.25, 0.5]
+def test_rungs_are_shares_of_the_steps_from_the_first_that_is_given_on() -> None:
+    assert options().rungs == pytest.approx([1 / 9, 2 / 9, 1 / 3, 1 / 2, 2 / 3])
+    assert options(min_share=0.4).rungs == pytest.approx([0.4, 1 / 2, 2 / 3])
+    assert options(min_share=0.05).rungs[:2] == pytest.approx([0.05, 1 / 9])
+    assert options(min_share=0.9).rungs == [0.9]
     assert options(min_share=1).rungs == []
 
 
@@ -213,7 +215,7 @@ def test_options_are_plain_json() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"trials": 17}, {"sampler": "random"}, {"reduction": 2}, {"min_share": 0.5}, {"finalists": 2}, {"seeds": 0},
+        {"trials": 17}, {"sampler": "random"}, {"reduction": 3}, {"min_share": 0.5}, {"finalists": 2}, {"seeds": 0},
         {"metric": "loss"}, {"space": Space.default(base(), "thorough")}, {"train": base(data="other.jsonl")},
         {"train": base(seed=1)}, {"train": base(lora=LoraConfig(bias="all"))}, {"train": base(max_steps=31)},
     ],

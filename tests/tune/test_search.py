@@ -42,6 +42,12 @@ MIXED = {
     "lora.target_modules": ["q-v", "all-linear"],
     "train.learning_rate": {"log": [1e-3, 5e-2]},
 }
+#: Of these most learn within 72 steps.
+LEARNS = {
+    "lora.r": [4, 6, 8],
+    "lora.lora_dropout": [0.0, 0.05],
+    "train.learning_rate": [1e-3, 1e-2, 1.5e-2],
+}
 
 
 class Watch:
@@ -83,9 +89,15 @@ def result_in(folder: str | Path) -> dict[str, Any]:
 # -- what comes out ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["classify", "complete"])
-def found(request: pytest.FixtureRequest) -> tuple[TuneOptions, SearchResult, Watch]:
-    options = request.getfixturevalue(request.param)(MIXED, trials=6, finalists=2, seeds=1, sampler="tpe", slots=3)
+@pytest.fixture(scope="module", params=[("classifying", 16), ("completing", 8)], ids=["classify", "complete"])
+def found(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TuneOptions, SearchResult, Watch]:
+    """A search that learns; the tests train no more than it did."""
+    name, size = request.param
+    make = request.getfixturevalue(name)(tmp_path_factory.mktemp("found") / "search")
+    given = {"trials": 6, "finalists": 2, "seeds": 1, "sampler": "tpe", "slots": 3, "lora": {"lora_alpha": 16}}
+    options = make(LEARNS, **given, train={"max_steps": 72, "batch_size": size})
     watch = Watch()
     return options, search(options, watch), watch
 
@@ -94,9 +106,11 @@ def test_the_record_has_all_that_was_promised(found: tuple[TuneOptions, SearchRe
     options, result, watch = found
     record = result_in(options.train.output)
     assert record == json.loads(json.dumps(result.record))
-    assert record.keys() == {"best", "trials", "pareto", "importance", "advice", "seconds", "machine"}
+    assert record.keys() >= {"learned", "best", "to_beat", "trials", "pareto", "importance", "advice", "seconds"}
+    assert record["learned"]
+    assert record["to_beat"]["gain"] > record["to_beat"]["own_error"]
     assert record["best"].keys() >= {"config", "metric", "adapter"}
-    assert record["best"]["config"].keys() == MIXED.keys()
+    assert record["best"]["config"].keys() == LEARNS.keys()
     assert [trial["number"] for trial in record["trials"]] == list(range(8))
     assert record["seconds"] > 0
     assert record["machine"]["slots"] == 3
@@ -104,11 +118,10 @@ def test_the_record_has_all_that_was_promised(found: tuple[TuneOptions, SearchRe
     for trial in record["trials"]:
         assert trial.keys() >= {"config", "state", "curve", "metric", "seconds", "steps"}
         assert trial["state"] in ("finished", "stopped", "failed")
-        assert trial["steps"] == len(trial["curve"]["loss"]) == len(trial["curve"]["learning_rate"]) <= 9
-        assert trial["curve"]["evaluations"][-1]["step"] == trial["steps"]
+        assert trial["steps"] == len(trial["curve"]["loss"]) == len(trial["curve"]["learning_rate"]) <= 72
         assert trial["metric"] == trial["curve"]["evaluations"][-1][options.metric]
         assert trial["seconds"] > 0
-    # Poor ones stopped early, and each says why.
+    # Poor ones stopped early, once one had taken off, and each says why.
     states = [trial["state"] for trial in record["trials"][:6]]
     assert states.count("finished") < 6
     assert all(
@@ -158,7 +171,7 @@ def test_the_best_file_trains_the_best_trial_again(found: tuple[TuneOptions, Sea
     record = json.loads((Path(options.train.output) / "full" / RUN_NAME).read_text())
     best = result.record["trials"][result.record["best"]["number"]]
     assert record["result"][options.metric] == pytest.approx(best["metric"], rel=1e-4)
-    assert record["curve"]["loss"] == pytest.approx(best["curve"]["loss"], rel=1e-4)
+    assert record["curve"]["loss"] == pytest.approx(best["curve"]["loss"], rel=1e-3, abs=1e-3)
 
 
 def test_optuna_opens_the_journal_with_every_configuration_once(found: tuple[TuneOptions, SearchResult, Watch]) -> None:
@@ -184,17 +197,14 @@ def test_run_again_it_trains_nothing_and_says_the_verdict_again(
     again = search(options, watch)
     assert again.record == result.record
     assert (Path(options.train.output) / "result.json").read_bytes() == before
-    assert "8 of 8 trials have ended" in watch.events[0]
+    assert any("8 of 8 trials have ended" in event for event in watch.events)
 
 
 def test_the_same_search_again_comes_to_the_same(classify: Make, tmp_path: Path) -> None:
     records = []
     for name in ("one", "two"):
         options = classify(MIXED, trials=5, finalists=2, seeds=1, slots=2, train={"output": tmp_path / name})
-        record = timeless(search(options).record)
-        record["best"].pop("adapter")
-        record["best"]["options"].pop("output")
-        records.append(record)
+        records.append(json.dumps(timeless(search(options).record)).replace(str(tmp_path / name), ""))
     assert records[0] == records[1]
 
 
@@ -248,7 +258,7 @@ def test_a_trial_gone_wild_is_reported_and_changes_no_bit_of_the_others(classify
     assert wild["trials"][3]["steps"] < 40
     assert any(event.startswith("trial 3 failed: step") for event in watch.events)
     assert curves(wild)[:3] == curves(tame)[:3]
-    assert wild["best"]["number"] != 3
+    assert wild["best"] is None or wild["best"]["number"] != 3
 
 
 def test_a_search_of_which_every_trial_fails_says_so_and_what_to_do(classify: Make) -> None:
@@ -311,7 +321,14 @@ def test_a_search_is_gone_on_with_in_as_many_slots_as_are_given_now(classify: Ma
 def test_a_search_that_is_done_leaves_nothing_of_the_way(classify: Make, tmp_path: Path) -> None:
     search(classify(RATES))
     left = sorted(path.name for path in (tmp_path / "search").iterdir())
-    assert left == ["best", "best.yaml", "result.json", STATE_NAME, "study.log", "trials"]
+    assert left == ["result.json", STATE_NAME, "study.log", "trials"]  # of nine steps nothing is learned
+
+
+def test_a_search_that_learned_leaves_the_best_and_nothing_of_the_way(
+    found: tuple[TuneOptions, SearchResult, Watch],
+) -> None:
+    left = {path.name for path in Path(found[0].train.output).iterdir()} - {"full"}
+    assert left == {"best", "best.yaml", "result.json", STATE_NAME, "study.log", "trials"}
 
 
 def test_another_search_in_the_folder_is_refused_before_it_is_touched_and_replaced_when_asked(
@@ -324,7 +341,7 @@ def test_another_search_in_the_folder_is_refused_before_it_is_touched_and_replac
     assert {path: path.read_bytes() for path in (tmp_path / "search").rglob("*") if path.is_file()} == before
     record = search(classify(MIXED, trials=3, train={"overwrite": True})).record
     assert len(record["trials"]) == 3
-    assert record["best"]["config"] != first.record["best"]["config"]
+    assert record["trials"][0]["config"] != first.record["trials"][0]["config"]
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "search" / "study.log")))
     assert [
         t.params for t in optuna.load_study(study_name="loraloom", storage=storage).trials if len(t.params) == 1
@@ -500,8 +517,10 @@ def test_every_task_can_be_searched_by_its_own_metric(
     options = TuneOptions(
         train=train, space=Space.parse(RATES, train), trials=4, finalists=1, seeds=0, slots=4, sampler="random"
     )
-    record = search(options).record
-    best = record["best"]
-    assert best["metric_name"] == metric
-    assert best["metric"] is not None
-    assert all(metric in trial["curve"]["evaluations"][-1] for trial in record["trials"])
+    result = search(options)
+    assert result.verdict.metric == metric
+    assert all(metric in trial["curve"]["evaluations"][-1] for trial in result.record["trials"])
+    # Where a row has one answer, and all have the same, what does not look at them gives it: nothing can be learned.
+    assert (result.record["best"] is None) == (name not in ("tags", "answers"))
+    assert result.verdict.gain is not None
+    assert result.verdict.learned or result.verdict.advice

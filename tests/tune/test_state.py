@@ -16,7 +16,8 @@ from loraloom.errors import ConfigError, SaveError
 from loraloom.train.settings.options import TrainOptions
 from loraloom.train.settings.runfile import with_values
 from loraloom.train.slot import Curve
-from loraloom.tune.halving import Halving
+from loraloom.tune.bar import Bar
+from loraloom.tune.halving import Halving, Standing
 from loraloom.tune.proposals import JOURNAL_NAME
 from loraloom.tune.state import STATE_NAME, TRIALS, UNDER_WAY, State, clear, load_numbers, load_state, save_state
 from loraloom.tune.trial import Trial
@@ -38,19 +39,18 @@ def state() -> State:
     odd = Curve(
         [1 / 3, math.nan, math.inf], [1e-3, 1e-4 / 3, 0.0], [{"step": 10, "loss": -math.inf, "accuracy": math.nan}]
     )
-    halving = Halving(2, 3, least=2)
-    halving.reach(0, 0, 0.1 + 0.2, -1 / 3)
-    halving.reach(1, 0, math.nan, -1.0)
-    halving.reach(0, 1, 0.5, -0.25)
-    halving.next(False, [])
+    halving = Halving(2, 3, least=1)
+    halving.decide({0: Standing(True, 1 / 3, 0.1 + 0.2), 1: Standing(False, 1.0, math.nan)})
+    halving.resume([0, 1])
     trials = [
-        trial(0, curve=odd, seconds=1 / 7, parameters=12, bytes=99),
+        trial(0, curve=odd, seconds=1 / 7, parameters=12, bytes=99, goal=20, measure=True),
         trial(1, "waiting"),
         trial(2, "failed", reason="step 3: the loss is nan"),
-        trial(3, "finished", used={"a.b": (8, 3, 0.1 + 0.2), "c": (8, 1, math.inf)}),
+        trial(3, "finished", used={"a.b": (8, 3, 0.1 + 0.2), "c": (8, 1, math.inf)}, parts={"loss": [1 / 3, math.nan]}),
         trial(4, seed=5, repeats=3),
     ]
-    return State("f" * 64, 4, halving, (4, None), trials, seconds=12.5)
+    bar = Bar(60, 1 / 3, False, {"always 'a'": {"accuracy": [1 / 3, math.nan]}})
+    return State("f" * 64, 4, halving, (4, None), trials, seconds=12.5, bar=bar)
 
 
 def numbers(seed: int) -> dict[str, Tensor]:
@@ -79,8 +79,6 @@ def test_a_search_comes_back_as_it_was_also_what_is_not_finite(tmp_path: Path, s
         for key, tensor in numbers(number).items():
             assert there[key].dtype == tensor.dtype
             assert torch.equal(there[key], tensor)
-    # Halving goes on from there as it would have.
-    assert found.halving.next(False, []) == state.halving.next(False, [])
 
 
 def test_the_file_is_json_for_every_reader(tmp_path: Path, state: State) -> None:

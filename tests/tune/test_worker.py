@@ -19,7 +19,7 @@ from loraloom.train.start.load import load_base
 from loraloom.tune import worker as module
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.trial import Trial
-from loraloom.tune.worker import SPAN, TRIALS, Report, Space, Worker, blown_up, milestones, name_of
+from loraloom.tune.worker import SPAN, TRIALS, Report, Space, Worker, blown_up, name_of, rung_step
 
 Make = Callable[..., TuneOptions]
 #: All that trials of one search may differ in, at once.
@@ -118,29 +118,57 @@ def test_a_trial_is_what_loraloom_train_makes_of_its_options(
         assert measured == pytest.approx(last, rel=1e-4)
 
 
-def test_trials_are_measured_at_the_rungs_between_and_at_the_end_with_all_held_out_rows(classify: Make) -> None:
-    options = classify(MIXED, train={"max_steps": 18})
-    worker, trials = begin(options, [1])
-    to_the_end(worker, trials)
-    # One ninth and a third of 18 steps, two thirds, all.
-    assert [e["step"] for e in trials[0].curve.evaluations] == [2, 6, 12, 18]
-    for evaluation in trials[0].curve.evaluations:
+def test_a_trial_stops_where_it_is_held_and_is_measured_when_asked_or_once_it_has_taken_off(classify: Make) -> None:
+    worker, trials = begin(classify(MIXED, train={"max_steps": 18}), [1, 2])
+
+    def steps(trial: Trial) -> list[int]:
+        return [int(e["step"]) for e in trial.curve.evaluations]
+
+    trials[0].goal, trials[1].goal = 2, 6
+    report = worker.run([(trial, {}) for trial in trials], [])
+    assert (report.events, trials[0].step, steps(trials[0])) == ([1], 2, [])
+    worker.bar.base, worker.bar.begins = 99.0, False  # below which all are
+    report = worker.run([], [1])
+    assert (report.events, steps(trials[1])) == ([2], [])  # eight losses at least: six say nothing
+    trials[1].measure = True
+    report = worker.run([(trials[1], {})], [])  # what it is told of one that it has
+    assert (report.events, trials[1].step, steps(trials[1]), trials[1].measure) == ([2], 6, [6], False)
+    trials[1].goal = 10
+    report = worker.run([], [])
+    assert (report.events, steps(trials[1])) == ([2], [6, 10])
+    trials[1].goal = 0
+    report = worker.run([], [])  # between the last rung and the end it is measured without a stop
+    assert (report.events, steps(trials[1]), trials[1].state) == ([2], [6, 10, 12, 18], "finished")
+    for evaluation in trials[1].curve.evaluations:
         assert evaluation["accuracy"] * 40 == pytest.approx(round(evaluation["accuracy"] * 40))
+    assert trials[1].parts["accuracy"][0] == trials[1].curve.evaluations[-1]["accuracy"]
+    assert len(trials[1].parts["accuracy"]) == 21
 
 
-def test_milestones_of_short_trials_and_of_further_seeds(classify: Make) -> None:
+def test_rungs_of_short_trials(classify: Make) -> None:
     options = classify(MIXED)
-    _, trials = begin(options, [0])
-    trial = trials[0]
+    _, (trial,) = begin(options, [0])
 
-    def places(steps: int, repeats: int | None = None) -> dict[int, list[int]]:
-        trial.steps, trial.repeats = steps, repeats
-        return milestones(options, trial)
+    def places(steps: int) -> list[int]:
+        trial.steps = steps
+        return [rung_step(options, trial, rung) for rung in range(5)]
 
-    assert places(90) == {10: [0], 30: [1], 60: [], 90: []}
-    assert places(2) == {1: [0, 1], 2: []}
-    assert places(1) == {1: []}
-    assert places(90, repeats=3) == {60: [], 90: []}
+    assert places(90) == [10, 20, 30, 45, 60]
+    assert places(102) == [12, 23, 34, 51, 68]
+    assert places(2) == [1, 1, 1, 1, 2]
+    assert places(1) == [1] * 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trial_in_float16_that_comes_back_has_the_loss_scale_that_it_had(classify: Make) -> None:
+    worker, (trial,) = begin(classify(MIXED, train={"dtype": "float16"}), [1])
+    worker.run([(trial, {})], [], stop=lambda: True)
+    worker.slots[1].scale = (512.0, 3)
+    numbers = {key: value.clone() for key, value in worker._numbers(1).items()}
+    worker, _ = begin(classify(MIXED, train={"dtype": "float16"}), [])
+    trial.goal = trial.step  # as one that is only looked at
+    worker._enter(trial, numbers)
+    assert worker.slots[1].scale == (512.0, 3)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +234,7 @@ def test_out_of_memory_is_a_report_and_the_worker_starts_again_with_fewer(
         if place == "enter":
             patch.setattr(worker.loaded.__class__, "slot", fail)
         else:
-            patch.setattr(*((module, "advance") if place == "step" else (Loaded, "evaluate")), fail)
+            patch.setattr(*((module, "advance") if place == "step" else (Loaded, "evaluate_parts")), fail)
         report = worker.run([(trial, {}) for trial in trials], [])
     assert report == Report([], [], seconds=report.seconds, out_of_memory=True)
     assert worker.pack.adapters == [SPAN]
@@ -231,16 +259,22 @@ def test_a_trial_whose_held_out_loss_is_not_finite_fails_though_its_accuracy_is(
     monkeypatch.setattr(Loaded, "evaluate", lambda *_: {"loss": math.nan, "accuracy": 0.5})
     worker, trials = begin(classify(MIXED), [1])
     worker.run([(trials[0], {})], [])
-    assert (trials[0].state, trials[0].reason) == ("failed", "step 1: the held-out loss is nan")
+    assert (trials[0].state, trials[0].reason) == ("failed", "step 6: the held-out loss is nan")
 
 
 def test_a_loss_that_doubles_is_blown_up_and_one_that_is_short_or_falls_is_not() -> None:
-    def said(losses: list[float]) -> str:
+    def said(losses: list[float], base: float | None = None) -> str:
         trial = Trial(0, {}, options=None, steps=99, step=len(losses), curve=Curve(losses))  # type: ignore[arg-type]
-        return blown_up(trial)
+        return blown_up(trial, base)
 
     assert said([1.0] * 10 + [2.1] * 10) == "step 20: the loss went up from 1 to 2.1"
     assert said([1.0] * 10 + [1.9] * 10) == ""
     assert said([1.0] * 9 + [9.0] * 10) == ""
     assert said([1.0] * 30 + [0.1] * 10) == ""
     assert said([1.0] * 30 + [9.0]) == ""  # one bad step is none
+    # One whose first losses had blown up already began where the first step did, or at chance.
+    wild = [0.7, *[9e3] * 9, *[8e3] * 10]
+    assert said(wild, base=0.69) == "step 20: the loss went up from 0.7 to 8e+03"
+    assert said(wild) == "step 20: the loss went up from 2.1 to 8e+03"
+    assert said([0.1, *[1.0] * 19], base=1.1) == ""  # an easy first batch is no beginning
+    assert said([0.4, *[1.0] * 19]) == ""

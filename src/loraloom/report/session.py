@@ -126,12 +126,14 @@ def tune_run(options: TuneOptions, console: Console | None = None) -> SearchResu
     found, folder, metric = result.verdict, result.folder, options.metric
     console.print(leaderboard(found, options.metric, width=console.width))
     console.print(conclusion(found))
-    saved = f"the best adapter and {RESULT_NAME} are saved in {folder}"
+    saved = f"{'the best adapter and ' if found.learned else ''}{RESULT_NAME} saved in {folder}"
     pictures = [
         _written(folder / SEARCH_NAME, saved, lambda to: plot_search(found.trials, metric, to, found.best.number)),
         _written(folder / PARETO_NAME, saved, lambda to: plot_pareto(found, found.trials, metric, to)),
     ]
-    lines = {"adapter": folder / BEST_NAME, "in full": f"loraloom train {shlex.quote(str(folder / BEST_FILE))}"}
+    lines: dict[str, Any] = {}
+    if found.learned:
+        lines = {"adapter": folder / BEST_NAME, "in full": f"loraloom train {shlex.quote(str(folder / BEST_FILE))}"}
     lines |= {"record": folder / RESULT_NAME, "pictures": ", ".join(map(str, pictures))}
     console.print(Text("\n" + "\n".join(f"{what:9}{where}" for what, where in lines.items())), soft_wrap=True)
     return result

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from loraloom.report.screen import Text
 from loraloom.train.ahead.memory import size
-from loraloom.tune.score import Score, last_measured, measured, originals, ranking, scores, varying
+from loraloom.tune.bar import Gain
+from loraloom.tune.score import Score, greater_is_better, last_measured, measured, originals, ranking, scores, varying
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict, difference
 from loraloom.tune.words import knobs, label, shown
@@ -89,7 +90,7 @@ def figure(value: float, noise: float | None = None) -> str:
     if abs(value) >= 1000:
         return f"{value:.3g}"
     digits = 4 if noise and noise < 0.0005 else 3
-    return f"{value:.{digits}f}" + (f" ±{noise:.{digits}f}" if noise is not None else "")
+    return f"{value:.{digits}f}" + (f" ±{noise:.{digits}f}" if noise and round(noise, digits) else "")
 
 
 def count(number: float) -> str:
@@ -115,24 +116,50 @@ def duration(seconds: float) -> str:
 def conclusion(found: Verdict) -> RenderableType:
     """What to use, what comes next to it, which knobs mattered, and what to try next."""
     best = found.scores[found.best.number]
+    if not found.learned:
+        return _nothing(found, best)
     lines = [
         Text(f"use {_settings(found.best, found.knobs)}", "bold"),
         Text(f"trial {found.best.number}: {_reached(found.metric, best)}, {_extent(found.best)}"),
     ]
+    if found.gain is not None:
+        lines.append(Text(_above(found.gain)))
     if found.runner_up is not None:
         lines.append(Text(_beside(found, found.runner_up)))
     if found.why and (found.tie or found.runner_up is None):
         lines.append(Text(f"why: {found.why}"))
     lines += [Text(f"note: {note}", "yellow") for note in found.notes]
     lines.append(Text(_importance(found)))
+    return _with_advice(lines, found, "what to try next")
+
+
+def _nothing(found: Verdict, best: Score) -> RenderableType:
+    """No configuration is recommended: what the best of them reached, what it had to beat, and what to change."""
+    number, beat = found.best.number, found.gain
+    reached = f"trial {number} ({_settings(found.best, found.knobs)}), {_reached(found.metric, best)}"
+    lines = [Text("nothing was learned: no configuration is recommended", "bold yellow")]
+    lines.append(Text(f"the highest is {reached}" + (f"; {_above(beat)}" if beat is not None else "")))
+    lines += [Text(f"note: {note}", "yellow") for note in found.notes]
+    return _with_advice(lines, found, "what to change")
+
+
+def _with_advice(lines: Sequence[Text], found: Verdict, title: str) -> RenderableType:
     parts: list[RenderableType] = [Text("\n").join(lines)]
     if found.advice:
-        parts.append(Text("\nwhat to try next", "bold"))
+        parts.append(Text(f"\n{title}", "bold"))
         for advice in found.advice:
             bullet = Table.grid(padding=(0, 1, 0, 0))
             bullet.add_row("•", Text(advice.text))
             parts.append(bullet)
     return Padding(Group(*parts), (1, 0, 0, 0))
+
+
+def _above(beat: Gain) -> str:
+    """``"0.43 ± 0.05 above always 'a' (accuracy 0.333), by the held-out rows"``."""
+    error = f" ± {_gap(beat.error)}" if math.isfinite(beat.error) and beat.error else ""
+    greater = greater_is_better(beat.metric) == (beat.gain > 0)
+    far = f"{_gap(abs(beat.gain))}{error} {'above' if greater else 'below'}" if beat.gain else "no better than"
+    return f"{far} {beat.bar_words} ({beat.metric} {figure(beat.bar)}), by the held-out rows"
 
 
 def _settings(trial: Trial, names: Iterable[str]) -> str:
@@ -145,7 +172,8 @@ def _settings(trial: Trial, names: Iterable[str]) -> str:
 
 def _reached(metric: str, score: Score) -> str:
     seeds = f" over {len(score.values)} seeds" if len(score.values) > 1 else ""
-    return f"{metric} {figure(score.mean)}" + (f" ± {figure(score.noise)}" if score.noise is not None else "") + seeds
+    # A noise of 0 is that of seeds that all did the same: it says nothing.
+    return f"{metric} {figure(score.mean)}" + (f" ± {_gap(score.noise)}" if score.noise else "") + seeds
 
 
 def _extent(trial: Trial) -> str:

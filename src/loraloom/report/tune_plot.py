@@ -112,7 +112,10 @@ def plot_pareto(found: Verdict, trials: Sequence[Trial], metric: str, path: str 
     names = found.knobs
     for number in drawn:
         score, trial = found.scores[number], firsts[number]
-        special = {found.best.number: ("best", BEST, 10), runner_up: ("runner-up", COLOURS["finished"], 8)}
+        special = {
+            found.best.number: ("best" if found.learned else "highest", BEST, 10),
+            runner_up: ("runner-up", COLOURS["finished"], 8),
+        }
         word, colour, large = special.get(number, ("", COLOURS["running" if number in front else "stopped"], 6))
         axes.errorbar(
             [trial.parameters],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from loraloom.tune.bar import Bar, set_bar
 from loraloom.tune.planner import Slots, plan_slots
 from loraloom.tune.trial import Trial
 from loraloom.tune.worker import Numbers, Report, Worker
@@ -41,6 +42,9 @@ class Crew(Protocol):
     def plan(self, most: int) -> Slots:
         """How many trials each worker trains together, of ``most`` that there are for it."""
 
+    def set_bar(self, known: Bar | None) -> Bar:
+        """What trials have to beat, measured unless it is ``known``; all workers have it then."""
+
     def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None: ...
 
     def wait(self) -> tuple[int, Report | None]:
@@ -62,6 +66,10 @@ class Alone:
         space, options = self._worker.space, self._worker.options
         largest = max(space.largest(), key=lambda one: space.plan(one).parameters)
         return plan_slots(self._worker.pack, self._worker.space.widest(), largest, most, options.memory, options.slots)
+
+    def set_bar(self, known: Bar | None) -> Bar:
+        self._worker.bar = known or set_bar(self._worker.loaded, self._worker.model)
+        return self._worker.bar
 
     def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None:
         self._next = enter, leave

@@ -1,66 +1,100 @@
-"""Asynchronous successive halving (Li et al. 2020): who of the trials that reached a rung goes on to the next.
+"""Successive halving with a gate: who of the trials that reached a rung trains on, and who is suspended.
 
-Knows numbers of trials and how good they were; what a trial is, is others' business.
+At the first rungs the trials that will learn often look worse than those that never move: a good rate disturbs a new
+head first. So nobody is suspended before the first trial has taken off. A rung is decided once all that can reach it
+stand there, so that no decision depends on who came first. Knows numbers of trials; what a trial is, it does not know.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+#: A trial has taken off when its last training losses lie below the best constant answer's by this many standard
+#: errors, and by this share of it. The last losses are those of a ninth of the steps, and of so many steps at least.
+ERRORS, SHARE = 4.0, 0.02
+WINDOW, PART = 8, 9
+
+
+def taken_off(losses: list[float], base: float, steps: int) -> bool:
+    """Whether a trial of ``steps`` steps in all has left the loss ``base`` of the best constant answer behind."""
+    count = max(WINDOW, steps // PART)
+    last = losses[-count:]
+    if len(last) < count or not all(map(math.isfinite, last)):
+        return False
+    gain = base - fmean(last)
+    return gain > ERRORS * stdev(last) / math.sqrt(count) and gain > SHARE * abs(base)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a trial stands at a rung: has it taken off, its held-out loss, and its metric, greater being better."""
+
+    off: bool
+    loss: float
+    good: float
 
 
 @dataclass
 class Halving:
-    """``rungs`` places on the way at which one of ``reduction`` trials goes on.
-
-    While more trials can reach a rung, one in ``reduction`` of those seen goes on, rounded down, so that the first to
-    come is not carried through for coming first; once no more can, rounded up, and at least ``least``. One that was not
-    finite somewhere never goes on, and one that reached two rungs in one step goes on from the further one alone.
-    """
+    """``rungs`` places at which the best ``1 / reduction`` train on, and at least ``least``, and the best by metric."""
 
     rungs: int
     reduction: int
     least: int = 1
-    #: rung → trial → how good it was there, compared number by number, greater being better
-    seen: list[dict[int, list[float]]] = field(default_factory=list)
-    #: rung → trials that were sent on
-    sent: list[list[int]] = field(default_factory=list)
+    #: rung → trials that train on from there; None before it is decided
+    sent: list[list[int] | None] = field(default_factory=list)
+    #: suspended trials that train to their end after all, because none of the others learned
+    resumed: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.seen = self.seen or [{} for _ in range(self.rungs)]
-        self.sent = self.sent or [[] for _ in range(self.rungs)]
+        self.sent = self.sent or [None] * self.rungs
 
-    def reach(self, trial: int, rung: int, *goodness: float) -> None:
-        self.seen[rung][trial] = [good if math.isfinite(good) else -math.inf for good in goodness]
+    @property
+    def open(self) -> int:
+        """The first rung that is not decided; ``rungs`` where none is."""
+        return next((rung for rung, sent in enumerate(self.sent) if sent is None), self.rungs)
 
-    def next(self, new: bool, heading: Iterable[int]) -> int | None:
-        """A trial that is to go on, of those at the furthest rung; None if none is.
+    def members(self, rung: int, trials: Iterable[int]) -> list[int]:
+        """Those that come to ``rung``, of all ``trials``."""
+        sent = self.sent[rung - 1] if rung else None
+        return sorted(trials) if rung == 0 else sorted(sent or [])
 
-        Args:
-            new: whether there are trials to come that have not begun.
-            heading: the rung that each running trial will reach next, ``rungs`` for those past the last.
-        """
-        heading = list(heading)
-        waiting: list[list[int]] = []
-        more = new
-        for rung in range(self.rungs):
-            more = more or any(target <= rung for target in heading)
-            ranked = sorted(sorted(self.seen[rung]), key=lambda trial: self.seen[rung][trial], reverse=True)
-            share = len(ranked) / self.reduction
-            quota = math.floor(share) if more else max(math.ceil(share), self.least)
-            beyond = self.seen[rung + 1] if rung + 1 < self.rungs else {}
-            waiting.append(
-                [
-                    trial
-                    for trial in ranked[:quota]
-                    if trial not in self.sent[rung] and trial not in beyond and -math.inf not in self.seen[rung][trial]
-                ]
-            )
-            more = more or bool(waiting[-1])
-        for rung in reversed(range(self.rungs)):
-            if waiting[rung]:
-                chosen = waiting[rung][0]
-                self.sent[rung].append(chosen)
-                return chosen
-        return None
+    def quota(self, count: int) -> int:
+        return max(math.ceil(count / self.reduction), min(self.least, count))
+
+    def pass_all(self, trials: Iterable[int]) -> None:
+        """Nobody is suspended at the open rung."""
+        self.sent[self.open] = sorted(trials)
+
+    def decide(self, standings: Mapping[int, Standing]) -> list[int]:
+        """Who of those at the open rung trains on; the others are suspended."""
+
+        def order(trial: int) -> tuple[bool, float, int]:
+            mine = standings[trial]
+            return not mine.off, mine.loss if math.isfinite(mine.loss) else math.inf, trial
+
+        chosen = sorted(standings, key=order)[: self.quota(len(standings))]
+        finite = [trial for trial in standings if math.isfinite(standings[trial].good)]
+        if finite:
+            chosen.append(min(finite, key=lambda trial: (-standings[trial].good, *order(trial))))
+        self.sent[self.open] = sorted(set(chosen))
+        return sorted(set(chosen))
+
+    def suspended(self, trials: Iterable[int]) -> dict[int, int]:
+        """Trial → the rung at which it is suspended."""
+        found: dict[int, int] = {}
+        for rung in range(self.open):
+            on = self.sent[rung]
+            found |= {t: rung for t in self.members(rung, trials) if t not in (on or []) and t not in self.resumed}
+        return found
+
+    def resume(self, trials: Iterable[int]) -> list[int]:
+        """Those suspended at the furthest rung train to their end; empty when nobody is suspended."""
+        held = self.suspended(trials)
+        furthest = max(held.values(), default=0)
+        chosen = sorted(trial for trial, rung in held.items() if rung == furthest)
+        self.resumed += chosen
+        return chosen

@@ -24,6 +24,8 @@ _FOR_LATER = (
     *("save_strategy", "save_steps", "save_minutes", "save_total_limit", "report_to"),
 )
 SAMPLERS = ("tpe", "random", "grid")
+#: Shares of the steps at which trials are compared: few early ones, for there the good are told from the poor worst.
+RUNGS = (1 / 9, 2 / 9, 1 / 3, 1 / 2, 2 / 3)
 
 
 @dataclass(kw_only=True)
@@ -40,8 +42,8 @@ class TuneOptions:
     trials: int = 16
     #: What proposes them: Optuna's TPE, chance, or all there are.
     sampler: str = "tpe"
-    #: Successive halving: one of so many trials goes on from each rung to the next ...
-    reduction: int = 3
+    #: Successive halving: once a trial has taken off, one in this many trains on from each rung to the next ...
+    reduction: int = 2
     #: ... the first of which is at this share of the steps. 1 lets all trials train to their end.
     min_share: float = 1 / 9
     #: The best configurations, repeated with so many further seeds; 0 seeds turns that off.
@@ -143,12 +145,8 @@ class TuneOptions:
     @property
     def rungs(self) -> list[float]:
         """The shares of its steps at which a trial is compared with others, below 1 and rising."""
-        found = []
-        share = float(self.min_share)
-        while share < 1 - 1e-9:
-            found.append(share)
-            share *= self.reduction
-        return found
+        first = float(self.min_share)
+        return [share for share in (first, *(rung for rung in RUNGS if rung > first + 1e-9)) if share < 1 - 1e-9]
 
     @classmethod
     def read(

@@ -81,6 +81,8 @@ def frozen(options: TuneOptions, trial: Trial) -> FrozenTrial:
     state = {"running": states.RUNNING, "finished": states.COMPLETE, "failed": states.FAIL}.get(
         trial.state, states.PRUNED
     )
+    if trial.state == "waiting" and not measured:  # held where nobody was compared yet: nothing is known of it
+        state = states.RUNNING
     if state is states.COMPLETE and not measured:
         state = states.FAIL
     return optuna.trial.create_trial(

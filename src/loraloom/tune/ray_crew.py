@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 from loraloom.errors import ConfigError, DataError, LoraloomError, TrainingError
 from loraloom.lora.atomic import write_files
 from loraloom.train.ahead.outlook import free_memory
+from loraloom.tune.bar import Bar, set_bar
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.planner import SHARE, Slots, one_slot, plan_slots
 from loraloom.tune.state import TRIALS
@@ -109,11 +110,23 @@ class RemoteWorker:
             memory = free + one_slot(worker.space.widest(), largest).base  # the models of all are there already
         return plan_slots(worker.pack, worker.space.widest(), largest, most, memory, self._options.slots)
 
+    def set_bar(self, threads: int | None, neighbours: int) -> Bar:
+        """Measure what trials have to beat."""
+        self._use(threads, neighbours)
+        worker = self._opened()
+        return set_bar(worker.loaded, worker.model)
+
     def run(
-        self, enter: Sequence[tuple[Trial, bytes]], leave: Sequence[int], threads: int | None, neighbours: int
+        self,
+        enter: Sequence[tuple[Trial, bytes]],
+        leave: Sequence[int],
+        threads: int | None,
+        neighbours: int,
+        bar: Bar,
     ) -> Parcel:
         self._use(threads, neighbours)
         worker = self._opened()
+        worker.bar = bar
         with tempfile.TemporaryDirectory(prefix="loraloom-worker-") as folder:
             worker.options = replace(self._options, train=replace(self._options.train, output=folder))
             opened = [(trial, load(numbers) if numbers else {}) for trial, numbers in enter]
@@ -172,6 +185,7 @@ class RayCrew:
         #: what runs → the worker that runs it
         self._under_way: dict[Any, int] = {}
         self._deaths: Counter[int] = Counter()
+        self._bar = Bar(0)
         self._seen: dict[int, tuple[list[Trial], float]] = {}
         self._workers: list[Any] = []
         self._connected = _connect(self._ray, options)
@@ -198,10 +212,18 @@ class RayCrew:
         except self._ray.exceptions.RayError as error:
             raise TrainingError(f"a worker died before it began: {_first_line(error)}") from None
 
+    def set_bar(self, known: Bar | None) -> Bar:
+        """Measured by the first worker, unless it is known; all have it with their trials."""
+        try:
+            self._bar = known or self._get(0, self._workers[0].set_bar.remote(self._threads, self._neighbours[0]))
+        except self._ray.exceptions.RayError as error:
+            raise TrainingError(f"a worker died before it began: {_first_line(error)}") from None
+        return self._bar
+
     def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None:
         packed = [(trial, _packed(numbers) if numbers else b"") for trial, numbers in enter]
         run = self._workers[worker].run.remote
-        self._under_way[run(packed, list(leave), self._threads, self._neighbours[worker])] = worker
+        self._under_way[run(packed, list(leave), self._threads, self._neighbours[worker], self._bar)] = worker
 
     def wait(self) -> tuple[int, Report | None]:
         asked = False

@@ -153,6 +153,8 @@ class Comparison:
     share: float
     values: dict[int, float]
     failed: frozenset[int]
+    #: steps that the shortest of them had taken there
+    steps: int = 0
 
     def good(self, number: int) -> float:
         return goodness(self.metric, self.values[number])
@@ -181,7 +183,8 @@ def compare(trials: Iterable[Trial], metric: str) -> Comparison:
         if points[-1][0] >= share - 1e-9 and before:
             values[number] = before[-1]
     worst = min(values.values(), key=lambda value: goodness(metric, value))
-    return Comparison(metric, share, values | dict.fromkeys(sorted(failed), worst), failed)
+    steps = min(round(share * trial.steps) for trial in alive if trial.number in values)
+    return Comparison(metric, share, values | dict.fromkeys(sorted(failed), worst), failed, steps)
 
 
 def same(value: Any) -> str:

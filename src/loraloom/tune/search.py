@@ -22,8 +22,9 @@ import torch
 
 import loraloom
 from loraloom.config import TaskType
-from loraloom.errors import ConfigError, DataError
+from loraloom.errors import ConfigError, DataError, SaveError
 from loraloom.lora.atomic import replace_links, write_files
+from loraloom.train.ahead.doctor import amount
 from loraloom.train.course import lock
 from loraloom.train.course.signals import asked_to_stop
 from loraloom.train.measure.metrics import metric_name
@@ -31,18 +32,31 @@ from loraloom.train.run import Interrupted, Loaded, check_output, load
 from loraloom.train.settings import runfile
 from loraloom.train.start.dataset import TEMPLATE_NAME
 from loraloom.tune import proposals, words
+from loraloom.tune.bar import Bar, learned
 from loraloom.tune.crew import Alone, Crew, Silent, Watcher
-from loraloom.tune.halving import Halving
+from loraloom.tune.halving import Halving, Standing
 from loraloom.tune.options import TuneOptions
-from loraloom.tune.score import goodness
-from loraloom.tune.state import STATE_NAME, TRIALS, State, clear, load_numbers, load_state, save_state
+from loraloom.tune.score import goodness, originals
+from loraloom.tune.state import (
+    STATE_NAME,
+    TRIALS,
+    State,
+    clear,
+    damaged,
+    hashes_of,
+    load_numbers,
+    load_state,
+    save_state,
+)
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict, record, verdict
-from loraloom.tune.worker import Numbers, Report, Space, Worker, milestones, name_of
+from loraloom.tune.worker import Numbers, Report, Space, Worker, name_of, rung_step
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
+#: Proposals that a sampler makes from the same knowledge.
+PROPOSALS = 16
 RESULT_NAME, BEST_NAME, BEST_FILE = "result.json", "best", "best.yaml"
 
 
@@ -108,6 +122,7 @@ class Search:
     # -- from the first step to the verdict ---------------------------------------------------------------------
 
     def run(self) -> SearchResult:
+        self._describe()
         if later := self.options.left_for_later:
             self.watch.event(f"not for the search, but for the training in full ({BEST_FILE}): {', '.join(later)}")
         if self.options.train.overwrite:
@@ -128,8 +143,28 @@ class Search:
                     on_each = f" on each of {crew.count} workers" if crew.count > 1 else ""
                     self.watch.event(f"slots: {together}{on_each} ({planned.why})")
                 self.state.slots = min(self.state.slots, most)  # there may have been fewer workers before
+                self.state.bar = crew.set_bar(self.state.bar)
+                self.watch.event(f"to beat: {self.bar_words()} in {self.options.metric}")
                 self._train(crew)
         return self._conclude()
+
+    def _describe(self) -> None:
+        """What was recognised and done to the rows, and what may well be a mistake: as ``loraloom train`` says it."""
+        data = self.loaded.data
+        for note in data.notes:
+            self.watch.event(note)
+        self.watch.event(
+            f"{len(data.train.examples):,} rows to train on, {len(data.evaluation.examples):,} held out; "
+            f"{data.train.tokens:,} tokens an epoch, padding {data.padding:.1%}"
+        )
+        options = self.options.train
+        findings = amount(
+            len(data.train.examples),
+            options.batch_size * options.gradient_accumulation_steps,
+            self.loaded.steps(options)[0],
+        )
+        for text in [*data.warnings, *(finding.text for finding in findings)]:
+            self.watch.event(f"warning: {text}")
 
     def _crew(self) -> Crew:
         def stop() -> bool:
@@ -201,18 +236,14 @@ class Search:
                 self.state.trials[trial.number] = trial
 
     def _take_note(self, trial: Trial) -> None:
-        value = trial.latest(self.options.metric)
         if trial.state == "failed":
             self.watch.event(f"trial {trial.number} failed: {trial.reason}")
         elif trial.state == "finished":
+            value = trial.latest(self.options.metric)
+            trial.files = hashes_of(self.folder / TRIALS / name_of(trial.number))
             self.watch.event(f"trial {trial.number} finished: {self.options.metric} {value:.4g}")
-        elif rungs := milestones(self.options, trial)[trial.step]:
+        else:
             trial.state = "waiting"
-            loss = trial.latest("loss")
-            assert value is not None
-            assert loss is not None
-            for rung in rungs:  # where the metric is the same, the loss says more
-                self.state.halving.reach(trial.number, rung, goodness(self.options.metric, value), -loss)
 
     def _assign(self, crew: Crew, idle: Sequence[int], numbers: dict[int, Numbers]) -> set[int]:
         """Decide who trains next, write it down, and let the idle workers begin. Returns those that have work.
@@ -225,10 +256,6 @@ class Search:
         while len(mine) < free and (chosen := self._next()) is not None:
             chosen.state = "running"
             mine.append(chosen)
-        for number in numbers:
-            if self.trials[number].state == "waiting":
-                step, share = self.trials[number].step, self.options.reduction
-                self.watch.event(f"trial {number} waits at step {step}: one in {share} goes on, and not this one yet")
         self._save(numbers)
         mine.sort(key=lambda trial: trial.number)
         working = set()
@@ -242,9 +269,10 @@ class Search:
                 continue
             numbers_now = sorted(trial.number for trial in places[worker])
             leave = [n for n in self.members[worker] if n not in numbers_now]
-            enter = [t for t in places[worker] if t.number not in self.members[worker]]
-            self.members[worker] = numbers_now
-            crew.start(worker, [(trial, self._begin(trial)) for trial in enter], leave)
+            there, self.members[worker] = self.members[worker], numbers_now
+            # Those that it has are handed over as well, for how far they train now, without their numbers.
+            enter = [(trial, {} if trial.number in there else self._begin(trial)) for trial in places[worker]]
+            crew.start(worker, enter, leave)
             working.add(worker)
         return working
 
@@ -262,28 +290,139 @@ class Search:
     # -- who trains next ----------------------------------------------------------------------------------------
 
     def _next(self) -> Trial | None:
-        originals = [trial for trial in self.trials if trial.repeats is None]
-        running = [trial for trial in originals if trial.state == "running"]
-        new = len(originals) < self.options.trials and not self.exhausted
-        promoted = self.state.halving.next(new, [self._heading(trial) for trial in running])
-        if promoted is not None:
-            return self.trials[promoted]
-        if new:
-            values = proposals.propose(self.options, self.trials, self.sampler)
-            if values is not None:
-                return self._add(values, self.options.train.seed)
-            self.exhausted = True
-            return self._next()
-        if running:
-            return None
-        if not any(trial.repeats is not None for trial in self.trials):
-            self._add_repeats(originals)
-        return next((trial for trial in self.trials if trial.repeats is not None and trial.state == "waiting"), None)
+        """A trial that is to train or to be measured, and has no slot; one that a worker has already is preferred."""
+        while self._decided():
+            pass
+        held = {number for members in self.members.values() for number in members}
+        ready = [t for t in self.trials if t.state == "waiting" and (t.measure or t.step < (t.goal or t.steps))]
+        return min(ready, key=lambda trial: (trial.number not in held, trial.number), default=None)
 
-    def _heading(self, trial: Trial) -> int:
-        """The rung that it reaches next."""
-        seen = self.state.halving.seen
-        return next((rung for rung in range(len(seen)) if trial.number not in seen[rung]), len(seen))
+    @property
+    def originals(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.repeats is None]
+
+    def _decided(self) -> bool:
+        """Take one decision, if what is known allows it. None depends on which trial came first."""
+        originals, halving = self.originals, self.state.halving
+        if not self.exhausted and len(originals) < self.options.trials:
+            return all(self._stands(trial, 0) for trial in originals) and self._propose()
+        if halving.open < halving.rungs:
+            return self._decide_rung(halving.open)
+        suspended = halving.suspended([trial.number for trial in originals])
+        if any(trial.state in ("running", "waiting") and trial.number not in suspended for trial in self.trials):
+            return False
+        if any(trial.repeats is not None for trial in self.trials):
+            return False
+        if not any(self._learned(trial) for trial in originals):
+            return self._resume()
+        return self._add_repeats(originals)
+
+    def _stands(self, trial: Trial, rung: int) -> bool:
+        """Whether it has come to ``rung`` and does not train, or never will."""
+        if trial.state in ("finished", "failed"):
+            return True
+        return bool(self.options.rungs) and trial.state == "waiting" and trial.step >= self._rung_step(trial, rung)
+
+    def _rung_step(self, trial: Trial, rung: int) -> int:
+        return rung_step(self.options, trial, rung)
+
+    def _propose(self) -> bool:
+        """The next proposals, all from the same knowledge: they do not hang on who came to a rung first."""
+        originals, trials = self.originals, self.options.trials
+        count = trials
+        if self.sampler is not None or self.options.sampler == "tpe":
+            count = (trials + 1) // 2 if not originals else max(PROPOSALS, trials // 4)
+        before = len(originals)
+        for _ in range(min(count, trials - before)):
+            values = proposals.propose(self.options, self.trials, self.sampler)
+            if values is None:
+                self.exhausted = True
+                break
+            trial = self._add(values, self.options.train.seed)
+            trial.goal = self._rung_step(trial, 0) if self.options.rungs else trial.steps
+        return True
+
+    def _decide_rung(self, rung: int) -> bool:
+        halving, options = self.state.halving, self.options
+        here = [self.trials[n] for n in halving.members(rung, [trial.number for trial in self.originals])]
+        here = [trial for trial in here if trial.state != "failed"]
+        numbers = [trial.number for trial in here]
+        warm = max((self._warmup(trial) for trial in here), default=0.0)
+        if len(here) <= halving.quota(len(here)) or options.rungs[rung] < warm:
+            halving.pass_all(numbers)
+            return self._send_on(numbers)
+        if not all(self._stands(trial, rung) for trial in here):
+            return False
+        off = {trial.number: self._off(trial, rung) for trial in here}
+        share = f"at {options.rungs[rung]:.0%} of the steps"
+        if not any(off.values()):
+            self.watch.event(f"{share} no trial has taken off yet (training loss below that of {self._constant()}): "
+                             f"all {len(here)} train on")  # fmt: skip
+            halving.pass_all(numbers)
+            return self._send_on(numbers)
+        if late := [trial for trial in here if not trial.measured and trial.state == "waiting"]:
+            for trial in late:
+                trial.measure = True
+            return False
+        sent = halving.decide({trial.number: self._standing(trial, off[trial.number]) for trial in here})
+        rest = [str(number) for number in numbers if number not in sent and self.trials[number].state == "waiting"]
+        self.watch.event(
+            f"{share} {sum(off.values())} of {len(here)} trials have taken off: {', '.join(map(str, sent))} train on"
+            + (f", {', '.join(rest)} are suspended" if rest else "")
+        )
+        return self._send_on(sent)
+
+    def _constant(self) -> str:
+        return "the best constant answer" if self.bar.base is not None else "its first steps"
+
+    def _off(self, trial: Trial, rung: int) -> bool:
+        return self.bar.has_taken_off(trial.curve.loss[: self._rung_step(trial, rung)], trial.steps)
+
+    def _standing(self, trial: Trial, off: bool) -> Standing:
+        last = trial.curve.evaluations[-1]
+        return Standing(off, last["loss"], goodness(self.options.metric, last[self.options.metric]))
+
+    def _warmup(self, trial: Trial) -> float:
+        """The share of its steps in which the rate rises."""
+        given = trial.options.warmup_steps
+        return trial.options.warmup_ratio if given is None else given / trial.steps
+
+    def _send_on(self, numbers: Sequence[int]) -> bool:
+        """Those train to the next rung at which somebody may be suspended, or to their end."""
+        halving = self.state.halving
+        rung = halving.open
+        for number in numbers:
+            trial = self.trials[number]
+            trial.goal = trial.steps if rung == halving.rungs else self._rung_step(trial, rung)
+        return True
+
+    def _resume(self) -> bool:
+        """Nobody who came to the end has learned anything: those suspended last come to theirs as well."""
+        chosen = self.state.halving.resume([trial.number for trial in self.originals])
+        chosen = [number for number in chosen if self.trials[number].state == "waiting"]
+        if not chosen:
+            return bool(self.state.halving.suspended([trial.number for trial in self.originals]))
+        for number in chosen:
+            self.trials[number].goal = self.trials[number].steps
+        self.watch.event(f"no trial that came to its end is above {self.bar_words()}: {', '.join(map(str, chosen))} "
+                         "train on to theirs")  # fmt: skip
+        return True
+
+    def _learned(self, trial: Trial) -> bool:
+        return trial.state == "finished" and learned(self.bar, [trial], self.options.metric, self.tried)
+
+    @property
+    def bar(self) -> Bar:
+        assert self.state.bar is not None
+        return self.state.bar
+
+    def bar_words(self) -> str:
+        best = self.bar.best(self.options.metric)
+        return "what says nothing of the rows" if best is None else f"{best[0]} ({best[1][0]:.3g})"
+
+    @property
+    def tried(self) -> int:
+        return len(self.originals)
 
     def _add(self, values: Mapping[str, Any], seed: int, repeats: int | None = None) -> Trial:
         options = self.space.trial_options(values, seed)
@@ -301,9 +440,9 @@ class Search:
         self.trials.append(trial)
         return trial
 
-    def _add_repeats(self, originals: Sequence[Trial]) -> None:
-        """The finalists again, with other seeds: so that the noise is known."""
-        finished = [trial for trial in originals if trial.state == "finished"]
+    def _add_repeats(self, originals: Sequence[Trial]) -> bool:
+        """The finalists again, with other seeds: so that the noise is known. Those that learned nothing are none."""
+        finished = [trial for trial in originals if self._learned(trial)]
 
         def order(trial: Trial) -> tuple[float, int, int]:
             value = trial.latest(self.options.metric)
@@ -316,6 +455,7 @@ class Search:
         if finalists and self.options.seeds:
             numbers, more = ", ".join(str(trial.number) for trial in finalists), self.options.seeds
             self.watch.event(f"finalists {numbers}: again with {more} more {'seed' if more == 1 else 'seeds'} each")
+        return bool(finalists and self.options.seeds)
 
     def _seconds_left(self) -> float | None:
         """By the steps that successive halving leaves, at the speed so far."""
@@ -324,28 +464,23 @@ class Search:
             return None
         steps, options = statistics.median(trial.steps for trial in self.trials), self.options
         count, before, whole = float(options.trials), 0.0, 0.0
-        for share in [*options.rungs, 1.0]:
+        for rung, share in enumerate([*options.rungs, 1.0]):
             whole, before = whole + count * (share - before) * steps, share
-            count = math.ceil(count / options.reduction)
+            if rung < self.state.halving.rungs:
+                sent = self.state.halving.sent[rung]
+                count = len(sent) if sent is not None else self.state.halving.quota(math.ceil(count))
         whole += options.seeds * options.finalists * steps
         return max(whole - done, 0) * self.state.seconds / done
 
     # -- what came out ------------------------------------------------------------------------------------------
 
     def _conclude(self) -> SearchResult:
-        space, best = self.options.space, self.folder / BEST_NAME
-        found = verdict(
-            self.trials,
-            self.options.metric,
-            edges=space.edges,
-            distributions=space.distributions(),
-            order=space.order(),
-        )
-        source = self.folder / TRIALS / name_of(found.best.number)
+        best = self.folder / BEST_NAME
+        found, source = self._judge()
         made = record(
             found,
             self.trials,
-            adapter=best if source.is_dir() else "",
+            adapter=best if source is not None else "",
             seconds=self.state.seconds,
             machine={
                 "processor": platform.processor() or platform.machine(),
@@ -357,17 +492,61 @@ class Search:
                 "loraloom": loraloom.__version__,
             },
         )
-        if source.is_dir():
+        if source is not None and source != best:
             files = {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
             if (template := self.loaded.data.template) is not None:
                 files[TEMPLATE_NAME] = template.encode()
             write_files(best, files)
         write_files(self.folder, {RESULT_NAME: json.dumps(made, indent=2, sort_keys=True).encode()})
-        options = replace(found.best.options, output=str(self.folder / "full"), overwrite=False)
-        score = found.scores[found.best.number].mean
-        title = f"The best of {self.options.trials} trials: {self.options.metric} {score:.4g}"
-        runfile.write(options, self.folder / BEST_FILE, title)
+        if found.learned:
+            options = replace(found.best.options, output=str(self.folder / "full"), overwrite=False)
+            score = found.scores[found.best.number].mean
+            title = f"The best of {self.options.trials} trials: {self.options.metric} {score:.4g}"
+            runfile.write(options, self.folder / BEST_FILE, title)
         return SearchResult(found, made, self.folder)
+
+    def _judge(self) -> tuple[Verdict, Path | None]:
+        """The verdict, and the folder of the best adapter: None where none is recommended, or none came to its end.
+
+        A configuration whose adapters are all missing or damaged gives way to the next, and that is noted.
+
+        Raises:
+            SaveError: no adapter is whole of those that may be recommended.
+        """
+        space, notes, lost = self.options.space, list[str](), list[int]()
+        groups = originals(self.trials)
+        while True:
+            found = verdict(
+                self.trials,
+                self.options.metric,
+                edges=space.edges,
+                distributions=space.distributions(),
+                order=space.order(),
+                bar=self.state.bar,
+                lost=lost,
+            )
+            number = found.best.number
+            if not found.learned or not found.scores[number].finished:
+                return replace(found, notes=[*found.notes, *notes]), None
+            if number in lost:
+                raise SaveError(f"{notes[0]}, and no other adapter is whole; give --overwrite to begin the search anew")
+            source, said = self._adapter(groups[number])
+            notes += said
+            if source is not None:
+                return replace(found, notes=[*found.notes, *notes]), source
+            lost.append(number)
+
+    def _adapter(self, group: Sequence[Trial]) -> tuple[Path | None, list[str]]:
+        """The folder of an adapter of this configuration that is whole, and what is to be said of others."""
+        said: list[str] = []
+        for trial in group:
+            folder = self.folder / TRIALS / name_of(trial.number)
+            for path in (folder, self.folder / BEST_NAME):
+                if trial.state == "finished" and not damaged(path, trial.files):
+                    return path, said
+            if trial.state == "finished":
+                said.append(f"the adapter of trial {trial.number} is not used: {damaged(folder, trial.files)}")
+        return None, said
 
 
 def _check_validation(loaded: Loaded) -> None:

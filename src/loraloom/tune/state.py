@@ -7,6 +7,7 @@ before it and deleted once it names others.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from loraloom.errors import ConfigError, SaveError
 from loraloom.lora.atomic import recover, write_files
 from loraloom.train.settings.options import TrainOptions
 from loraloom.train.slot import Curve
+from loraloom.tune.bar import Bar
 from loraloom.tune.halving import Halving
 from loraloom.tune.proposals import JOURNAL_NAME
 from loraloom.tune.trial import Trial
@@ -49,6 +51,8 @@ class State:
     files: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
     finished: bool = False
+    #: what trials have to beat, once it was measured
+    bar: Bar | None = None
 
 
 def save_state(folder: Path, state: State, numbers: Mapping[int, Mapping[str, Tensor]]) -> None:
@@ -97,22 +101,16 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
             "--overwrite to begin anew"
         )
     try:
-        halving = found["halving"]
         return State(
             fingerprint=found["fingerprint"],
             slots=found["slots"],
-            halving=Halving(
-                halving["rungs"],
-                halving["reduction"],
-                halving["least"],
-                [{int(n): _numbers(good) for n, good in rung.items()} for rung in halving["seen"]],
-                halving["sent"],
-            ),
+            halving=Halving(**found["halving"]),
             asked=(found["asked"][0], found["asked"][1]),
             trials=[_read_trial(entry, build) for entry in found["trials"]],
             files={int(number): name for number, name in found["files"].items()},
             seconds=found["seconds"],
             finished=found["finished"],
+            bar=_read_bar(found["bar"]),
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise _damaged(path, error) from None
@@ -140,6 +138,27 @@ def load_numbers(folder: Path, state: State, number: int) -> dict[str, Tensor]:
         raise SaveError(
             f"{folder / name}: cannot be read ({error}); give --overwrite to begin the search anew"
         ) from None
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """File → sha256 of what is in ``folder``."""
+    paths = sorted(path for path in folder.glob("*") if path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def damaged(folder: Path, files: Mapping[str, str]) -> str:
+    """What is wrong with the ``files`` (name → sha256) that were written to ``folder``; empty where all are whole."""
+    if not files:
+        return f"{folder} was written by no trial"
+    for name, digest in files.items():
+        path = folder / name
+        try:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+        if found != digest:
+            return f"{path} is damaged (it is not what the search wrote)"
+    return ""
 
 
 def clear(folder: Path, *results: str) -> None:
@@ -170,14 +189,23 @@ def _trial(trial: Trial) -> dict[str, Any]:
 
 
 def _read_trial(entry: dict[str, Any], build: Build) -> Trial:
-    curve, seed, used = (entry.pop(key) for key in ("curve", "seed", "used"))
+    curve, seed, used, parts = (entry.pop(key) for key in ("curve", "seed", "used", "parts"))
     evaluations = [{key: _number(value) for key, value in one.items()} for one in curve["evaluations"]]
     return Trial(
         **entry,
         options=build(entry["values"], seed),
         curve=Curve(_numbers(curve["loss"]), _numbers(curve["learning_rate"]), evaluations),
         used={name: (r, directions, _number(norm)) for name, (r, directions, norm) in used.items()},
+        parts={name: _numbers(values) for name, values in parts.items()},
     )
+
+
+def _read_bar(entry: dict[str, Any] | None) -> Bar | None:
+    if entry is None:
+        return None
+    answers = entry["answers"]
+    read = {words: {name: _numbers(values) for name, values in one.items()} for words, one in answers.items()}
+    return Bar(entry["rows"], _number(entry["base"]), entry["begins"], read)
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:

@@ -41,6 +41,19 @@ class Trial:
     #: module → (rank, directions that hold nearly all of the update, norm of the update over that of the weight);
     #: measured when it ends
     used: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    #: metric → over all held-out rows, and over all but each part of them; measured when it ends
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    #: files of its adapter → sha256; once it is finished
+    files: dict[str, str] = field(default_factory=dict)
+    #: the step at which it is held next until others are there too; 0 is its last
+    goal: int = 0
+    #: to be measured where it stands, before it trains on
+    measure: bool = False
+
+    @property
+    def measured(self) -> bool:
+        """Whether it was measured at the step at which it stands."""
+        return bool(self.curve.evaluations) and int(self.curve.evaluations[-1]["step"]) == self.step
 
     def latest(self, metric: str) -> float | None:
         """The metric on the held-out rows when last measured."""

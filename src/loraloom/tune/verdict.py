@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from loraloom.errors import TrainingError
+from loraloom.train.measure.parts import error
 from loraloom.tune.advice import advise
+from loraloom.tune.bar import Bar, Gain, gain, learned
 from loraloom.tune.score import (
     COMPARED,
     Comparison,
@@ -30,7 +32,8 @@ from loraloom.tune.score import (
     scores,
     varying,
 )
-from loraloom.tune.symptoms.evidence import Advice, Evidence
+from loraloom.tune.symptoms.evidence import FEW_STEPS, Advice, Evidence
+from loraloom.tune.symptoms.nothing import nothing
 from loraloom.tune.trial import Trial
 
 #: PED-ANOVA asks what the best trials have in common; Optuna's documentation wants at least five of them.
@@ -66,6 +69,10 @@ class Verdict:
     mattered: list[str] = field(default_factory=list)
     #: all configurations, best first
     ranking: list[int] = field(default_factory=list)
+    #: False: nothing was learned, so none is recommended, and ``best`` is only the first of the ranking
+    learned: bool = True
+    #: how far ``best`` lies above what it has to beat, where that was measured
+    gain: Gain | None = None
     trials: Sequence[Trial] = ()
 
     @property
@@ -93,6 +100,8 @@ class Verdict:
                 "mattered": self.mattered,
                 "advice": [asdict(advice) for advice in self.advice],
                 "ranking": self.ranking,
+                "learned": self.learned,
+                "to_beat": None if self.gain is None else asdict(self.gain),
             }
         )
         return found
@@ -105,6 +114,8 @@ def verdict(
     edges: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda values: {},
     distributions: Mapping[str, Any] | None = None,
     order: Mapping[str, Sequence[Any]] | None = None,
+    bar: Bar | None = None,
+    lost: Collection[int] = (),
 ) -> Verdict:
     """Judge ``trials`` by ``metric`` on the held-out rows.
 
@@ -113,6 +124,8 @@ def verdict(
             further out.
         distributions: knob → Optuna's distribution that its values were drawn from; by default what they look like.
         order: knob → its values from low to high, for knobs whose values are not numbers but have an order.
+        bar: what a configuration has to beat to be recommended; without it any may be.
+        lost: configurations whose adapters are missing or damaged: others are recommended in their place.
 
     Raises:
         TrainingError: no trial has a finite value of ``metric``.
@@ -128,6 +141,11 @@ def verdict(
             f"{'; '.join(reasons[:3])}. Lower the learning rates of the space, or let trials run to their first "
             "evaluation"
         )
+    groups = originals(trials)
+    pool = [n for n in pool if n not in lost] or pool
+    ended = {n: [trial for trial in group if trial.state == "finished"] for n, group in groups.items()}
+    able = pool if bar is None else [n for n in pool if learned(bar, ended[n], metric, len(groups))]
+    pool = able or pool
     number, why = _choose(pool, known, by_number, metric)
     rest = [other for other in pool if other != number]
     runner_up = rest[0] if rest else None
@@ -141,7 +159,7 @@ def verdict(
     best = by_number[number]
     evidence = Evidence(
         best=best,
-        trials=[group[0] for group in originals(trials).values()],
+        trials=[group[0] for group in groups.values()],
         comparison=comparison,
         importance=importance,
         mattered=mattered,
@@ -156,12 +174,14 @@ def verdict(
         tie=tie,
         pareto=pareto({n: (by_number[n].parameters, goodness(metric, known[n].mean)) for n in level}),
         importance=importance,
-        advice=advise(evidence),
+        advice=advise(evidence) if able or bar is None else nothing(evidence.trials, best, bar, metric),
         why=why,
         notes=notes,
         importance_reason=reason,
         mattered=mattered,
         ranking=ranked,
+        learned=bool(able),
+        gain=None if bar is None else gain(bar, ended[number], metric, len(groups)),
         trials=list(trials),
     )
 
@@ -244,6 +264,8 @@ def importances(
     if len(compared) < COMPARED:
         few = f"{len(compared)} trials can be compared; {COMPARED} are needed to say which knob mattered"
         return {}, [], few
+    if comparison.steps < FEW_STEPS:
+        return {}, [], f"{comparison.steps} steps are too few to say which knob mattered; {FEW_STEPS} are needed"
     if not names:
         return {}, [], "no knob had more than one value"
     goods = [comparison.good(trial.number) for trial in compared]
@@ -313,22 +335,25 @@ def record(
 ) -> dict[str, Any]:
     """What ``result.json`` holds: plain JSON, the same for the same trials apart from the seconds and the machine."""
     best = found.scores[found.best.number]
+    winner = {
+        "config": found.best.values,
+        "metric": best.mean,
+        "adapter": str(adapter),
+        "metric_name": found.metric,
+        "number": found.best.number,
+        "noise": best.noise,
+        "seeds": best.values,
+        "tie": found.tie,
+        "why": found.why,
+        "runner_up": found.runner_up.number if found.runner_up else None,
+        "notes": found.notes,
+        "options": found.best.options.to_dict(),
+    }
     built: dict[str, Any] = plain(
         {
-            "best": {
-                "config": found.best.values,
-                "metric": best.mean,
-                "adapter": str(adapter),
-                "metric_name": found.metric,
-                "number": found.best.number,
-                "noise": best.noise,
-                "seeds": best.values,
-                "tie": found.tie,
-                "why": found.why,
-                "runner_up": found.runner_up.number if found.runner_up else None,
-                "notes": found.notes,
-                "options": found.best.options.to_dict(),
-            },
+            "learned": found.learned,
+            "best": winner if found.learned else None,
+            "to_beat": None if found.gain is None else asdict(found.gain),
             "trials": [_trial(trial, found) for trial in sorted(trials, key=lambda trial: trial.number)],
             "pareto": found.pareto,
             "importance": found.importance,
@@ -358,6 +383,7 @@ def _trial(trial: Trial, found: Verdict) -> dict[str, Any]:
         "bytes": trial.bytes,
         "reason": trial.reason,
         "used": {name: list(figures) for name, figures in sorted(trial.used.items())},
+        "error": {name: error(values) for name, values in trial.parts.items()},
     }
 
 

@@ -28,6 +28,7 @@ from loraloom.train.pack import Pack
 from loraloom.train.run import Loaded, explain
 from loraloom.train.settings.options import TrainOptions
 from loraloom.train.slot import Slot
+from loraloom.tune.bar import Bar
 from loraloom.tune.knobs import Range
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.space import RANK, TARGETS
@@ -42,8 +43,10 @@ SPAN = "span"
 WIDTH = 16
 #: Numbers are handed over at least so often.
 SECONDS = 60.0
-#: A trial blows up whose mean loss over so many steps is so many times that of its first ones.
-WINDOW, BLOWN_UP = 10, 2.0
+#: A trial blows up whose mean loss over so many steps is so many times that of where it began. At a very high rate its
+#: first losses have blown up already: it began no higher than the best constant answer, or than this many times the
+#: loss of the first step, before which nothing was changed. One batch may be an easy one.
+WINDOW, BLOWN_UP, EASY = 10, 2.0, 3.0
 #: At a rung a trial is measured on as many rows as a training comes to see by then, on these at least, and on all where
 #: there are no more: measuring many that have hardly begun would take longer than training them.
 RUNG_ROWS = 256
@@ -58,7 +61,7 @@ class Report:
     """What a worker hands over: its trials as they are now, and their numbers."""
 
     trials: list[Trial]
-    #: of these something is to be decided: they reached a milestone, and were measured, or failed
+    #: of these something is to be decided: they came to where they are held, were measured there, or failed
     events: list[int]
     numbers: dict[int, Numbers] = field(default_factory=dict)
     tokens: int = 0
@@ -111,6 +114,8 @@ class Worker:
         self.pack = Pack(self.model, task=loaded.task, pad_id=loaded.tokenizer.pad_token_id, pad_to_multiple_of=WIDTH)
         self.slots: dict[int, Slot] = {}
         self.trials: dict[int, Trial] = {}
+        #: what trials have to beat; its owner sets it
+        self.bar = Bar(len(loaded.data.evaluation_rows))
 
     def run(
         self,
@@ -122,7 +127,7 @@ class Worker:
         """Let trials out and in, and train until there is something to decide, or to write down.
 
         Args:
-            enter: trials with their numbers; none for one that begins.
+            enter: trials with their numbers; none for one that begins. Of one that is in the pack, how far it trains.
             tell: called after each step with the running trials and the tokens of a second.
             stop: asked after each step.
         """
@@ -132,8 +137,13 @@ class Worker:
             for number in leave:
                 self._leave(number)
             for trial, numbers in enter:
-                self._enter(trial, numbers)
+                if (known := self.trials.get(trial.number)) is None:
+                    self._enter(trial, numbers)
+                else:
+                    known.state, known.goal, known.measure = trial.state, trial.goal, trial.measure
             last = time.monotonic()
+            for number in (events := [number for number, trial in self.trials.items() if trial.measure]):
+                self._measure(self.trials[number])
             while not events and self.slots:
                 seen = advance(self.pack, [self.slots[number] for number in sorted(self.slots)])
                 now = time.monotonic()
@@ -142,9 +152,6 @@ class Worker:
                 tell(list(self.trials.values()), seen / max(passed, 1e-9))
                 if stop() or now - started > SECONDS:
                     break
-            for number in events:
-                if self.trials[number].state == "running":
-                    self._measure(self.trials[number])
         except (RuntimeError, MemoryError) as error:
             if not explain(error).startswith("out of memory"):
                 raise
@@ -160,15 +167,26 @@ class Worker:
         trial, slot = self.trials[number], self.slots[number]
         moved, trial.step = slot.step > trial.step, slot.step
         trial.seconds += seconds
-        failure = slot.failure or (blown_up(trial) if moved else "")
+        failure = slot.failure or (blown_up(trial, self.bar.base) if moved else "")
         if failure:
             trial.state, trial.reason = "failed", failure
-        return bool(failure) or (moved and trial.step in milestones(self.options, trial))
+            return True
+        held = trial.step == (trial.goal or trial.steps)
+        # One that has taken off will be compared where it is held: it is measured while it is here.
+        off = held and self.bar.has_taken_off(trial.curve.loss, trial.steps)
+        if moved and (off or trial.step in (between(trial), trial.steps)):
+            self._measure(trial)
+        return trial.state != "running" or (moved and held)
 
     def _measure(self, trial: Trial) -> None:
         name, metric = name_of(trial.number), self.options.metric
-        rows = self._rows(trial)
-        found = self.loaded.evaluate(self.model, name, rows)
+        trial.measure = False
+        if trial.step >= trial.steps:
+            trial.parts = {key: list(values) for key, values in self.loaded.evaluate_parts(self.model, name).items()}
+            rows, found = None, {key: values[0] for key, values in trial.parts.items()}
+        else:
+            rows = self._rows(trial)
+            found = self.loaded.evaluate(self.model, name, rows)
         trial.curve.evaluations.append({"step": trial.step, **found} | ({} if rows is None else {"rows": len(rows)}))
         # Of logits that are NaN some class is still the likeliest: the accuracy alone does not tell.
         if broken := [name for name in (metric, "loss") if not math.isfinite(found[name])]:
@@ -178,8 +196,10 @@ class Worker:
             self.model.save_pretrained(Path(self.options.train.output) / TRIALS, selected_adapters=[name])
 
     def _rows(self, trial: Trial) -> list[int] | None:
-        """The held-out rows to measure ``trial`` on, the same for all that come so far; None for all there are."""
-        rungs = milestones(self.options, trial)[trial.step]
+        """The held-out rows to measure ``trial`` on, the same for all at a rung; None for all there are."""
+        if trial.repeats is not None or trial.step == between(trial):
+            return None
+        rungs = [rung for rung in range(len(self.options.rungs)) if rung_step(self.options, trial, rung) == trial.step]
         there = len(self.loaded.data.evaluation.examples)
         options = self.loaded.options
         steps, _ = self.loaded.steps(options)
@@ -206,7 +226,8 @@ class Worker:
         }
         slot.optimizer.load_state(moments)
         seen, loss = numbers["within"].tolist() if "within" in numbers else (0, 0.0)
-        slot.go_on(trial.step, trial.curve, (int(seen), loss))
+        scale, good = numbers["scale"].tolist() if "scale" in numbers else slot.scale
+        slot.go_on(trial.step, trial.curve, (int(seen), loss), (scale, int(good)))
         for key, parameter in parameters.items():
             if (gradient := numbers.get(f"gradient/{key}")) is not None:
                 parameter.grad = gradient.to(parameter, copy=True)
@@ -222,6 +243,7 @@ class Worker:
         parameters = self.pack.parameters_of(slot.name)
         found = {f"adapter/{key}": p.detach() for key, p in parameters.items()}
         found |= {f"optimizer/{key}": value for key, value in slot.optimizer.state().items()}
+        found["scale"] = torch.tensor(slot.scale, dtype=torch.float64)
         if slot.within[0]:  # between the forwards of one step: who comes to a rung first must not depend on the clock
             found |= {f"gradient/{key}": p.grad for key, p in parameters.items() if p.grad is not None}
             found["within"] = torch.tensor(slot.within, dtype=torch.float64)
@@ -232,21 +254,22 @@ def name_of(number: int) -> str:
     return f"trial-{number}"
 
 
-def milestones(options: TuneOptions, trial: Trial) -> dict[int, list[int]]:
-    """Steps at which a trial is measured → the rungs that it reaches there. At the end the verdict compares."""
-    places: dict[int, list[int]] = {}
-    for rung, share in enumerate([] if trial.repeats is not None else options.rungs):
-        places.setdefault(max(1, math.ceil(share * trial.steps)), []).append(rung)
-    places.setdefault(max(1, math.ceil(BETWEEN * trial.steps)), [])
-    return places | {trial.steps: []}
+def rung_step(options: TuneOptions, trial: Trial, rung: int) -> int:
+    """The step at which ``trial`` comes to ``rung``."""
+    return min(max(1, math.ceil(options.rungs[rung] * trial.steps - 1e-9)), trial.steps)
 
 
-def blown_up(trial: Trial) -> str:
-    """What there is to say of a loss that grew, or nothing."""
+def between(trial: Trial) -> int:
+    return max(1, math.ceil(BETWEEN * trial.steps - 1e-9))
+
+
+def blown_up(trial: Trial, base: float | None = None) -> str:
+    """What there is to say of a loss that grew, or nothing. ``base`` is the loss of the best constant answer."""
     losses = trial.curve.loss
     if len(losses) < 2 * WINDOW:
         return ""
-    first, last = statistics.fmean(losses[:WINDOW]), statistics.fmean(losses[-WINDOW:])
+    limit = EASY * losses[0] if base is None else max(losses[0], base)
+    first, last = min(statistics.fmean(losses[:WINDOW]), limit), statistics.fmean(losses[-WINDOW:])
     return f"step {trial.step}: the loss went up from {first:.3g} to {last:.3g}" if last > BLOWN_UP * first else ""
 
 

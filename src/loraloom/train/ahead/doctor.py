@@ -58,7 +58,7 @@ def examine(
         *_rate(learning_rate, optim),
         *_dtype(base),
         *(_tokenizer(base, tokenizer) if tokenizer is not None else ()),
-        *_amount(rows, batch_size, steps),
+        *amount(rows, batch_size, steps),
     ]
     return sorted(found, key=lambda finding: not finding.stops)
 
@@ -190,7 +190,8 @@ def _tokenizer(base: nn.Module, tokenizer: Any) -> Iterator[Finding]:
         )
 
 
-def _amount(rows: int | None, batch_size: int, steps: int | None) -> Iterator[Finding]:
+def amount(rows: int | None, batch_size: int, steps: int | None) -> Iterator[Finding]:
+    """What is to be said of very few rows, or steps."""
     if rows is not None and rows < batch_size:
         yield Finding("batch", f"a step takes {batch_size} rows, and there are {rows}: every step is the same rows")
     if steps is not None and steps < 10:

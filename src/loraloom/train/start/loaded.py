@@ -25,6 +25,7 @@ from loraloom.train import optimizers, place
 from loraloom.train.measure import best
 from loraloom.train.measure.evaluation import HeldOut, evaluate
 from loraloom.train.measure.metrics import Metrics, choose
+from loraloom.train.measure.parts import Figures, divide, evaluate_parts
 from loraloom.train.place import Place
 from loraloom.train.settings.options import TASKS, TrainOptions
 from loraloom.train.slot import Slot
@@ -98,22 +99,34 @@ class Loaded:
 
     def evaluate(self, model: PeftModel, name: str, rows: Sequence[int] | None = None) -> dict[str, float]:
         """The metrics of one adapter over the held-out examples, or over those at ``rows``."""
-        data, options = self.data, self.options
-        examples, of = data.evaluation.examples, data.evaluation_rows.of
-        if rows is not None:
-            examples, of = examples.view(rows), of[list(rows)]
-        held_out = HeldOut(
+        examples = self.data.evaluation.examples if rows is None else self.data.evaluation.examples.view(rows)
+        pad_id, size = self.tokenizer.pad_token_id, self.options.eval_batch_size
+        return evaluate(model, name, self.task, examples, pad_id, size, self.held_out(rows), self.place.world)
+
+    def evaluate_parts(self, model: PeftModel, name: str) -> Figures:
+        """The same over all held-out examples, each figure with those of all but each part: see ``measure.parts``."""
+        pad_id, size, world = self.tokenizer.pad_token_id, self.options.eval_batch_size, self.place.world
+        examples, held_out = self.data.evaluation.examples, self.held_out()
+        return evaluate_parts(model, name, self.task, examples, pad_id, size, held_out, self.parts, world)
+
+    @property
+    def parts(self) -> list[list[int]]:
+        """The held-out examples in parts, for the error of figures."""
+        return divide(self.data.evaluation_rows.of.tolist())
+
+    def held_out(self, rows: Sequence[int] | None = None) -> HeldOut:
+        """What metrics need to know of the held-out examples, or of those at ``rows``."""
+        data, options, of = self.data, self.options, self.data.evaluation_rows.of
+        return HeldOut(
             metrics=self.metrics,
             records=_Records(data.evaluation_rows) if self.metrics.needs_predictions else (),
-            rows=of.tolist(),
+            rows=(of if rows is None else of[list(rows)]).tolist(),
             labels=data.names,
             tokenizer=self.tokenizer,
             max_length=options.max_length or 0,
             stride=options.stride,
             max_new_tokens=options.max_new_tokens,
         )
-        pad_id, size = self.tokenizer.pad_token_id, options.eval_batch_size
-        return evaluate(model, name, self.task, examples, pad_id, size, held_out, self.place.world)
 
 
 class _Records(Sequence[tuple[Row, Record]]):

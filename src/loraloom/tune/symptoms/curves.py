@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from statistics import fmean, median
 
 from loraloom.tune.score import goodness, measured
-from loraloom.tune.symptoms.evidence import Advice, Evidence
+from loraloom.tune.symptoms.evidence import FEW_STEPS, Advice, Evidence
 from loraloom.tune.words import shown
 
 #: Apart: the held-out loss is this far above the training loss, and above its own lowest. Both are means over many
@@ -30,8 +30,6 @@ JUMP_WINDOW = 8
 #: So many jumps, and so large a share of the steps, are a pattern.
 JUMPS = 3
 JUMPS_SHARE = 0.03
-#: Curves shorter than this say nothing about their shape.
-CURVE_STEPS = 20
 
 
 def apart(evidence: Evidence) -> Advice | None:
@@ -39,7 +37,7 @@ def apart(evidence: Evidence) -> Advice | None:
     trial = evidence.best
     held = [(int(e["step"]), measured(e, "loss")) for e in trial.curve.evaluations if "rows" not in e]
     losses = _finite_ones(trial.curve.loss)
-    if len(held) < 3 or len(losses) < CURVE_STEPS or not all(math.isfinite(loss) for _, loss in held):
+    if len(held) < 3 or len(losses) < FEW_STEPS or not all(math.isfinite(loss) for _, loss in held):
         return None
     train = fmean(losses[-max(len(losses) // 10, 5) :])
     step, lowest = min(((s, loss) for s, loss in held), key=lambda pair: (pair[1], pair[0]))
@@ -60,7 +58,7 @@ def slow(evidence: Evidence) -> Advice | None:
     """The loss is still on its way down, evenly: there was room for larger or for more steps."""
     trial = evidence.best
     losses = _finite_ones(trial.curve.loss[-(len(trial.curve.loss) // 3) :])
-    if len(losses) < CURVE_STEPS or fmean(losses) <= 0:
+    if len(losses) < FEW_STEPS or fmean(losses) <= 0:
         return None
     level, slope, error, scatter = _line(losses)
     start = level - slope * len(losses) / 2
@@ -109,13 +107,13 @@ def spiky(evidence: Evidence) -> Advice | None:
     """The loss leaps up again and again, and more often than at lower rates on the same rows."""
     trial = evidence.best
     count, steps = _jumps(trial.curve.loss), len(trial.curve.loss)
-    if steps < CURVE_STEPS or count < JUMPS or count < JUMPS_SHARE * steps:
+    if steps < FEW_STEPS or count < JUMPS or count < JUMPS_SHARE * steps:
         return None
     rate = trial.options.learning_rate
     lower = [
         _jumps(other.curve.loss[:steps]) * steps / min(len(other.curve.loss), steps)
         for other in evidence.trials
-        if other.options.learning_rate < rate / 1.2 and len(other.curve.loss) >= CURVE_STEPS
+        if other.options.learning_rate < rate / 1.2 and len(other.curve.loss) >= FEW_STEPS
     ]
     if lower and median(lower) > count / 2:
         return None  # the rows make the jumps, not the rate

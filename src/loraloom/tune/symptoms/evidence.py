@@ -9,6 +9,9 @@ from typing import Any
 from loraloom.tune.score import Comparison, same
 from loraloom.tune.trial import Trial
 
+#: Fewer steps than these say nothing: of the shape of a curve, or of which values are the better ones.
+FEW_STEPS = 20
+
 
 @dataclass(frozen=True)
 class Advice:

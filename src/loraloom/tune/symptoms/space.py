@@ -11,7 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from loraloom.tune.score import same, varying
-from loraloom.tune.symptoms.evidence import Advice, Evidence
+from loraloom.tune.symptoms.evidence import FEW_STEPS, Advice, Evidence
 from loraloom.tune.trial import Trial
 from loraloom.tune.words import label, shown
 
@@ -52,6 +52,8 @@ def failures(evidence: Evidence) -> Advice | None:
 
 def edge(evidence: Evidence) -> Iterator[Advice]:
     """The best lies at an edge of the space, and trials nearer that edge did better."""
+    if evidence.comparison.steps < FEW_STEPS:
+        return
     for knob, side in evidence.edges.items():
         at = evidence.place(evidence.best, knob)
         # A trend of a knob that hardly counts is borrowed from others that happened to vary with it.
@@ -106,7 +108,7 @@ def _beats(ones: Sequence[float], others: Sequence[float]) -> float:
 def idle(evidence: Evidence) -> Iterator[Advice]:
     """Knobs that made no difference: fix them where the adapter is smallest."""
     compared = [trial for trial in evidence.trials if trial.number in evidence.comparison.values]
-    if len(compared) < IDLE_TRIALS:
+    if len(compared) < IDLE_TRIALS or evidence.comparison.steps < FEW_STEPS:
         return
     for knob in varying(compared):
         share = evidence.importance.get(knob, 1.0)
