@@ -379,6 +379,8 @@ def plan(
     say(str(made))
     say(f"memory of a training step with {batch_size} rows of {length} tokens in {dtype}:")
     say(memory_table(memory))
+    if memory.logits:
+        say(memory.logits)
 
 
 @app.command()

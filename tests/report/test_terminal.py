@@ -58,7 +58,7 @@ def test_the_overview_counts_rows_parameters_steps_and_padding(
 def test_what_training_takes_and_what_the_doctor_says_is_told() -> None:
     memory = Memory(base=2**20, adapter=2**10, gradients=2**10, optimizer=2**11, activations=2**20)
     findings = [Finding("rate", "a rate of 1 is high")]
-    text = shown(expectations(findings, Outlook(memory, free=2**30, seconds=5000)), width=200)
+    text = shown(expectations(findings, Outlook(memory, free=2**30, seconds=5000, logits="logits in parts")), width=200)
     assert "memory 2.0 MiB (the frozen model 1.0 MiB, and 1.0 MiB more, of 1.00 GiB free), time about 83 min" in text
     assert "warning: a rate of 1 is high" in text
     assert "more than there is" not in text

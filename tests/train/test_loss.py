@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loraloom.lora import products
 from loraloom.train import loss
-from loraloom.train.loss import frozen_head, head_cross_entropy, head_scores, linear_cross_entropy
+from loraloom.train.loss import Logits, frozen_head, head_cross_entropy, head_scores, linear_cross_entropy
 
 CALM = settings(max_examples=40, deadline=None)  # two cores are shared: a slow example is no failure
 
@@ -48,6 +48,18 @@ def test_value_and_gradient_are_those_of_the_plain_loss_for_any_parts(
     for which in found.values():
         for a, b in zip(which, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [Logits(0.3), Logits(cap=2.0), Logits(5.0, 1.5)])
+def test_scaled_and_capped_logits_have_the_plain_losses_gradient(shape: Logits) -> None:
+    hidden, weight, offsets, targets = given_tensors(9, 7, torch.float64)
+    plain = F.cross_entropy(shape(F.linear(hidden, weight, offsets)), targets, reduction="sum")
+    wanted = value_and_gradient(plain, hidden)
+    found = value_and_gradient(linear_cross_entropy(hidden, weight, offsets, targets, shape).sum(), hidden)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    total, _ = head_scores(hidden, frozen_head(weight, offsets, shape), 7, targets)
+    assert total == pytest.approx(float(wanted[0]), rel=1e-9)
 
 
 @pytest.mark.parametrize(("dtype", "native"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])

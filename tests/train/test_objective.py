@@ -1,4 +1,4 @@
-"""Promises of the objective: a causal model is run up to its head where that is all there is, and whole elsewhere."""
+"""Promises of the objective: a causal model is run up to its head, also one that scales or caps its logits."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from loraloom import LoraConfig, TaskType, get_peft_model
-from loraloom.train.objective import Objective, trunk_and_head
+from loraloom.train.objective import Objective
+from loraloom.train.split import Split, Whole, split
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "vocab_size": 60, "head_dim": 8}
-#: model type → (config, whether its logits are its head's output alone)
-FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
-    "llama": (SIZES, True),
-    "qwen2": ({**SIZES, "tie_word_embeddings": True}, True),
-    "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "bos_token_id": 1, "eos_token_id": 1}, True),
+#: model type → (config, what it makes of its head's output)
+FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
+    "llama": (SIZES, ""),
+    "qwen2": ({**SIZES, "tie_word_embeddings": True}, ""),
+    "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "bos_token_id": 1, "eos_token_id": 1}, ""),
     "opt": ({"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "vocab_size": 60}, True),
-    "gpt_neox": (SIZES, True),
-    "gemma2": ({**SIZES, "final_logit_softcapping": 30.0}, False),
-    "gemma3_text": (SIZES, True),
-    "cohere": ({**SIZES, "logit_scale": 0.0625}, False),
-    "granite": ({**SIZES, "logits_scaling": 8.0}, False),
+             "num_attention_heads": 4, "vocab_size": 60}, ""),
+    "gpt_neox": (SIZES, ""),
+    "gemma2": ({**SIZES, "final_logit_softcapping": 3.0, "initializer_range": 0.5}, "capped at 3"),
+    "gemma3_text": (SIZES, ""),
+    "cohere": ({**SIZES, "logit_scale": 0.0625}, "scaled by 0.0625"),
+    "granite": ({**SIZES, "logits_scaling": 8.0}, "scaled by 0.125"),
 }  # fmt: skip
 TARGETS = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"]}
 
@@ -55,7 +56,8 @@ def test_the_loss_is_the_models_own_on_every_family(family: str) -> None:
     model = adapted(family)
     inputs, labels = batch()
     objective = Objective(model, TaskType.CAUSAL_LM)
-    assert (trunk_and_head(model) is not None) is FAMILIES[family][1]
+    assert isinstance(objective.way, Split)
+    assert str(objective.way.logits) == FAMILIES[family][1]
     with model.base_model.lora_routed(["default"] * 3):
         out = objective.forward(inputs)
         found = objective.loss(out, labels)
@@ -95,7 +97,7 @@ def test_looking_leaves_the_model_as_it_was() -> None:
     model = adapted("llama").train()
     hooks = [len(module._forward_hooks) for module in model.modules()]
     state = torch.get_rng_state()
-    trunk_and_head(model)
+    split(model)
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert torch.equal(torch.get_rng_state(), state)
     assert {module.training for module in model.modules()} == {True}
@@ -111,7 +113,7 @@ def test_a_model_that_is_none_of_transformers_is_taken_whole() -> None:
             return type("Out", (), {"logits": self.out(self.embed(input_ids))})
 
     model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["out"]))
-    assert trunk_and_head(model) is None
+    assert isinstance(split(model), Whole)
     objective = Objective(model, TaskType.CAUSAL_LM)
     ids = torch.tensor([[1, 2, 3]])
     assert float(objective.loss(objective.forward({"input_ids": ids}), ids)) > 0

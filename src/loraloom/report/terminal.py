@@ -59,6 +59,8 @@ def expectations(findings: Sequence[Finding], ahead: Outlook) -> RenderableType:
             f"{size(ahead.free)} free), time about {_about(ahead.seconds)}"
         )
     ]
+    if ahead.logits:
+        lines.append(Text(ahead.logits))
     if memory.activations is None:
         lines.append(Text("what is kept for the backward cannot be told beforehand for this model", "yellow"))
     if not ahead.fits:

@@ -23,8 +23,9 @@ from loraloom.lora.model import PeftModel
 from loraloom.lora.route import Route
 from loraloom.models import padding
 from loraloom.models.configs import segments, without_cache
-from loraloom.train.loss import frozen_head, head_cross_entropy, head_scores, linear_cross_entropy
+from loraloom.train.loss import Logits, frozen_head, head_cross_entropy, head_scores, linear_cross_entropy
 from loraloom.train.measure.metrics import Scores
+from loraloom.train.split import Split, split
 
 #: Tokens in a row up to which plain attention is the faster in half precision on a CPU.
 PLAIN_ATTENTION = 128
@@ -40,8 +41,11 @@ class Objective:
         self._config = getattr(self._model, "config", None)
         self._dtype = next(p.dtype for p in self._model.parameters() if p.is_floating_point())
         self._head: nn.Module | None = None
-        if task is TaskType.CAUSAL_LM and (found := trunk_and_head(model)) is not None:
-            self._model, self._head = found
+        #: how a causal language model comes to its logits
+        self.way = split(model) if task is TaskType.CAUSAL_LM else None
+        self._logits = Logits()
+        if isinstance(self.way, Split):
+            self._model, self._head, self._logits = self.way.trunk, self.way.head, self.way.logits
         arguments = inspect.signature(self._model.forward).parameters
         #: For forwards that read it from their arguments alone; see ``forward`` for the others.
         self._options = {"use_cache": False} if "use_cache" in arguments else {}
@@ -93,7 +97,7 @@ class Objective:
         if self._head is None:
             each = F.cross_entropy(found, targets, reduction="none")
         else:
-            each = linear_cross_entropy(found, *_numbers(self._head), targets)
+            each = linear_cross_entropy(found, *_numbers(self._head), targets, self._logits)
         counts = self._asked(labels).sum(-1).tolist()  # of all rows at once: each asking waits for the device
         sizes = [sum(counts[own]) for own in rows.values()]
         return {name: part.mean() for name, part in zip(rows, torch.split(each, sizes), strict=True)}
@@ -107,7 +111,7 @@ class Objective:
             assert self._head is not None
             with router.using(alone):
                 found: Tensor = self._head(hidden)
-            return found
+            return self._logits(found)
 
         hidden, targets = self._predictions(out, labels)
         return head_cross_entropy(hidden, head, self._vocabulary, targets)
@@ -118,9 +122,13 @@ class Objective:
         found, targets = self._predictions(out, labels)
         if self._head is None:
             return Scores(float(F.cross_entropy(found, targets, reduction="sum")), targets.numel())
-        head = frozen_head(*_numbers(self._head)) if _frozen(self._head) else self._head
+        head = frozen_head(*_numbers(self._head), self._logits) if _frozen(self._head) else self._whole_head
         total, _ = head_scores(found, head, self._vocabulary, targets)
         return Scores(total, targets.numel())
+
+    def _whole_head(self, hidden: Tensor) -> Tensor:
+        assert self._head is not None
+        return self._logits(self._head(hidden))
 
     @property
     def _vocabulary(self) -> int:
@@ -212,47 +220,3 @@ def _numbers(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight = head._parameters["weight"]
     assert weight is not None
     return weight, head._parameters.get("bias")
-
-
-def trunk_and_head(model: PeftModel) -> tuple[nn.Module, nn.Module] | None:
-    """The part of a causal language model before its head, and the head, if the logits are ``head(trunk(...)[0])``.
-
-    Found by running two tokens with marks in place of the head's output: a model that scales or caps its logits, or
-    does anything to the hidden states before the head, gives None and is taken whole.
-    """
-    base: Any = model.get_base_model()
-    seen: dict[str, Tensor] = {}
-    hidden: dict[nn.Module, Tensor] = {}
-    hooks = []
-    training = base.training
-
-    def note(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
-        hidden[module] = out[0]
-
-    def mark(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
-        seen["read"] = inputs[0]
-        seen["marks"] = torch.linspace(-1e3, 1e3, out.numel(), device=out.device).view(out.shape).to(out.dtype)
-        return seen["marks"]
-
-    try:
-        head = base.get_output_embeddings()
-        trunks = [getattr(base, base.base_model_prefix), base.get_decoder()]
-        hooks = [trunk.register_forward_hook(note) for trunk in trunks if trunk is not base]
-        hooks.append(head.register_forward_hook(mark))
-        base.eval()
-        with torch.no_grad():
-            ids = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
-            logits = base(input_ids=ids).logits
-    except Exception:  # whatever a model does not like about this, it is taken whole
-        return None
-    finally:
-        base.train(training)
-        for hook in hooks:
-            hook.remove()
-    for trunk, found in hidden.items():
-        # Without numbers there is nothing to compare, and for an estimate of memory no need to.
-        if logits.is_meta or (
-            torch.equal(found, seen["read"]) and torch.equal(logits.to(seen["marks"]), seen["marks"])
-        ):
-            return trunk, head
-    return None

@@ -21,6 +21,7 @@ from loraloom.errors import AdapterError, ConfigError, nearest
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.train.objective import Objective
 from loraloom.train.recompute import recomputed
+from loraloom.train.split import Split, Whole
 
 #: What fills up shorter rows, by the name of a model's argument; ids take the padding token.
 _FILLERS = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
@@ -77,6 +78,11 @@ class Pack:
         self.pad_id, self._multiple = pad_id, pad_to_multiple_of
         self._objective = Objective(self.model, self.task)
         self._learned: tuple[str, ...] = ()
+
+    @property
+    def way(self) -> Split | Whole | None:
+        """How a causal language model comes to its logits here."""
+        return self._objective.way
 
     @property
     def adapters(self) -> list[str]:

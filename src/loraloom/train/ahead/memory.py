@@ -19,9 +19,9 @@ from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, plan
 from loraloom.models.parts import text_only
 from loraloom.train.loss import AT_A_TIME
-from loraloom.train.objective import trunk_and_head
 from loraloom.train.recompute import repeated
 from loraloom.train.settings.options import DTYPES, TASKS
+from loraloom.train.split import Split, Whole, split
 from loraloom.train.start.load import build_empty, length_within, load_limit
 
 #: Classes of a head that may be planned.
@@ -37,6 +37,8 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int | None
+    #: how the logits of a causal language model come about, in a sentence
+    logits: str = ""
 
     @property
     def total(self) -> int:
@@ -65,12 +67,14 @@ def estimate(
     made = plan(model, config)
     peft = get_peft_model(model, config)
     task = peft.peft_config["default"].task_type or TaskType.SEQ_CLS
+    way = split(peft) if task is TaskType.CAUSAL_LM else None
     return made, Memory(
         base=made.base_bytes,
         adapter=made.bytes,
         gradients=made.bytes,
         optimizer=2 * made.bytes,
-        activations=_saved_bytes(peft, task, rows, length, recompute),
+        activations=_saved_bytes(peft, task, way, rows, length, recompute),
+        logits=str(way or ""),
     )
 
 
@@ -114,7 +118,9 @@ def forecast(
     return made, memory, length
 
 
-def _saved_bytes(model: PeftModel, task: TaskType, rows: int, length: int, recompute: bool) -> int | None:
+def _saved_bytes(
+    model: PeftModel, task: TaskType, way: Split | Whole | None, rows: int, length: int, recompute: bool
+) -> int | None:
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -131,7 +137,7 @@ def _saved_bytes(model: PeftModel, task: TaskType, rows: int, length: int, recom
         layer.register_forward_hook(lambda module, args, out: inputs.append(args[0].numel() * args[0].element_size()))
     model.eval()  # the frozen model runs as it does in use, and the adapters' dropout keeps nothing
     try:
-        found = trunk_and_head(model) if task is TaskType.CAUSAL_LM else None
+        found = (way.trunk, way.head) if isinstance(way, Split) else None
         part = model.get_base_model() if found is None else found[0]
         with torch.no_grad(), model.base_model.lora_routed(None):
             part(**given)  # the layers learn what they share, as before the loop's first step

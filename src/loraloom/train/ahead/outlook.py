@@ -29,6 +29,8 @@ class Outlook:
     memory: Memory
     free: int
     seconds: float
+    #: how the logits of a causal language model come about, in a sentence
+    logits: str = ""
 
     @property
     def fits(self) -> bool:
@@ -74,7 +76,7 @@ def look_ahead(
     mean = sum(lengths) / len(lengths)
     seconds = each * mean * batch_size * forwards
     seconds += FORWARD * each * evaluations * sum(len(example.input_ids) for example in held_out)
-    return Outlook(memory, free_memory(), seconds)
+    return Outlook(memory, free_memory(), seconds, str(pack.way or ""))
 
 
 def needs(
