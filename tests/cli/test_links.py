@@ -37,7 +37,9 @@ def links(folder: Path) -> list[str]:
 
 def test_a_training_writes_through_no_link(call: Callable[..., Any], world: Any) -> None:
     elsewhere = world.tmp / "elsewhere"
-    before = planted(world.tmp / "out", elsewhere, [*FILES, "bad-rows.jsonl"], ["checkpoint-1", "checkpoint-2"])
+    before = planted(
+        world.tmp / "out", elsewhere, [*FILES, "bad-rows.jsonl"], ["checkpoint-1", "checkpoint-2", "tensorboard"]
+    )
     rows = world.rows({"text": "good film"})
     ended = call(*world.train("--overwrite", "--max-steps", 2, "--save-steps", 1, "--on-bad-row", "skip", data=rows))
     assert ended.code == 0, ended.err

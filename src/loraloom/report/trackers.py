@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from loraloom.errors import ConfigError, nearest
+from loraloom.lora.atomic import replace_links
 
 if TYPE_CHECKING:
     from loraloom.train.loop import Progress
@@ -162,6 +163,7 @@ def _start(name: str, folder: Path, step: int = 0) -> Any:
     kind = LOGGER_TYPE_TO_CLASS[name]
     with _quiet():
         if name == _TENSORBOARD:
+            replace_links(folder / FOLDER)
             tracker = kind(FOLDER, folder, **({"purge_step": step + 1} if step else {}))
         elif getattr(kind, "requires_logging_directory", False):
             tracker = kind(folder.name, folder)

@@ -136,6 +136,8 @@ class Course:
             name = f"checkpoint-{top[0]}"
             if not checkpoints.is_whole(self.folder / name):
                 checkpoints.copy(checkpoints.read(found.path.parent / name), self.folder)
+        if self._kept and self.slot.world.first:
+            self._rotate()  # who saved the last one may have died before
         self._say(f"going on from {found.path}, after step {found.step:,} of {self.slot.steps:,}")
 
     # -- the steps --------------------------------------------------------------------------------------------------
@@ -237,8 +239,12 @@ class Course:
 
         tensors = resume.tensors_of(slot, self.model.adapter_parameters(slot.name))
         checkpoints.write(self.folder, slot.step, adapter, tensors, state)
-        self._saved, top = self._stand, self._best
-        checkpoints.rotate(self.folder, self.options.save_total_limit, {slot.step, *([top[0]] if top else [])})
+        self._saved = self._stand
+        self._rotate()
+
+    def _rotate(self) -> None:
+        top = self._best
+        checkpoints.rotate(self.folder, self.options.save_total_limit, {self.slot.step, *([top[0]] if top else [])})
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
