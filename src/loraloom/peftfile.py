@@ -13,6 +13,8 @@ from typing import Any
 
 from loraloom.errors import ConfigError
 
+#: ``peft_type`` of a folder that PEFT would read otherwise than loraloom: PEFT refuses a type that it does not know.
+NOT_PEFT = "LORALOOM"
 #: Bytes of the largest config that is read: PEFT's have about 1 KB, 100 KB with a name for every module of a model.
 MAX_BYTES = 4_000_000
 #: Digits of the longest whole number that is read.
@@ -89,6 +91,9 @@ def finished(values: Mapping[str, Any], known: Iterable[str]) -> tuple[dict[str,
     An unknown field that is null, false or empty says nothing, whichever version wrote it.
     """
     out, notes = dict(values), []
+    if out.get("peft_type") == NOT_PEFT:
+        notes.append(f"peft_type: {NOT_PEFT!r}, because PEFT would not find all of the adapter's tensors")
+        out["peft_type"] = "LORA"
     names = set(known)
     for name in [name for name in out if name not in names]:
         if out[name] is None or out[name] is False or (not isinstance(out[name], int | float) and not out[name]):

@@ -60,6 +60,8 @@ class LoraModel(nn.Module):
         self._thawed = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.model = model.requires_grad_(False)
         self.peft_config: dict[str, LoraConfig] = {}
+        #: adapter → the names that PEFT would not find in its folder
+        self.lora_unreadable: dict[str, tuple[str, ...]] = {}
         self.lora_router = Router()
         self.training = model.training
         self._layers: dict[str, LoraLayer] = {}
@@ -107,6 +109,7 @@ class LoraModel(nn.Module):
         try:
             self._place(adapter_name, made, modules, seed, autocast_adapter_dtype, tensors)
             self.peft_config[adapter_name] = made.config
+            self.lora_unreadable[adapter_name] = made.unreadable
             if made.note:
                 warnings.warn(made.note, stacklevel=4)
             if made.config.inference_mode and (made.saved or made.biases):
@@ -248,6 +251,7 @@ class LoraModel(nn.Module):
         self._biases.remove(adapter_name)
         self._follow()
         self.peft_config.pop(adapter_name, None)
+        self.lora_unreadable.pop(adapter_name, None)
         strip(self.model, only_empty=True)
         self._layers = {name: layer for name, layer in self._layers.items() if layer.slots}
         self._saved = {name: wrapper for name, wrapper in self._saved.items() if len(wrapper.modules_to_save)}
@@ -271,8 +275,13 @@ class LoraModel(nn.Module):
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """PEFT's name for the names of ``lora_layers``."""
-        return list(self._layers)
+        """PEFT's name for the names of the adapted modules."""
+        return [name for name, layer in self._layers.items() if layer.kind != LoraParameter.kind]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """PEFT's name for the names of the adapted parameters."""
+        return [name for name, layer in self._layers.items() if layer.kind == LoraParameter.kind]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter active, or several whose updates add up. ``requires_grad`` stays as it is.
@@ -484,6 +493,7 @@ class LoraModel(nn.Module):
         self.thaw()
         self._layers, self._saved, vars(self)["_biases"] = {}, {}, Biases()
         self._modules.pop("biases", None)
+        self.lora_unreadable = {}
         self.peft_config, self._active, self._merged, self.lora_router.route = {}, (), (), Route()
         return self.model
 
@@ -499,7 +509,7 @@ class LoraModel(nn.Module):
         if hasattr(nn.ModuleDict(), name):
             raise AdapterError(f"adapter_name: {name!r} is an attribute of torch's ModuleDict; choose another name")
 
-    def check_same(self, name: str, config: LoraConfig, source: str) -> None:
+    def check_same(self, name: str, config: LoraConfig, source: str) -> Plan:
         """Whether ``config`` describes the adapter ``name``, so that it can take another's numbers."""
         self._check_unmerged("load_adapter")
         planned = plan(self.model, config, strict=False, follow_ties=False)
@@ -509,6 +519,7 @@ class LoraModel(nn.Module):
                 f"{source}adapter {name!r} exists already and has other targets, ranks or scales than this one; "
                 "delete_adapter it first or choose another name"
             )
+        return planned
 
     def _check_names(self, names: Iterable[str]) -> None:
         for name in names:

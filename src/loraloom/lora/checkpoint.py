@@ -11,20 +11,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraloom.config import CONFIG_NAME, LoraConfig
-from loraloom.errors import AdapterError, nearest
+from loraloom.errors import AdapterError, SaveError, nearest
 from loraloom.lora import embeddings
-from loraloom.lora.adapters import LoraModel
+from loraloom.lora.adapters import PREFIX, LoraModel, file_key
 from loraloom.lora.atomic import Contents, recover, write_files
 from loraloom.lora.embeddings import dtype_name, overflows
 from loraloom.lora.keys import follow_renamings, normalise
 from loraloom.lora.loadreport import LoadReport as LoadReport
 from loraloom.lora.targets import base_modules
+from loraloom.lora.unstacked import restack
+from loraloom.peftfile import NOT_PEFT
 
+#: In the header of the tensors' file: the dropout of an adapter whose config may not name one.
+DROPOUT = "lora_dropout"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,11 +43,20 @@ def save(
     adapters: Sequence[str] | None = None,
     gathered: Mapping[int, Tensor] | None = None,
     save_embedding_layers: bool | str = False,
+    peft: bool = True,
 ) -> None:
     """Write adapters (all by default) into ``folder`` as PEFT lays them out, in one atomic step.
 
     ``gathered``: id of a live tensor → what to write for it. ``save_embedding_layers``: see ``embeddings.to_save``.
+    ``peft``: refuse what PEFT would read otherwise; else it is written with a mark, which PEFT refuses.
     """
+    for name in model.peft_config if adapters is None else adapters:
+        if peft and (lost := model.lora_unreadable.get(name)):
+            raise SaveError(
+                f"{folder}: PEFT would read adapter {name!r} otherwise than loraloom: it would not find the tensors of "
+                f"{lost[0]}{_more(lost)}. Nothing was written; save_pretrained(..., peft=False) writes a folder that "
+                "loraloom alone reads"
+            )
     write_files(folder, files_of(model, adapters, gathered, save_embedding_layers))
 
 
@@ -58,12 +71,18 @@ def files_of(
     for name in model.peft_config if adapters is None else adapters:
         place = "" if name == "default" else f"{name}/"
         tensors = to_write(model, name, gathered, save_embedding_layers)
-        files[place + WEIGHTS_NAME] = partial(write_tensors, tensors)
         config = model.peft_config[name].copy(inference_mode=True)
+        files[place + WEIGHTS_NAME] = partial(write_tensors, tensors)
+        if config.target_parameters and config.lora_dropout:  # PEFT refuses the two together
+            files[place + WEIGHTS_NAME] = partial(write_tensors, tensors, notes={DROPOUT: str(config.lora_dropout)})
+            config = config.copy(lora_dropout=0.0)
         if config.task_type is None:  # what PEFT needs to find the base by itself
             base = type(model.model)
             config = config.copy(auto_mapping={"base_model_class": base.__name__, "parent_library": base.__module__})
-        files[place + CONFIG_NAME] = config.to_json().encode()
+        text = config.to_json()
+        if model.lora_unreadable.get(name):
+            text = text.replace('"peft_type": "LORA"', f'"peft_type": "{NOT_PEFT}"')
+        files[place + CONFIG_NAME] = text.encode()
     return files
 
 
@@ -86,7 +105,7 @@ def to_write(
     return {key: gathered[id(tensor)] for key, tensor in tensors.items()}
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, notes: Mapping[str, str] | None = None) -> None:
     """Straight from the tensors to the file. Sorted and unshared: the same adapter gives the same bytes."""
     seen: set[int] = set()
     plain: dict[str, Tensor] = {}
@@ -96,7 +115,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         plain[key] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     try:
-        save_file(plain, path, metadata={"format": "pt"})
+        save_file(plain, path, metadata={"format": "pt", **(notes or {})})
     except SafetensorError as error:  # its own class for what the system said
         raise OSError(None, str(error), str(path)) from None
 
@@ -166,10 +185,13 @@ def load(
     renamed = normalise(tensors, report, key_mapping or {})
     if key_mapping is None:
         follow_renamings(model.model, renamed, [name for name, _ in base_modules(model.model)], report)
+    renamed, config = _stacked(model, renamed, config, report, f"{folder}: ")
+    if config.target_parameters and not config.lora_dropout:
+        config = config.copy(lora_dropout=_noted_dropout(folder))
     base = embeddings.take(model, renamed, config)
     new = adapter_name not in model.peft_config
     if new:
-        model.add_adapter(
+        made = model.add_adapter(
             adapter_name,
             config,
             strict=False,  # every tensor is checked below, which says more than the patterns do
@@ -178,7 +200,10 @@ def load(
             source=f"{folder}: ",
         )
     else:
-        model.check_same(adapter_name, config, f"{folder}: ")
+        made = model.check_same(adapter_name, config, f"{folder}: ")
+    for key in [key for key in renamed for name in made.idle if key.startswith(file_key(f"{name}.lora_"))]:
+        report.skipped.append(key)
+        del renamed[key]
     try:
         embeddings.check(model, base, f"{folder}: ")
         _fill(model, adapter_name, renamed, report, strict=strict, source=f"{folder}: ")
@@ -188,6 +213,30 @@ def load(
             model.delete_adapter(adapter_name)
         raise
     return report
+
+
+def _stacked(
+    model: LoraModel, tensors: dict[str, Tensor], config: LoraConfig, report: LoadReport, source: str
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """An adapter of experts that were modules of their own, for a model that stacks them."""
+    if not any(".experts." in key for key in tensors):
+        return tensors, config
+    modules = dict(base_modules(model.model))
+    bare, changed = restack({key.removeprefix(PREFIX): t for key, t in tensors.items()}, config, modules, source)
+    if changed is config:
+        return tensors, config
+    out = {PREFIX + key: tensor for key, tensor in bare.items()}
+    report.renamed.update(dict.fromkeys(tensors.keys() - out.keys(), "stacked"))
+    return out, changed
+
+
+def _noted_dropout(folder: str | Path) -> float:
+    with safe_open(Path(folder) / WEIGHTS_NAME, framework="pt") as file:
+        noted = (file.metadata() or {}).get(DROPOUT, "0")
+    try:
+        return min(max(float(noted), 0.0), 0.99)
+    except ValueError:
+        return 0.0
 
 
 def fill(model: LoraModel, adapter_name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:

@@ -45,6 +45,8 @@ class Experts:
     weights: int = 0
     parameters: int = 0
     share: float = 0.0
+    #: the shortest names by which ``target_parameters`` means the stacked ones
+    names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.weights:,} expert weights, {self.parameters:,} parameters, {100 * self.share:.1f} % of the model"
@@ -171,6 +173,7 @@ def stacked(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
 def unadapted(modules: Mapping[str, nn.Module], adapted: Iterable[str], total: int) -> Experts:
     """The expert weights that are not among ``adapted`` (names of modules and parameters)."""
     there, done = stacked(modules), set(adapted)
-    left = {id(p): p for name, p in there.items() if not {name, name.rpartition(".")[0]} & done}
-    count = sum(p.numel() for p in left.values())
-    return Experts(len(left), count, count / max(total, 1))
+    left = {name: p for name, p in there.items() if not {name, name.rpartition(".")[0]} & done}
+    count = sum(p.numel() for p in {id(p): p for p in left.values()}.values())
+    stacks = suffixes([name for name, p in left.items() if p.dim() == 3], parameter_names(modules))
+    return Experts(len(left), count, count / max(total, 1), () if isinstance(stacks, str) else tuple(stacks))

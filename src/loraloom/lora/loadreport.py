@@ -20,6 +20,8 @@ class LoadReport:
     repeated: list[str] = field(default_factory=list)
     #: embeddings of the base that the file carries along and that were put into the base, as PEFT does
     base_replaced: list[str] = field(default_factory=list)
+    #: of modules that are never called, where an adapter does nothing; left out
+    skipped: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     #: fields of ``adapter_config.json`` that were left out, and why
     notes: list[str] = field(default_factory=list)
@@ -42,6 +44,7 @@ class LoadReport:
             ("renamed", self.renamed),
             ("repeated", self.repeated),
             ("put into the base", self.base_replaced),
+            ("skipped, because the model never calls their modules", self.skipped),
         ):
             if entries:
                 parts.append(f"{len(entries)} {words}")

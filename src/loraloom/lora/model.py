@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from loraloom.lora import checkpoint, guise, status
 from loraloom.lora.adapters import EARLIER, LoraModel, file_key
 from loraloom.lora.checkpoint import LoadReport
 from loraloom.lora.status import TunerLayerStatus, TunerModelStatus
+from loraloom.lora.targets import ALL_LINEAR
 from loraloom.peftfile import HARMLESS, HUB_ONLY
 
 #: What PEFT's model has beside this.
@@ -26,10 +28,9 @@ NOT_YET = (
     "push_to_hub",
     "subtract_mutated_init",
     "supports_lora_conversion",
-    "targeted_parameter_names",
 )
 #: Attributes of LoraModel that PEFT's does not have.
-NOT_OF_PEFT = ("check_same", "parameters_of", "tensors_of", "thaw")
+NOT_OF_PEFT = ("check_same", "lora_unreadable", "parameters_of", "tensors_of", "thaw")
 #: Options of saving that change nothing here: accelerate's and the hub's.
 _OF_SAVING = (
     "create_pr", "commit_message", "is_main_process", "max_shard_size", "private", "save_function", "token", "variant"
@@ -234,9 +235,16 @@ class PeftModel(nn.Module):
         _check_config(peft_config)
         if peft_config.base_model_name_or_path is None:
             peft_config = peft_config.copy(base_model_name_or_path=_name_of(self.get_base_model()))
-        self.base_model.add_adapter(
+        made = self.base_model.add_adapter(
             adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype, seed=seed, strict=strict
         )
+        wanted = peft_config.target_modules
+        if made.experts.names and isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+            warnings.warn(
+                f"target_modules: all-linear leaves {made.experts} as they are, because no layer calls them; "
+                f"target_parameters={list(made.experts.names)} adapts them",
+                stacklevel=3,
+            )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         self.base_model.set_adapter(adapter_name, inference_mode)
@@ -281,6 +289,7 @@ class PeftModel(nn.Module):
         path_initial_model_for_weight_conversion: str | None = None,
         *,
         state_dict: Mapping[str, Tensor] | None = None,
+        peft: bool = True,
         **options: Any,
     ) -> None:
         """Write adapters as PEFT does: "default" at the top of the folder, others in folders of their names.
@@ -291,11 +300,12 @@ class PeftModel(nn.Module):
             save_embedding_layers: True adds the base's input and output embeddings to the file, which loading puts
                 into the base. "auto" does so where the vocabulary has another size than that of the base on disk.
             state_dict: the tensors under this model's names where they were gathered from several devices.
+            peft: False writes also what PEFT would read otherwise, into a folder that loraloom alone reads.
             options: those of transformers' and accelerate's saving that change nothing here, such as
                 ``save_function``.
 
         Raises:
-            SaveError: the folder cannot be written. What was there is still there.
+            SaveError: the folder cannot be written, or PEFT would read it otherwise. What was there is still there.
             ConfigError: an option that cannot be honoured; ``safe_serialization=False`` (pickle) among them.
         """
         if not safe_serialization:
@@ -312,7 +322,7 @@ class PeftModel(nn.Module):
                 raise ConfigError(f"save_pretrained: unknown option {name!r}{nearest(name, _OF_SAVING)}")
         if is_main_process:
             gathered = None if state_dict is None else _by_identity(self, state_dict)
-            checkpoint.save(self.base_model, save_directory, selected_adapters, gathered, save_embedding_layers)
+            checkpoint.save(self.base_model, save_directory, selected_adapters, gathered, save_embedding_layers, peft)
 
     @classmethod
     def from_pretrained(

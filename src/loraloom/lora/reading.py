@@ -8,8 +8,10 @@ full.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -52,9 +54,29 @@ def peft_reads(config: LoraConfig, model_type: str | None, modules: Mapping[str,
     names = [(name, False) for name in modules if _is_target(config, name)]
     wanted = config.target_parameters or ()
     names += [(name, True) for name in parameter_names(modules) if matches_any(wanted, name)]
-    if any(refused(model_type, name) for name, _ in names):
+    if any(refused(model_type, name) for name, _ in names) or (config.fan_in_fan_out and wanted):
         return None
     return {Read(name, parameter, *_numbers(config, name)) for name, parameter in names}
+
+
+def misread(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` whose tensors PEFT looks for elsewhere.
+
+    It renames the keys of every adapter as transformers renames those of old checkpoints, and does not ask whether
+    they are old. The renamings are transformers' own; without it loaded there are none.
+    """
+    conversions: Any = sys.modules.get("transformers.conversion_mapping")
+    loading: Any = sys.modules.get("transformers.core_model_loading")
+    if conversions is None or loading is None or not hasattr(model, "config"):
+        return []
+    try:
+        if conversions.get_checkpoint_conversion_mapping(getattr(model.config, "model_type", None)) is None:
+            return []
+        steps = [s for s in conversions.get_model_conversion_mapping(model) if isinstance(s, loading.WeightRenaming)]
+        new = {name: loading.rename_source_key(f"{name}.lora_A.weight", steps, [])[0] for name in names}
+    except (AttributeError, TypeError, ValueError):  # another version's names for these
+        return []
+    return [name for name, key in new.items() if not f"{name}.lora_A.weight".endswith(key)]
 
 
 def _is_target(config: LoraConfig, name: str) -> bool:

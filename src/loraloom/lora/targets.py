@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from loraloom.lora.layers import HALF, LoraConv, LoraConv1D, LoraLayer, LoraLine
 from loraloom.lora.matching import ends_as, in_layers, layer_number, matches_any, matches_name, pattern_key, suffixes
 from loraloom.lora.parameters import LoraParameter, parameter_obstacle, parameter_shapes
 from loraloom.lora.presets import found, preset
-from loraloom.lora.reading import Read, as_peft_reads, refused
+from loraloom.lora.reading import Read, as_peft_reads, misread, refused
 from loraloom.lora.saved import unwrap
 
 ALL_LINEAR = "all-linear"
@@ -184,6 +184,11 @@ def plan_on(
     spared = inside_saved if literal else inside_saved | excluded
     chosen = _chosen(modules, names, _parameters(modules, config, demanded or (), literal, spared))
 
+    left_out = translation.left_out
+    if _is_all_linear(wanted) and (table := TYPES.get(model_type or "", {})):
+        adapted = {one.module for one in chosen}
+        named = [n for n, m in modules.items() if n.rpartition(".")[2] in table and layer_class(m) is LoraLinear]
+        left_out = [n for n in named if n not in adapted and n not in inside_saved]
     targets, reads = [], []
     used: dict[str, set[str | None]] = {"rank_pattern": set(), "alpha_pattern": set()}
     for one in chosen:
@@ -209,6 +214,7 @@ def plan_on(
         fan_in_fan_out=any(target.kind == LoraConv1D.kind for target in targets),
     )
     config, unreadable = as_peft_reads(config, model_type, modules, reads)
+    unreadable = tuple(dict.fromkeys([*unreadable, *misread(model, [one.module for one in chosen])]))
     extras = tuple(_extras(modules, saved, autocast_adapter_dtype))
     biases = tuple(_biases(modules, config, {t.name for t in targets}, inside_saved))
     if not (targets or extras or biases):
@@ -224,7 +230,7 @@ def plan_on(
         sum(p.numel() * p.element_size() for p in base),
         _note(model, modules, wanted, config.target_modules),
         unadapted(modules, [t.name for t in targets] + [*inside_saved], total),
-        tuple(_notes(config, targets, translation.left_out, idle)),
+        tuple(_notes(config, targets, left_out, idle, unreadable)),
         unreadable,
         tuple(idle),
     )
@@ -283,7 +289,9 @@ def _shapes(one: _Chosen, module: nn.Module, r: int) -> tuple[tuple[int, ...], t
     return one.cls.shapes(module, r)
 
 
-def _notes(config: LoraConfig, targets: list[Target], left_out: list[str], idle: list[str]) -> Iterator[str]:
+def _notes(
+    config: LoraConfig, targets: list[Target], left_out: list[str], idle: list[str], unreadable: Sequence[str]
+) -> Iterator[str]:
     """What a reader of the plan should know and would not expect."""
     if config.lora_dropout and (count := sum(target.kind == LoraParameter.kind for target in targets)):
         yield f"lora_dropout does not reach {count} of the targets: experts and other parameters are adapted in place"
@@ -294,9 +302,11 @@ def _notes(config: LoraConfig, targets: list[Target], left_out: list[str], idle:
         )
     if idle:
         yield f"left out: {_some(idle)}, whose weight the model reads without calling it, so an adapter does nothing"
+    if unreadable:
+        yield f"PEFT would not find {_some(unreadable)} in a folder with this adapter; loraloom does"
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
@@ -334,9 +344,9 @@ def _resolve(
     model_type = _model_type(model)
     if _is_all_linear(wanted):
         linear = [name for name, m in modules.items() if layer_class(m) in (LoraLinear, LoraConv1D)]
-        experts = old_names(model_type, modules)
+        experts, table = old_names(model_type, modules), TYPES.get(model_type or "", {})
         left_out = _output_heads(model, modules, config) | inside_saved
-        left_out |= {name for name in linear if refused(model_type, name) or name.rpartition(".")[2] in experts}
+        left_out |= {name for name in linear if refused(model_type, name) or name.rpartition(".")[2] in table}
         chosen = suffixes([name for name in linear if name not in left_out], modules)
         return chosen if isinstance(chosen, str) else [*chosen, *experts]
     if wanted is not None:

@@ -193,7 +193,8 @@ class Worker:
             trial.state, trial.reason = "failed", f"step {trial.step}: the held-out {broken[0]} is {found[broken[0]]}"
         elif trial.step >= trial.steps:
             trial.state, trial.used = "finished", _used(self.model, name)
-            self.model.save_pretrained(Path(self.options.train.output) / TRIALS, selected_adapters=[name])
+            folder = Path(self.options.train.output) / TRIALS
+            self.model.save_pretrained(folder, selected_adapters=[name], peft=False)
 
     def _rows(self, trial: Trial) -> list[int] | None:
         """The held-out rows to measure ``trial`` on, the same for all at a rung; None for all there are."""
