@@ -207,7 +207,6 @@ import torch
 from loraloom.errors import SaveError
 from loraloom.lora.atomic import write_files
 from loraloom.train.course import checkpoints
-from loraloom.train.measure import best
 
 folder, limit, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
