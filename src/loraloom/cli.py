@@ -142,6 +142,9 @@ def train(
         bool, typer.Option("--allow-untrained", help="Leave out rows without a trained token.", rich_help_panel=DATA)
     ] = False,
     chat_template: Template = None,
+    date: Annotated[
+        str | None, typer.Option(help="The day that a chat template writes; by default today.", rich_help_panel=DATA)
+    ] = None,
     stride: Annotated[int, typer.Option(help="Tokens that windows share.", rich_help_panel=DATA)] = 128,
     problem_type: Annotated[
         str | None, typer.Option(help="What a seq-cls label is; by default recognised.", rich_help_panel=DATA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -19,7 +20,17 @@ from loraloom.train.slot import Curve
 from loraloom.tune.bar import Bar
 from loraloom.tune.halving import Halving, Standing
 from loraloom.tune.proposals import JOURNAL_NAME
-from loraloom.tune.state import STATE_NAME, TRIALS, UNDER_WAY, State, clear, load_numbers, load_state, save_state
+from loraloom.tune.state import (
+    STATE_NAME,
+    TRIALS,
+    UNDER_WAY,
+    State,
+    clear,
+    date_of,
+    load_numbers,
+    load_state,
+    save_state,
+)
 from loraloom.tune.trial import Trial
 
 BASE = TrainOptions(model="m", data="d.csv", task="seq-cls", output="o", max_steps=30)
@@ -79,6 +90,13 @@ def test_a_search_comes_back_as_it_was_also_what_is_not_finite(tmp_path: Path, s
         for key, tensor in numbers(number).items():
             assert there[key].dtype == tensor.dtype
             assert torch.equal(there[key], tensor)
+
+
+def test_the_day_that_the_rows_were_written_with_is_kept(tmp_path: Path, state: State) -> None:
+    assert date_of(tmp_path) is None
+    for date in (None, "2024-07-26"):
+        save_state(tmp_path, dataclasses.replace(state, date=date), {})
+        assert date_of(tmp_path) == date
 
 
 def test_the_file_is_json_for_every_reader(tmp_path: Path, state: State) -> None:

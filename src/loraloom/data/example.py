@@ -71,6 +71,8 @@ class Settings:
     problem_type: str | None = None
     chat_template: str | None = None
     stride: int = 128
+    #: the day, such as 2026-07-26, for a chat template that writes one; by default today
+    date: str | None = None
 
 
 class Encoder(Protocol):

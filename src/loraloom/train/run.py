@@ -25,7 +25,7 @@ from loraloom.train.course.course import Course
 from loraloom.train.course.failures import Interrupted, explain
 from loraloom.train.course.output import RUN_FILE, check_output, described
 from loraloom.train.course.record import RUN_NAME
-from loraloom.train.course.resume import Resume, Say, goes_on
+from loraloom.train.course.resume import Resume, Say, date_of, goes_on
 from loraloom.train.course.signals import asked_to_stop
 from loraloom.train.loop import Progress
 from loraloom.train.measure.predict import predict
@@ -94,7 +94,7 @@ def prepare(options: TrainOptions, resume: Resume = None, reading: Watch = silen
     place = find_place(options.device)
     place.world.agreed(lambda: lock.check(options.output))
     place.world.agreed(lambda: check_output(options, going_on=goes_on(options, resume)))
-    loaded = load(options, place, reading)
+    loaded = load(options, place, reading, date_of(options, resume))
     options, config = loaded.options, loaded.config(loaded.options)
     made = plan(loaded.base, config)
     model = get_peft_model(loaded.base, config, adapter_name=ADAPTER, seed=options.seed)

@@ -179,7 +179,7 @@ class TuneOptions:
         values = self.to_dict()
         for name in ("slots", "memory", "workers", "ray_address"):
             del values[name]
-        for name in ("output", "overwrite"):
+        for name in ("output", "overwrite", *(["date"] if self.train.date is None else [])):
             del values["train"][name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

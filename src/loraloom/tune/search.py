@@ -43,6 +43,7 @@ from loraloom.tune.state import (
     State,
     clear,
     damaged,
+    date_of,
     hashes_of,
     load_numbers,
     load_state,
@@ -92,7 +93,8 @@ def _search(options: TuneOptions, watch: Watcher, sampler: BaseSampler | None) -
         from loraloom.tune.ray_crew import need_ray
 
         need_ray()
-    loaded = load(options.train)
+    folder = Path(options.train.output)
+    loaded = load(options.train, date=None if options.train.overwrite else date_of(folder))
     _check_validation(loaded)
     metric, own = options.metric, loaded.metrics
     if metric == metric_name(loaded.task) and metric not in own.names and not own.own:
@@ -114,7 +116,8 @@ class Search:
         self.folder, self.exhausted = Path(options.train.output), False
         self.space = Space(options, loaded)
         self.fingerprint = _fingerprint(options, loaded)
-        self.state = State(self.fingerprint, 0, Halving(len(options.rungs), options.reduction, options.finalists))
+        halving = Halving(len(options.rungs), options.reduction, options.finalists)
+        self.state = State(self.fingerprint, 0, halving, date=options.train.date)
         #: worker → the trials that it has
         self.members: dict[int, list[int]] = {}
         self.pressed = threading.Event()

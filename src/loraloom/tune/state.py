@@ -53,6 +53,17 @@ class State:
     finished: bool = False
     #: what trials have to beat, once it was measured
     bar: Bar | None = None
+    #: the day that the rows were written with, where a chat template writes one
+    date: str | None = None
+
+
+def date_of(folder: Path) -> str | None:
+    """The day of the search in ``folder``; None where there is no search, or nothing writes the date."""
+    try:
+        found = json.loads((folder / STATE_NAME).read_text())["date"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def save_state(folder: Path, state: State, numbers: Mapping[int, Mapping[str, Tensor]]) -> None:
@@ -111,6 +122,7 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
             seconds=found["seconds"],
             finished=found["finished"],
             bar=_read_bar(found["bar"]),
+            date=found.get("date"),
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise _damaged(path, error) from None

@@ -5,6 +5,7 @@ The templates of thirteen families lie in ``templates/``; what is trained on is 
 
 from __future__ import annotations
 
+import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -487,6 +488,26 @@ def test_a_template_with_an_error_in_it_is_told_with_its_line() -> None:
         ChatEncoder(with_template("{% for m in messages %}\n{% endfr %}"), Settings(99))
     with pytest.raises(ModelError, match="line 2: 'conversation' is undefined"):
         ChatEncoder(with_template("{{ bos_token }}\n{{ conversation[0] }}"), Settings(99))
+
+
+@pytest.mark.parametrize("form", ["%d %b %Y", "%Y-%m-%d", "%B %d, %Y"])  # of Llama 3.2, gpt-oss and Granite
+def test_a_template_that_writes_the_date_writes_the_day_that_it_is_given(form: str) -> None:
+    day = "{%- if strftime_now is defined %}{{ strftime_now('" + form + "') }}{% endif %}"
+    made = with_template(day + HEAD + "{{ m.content }}" + TAIL)
+    texts = {}
+    for date in ("2024-07-26", "1999-01-02", None):
+        result = one(TALK, made, date=date)
+        assert trained(result, made) == BY_HAND["chatml"]
+        texts[date] = made.decode(result.examples[0].input_ids)
+    for date in ("2024-07-26", "1999-01-02"):
+        assert texts[date].startswith(datetime.datetime.fromisoformat(date).strftime(form))
+    assert texts[None] == made.apply_chat_template(TALK, tokenize=False)
+    assert find_template(made).dated
+    assert not find_template(tokenizer("chatml")).dated
+    assert not find_template(made, PLAIN).dated
+    fails = "\n{% for m in messages %}\n{{ m.content }}{{ 1 // (m.content | length - 9) }}{% endfor %}"
+    broken = with_template(day + fails)
+    assert "line 3: integer division or modulo by zero" in one([user("ninechars"), bot("b")], broken, date=date).error
 
 
 def test_a_template_is_rendered_in_a_sandbox() -> None:

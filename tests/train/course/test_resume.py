@@ -27,7 +27,9 @@ from loraloom.train.course.resume import differences, find
 from loraloom.train.loop import Progress
 from loraloom.train.run import RUN_NAME, Interrupted, RunResult, prepare, run
 from loraloom.train.settings.options import TrainOptions
+from loraloom.train.start import loaded
 
+GOOD, BAD = ("good", "fine", "lovely", "great"), ("bad", "poor", "awful", "weak")  # words of the tokenizer
 WEIGHTS = "adapter_model.safetensors"
 #: All at once: masks, several epochs of 7.5 batches, forwards within a step, evaluations that do not fall on saves.
 EVERYTHING: dict[str, Any] = {
@@ -239,6 +241,53 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(classify: Make, monkey
 
 
 # Which one --------------------------------------------------------------------------------------------------------
+
+
+DATED = (
+    "{{ 'great' if strftime_now('%d') == '01' else 'weak' }} {% for m in messages %}"
+    "{{ m.role[0] }} {{ m.content }} now {% endfor %}"
+)
+
+
+@pytest.fixture
+def dated(complete: Make, tmp_path: Path) -> Make:
+    """Conversations, with a template that writes the date."""
+    turns = [[{"role": "user", "content": "the cat"}, {"role": "assistant", "content": f"a {w}"}] for w in GOOD + BAD]
+    path = tmp_path / "talk.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns * 3))
+
+    def make(output: str | Path = "run", **changes: Any) -> TrainOptions:
+        return complete(output, data=path, eval_split=4, chat_template=DATED, **changes)
+
+    return make
+
+
+def test_a_template_that_writes_the_date_keeps_that_of_the_first_day(
+    dated: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded, "today", lambda: "2024-07-01")
+    whole = train(dated("whole"))
+    assert any(
+        "writes the date: all conversations are written with 2024-07-01" in n for n in prepare(dated("x")).data.notes
+    )
+    stopped(dated(), 3)
+    monkeypatch.setattr(loaded, "today", lambda: "2024-07-02")
+    again = train(dated(), resume=True)
+    assert weights(again.record["options"]["output"]) == weights(whole.record["options"]["output"])
+    assert record(dated().output)["options"]["date"] == "2024-07-01"
+    assert train(dated(), resume=True).record["state"] == "finished"  # nothing to do, on any day
+    assert weights(train(dated("next")).record["options"]["output"]) != weights(dated("whole").output)
+    assert weights(train(dated("set", date="2024-07-01")).record["options"]["output"]) == weights(dated("whole").output)
+
+
+def test_another_date_is_refused_and_one_that_nothing_writes(dated: Make, complete: Make) -> None:
+    stopped(dated(date="2024-07-01"), 3)
+    with pytest.raises(ConfigError, match="date is '2024-07-02' and was '2024-07-01'"):
+        train(dated(date="2024-07-02"), resume=True)
+    with pytest.raises(ConfigError, match="date: no chat template writes it here"):
+        prepare(complete("other", date="2024-07-01"))
+    with pytest.raises(ConfigError, match="date: must be a day such as 2026-07-26, found '1 July'"):
+        dated(date="1 July")
 
 
 def test_with_nothing_to_go_on_from_it_begins_afresh(classify: Make) -> None:

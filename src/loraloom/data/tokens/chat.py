@@ -43,7 +43,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
-        self.turns = Turns(find_template(tokenizer, settings.chat_template))
+        self.turns = Turns(find_template(tokenizer, settings.chat_template, settings.date))
         self.notes = _notes(self.turns)
 
     def encode(self, chats: Sequence[Chat]) -> list[Encoded1]:

@@ -45,12 +45,13 @@ def encoder(
     problem_type: str | None = None,
     chat_template: str | None = None,
     stride: int = 128,
+    date: str | None = None,
 ) -> Encoder:
     """The encoder of ``task``; no example of it is longer than ``max_length`` tokens.
 
     ``overlong`` says what is done with a row of more tokens: ``error``, ``truncate`` (its end is cut off), ``drop``
     (left out and counted) or ``split`` (into several examples, where the task can). ``labels`` are the classes or
-    tags in the order of their numbers.
+    tags in the order of their numbers, and ``date`` is the day that a chat template writes which writes one.
 
     Raises ``ConfigError`` for a ``max_length`` that has no room for text and an ``overlong`` that is unknown, and
     ``ModelError`` for a tokenizer that is not a fast one or a chat template that is broken.
@@ -69,4 +70,4 @@ def encoder(
     room = tokenizer.num_special_tokens_to_add() + least
     if max_length < room:
         raise ConfigError(f"max_length: {max_length} leaves no room for text; give at least {room}")
-    return make(tokenizer, Settings(max_length, overlong, tuple(labels), problem_type, chat_template, stride))
+    return make(tokenizer, Settings(max_length, overlong, tuple(labels), problem_type, chat_template, stride, date))

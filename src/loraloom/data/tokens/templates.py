@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +72,14 @@ class Template:
     name: str
     #: the template; None is what the tokenizer itself chooses (some have one for tools beside the usual one)
     text: str | None
+    #: the day that it writes, such as 2026-07-26, where it writes one; None is today
+    date: str | None = None
+
+    @property
+    def dated(self) -> bool:
+        """Whether it can write the date, for which transformers gives templates one function."""
+        source = self.text if self.text is not None else getattr(self.tokenizer, "chat_template", None)
+        return "strftime_now" in str(source)
 
     @property
     def plain(self) -> bool:
@@ -86,24 +96,42 @@ class Template:
         """
         from jinja2 import TemplateError, TemplateSyntaxError
 
+        chosen, above = self.text, 0
+        if self.date is not None and self.dated:
+            chosen, above = _clock(self.date) + self.tokenizer.get_chat_template(self.text, tools), 1
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=tools,
-                chat_template=self.text,
+                chat_template=chosen,
                 add_generation_prompt=prompt,
                 tokenize=False,
             )
         except TemplateSyntaxError as exc:
-            raise ModelError(f"{self.name}, line {exc.lineno}: {exc.message}") from None
+            raise ModelError(f"{self.name}, line {exc.lineno - above}: {exc.message}") from None
         except Exception as exc:  # a template can raise whatever Python can
             said = f"{exc}" or type(exc).__name__
             if type(exc) is TemplateError:  # what raise_exception raises, and nothing else
                 raise Refusal(f"{self.name} does not take this conversation: {said}") from None
-            raise ModelError(f"{self.name}{_line(exc)}: {said}") from None
+            raise ModelError(f"{self.name}{_line(exc, above)}: {said}") from None
         assert isinstance(text, str)
         _check_text(text, self.name)
         return text
+
+
+@cache
+def _clock(date: str) -> str:
+    """A line in front of a template in which ``strftime_now`` is of ``date``: its midnight.
+
+    transformers hands templates no function but its own, so it is written in theirs: a macro of that name, in which
+    each directive of the format is replaced.
+    """
+    day = datetime.fromisoformat(date)
+    codes = [f"%{sign}{code}" for code in "aAwdbBmyYHIMSfjUWVGupcxX" for sign in ("-", "")]
+    values = {code: day.strftime(code.replace("-", "")) for code in codes}
+    values |= {code: value.lstrip("0") or "0" for code, value in values.items() if "-" in code}
+    replaced = "".join(f"|replace({code!r}, {value!r})" for code, value in values.items())
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced}|replace('%%', '%') }}}}{{%- endmacro %}}\n"
 
 
 def _check_text(text: str, name: str) -> None:
@@ -118,14 +146,16 @@ def _check_text(text: str, name: str) -> None:
         ) from None
 
 
-def find_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> Template:
+def find_template(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, date: str | None = None
+) -> Template:
     """The template that ``chat_template`` asks for, else the tokenizer's own, else ``loraloom-plain``.
 
-    ``chat_template`` is the path of a file (``.jinja``), the template itself, or the name of one of several that
-    the tokenizer has. Raises ``ConfigError`` for one that is none of these, and ``ModelError`` for a template that
-    is broken.
+    ``date`` is the day that it writes, if it writes one. ``chat_template`` is the path of a file (``.jinja``), the
+    template itself, or the name of one of several that the tokenizer has. Raises ``ConfigError`` for one that is none
+    of these, and ``ModelError`` for a template that is broken.
     """
-    template = _chosen(tokenizer, chat_template)
+    template = replace(_chosen(tokenizer, chat_template), date=date)
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     fault = None
     # It may count on a system message, or on tools; one that fails with them as well is broken.
@@ -196,11 +226,14 @@ def _quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def _line(exc: BaseException) -> str:
-    """``, line 7``: where in the template an error arose; the innermost line where it called itself."""
+def _line(exc: BaseException, above: int) -> str:
+    """``, line 7``: where in the template an error arose; the innermost line where it called itself.
+
+    ``above``: lines that stand in front of the template's own.
+    """
     line, frame = None, exc.__traceback__
     while frame is not None:
         if frame.tb_frame.f_code.co_filename == "<template>":
             line = frame.tb_lineno
         frame = frame.tb_next
-    return f", line {line}" if line else ""
+    return f", line {line - above}" if line else ""

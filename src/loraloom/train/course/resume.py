@@ -240,19 +240,31 @@ def goes_on(options: TrainOptions, resume: Resume) -> bool:
             anything is loaded.
     """
     found, folder = find(options, resume), Path(options.output)
-    if found.finished:
-        then, where = found.finished["options"], f"the finished run in {folder}"
-    elif found.checkpoint:
-        then, where = _options_in(found.checkpoint), str(found.checkpoint.path)
-    elif found.stopped:
-        then, where = found.stopped["options"], f"the run in {folder} that ended early"
-    else:
+    then, where = _then(found, folder)
+    if then is None:
         # Checkpoints that are damaged are in nobody's way; an adapter that nobody knows is.
         return resume is True and not (folder / WEIGHTS_NAME).exists()
     check_options(then, _as_then(options, then), where)
     if found.checkpoint and found.checkpoint.path.parent.resolve() != folder.resolve():
         return found.stopped is not None and not changed(folder, found.stopped) and not checkpoints.listed(folder)
     return found.stopped is None or not changed(folder, found.stopped)
+
+
+def date_of(options: TrainOptions, resume: Resume) -> str | None:
+    """The day that the run is of which ``options`` go on with; None where there is none, or no template writes it."""
+    then, _ = _then(find(options, resume), Path(options.output))
+    return None if then is None else then.get("date")
+
+
+def _then(found: Found, folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """The options of what is gone on with, and its name in messages."""
+    if found.finished:
+        return found.finished["options"], f"the finished run in {folder}"
+    if found.checkpoint:
+        return _options_in(found.checkpoint), str(found.checkpoint.path)
+    if found.stopped:
+        return found.stopped["options"], f"the run in {folder} that ended early"
+    return None, ""
 
 
 def _differ(then: Mapping[str, Any], options: TrainOptions) -> bool:
@@ -290,7 +302,7 @@ def understood(checkpoint: Checkpoint) -> Iterator[None]:
 def _as_then(options: TrainOptions, then: Mapping[str, Any]) -> dict[str, Any]:
     """The options before anything was loaded: what is left open is what it was."""
     now = options.to_dict()
-    return now if now["max_length"] is not None else now | {"max_length": then.get("max_length")}
+    return now | {name: then.get(name) for name in ("max_length", "date") if now[name] is None}
 
 
 def _given(path: Path, options: TrainOptions) -> Checkpoint:

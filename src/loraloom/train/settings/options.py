@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -72,6 +73,8 @@ class TrainOptions:
     allow_untrained: bool = False
     #: A chat template in place of the tokenizer's: a file, or the template.
     chat_template: str | None = None
+    #: The day, such as 2026-07-26, for a chat template that writes one; by default that on which the run begins.
+    date: str | None = None
     #: Tokens that windows of a long context share (question-answering).
     stride: int = 128
     #: What a seq-cls label is; by default it is recognised.
@@ -162,6 +165,7 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise ConfigError(f"{name}: must be text, found {value!r}; leave it out for the default")
+        self._check_date()
         for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "save_total_limit"):
             self._whole(name, 1)
         self._whole("max_new_tokens", 1)
@@ -190,6 +194,13 @@ class TrainOptions:
         if not isinstance(self.lora, LoraConfig):
             raise ConfigError(f"lora: must be a LoraConfig, found {type(self.lora).__name__}")
         self.lora = self.lora.copy(task_type=TASKS[self.task])
+
+    def _check_date(self) -> None:
+        try:
+            if self.date is not None:  # YAML reads a date as one
+                self.date = datetime.date.fromisoformat(str(self.date)).isoformat()
+        except ValueError:
+            raise ConfigError(f"date: must be a day such as 2026-07-26, found {self.date!r}") from None
 
     def _check_eval_split(self) -> None:
         split = self.eval_split
@@ -313,6 +324,7 @@ _OF_TASKS = {
     "stride": (("question-answering",), "how much the windows of a long context share"),
     "problem_type": (("seq-cls",), "what the labels of texts are"),
     "chat_template": (("causal-lm",), "how conversations are written"),
+    "date": (("causal-lm",), "the day that a chat template writes"),
     "max_new_tokens": (("causal-lm", "seq2seq-lm"), "how much is generated for metrics"),
 }
 #: Tasks whose rows are one whole, and why.

@@ -39,7 +39,7 @@ _ELSEWHERE = {
         name: f"data.{name}"
         for name in (
             *("format", "columns", "max_length", "overlong", "on_bad_row", "allow_untrained", "chat_template"),
-            *("stride", "problem_type"),
+            *("date", "stride", "problem_type"),
         )
     },
     **{name: f"eval.{name.removeprefix('eval_')}" for name in ("eval_strategy", "eval_steps", "eval_minutes")},

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -209,6 +209,7 @@ def encode_run_rows(rows: Rows, options: TrainOptions, tokenizer: Any, watch: Wa
         "labels": rows.names,
         "problem_type": rows.train.problem,
         "chat_template": options.chat_template,
+        "date": options.date,
         "stride": options.stride,
         "skip": skip,
         "allow_untrained": options.allow_untrained,
@@ -241,12 +242,31 @@ def encode_run_rows(rows: Rows, options: TrainOptions, tokenizer: Any, watch: Wa
     padding = padding_share(lengths, bucketed(lengths, options.batch_size, options.seed, 0))
     template = None
     if _talks(rows.train):
-        found = find_template(tokenizer, options.chat_template)
+        found = find_template(tokenizer, options.chat_template, options.date)
+        if found.dated:
+            notes.append(
+                f"{found.name} writes the date: all conversations are written with {options.date or 'that of today'}, "
+                "which a run keeps that is resumed (data.date sets it)"
+            )
         if (template := found.text) is not None:
             notes.append(f"{found.name} is kept with the adapter, as {TEMPLATE_NAME}")
     return Data(
         train, evaluation, shown, rows.names, padding, rows.hashes, rows.train.problem, notes, warnings, template
     )
+
+
+def with_date(rows: Rows, options: TrainOptions, tokenizer: Any, date: str) -> TrainOptions:
+    """The options with ``date``, if none is set, where a chat template writes the date.
+
+    Raises:
+        ConfigError: one is set and nothing writes it.
+    """
+    talks = TASKS[options.task] is TaskType.CAUSAL_LM and (_talks(rows.train) or _talks(rows.evaluation))
+    if talks and find_template(tokenizer, options.chat_template, options.date or date).dated:
+        return replace(options, date=options.date or date)
+    if options.date is not None:
+        raise ConfigError("date: no chat template writes it here, so it does nothing; leave it out")
+    return options
 
 
 def _talks(found: Survey) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from loraloom.train.measure.parts import Figures, divide, evaluate_parts
 from loraloom.train.place import Place
 from loraloom.train.settings.options import TASKS, TrainOptions
 from loraloom.train.slot import Slot
-from loraloom.train.start.dataset import Data, encode_run_rows, read_run_rows, silent
+from loraloom.train.start.dataset import Data, encode_run_rows, read_run_rows, silent, with_date
 from loraloom.train.start.dataset import HeldOut as HeldOutRows
 from loraloom.train.start.load import build_empty, length_within, load_base, load_config, load_tokenizer
 
@@ -162,8 +163,10 @@ def hash_of_weights(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def load(options: TrainOptions, where: Place | None = None, reading: Watch = silent) -> Loaded:
+def load(options: TrainOptions, where: Place | None = None, reading: Watch = silent, date: str | None = None) -> Loaded:
     """Read and check rows, tokenizer and model, in the order in which it costs. ``reading`` is told how far rows are.
+
+    ``date`` is that of the run that is gone on with, for a chat template that writes one: see ``TrainOptions.date``.
 
     Raises:
         InputError: anything wrong with what the user gave.
@@ -186,6 +189,8 @@ def load(options: TrainOptions, where: Place | None = None, reading: Watch = sil
         rows = replace(rows, names=names)
         rows.notes.append(f"classes are numbered as {options.model} numbers them: {some(names)}")
     tokenizer = load_tokenizer(options.model, options.revision)
+    day = where.world.gather(today())[0]  # the same in all processes, also at midnight
+    options = with_date(rows, options, tokenizer, date or day)
     data = encode_run_rows(rows, options, tokenizer, reading)
     metrics = choose(task, data.problem, options.metrics).of_labels(data.names)
     if options.metric_for_best_model and not metrics.own:  # what a function returns is not known before
@@ -207,6 +212,10 @@ def load(options: TrainOptions, where: Place | None = None, reading: Watch = sil
         base.to(where.device)
     _check_vocabulary(base, data, options.model)
     return Loaded(options, data, tokenizer, base, task, new, metrics, where, weights)
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
 
 
 def _check_vocabulary(model: nn.Module, data: Data, name: str) -> None:
