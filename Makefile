@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup quickstart test lint bench clean
+.PHONY: setup quickstart test zoo zoo-page lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -20,6 +20,14 @@ quickstart: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+# ZOO=llama,bert: some model types; ZOO=3/8: an eighth of them; without it all, in about an hour.
+zoo: setup
+	PYTHONPATH=tests $(BIN)/python -m zoo $(ZOO)
+
+# The whole, its table and docs/models.md. Stopped, the same command resumes.
+zoo-page: setup
+	PYTHONPATH=tests $(BIN)/python -m zoo --write
 
 lint: setup
 	$(BIN)/ruff check .

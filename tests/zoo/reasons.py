@@ -1,0 +1,93 @@
+"""Why a check is skipped or a type is not built: the line of transformers, torch or peft that makes it right.
+
+Each entry: patterns of ``type/kind/targets``, of the check and of what came out, and the reason. Lines are those of
+transformers 5.23 and peft 0.21.2. Nothing else may fail.
+"""
+
+from __future__ import annotations
+
+import re
+
+ANY = r".*"
+PEFT_CHECKS = r"names|logits|exchange|gradient|steps|generation"
+
+#: Types that cannot be built here → why.
+UNBUILT: dict[str, str] = {
+    **dict.fromkeys(
+        ("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer", "timm_backbone",
+         "timm_wrapper", "fast_vlm", "gemma3n", "perception_lm"),
+        "needs timm (transformers/utils/import_utils.py:2514)",
+    ),
+    "dinat": "needs natten (transformers/utils/import_utils.py:2514)",
+    "blt": "its config has no num_hidden_layers, which its cache asks for (transformers/configuration_utils.py:312)",
+    "depth_pro": "three sizes of picture and patch, each of which must fit the others"
+    " (transformers/models/depth_pro/configuration_depth_pro.py:129)",
+    "diffusion_gemma": "its default config leaves sizes open"
+    " (transformers/models/diffusion_gemma/modeling_diffusion_gemma.py:515)",
+    "dots3_note": "its default config has widths that do not fit one another"
+    " (transformers/models/dots3_note/configuration_dots3_note.py:184)",
+    "fun_asr_nano": "text alone is no input (transformers/models/fun_asr_nano/modeling_fun_asr_nano.py:451)",
+    "gemma4_assistant": "its default config is refused by its own check"
+    " (transformers/models/gemma4_assistant/configuration_gemma4_assistant.py:86)",
+    "gemma4_unified_assistant": "reads the cache of the model that it assists"
+    " (transformers/models/gemma4_unified/configuration_gemma4_unified.py:208)",
+    "granite4_vision": "its default config has no deepstack_layer_map"
+    " (transformers/models/granite4_vision/modeling_granite4_vision.py:759)",
+    "granite_speech5_ctc": "frames are stacked to a width that the default config does not say"
+    " (transformers/models/granite_speech5/modeling_granite_speech5.py:378)",
+    "hrm_text": "its small model has more layers than its cache (transformers/cache_utils.py:1570)",
+    "kosmos-2": "a text without a picture is refused (transformers/models/kosmos2/modeling_kosmos2.py:1606)",
+    "kyutai_speech_to_text": "its codec's groups fit its default width alone"
+    " (transformers/models/kyutai_speech_to_text/modeling_kyutai_speech_to_text.py:250)",
+    "levit": "its stages fit its default picture alone (transformers/models/levit/modeling_levit.py:206)",
+    "musicgen": "a row is four rows of codes (transformers/models/musicgen/modeling_musicgen.py:493)",
+    "musicgen_melody": "a row is four rows of codes (transformers/models/musicgen/modeling_musicgen.py:493)",
+    "pi0": "takes a robot's state and actions (transformers/models/pi0/modeling_pi0.py:70)",
+    "shieldgemma2": "answers about a picture through its text's first token"
+    " (transformers/models/shieldgemma2/modeling_shieldgemma2.py:128)",
+    "udop": "pictures, boxes and text must agree (transformers/models/udop/modeling_udop.py:1123)",
+    "vibevoice": "its codec has 250 million parameters at any width given to its config"
+    " (transformers/models/vibevoice_acoustic_tokenizer/modeling_vibevoice_acoustic_tokenizer.py:334)",
+    "vibevoice_asr": "chunks must be multiples of 3200 samples"
+    " (transformers/models/vibevoice_asr/configuration_vibevoice_asr.py:92)",
+    "videoprism_vision_model": "a division by zero in its own initialisation (transformers/initialization.py:182)",
+    "voxtral_realtime": "sound and text must be streamed together"
+    " (transformers/models/voxtral_realtime/modeling_voxtral_realtime.py:952)",
+    "layoutlmv2": "needs detectron2 (transformers/utils/import_utils.py:2514)",
+}  # fmt: skip
+
+#: (cells, checks, what came out, why)
+SKIPPED: tuple[tuple[str, str, str, str], ...] = (
+    (
+        ANY,
+        PEFT_CHECKS,
+        r".*modules_to_save cannot be applied to modules of type.*",
+        "peft cannot train in full what it adapts as well (peft/utils/other.py:605)",
+    ),
+    (
+        ANY,
+        PEFT_CHECKS,
+        r"FAIL: TypeError: CLIPEncoder.*",
+        "peft passes inputs_embeds to a model that takes none (transformers/models/clip/modeling_clip.py:542)",
+    ),
+    (
+        r".*/all-linear",
+        "rows|pack",
+        r".*is adapted as a whole, so the rows of one forward cannot have different adapters.*",
+        "refused, as in peft: a parameter that is no layer cannot be adapted row by row"
+        " (peft/tuners/lora/layer.py:2189)",
+    ),
+)
+
+
+def reason(cell: str, check: str, outcome: str) -> str | None:
+    for cells, checks, text, why in SKIPPED:
+        if re.fullmatch(cells, cell) and re.fullmatch(checks, check) and re.fullmatch(text, outcome):
+            return why
+    return None
+
+
+def lines_named() -> list[str]:
+    """Every ``package/path.py:line`` that a reason names."""
+    reasons = [*UNBUILT.values(), *(why for *_, why in SKIPPED)]
+    return sorted({line for why in reasons for line in re.findall(r"[\w/]+\.py:\d+", why)})

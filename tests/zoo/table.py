@@ -1,0 +1,152 @@
+"""What came out of a whole run: ``table.json``, and the page ``docs/models.md`` that is made from it.
+
+Knows no model and loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).with_name("table.json")
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+FORMAT = 1
+#: A share of checks that may be skipped; more would say that the table is not what it seems.
+SKIPS = 0.10
+
+#: ``type/kind/targets`` → check → ``ok``, ``n/a: why``, ``skip: why`` or ``FAIL: what``
+Cells = Mapping[str, Mapping[str, str]]
+
+CHECKS = {
+    "names": "the same modules, tensors and number of trainable parameters as in PEFT",
+    "logits": "the same answers with an adapter that moves them by over 1 %",
+    "exchange": "adapter folders read by the other library, both ways",
+    "gradient": "the same gradients",
+    "steps": "three AdamW steps to the same weights",
+    "merge": "merged, unmerged to the bit, merged for good",
+    "disable": "a disabled adapter leaves the frozen model's answer, to the bit",
+    "checkpointing": "gradient checkpointing, two steps, the same gradients",
+    "reentrant": "the same with `use_reentrant=True`",
+    "generation": "tokens and scores of generation with a cache, as in PEFT",
+    "rows": "rows of two adapters and of the frozen model in one batch, each as alone",
+    "pack": "a `Pack` of three adapters (unlike ranks, dropout, row lengths), each as alone",
+}
+
+
+def plain(outcome: str) -> str:
+    """Without the figure of one machine."""
+    return "ok" if outcome.startswith("ok") else outcome
+
+
+def read() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return found
+
+
+def write(cells: Cells, versions: Mapping[str, str]) -> None:
+    """``table.json`` and the page."""
+    sorted_cells = {
+        name: {check: plain(outcome) for check, outcome in found.items()} for name, found in sorted(cells.items())
+    }
+    record = {"format": FORMAT, "versions": dict(versions), "cells": sorted_cells}
+    TABLE.write_text(json.dumps(record, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGE.write_text(page(record), encoding="utf-8")
+
+
+def outcomes(cells: Cells) -> Counter[str]:
+    """``ok``, ``n/a``, ``skip``, ``FAIL`` → how many checks."""
+    return Counter(re.split(r"[: ]", outcome)[0] for found in cells.values() for outcome in _checks(found).values())
+
+
+def _checks(found: Mapping[str, str]) -> dict[str, str]:
+    return {check: outcome for check, outcome in found.items() if check in CHECKS}
+
+
+def unbuilt(cells: Cells) -> dict[str, str]:
+    """Type → why there is no small model of it."""
+    return {name.split("/")[0]: found["build"] for name, found in cells.items() if "build" in found}
+
+
+def built(cells: Cells) -> set[str]:
+    return {name.split("/")[0] for name, found in cells.items() if "build" not in found}
+
+
+def page(record: Mapping[str, Any]) -> str:
+    cells: Cells = record["cells"]
+    counts, versions = outcomes(cells), record["versions"]
+    asked = counts["ok"] + counts["skip"] + counts["FAIL"]
+    reasons = _numbered(cells)
+    lines = [
+        "# Models",
+        "",
+        f"{len(built(cells))} model types of transformers {versions['transformers']} are built small from their",
+        f"configs and compared with PEFT {versions['peft']}, each in its own kinds, with default targets and with",
+        f"`all-linear`: {len(cells):,} cells, {asked:,} checks, {counts['ok']:,} passed, {counts['skip']:,} skipped"
+        f" ({counts['skip'] / max(asked, 1):.1%}), {counts['FAIL']:,} failed.",
+        "`make zoo` runs all of it, `make zoo ZOO=llama,bert` some types, `make zoo ZOO=3/8` an eighth; this page is",
+        "written by `make zoo-page` from `tests/zoo/table.json`.",
+        "",
+        "| check | what is compared |",
+        "|---|---|",
+        *(f"| {name} | {what} |" for name, what in CHECKS.items()),
+        "",
+        "Models compute in float64 where they can, and an adapter's numbers are large enough to move the answers by",
+        "over 1 %. A check that does not apply (generation of a classifier) is not counted. Where a type has no",
+        "default in PEFT, default targets are [those that loraloom finds](coming-from-peft.md), given to PEFT by name.",
+        "",
+        "| model type | kinds | default targets | all-linear |",
+        "|---|---|---|---|",
+        *(_row(name, cells, reasons) for name in sorted(built(cells))),
+        "",
+    ]
+    if reasons:
+        lines += ["## Skipped", "", *(f"{number}. {_escaped(why)}" for why, number in reasons.items()), ""]
+    if missing := unbuilt(cells):
+        lines += ["## Not built", "", "| model type | why |", "|---|---|"]
+        lines += [f"| {name} | {_escaped(why.partition(': ')[2])} |" for name, why in sorted(missing.items())] + [""]
+    return "\n".join(lines)
+
+
+def _numbered(cells: Cells) -> dict[str, int]:
+    """Reason of a skip or what failed → its number on the page."""
+    whys = [
+        outcome
+        for found in cells.values()
+        for outcome in _checks(found).values()
+        if outcome.startswith(("skip: ", "FAIL: "))
+    ]
+    return {why: number for number, why in enumerate(dict.fromkeys(_why(w) for w in whys), 1)}
+
+
+def _why(outcome: str) -> str:
+    return outcome.removeprefix("skip: ")
+
+
+def _row(model_type: str, cells: Cells, reasons: Mapping[str, int]) -> str:
+    mine = {tuple(name.split("/")[1:]): found for name, found in cells.items() if name.split("/")[0] == model_type}
+    kinds = list(dict.fromkeys(kind for kind, _ in mine))
+    columns = [
+        _summary([found for (_, t), found in mine.items() if t == targets], reasons)
+        for targets in ("default", "all-linear")
+    ]
+    return f"| {model_type} | {', '.join(kinds)} | {columns[0]} | {columns[1]} |"
+
+
+def _summary(cells: Iterable[Mapping[str, str]], reasons: Mapping[str, int]) -> str:
+    found = [(check, outcome) for cell in cells for check, outcome in _checks(cell).items()]
+    passed = sum(outcome.startswith("ok") for _, outcome in found)
+    other: dict[str, list[str]] = {}
+    for check, outcome in found:
+        if outcome.startswith(("skip", "FAIL")):
+            word = f"{'failed' if outcome.startswith('FAIL') else 'skipped'} ({reasons[_why(outcome)]})"
+            other.setdefault(word, []).append(check)
+    notes = [f"{', '.join(dict.fromkeys(checks))} {word}" for word, checks in other.items()]
+    return "; ".join([f"{passed} ok", *notes])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
