@@ -242,3 +242,31 @@ def test_the_plan_says_how_much_of_the_experts_stays_as_it_is() -> None:
 def test_dropout_that_does_not_reach_the_experts_is_said() -> None:
     made = plan(net(), config(target_modules=["proj"], lora_dropout=0.1))
     assert "lora_dropout does not reach 4 of the targets" in str(made)
+
+
+def test_a_folder_is_inspected_expert_by_expert(tmp_path: Path) -> None:
+    from loraloom.lora.inspection import inspect
+
+    model = get_peft_model(net(), config(rank_pattern={"experts.up": 4}, alpha_pattern={"experts.down": 6}))
+    model.save_pretrained(tmp_path)
+    updates = {update.name: update for update in inspect(tmp_path).updates}
+    assert set(updates) == set(model.lora_layers)
+    for name, layer in model.lora_layers.items():
+        delta = layer.get_delta_weight("default")
+        assert (updates[name].r, updates[name].scale) == (layer.r["default"], layer.scaling["default"])
+        assert updates[name].norm == pytest.approx(float(delta.norm()))
+        wanted = torch.linalg.svdvals(delta).square().sum(0).sqrt()
+        found = torch.tensor(updates[name].singular_values, dtype=torch.float64)
+        size = min(len(found), len(wanted))  # what one has more is zero
+        torch.testing.assert_close(found[:size], wanted[:size])
+
+
+def test_the_doctor_says_which_experts_stay_as_they_are_and_takes_wrappers_of_one_module_for_one_adapter() -> None:
+    from loraloom.train.ahead import doctor
+
+    kinds = {found.kind for found in doctor.examine(get_peft_model(net(), config()))}
+    assert not kinds & {"twice", "experts"}
+    found = doctor.examine(get_peft_model(net(), config(target_modules=["proj"], target_parameters=["up"])))
+    (text,) = [one.text for one in found if one.kind == "experts"]
+    assert "2 expert weights" in text
+    assert "target_parameters=['down']" in text

@@ -6,7 +6,9 @@ Everything is computed from the factors: the singular values of ``scale · BA`` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from loraloom.errors import AdapterError
 from loraloom.lora.adapters import PREFIX
 from loraloom.lora.checkpoint import read_tensors
 from loraloom.lora.expressions import check_expressions
-from loraloom.lora.matching import pattern_key
+from loraloom.lora.matching import matches_any, pattern_key
 
 #: The rank used is the fewest singular directions that hold this share of the update's squared norm.
 ENERGY = 0.99
@@ -55,13 +57,15 @@ def inspect(folder: str | Path) -> Inspection:
     tensors = read_tensors(folder)
     config = LoraConfig.from_pretrained(folder)
     check_expressions(config, [key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors])
+    parameters = _parameters(tensors, config)
     updates, others = [], {}
     for key, a in sorted(tensors.items()):
         name = key.removeprefix(PREFIX)
         if ".lora_A." in name or name.endswith(".lora_embedding_A"):
             b = tensors.get(key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B"))
             if b is not None:
-                updates.append(_update(name.rpartition(".lora_")[0], a, b, config))
+                place = name.rpartition(".lora_")[0]
+                updates.append(_update(*parameters.get(place, (place, place, 1)), a, b, config))
                 continue
         elif ".lora_B." in name or name.endswith(".lora_embedding_B"):
             continue
@@ -76,7 +80,37 @@ def inspect(folder: str | Path) -> Inspection:
     )
 
 
-def _update(name: str, a: Tensor, b: Tensor, config: LoraConfig) -> ModuleUpdate:
+def _parameters(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, tuple[str, str, int]]:
+    """Where a file keeps the factors of a parameter → its name, the name that patterns match, its experts.
+
+    A file has them under the module's name, the first parameter's innermost. Which is which, and how many experts are
+    stacked, follows from the ranks that the config gives them.
+    """
+    rows: dict[str, list[tuple[str, int]]] = {}
+    for key in sorted(tensors, key=len, reverse=True):  # the innermost first
+        place, found, _ = key.removeprefix(PREFIX).partition(".lora_A.")
+        if found and config.target_parameters:
+            rows.setdefault(place.replace(".base_layer", ""), []).append((place, tensors[key].shape[0]))
+    out = {}
+    for module, places in rows.items():
+        leaves = dict.fromkeys(pattern.rpartition(".")[2] for pattern in config.target_parameters or ())
+        names = [f"{module}.{leaf}" for leaf in leaves if matches_any(config.target_parameters, f"{module}.{leaf}")]
+        for order in permutations(sorted(names, reverse=True), len(places)):
+            ranks = [_rank(config, name) for name in order]
+            experts = {height / r for (_, height), r in zip(places, ranks, strict=True)}
+            if len(experts) == 1 and (count := experts.pop()) == int(count):
+                shown = [module if name == f"{module}.weight" and count == 1 else name for name in order]
+                out.update({p: (s, n, int(count)) for (p, _), s, n in zip(places, shown, order, strict=True)})
+                break
+    return out
+
+
+def _rank(config: LoraConfig, name: str) -> int:
+    key = pattern_key(config.rank_pattern, name)
+    return config.r if key is None else config.rank_pattern[key]
+
+
+def _update(name: str, pattern_name: str, experts: int, a: Tensor, b: Tensor, config: LoraConfig) -> ModuleUpdate:
     if not _fit(a, b):
         raise AdapterError(f"{name}: its factors A {tuple(a.shape)} and B {tuple(b.shape)} do not fit each other")
     for factor, tensor in (("A", a), ("B", b)):
@@ -84,10 +118,10 @@ def _update(name: str, a: Tensor, b: Tensor, config: LoraConfig) -> ModuleUpdate
             raise AdapterError(
                 f"{name}: {factor} holds values that are not finite. Did the adapter's training diverge?"
             )
-    r = a.shape[0]
-    key = pattern_key(config.alpha_pattern, name)
+    r = a.shape[0] // experts
+    key = pattern_key(config.alpha_pattern, pattern_name)
     scale = config.scale(r, config.lora_alpha if key is None else config.alpha_pattern[key])
-    values = singular_values(a, b) * abs(scale)
+    values = singular_values(a, b, experts) * abs(scale)
     energy = values.square()
     total = float(energy.sum())
     used = 0 if total == 0 else int((energy.cumsum(0) < ENERGY * total).sum()) + 1
@@ -101,13 +135,20 @@ def _fit(a: Tensor, b: Tensor) -> bool:
     return rest == 0 and b.shape[0] % groups == 0 and (groups == 1 or a.dim() > 2)
 
 
-def singular_values(a: Tensor, b: Tensor) -> Tensor:
+def singular_values(a: Tensor, b: Tensor, experts: int = 1) -> Tensor:
     """The singular values of ``B A``, falling, in float64: a [r, ...], b [out, r, ...] → at most r numbers.
+
+    For stacked ``experts`` (A [E · r, in], B [out, r · E]) each is the root of the sum of squares over the experts, so
+    that all of them together still make the update's norm.
 
     For a grouped convolution, whose B is narrower than r, they are those of its widened form: each group of outputs
     reads its own share of the r.
     """
     a, b = a.double().flatten(1), b.double().flatten(1)
+    if experts > 1:
+        stack = a.view(experts, -1, a.shape[1])
+        each = [singular_values(one, b[:, e::experts]) for e, one in enumerate(stack)]
+        return torch.stack(each).square().sum(0).sqrt()
     if b.shape[1] != a.shape[0]:
         groups = a.shape[0] // b.shape[1]
         b = torch.block_diag(*b.chunk(groups))  # type: ignore[no-untyped-call]

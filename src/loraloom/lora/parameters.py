@@ -41,6 +41,11 @@ class LoraParameter(LoraLayer):
             inner = inner.base_layer
         return inner
 
+    @property
+    def experts(self) -> int:
+        """How many matrices the parameter stacks."""
+        return self.frozen_weight.shape[0] if self.frozen_weight.dim() == 3 else 1
+
     def shapes_of(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return parameter_shapes(self.get_base_layer(), self.parameter_name, r)
 

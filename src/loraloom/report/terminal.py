@@ -45,7 +45,7 @@ def overview(prepared: Prepared) -> RenderableType:
         + (f", in full {', '.join(extra.name for extra in made.saved)}" if made.saved else ""),
         f"{_count(prepared.steps, 'step')}, {prepared.steps_per_epoch:,} an epoch",
     ]
-    notes = [Text(note) for note in data.notes]
+    notes = [Text(note) for note in (*data.notes, *made.notes)]
     return Text("\n").join([*notes, *map(Text, lines), *(Text(f"warning: {w}", "yellow") for w in data.warnings)])
 
 

@@ -438,6 +438,7 @@ class Search:
             steps,
             parameters=made.parameters,
             bytes=made.bytes,
+            unadapted=str(made.experts) if made.experts.weights else "",
             repeats=repeats,
         )
         self.trials.append(trial)

@@ -347,6 +347,7 @@ def record(
         "why": found.why,
         "runner_up": found.runner_up.number if found.runner_up else None,
         "notes": found.notes,
+        "unadapted_experts": found.best.unadapted or None,
         "options": found.best.options.to_dict(),
     }
     built: dict[str, Any] = plain(

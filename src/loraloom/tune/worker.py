@@ -21,6 +21,7 @@ from loraloom.config import LoraConfig
 from loraloom.errors import SaveError
 from loraloom.lora.inspection import ENERGY, singular_values
 from loraloom.lora.model import PeftModel
+from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.targets import Plan, plan
 from loraloom.train import recompute
 from loraloom.train.loop import advance
@@ -107,8 +108,11 @@ class Worker:
     def __init__(self, options: TuneOptions, loaded: Loaded, space: Space) -> None:
         self.options, self.loaded, self.space = options, loaded, space
         self.model = PeftModel(loaded.base)
-        span = {target.name for one in space.largest() for target in space.plan(one).targets}
-        self.model.add_adapter(SPAN, LoraConfig(r=1, target_modules=sorted(span), task_type=loaded.task))
+        span = {(target.name, target.kind) for one in space.largest() for target in space.plan(one).targets}
+        modules = sorted(name for name, kind in span if kind != LoraParameter.kind)
+        parameters = sorted(name for name, kind in span if kind == LoraParameter.kind)
+        config = LoraConfig(r=1, target_modules=modules, target_parameters=parameters, task_type=loaded.task)
+        self.model.add_adapter(SPAN, config)
         if options.train.gradient_checkpointing:
             recompute.enable(self.model)
         self.pack = Pack(self.model, task=loaded.task, pad_id=loaded.tokenizer.pad_token_id, pad_to_multiple_of=WIDTH)
@@ -281,7 +285,8 @@ def _used(model: PeftModel, name: str) -> dict[str, tuple[int, int, float]]:
         if name not in layer.slots:
             continue
         a, b = layer.factors(name)
-        energy = (singular_values(a.detach(), b.detach()) * layer.scaling[name]).square()
+        experts = layer.experts if isinstance(layer, LoraParameter) else 1
+        energy = (singular_values(a.detach(), b.detach(), experts) * layer.scaling[name]).square()
         used = int((energy.cumsum(0) < ENERGY * energy.sum()).sum()) + 1 if float(energy.sum()) else 0
         weight = float(layer.frozen_weight.detach().float().norm())
         found[module] = (layer.r[name], used, float(energy.sum().sqrt()) / (weight or 1.0))

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from loraloom.lora import products
+from loraloom.lora.experts import unadapted
 from loraloom.lora.layers import LoraLayer
 from loraloom.lora.model import PeftModel
+from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.saved import SavedModule
+from loraloom.lora.targets import base_modules
 from loraloom.models.configs import tokens, vocabulary
 
 #: Learning rates at which LoRA is trained with Adam and its like; about ten times those of full fine-tuning.
@@ -53,6 +56,7 @@ def examine(
     found = [
         *_trainable(model, name),
         *_wrapped(base),
+        *_experts(model, name),
         *_checkpointing(base),
         *_tied(model),
         *_rate(learning_rate, optim),
@@ -85,13 +89,26 @@ def _trainable(model: PeftModel, name: str) -> Iterator[Finding]:
 
 def _wrapped(base: nn.Module) -> Iterator[Finding]:
     for name, module in base.named_modules():
-        inner = isinstance(module, LoraLayer) and [m for m in module.base_layer.modules() if isinstance(m, LoraLayer)]
+        # Wrappers of parameters lie around each other, and around whatever their module holds.
+        around = isinstance(module, LoraLayer) and not isinstance(module, LoraParameter)
+        inner = around and [m for m in module.base_layer.modules() if isinstance(m, LoraLayer)]
         if inner or type(module) is PeftModel or _foreign(module):
             yield Finding(
                 "twice", f"{name or 'the model'} carries LoRA already: begin from the plain model, or add an adapter "
                 "to the one that there is (add_adapter)", stops=True,
             )  # fmt: skip
             return
+
+
+def _experts(model: PeftModel, name: str) -> Iterator[Finding]:
+    """Expert weights that the adapter leaves as they are: most of a model of experts, and easily forgotten."""
+    modules = dict(base_modules(model.get_base_model()))
+    mine = [layer.name for layer in model.base_model.lora_layers.values() if name in layer.slots]
+    own = {id(p): p.numel() for module in modules.values() for p in module._parameters.values() if p is not None}
+    left = unadapted(modules, mine, sum(own.values()))
+    if left.weights:
+        hint = f": target_parameters={list(left.names)} would adapt them" if left.names else ""
+        yield Finding("experts", f"{left} are not adapted{hint}")
 
 
 def _foreign(module: nn.Module) -> bool:

@@ -81,6 +81,7 @@ def record(
         "identity": {key: identity[key] for key in ("data", "examples", "base")},
         "trainable_parameters": prepared.plan.parameters,
         "base_parameters": prepared.plan.base_parameters,
+        "unadapted_experts": str(prepared.plan.experts) if prepared.plan.experts.weights else None,
         "trained_in_full": [extra.name for extra in prepared.plan.saved],
         "data": {
             "sha256": data.hashes,
