@@ -257,13 +257,14 @@ def test_another_adapter_takes_its_place_in_a_compiled_model_without_compiling_a
     assert len(set(frames[2:])) == 1
 
 
-def test_calls_that_go_past_the_peft_model_leave_nothing_behind(llama, tokens) -> None:
+def test_calls_that_go_past_the_peft_model_teach_it_too(llama, tokens, together) -> None:
     model = get_peft_model(llama, config())
-    known = model.base_model.lora_router.inputs
     for _ in range(3):
         model.get_base_model()(tokens, labels=tokens).loss.backward()
-    assert len(known._lessons) <= 4
-    assert len(known._graphs) == 0
+    assert max(together) == 1  # nobody says where one of these forwards ends and the next begins
+    for _ in range(2):
+        model(tokens, labels=tokens).loss.backward()
+    assert max(together) == 3
 
 
 def test_a_switch_after_dynamo_forgot_what_it_compiled_is_seen_by_the_next_compilation(llama, tokens, logits) -> None:

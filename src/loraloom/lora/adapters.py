@@ -11,7 +11,8 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,10 +23,13 @@ from loraloom.config import LoraConfig
 from loraloom.errors import AdapterError, ConfigError, nearest
 from loraloom.lora import merge
 from loraloom.lora.biases import Biases
+from loraloom.lora.dispatch import Plan as ForwardPlan
+from loraloom.lora.dispatch import Router
 from loraloom.lora.initialize import factors, seed_of
 from loraloom.lora.layers import HALF, LoraLayer, layer_class
 from loraloom.lora.parameters import LoraParameter
-from loraloom.lora.route import BASE, Route, Router
+from loraloom.lora.route import BASE, Route
+from loraloom.lora.rows import Batch
 from loraloom.lora.saved import SavedModule
 from loraloom.lora.targets import Plan, base_modules, plan, plan_on
 from loraloom.lora.wrapping import Places, strip
@@ -106,8 +110,11 @@ class LoraModel(nn.Module):
         seed = seed_of(adapter_name) if seed is None else seed
         if tensors is not None:
             self._check_ranks(made, modules, tensors, source)
+        # Other threads may go on meanwhile, except that biases change places in the model.
+        alone = self.lora_router.changing("add_adapter") if self._biases.slots or made.biases else nullcontext()
         try:
-            self._place(adapter_name, made, modules, seed, autocast_adapter_dtype, tensors)
+            with alone:
+                self._place(adapter_name, made, modules, seed, autocast_adapter_dtype, tensors)
             self.peft_config[adapter_name] = made.config
             self.lora_unreadable[adapter_name] = made.unreadable
             if made.note:
@@ -149,7 +156,7 @@ class LoraModel(nn.Module):
         autocast_adapter_dtype: bool,
         tensors: Mapping[str, Tensor] | None,
     ) -> None:
-        self.lora_router.inputs.forget()
+        self.lora_router.forget()
         places = Places(self.model)
         keys = _file_keys([(target.name, target.kind) for target in made.targets])
         for target in made.targets:
@@ -169,6 +176,7 @@ class LoraModel(nn.Module):
         self._biases.install(())  # a copy starts from the base's biases
         self._add_saved(adapter_name, [extra.name for extra in made.saved], modules, places, autocast_adapter_dtype)
         self._biases.add(adapter_name, {extra.name: modules[extra.name[: -len(".bias")]] for extra in made.biases})
+        self._biases.hook(self.lora_router, self._layers)
         self._follow()
 
     def _new_factors(
@@ -209,7 +217,7 @@ class LoraModel(nn.Module):
         for name in names:
             wrapper = self._saved.get(name)
             if wrapper is None:
-                wrapper = SavedModule(modules[name], self.lora_router)
+                wrapper = SavedModule(modules[name], self.lora_router, name)
                 places.replace(modules[name], wrapper)
                 self._saved[name] = wrapper
             half = any(p.dtype in HALF for p in modules[name].parameters())
@@ -237,8 +245,9 @@ class LoraModel(nn.Module):
                 "call set_adapter for another",
                 stacklevel=2,
             )
-        self._set(active)
-        self._remove(adapter_name)
+        with self.lora_router.changing("delete_adapter", adapter_name):
+            self._set(active)
+            self._remove(adapter_name)
 
     def _remove(self, adapter_name: str) -> None:
         """Take away what there is of an adapter that is not active, be it half of one."""
@@ -255,7 +264,8 @@ class LoraModel(nn.Module):
         strip(self.model, only_empty=True)
         self._layers = {name: layer for name, layer in self._layers.items() if layer.slots}
         self._saved = {name: wrapper for name, wrapper in self._saved.items() if len(wrapper.modules_to_save)}
-        self.lora_router.inputs.forget()
+        self._biases.hook(self.lora_router, self._layers)
+        self.lora_router.forget()
 
     # -- which adapters are active --------------------------------------------------------------------------------
 
@@ -270,8 +280,8 @@ class LoraModel(nn.Module):
 
     @property
     def lora_enabled(self) -> bool:
-        """Whether the active adapters answer: not inside ``disable_adapter``."""
-        return self._enabled
+        """Whether the active adapters answer: not inside ``disable_adapter``, which each thread enters for itself."""
+        return self._enabled and not self.lora_router.plan_here().disabled
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -299,21 +309,38 @@ class LoraModel(nn.Module):
 
     def _set(self, active: tuple[str, ...]) -> None:
         self._active = active
-        self._follow()
+        self._follow(by_hand=True)
 
-    def _follow(self) -> None:
+    def _follow(self, by_hand: bool = False) -> None:
         """Let layers, heads and biases follow what is set. Merged adapters answer, active or not, and they alone."""
-        self.lora_router.route = Route(active=self._merged or (self._active if self._enabled else ()))
-        self._install(self.lora_router.route)
+        route = Route(active=self._merged or (self._active if self._enabled else ()))
+        if by_hand or route.active != self.lora_router.resting.active:
+            self.lora_router.rest(route)
+        self._install(self.lora_router.resting)
         if self._biases.slots:
             self._modules["biases"] = self._biases
         else:
             self._modules.pop("biases", None)
 
-    def _install(self, route: Route) -> None:
-        self._biases.install(route.active)
+    def _install(self, route: Route, what: str | None = None) -> None:
+        """Let the model hold what ``route`` needs: its biases, and what compiled code reads.
+
+        Not while another thread's forward needs it otherwise: then ``what`` is refused, or, without a name for it, the
+        next forward does it.
+        """
         # Once told, always told: what a layer noted must not grow old when dynamo forgets that it compiled.
         self._told = self._told or _compiles()
+        if not (self._biases.slots or self._told):
+            return
+        if any(plan.route.active != route.active or plan.route.blocks for plan in self.lora_router.elsewhere()):
+            if what is None:
+                return
+            raise AdapterError(
+                f"{what}: another thread runs this model by other adapters at the moment, and "
+                f"{'biases that adapters train' if self._biases.slots else 'a compiled model'} can follow one of them "
+                "alone; wait for it, or give each thread a model of its own"
+            )
+        self._biases.install(route.active)
         if self._told:
             for layer in self._layers.values():
                 layer.follow(route.active)
@@ -327,56 +354,95 @@ class LoraModel(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         self._enabled = True
-        self._follow()
+        self._follow(by_hand=True)
 
     def disable_adapter_layers(self) -> None:
         """Every row goes through the frozen model alone, until ``enable_adapter_layers``."""
         self._check_unmerged("disable_adapter_layers")
         self._enabled = False
-        self._follow()
+        self._follow(by_hand=True)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The frozen model alone, merged or not, for the length of a ``with`` block, whatever happens in it."""
+        """The frozen model alone, merged or not, for the length of a ``with`` block, whatever happens in it.
+
+        For this thread: what others run meanwhile goes through the adapters that they ask for. Inside, no route is
+        followed either: disabled wins over ``adapter_names``, as in PEFT.
+        """
         merged, enabled = self.merged_adapters, self._enabled
-        self.unmerge_adapter()
-        self.disable_adapter_layers()
+        if merged:
+            self.unmerge_adapter()
         try:
-            yield
+            with self.following(ForwardPlan(Route(), disabled=True), "disable_adapter"):
+                yield
         finally:
             self._enabled = enabled
-            self._follow()
             if merged:
                 self.merge_adapter(merged)
 
     @contextmanager
     def lora_routed(
-        self, adapter_names: Sequence[str] | None, dropout_seeds: Mapping[str, int] | None = None
+        self,
+        adapter_names: Sequence[str] | None,
+        dropout_seeds: Mapping[str, int] | None = None,
+        inputs: Iterable[Any] = (),
     ) -> Iterator[None]:
         """Row ``i`` of the next batches goes through adapter ``adapter_names[i]``; ``"__base__"`` means none.
 
-        Inside ``disable_adapter`` every row goes through the frozen model alone, as in PEFT.
-        ``dropout_seeds`` names an adapter's dropout mask by a number, which then depends on nothing else; without one
-        it follows torch's generator. With gradient checkpointing the backward belongs inside the ``with`` block too.
+        Args:
+            dropout_seeds: adapter → the seed of its dropout mask, which then depends on nothing else; without one it
+                follows torch's generator.
+            inputs: the arguments of the forward, where it is not the whole model's, which notes its own.
         """
-        if not torch.compiler.is_compiling():
-            self.lora_router.inputs.learn()
         if adapter_names is None:
-            yield
+            if torch.compiler.is_compiling():
+                yield
+                return
+            with self.following(self.lora_router.plan_here()):
+                yield
             return
         names = list(adapter_names)
         self._check_names([name for name in dict.fromkeys(names) if name != BASE])
+        if not self.lora_enabled:
+            yield
+            return
         self._check_unmerged("adapter_names")
-        route = Route.of_rows(names if self._enabled else [BASE] * len(names), dropout_seeds or {})
-        self._install(route)
-        try:
-            with (
-                self.lora_router.using(route),
-                self._biases.by_row(self.lora_router, self._layers) if route.blocks else nullcontext(),
-            ):
+        route = Route.of_rows(names, dropout_seeds or {})
+        plan = replace(self.lora_router.plan_here(), route=route, batch=Batch(route.rows) if route.blocks else None)
+        with self.following(plan, "adapter_names"), self._noting(plan.batch, inputs):
+            yield
+
+    @contextmanager
+    def following(self, plan: ForwardPlan, what: str = "forward") -> Iterator[None]:
+        """Run by ``plan`` in this thread for a while."""
+        with ExitStack() as stack:
+            with self.lora_router.lock:
+                self._install(plan.route, what)
+                stack.enter_context(self.lora_router.running(plan))
+            try:
                 yield
+            finally:
+                stack.close()
+                self._install(self.lora_router.outer)
+
+    @contextmanager
+    def _noting(self, batch: Batch | None, inputs: Iterable[Any]) -> Iterator[None]:
+        """Let ``batch`` know the shapes of the model's arguments, of ``inputs`` now and of forwards as they come."""
+        if batch is None:
+            yield
+            return
+        token = _image_token(self.model)
+        batch.note(inputs, token)
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.lora_router.frame.plan.batch is batch:  # not of another thread
+                batch.note((*args, *kwargs.values()), token)
+
+        handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield
         finally:
-            self._install(self.lora_router.route)
+            handle.remove()
 
     # -- what an adapter consists of --------------------------------------------------------------------------------
 
@@ -434,7 +500,7 @@ class LoraModel(nn.Module):
             AdapterError: a name does not exist, adapters are disabled, or two train their own copy of one thing.
         """
         names = list(self._active) if adapter_names is None else list(adapter_names)
-        if not self._enabled:
+        if not self.lora_enabled:
             raise AdapterError(
                 "merge_adapter: the adapters are disabled, and merged weights would answer with them; leave "
                 "disable_adapter() or call enable_adapter_layers() first"
@@ -445,15 +511,19 @@ class LoraModel(nn.Module):
         self._check_names(names)
         self._check_together(what, names)
         merged = tuple(dict.fromkeys(names))
-        merge.merge(self._layers, merged)
-        self._merged = merged
-        self._follow()
+        with self.lora_router.changing(what):
+            merge.merge(self._layers, merged)
+            self._merged = merged
+            self._follow()
 
     def unmerge_adapter(self) -> None:
         """Bring back the frozen weights, bit for bit. The active adapters answer again."""
-        merge.unmerge(self._layers)
-        self._merged = ()
-        self._follow()
+        if not self._merged:
+            return
+        with self.lora_router.changing("unmerge_adapter"):
+            merge.unmerge(self._layers)
+            self._merged = ()
+            self._follow()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
@@ -480,9 +550,10 @@ class LoraModel(nn.Module):
     def unload(self) -> nn.Module:
         """The plain model as it was, bit for bit. This object is empty afterwards."""
         self.unmerge_adapter()
-        self._biases.install(())
-        strip(self.model)
-        return self._emptied()
+        with self.lora_router.changing("unload"):
+            self._biases.install(())
+            strip(self.model)
+            return self._emptied()
 
     def thaw(self) -> None:
         """Let the base's parameters require gradients again where they did before the first adapter."""
@@ -491,10 +562,13 @@ class LoraModel(nn.Module):
 
     def _emptied(self) -> nn.Module:
         self.thaw()
+        self._biases.unhook()
         self._layers, self._saved, vars(self)["_biases"] = {}, {}, Biases()
         self._modules.pop("biases", None)
         self.lora_unreadable = {}
-        self.peft_config, self._active, self._merged, self.lora_router.route = {}, (), (), Route()
+        self.peft_config, self._active, self._merged = {}, (), ()
+        self.lora_router.rest(Route())
+        self.lora_router.forget()
         return self.model
 
     # -- checks and plumbing ----------------------------------------------------------------------------------------
@@ -563,6 +637,13 @@ class LoraModel(nn.Module):
 def file_key(name: str) -> str:
     """PEFT's key for a tensor of the model: without the segments that torch.compile and FSDP put into names."""
     return PREFIX + _WRAPPERS.sub("", name)
+
+
+def _image_token(model: nn.Module) -> int | None:
+    """What stands for an image, or a part of one, in the ids of an image-text model."""
+    config = getattr(model, "config", None)
+    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((token for token in found if isinstance(token, int)), None)
 
 
 def _compiles() -> bool:

@@ -2,22 +2,24 @@
 
 So the base's own biases are never written, switching adapters switches biases, and disabling brings the base back.
 Where rows of several slots go through at once, the model holds the base's, and each slot's difference is added to its
-rows.
+rows by a hook on the module.
 Biases that the model does not hold now wait here, as parameters like all others: each is in one place at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from loraloom.errors import AdapterError
-from loraloom.lora.route import BASE, Router
+from loraloom.lora.dispatch import Router
+from loraloom.lora.route import BASE
+from loraloom.lora.rows import leading
 
 
 class Biases(nn.Module):
@@ -30,6 +32,7 @@ class Biases(nn.Module):
         self._owners: dict[str, nn.Module] = {}
         #: name → the slot whose bias the model holds now
         self._held: dict[str, str] = {}
+        self._hooks: list[Any] = []
 
     def add(self, slot: str, owners: Mapping[str, nn.Module]) -> None:
         """``owners``: parameter name → the module whose ``bias`` it is. The model goes on holding what it holds."""
@@ -58,57 +61,48 @@ class Biases(nn.Module):
 
     def install(self, active: Sequence[str]) -> None:
         """Let the model hold the biases of the active slot that has some, and the base's own for the rest."""
-        chosen = next((slot for slot in active if slot in self.slots), BASE)
-        mine = set(self.slots.get(chosen, ()))
         for name, before in self._held.items():
-            slot = chosen if name in mine else BASE
+            slot = self.chosen(name, active)
             if slot != before:
                 owner, key = self._owners[name]._parameters, _key(name)
                 self._waiting(before)[key] = owner["bias"]
                 owner["bias"] = self._waiting(slot).pop(key)
                 self._held[name] = slot
 
-    @contextmanager
-    def by_row(self, router: Router, wrappers: Mapping[str, nn.Module]) -> Iterator[None]:
-        """While it lasts, each row gets the biases of its slot; the model holds the base's.
+    def hook(self, router: Router, wrappers: Mapping[str, nn.Module]) -> None:
+        """Let every module whose bias some slot trains look at the route after it was called.
 
-        ``wrappers``: the name of a module → what stands in its place and is called instead.
+        ``wrappers``: the name of a module → what stands in its place and is called instead. To be called whenever
+        slots or wrappers have changed.
         """
-        mine = [slot for slot in router.route.slots() if slot in self.slots]
-        hooks = []
-        try:
-            for name in dict.fromkeys(name for slot in mine for name in self.slots[slot]):
-                owner = self._owners[name]
-                called = wrappers.get(name[: -len(".bias")], owner)
-                hooks.append(called.register_forward_hook(self._adder(router, name, owner)))
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        self.unhook()
+        self._hooks = [
+            wrappers.get(name[: -len(".bias")], owner).register_forward_hook(ByRow(self, router, name))
+            for name, owner in self._owners.items()
+        ]
 
-    def _adder(self, router: Router, name: str, owner: nn.Module) -> Any:
-        channels_first = isinstance(owner, _ConvNd | _NormBase | nn.GroupNorm)
+    def unhook(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
 
-        def differ(slot: str, rows: Tensor) -> Tensor:
-            if name not in self.slots.get(slot, ()):
-                return rows
-            delta = self._bias(slot, name) - self._bias(BASE, name)
-            return rows + (delta.view(-1, *[1] * (rows.dim() - 2)) if channels_first else delta).to(rows.dtype)
+    def add_difference(self, name: str, slot: str, rows: Tensor) -> Tensor:
+        """``rows`` of a module's output, made with the base's bias, as with that of ``slot``."""
+        if name not in self.slots.get(slot, ()):
+            return rows
+        delta = self._bias(slot, name) - self._bias(BASE, name)
+        return rows + (delta.view(-1, *[1] * (rows.dim() - 2)) if self.channels_first(name) else delta).to(rows.dtype)
 
-        def add(module: nn.Module, inputs: Any, out: Any) -> Tensor:
-            if not isinstance(out, Tensor):
-                raise AdapterError(
-                    f"adapter_names: {name} is in a module with several outputs, whose rows cannot be told"
-                )
-            route = router.route
-            if route.blocks:
-                out = route.apply(out, lambda slot, rows, where: differ(slot, rows))
-            for slot in route.active:  # inside a module of which one slot has a copy
-                out = differ(slot, out)
-            found: Tensor = out
-            return found
+    def channels_first(self, name: str) -> bool:
+        return isinstance(self._owners[name], _ConvNd | _NormBase | nn.GroupNorm)
 
-        return add
+    def holds(self, name: str) -> str:
+        """The slot whose bias the model holds now, or ``BASE``."""
+        return self._held[name]
+
+    def chosen(self, name: str, active: Sequence[str]) -> str:
+        """The slot whose bias the model is to hold while ``active`` are."""
+        return next((slot for slot in active if slot in self.slots and name in self.slots[slot]), BASE)
 
     def _bias(self, slot: str, name: str) -> nn.Parameter:
         held = self._held[name] == slot
@@ -125,3 +119,43 @@ class Biases(nn.Module):
 def _key(name: str) -> str:
     """The name that a parameter waits under, which may hold no dot."""
     return name.replace(".", "/")
+
+
+class ByRow:
+    """The hook on a module whose bias slots train. An object, no closure: a copy of the model has its own."""
+
+    def __init__(self, biases: Biases, router: Router, name: str) -> None:
+        self._biases, self._router, self._name = biases, router, name
+
+    def __call__(self, module: nn.Module, inputs: Any, out: Any) -> Any:
+        biases, name = self._biases, self._name
+        if torch.compiler.is_compiling() and not self._router.compiled.blocks:
+            return None  # the module has the bias that is to be
+        plan = self._router.frame.plan
+        if not isinstance(out, Tensor):
+            if plan.route.blocks:
+                raise AdapterError(
+                    f"adapter_names: {name} is in a module with several outputs, whose rows cannot be told"
+                )
+            return None
+        first = out.shape[:1] if biases.channels_first(name) else leading(out)
+        if plan.probe is not None:
+            plan.probe.look(name, out)
+        if plan.route.blocks:
+            if biases.holds(name) != BASE:
+                raise _changed(name)
+            times = self._router.places(name, out, first)
+            return plan.route.apply(out, times, lambda slot, rows, where: biases.add_difference(name, slot, rows))
+        wanted, held = biases.chosen(name, plan.route.active), biases.holds(name)
+        if held == wanted:
+            return None
+        if held == BASE:  # inside a module of which one slot has a copy, or repeated after a mixed batch
+            return biases.add_difference(name, wanted, out)
+        raise _changed(name)
+
+
+def _changed(name: str) -> AdapterError:
+    return AdapterError(
+        f"gradient checkpointing: {name} was that of another adapter in the forward that is to be computed again; "
+        "call backward() before the active adapters change"
+    )

@@ -22,12 +22,13 @@ class Dropped:
     """A dropout mask as numbers to make it again from: nothing of its size is stored.
 
     The bit of an element follows from ``seed``, its row and its place in the row, so it is the same whatever other
-    rows there are, on every device, and in every dtype. A row is a position of the first dimension; what follows a
-    longer row's end does not change its beginning, so padding has no say either.
+    rows there are, on every device, and in every dtype. A row has ``times`` positions of the first dimension; what
+    follows a longer row's end does not change its beginning, so padding has no say either.
     """
 
     p: float
     seed: int
+    times: int = 1
 
     @property
     def gain(self) -> float:
@@ -48,8 +49,9 @@ class Dropped:
 
 
 def masks(x: Tensor, parts: Sequence[Dropped | None]) -> Tensor:
-    """The masks of ``x`` [parts · rows, ...], whose parts of equally many rows have one each. None keeps all."""
-    size, rows = x[:1].numel(), x.shape[0] // len(parts)
+    """The masks of ``x`` [parts · rows · times, ...], whose parts of as many rows have one each; None keeps all."""
+    times = next((part.times for part in parts if part is not None), 1)
+    size, rows = x[:times].numel(), x.shape[0] // (len(parts) * times)
     words = _hash(rows, -(-size // 2), [0 if part is None else part.seed for part in parts], x.device)
     # Two draws of 15 bits a word; negative (all ones after the shift) below the threshold, which keeps. The threshold
     # that keeps all is one more than 16 bits hold: they go round, and every draw comes out negative.

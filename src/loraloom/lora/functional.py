@@ -120,7 +120,9 @@ class _Projections(torch.autograd.Function):
         n = (len(tensors) - 2 * sum(len(slots) for lane in lanes for slots in lane.updates)) // 2
         wide = x.to(dtype)
         rows = _rows(wide)
-        out = [products.linear(rows, tensors[i], tensors[n + i]) for i in range(n)]
+        # What is returned is no view: a model may change it in place.
+        whole = [products.linear(wide, tensors[i], tensors[n + i]) for i in range(n)]
+        out = [_rows(y) for y in whole]
         kept: list[Tensor] = []
         for lane in lanes:
             seen = _part(rows, lane, len(x))
@@ -137,9 +139,7 @@ class _Projections(torch.autograd.Function):
         ctx.save_for_backward(*([x, *kept] if lanes else ()))
         ctx.weights, ctx.lanes, ctx.shape, ctx.dtypes = tensors[:n], lanes, x.shape, (x.dtype, dtype)
         ctx.set_materialize_grads(False)
-        if wide is not x:
-            out = [y.to(x.dtype) for y in out]
-        return tuple(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]) for y in out)
+        return tuple(y.to(x.dtype) for y in whole)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loraloom.lora import functional
+from loraloom.lora.dispatch import Router
 from loraloom.lora.dropout import Dropped, dropout
 from loraloom.lora.kinds import conv1d, forward_of, is_map
-from loraloom.lora.route import Router
+from loraloom.lora.route import Route
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -107,8 +108,8 @@ class LoraLayer(nn.Module):
 
     # -- forward ------------------------------------------------------------------------------------------------
 
-    def update(self, slot: str, x: Tensor) -> Tensor:
-        """The low-rank update of one slot for its rows ``x``."""
+    def update(self, slot: str, x: Tensor, times: int = 1) -> Tensor:
+        """The low-rank update of one slot for its rows ``x``, each ``times`` places of the first dimension."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -119,42 +120,57 @@ class LoraLayer(nn.Module):
         if self.merged:
             return y
         route = self.router.route
-        if self.training and not torch.compiler.is_compiling():
-            self.router.inputs.read(x)
+        if not torch.compiler.is_compiling():
+            frame = self.router.frame
+            if frame.plan.probe is not None:
+                frame.plan.probe.look(self.name, x)
+            frame.reading.read(self, x)
         if not route.blocks:
             for slot in route.active:
                 if slot in self.r:
-                    y = y + self.update(slot, x).to(y.dtype)
+                    y = y + self.update(slot, x, route.times(x)).to(y.dtype)
             return y
-        if not any(block.slot in self.r for block in route.blocks):
+        if not self.adapts(route):
             return y
-        if x.shape[0] == 1:  # broadcast over the batch
-            x = x.expand(route.rows, *x.shape[1:])
+        times = self.router.places(self.name, x, self.leading(x))
 
         def one(slot: str, rows: Tensor, where: slice | Tensor) -> Tensor:
-            return rows if slot not in self.r else rows + self.update(slot, x[where]).to(rows.dtype)
+            return rows if slot not in self.r else rows + self.update(slot, x[where], times).to(rows.dtype)
 
-        return route.apply(y, one)
+        return route.apply(y, times, one)
+
+    def adapts(self, route: Route) -> bool:
+        """Whether some row of a mixed batch goes through an adapter of this layer."""
+        return any(block.slot in self.r for block in route.blocks)
+
+    @staticmethod
+    def leading(x: Tensor) -> torch.Size:
+        """The dimensions of an input that the layer does not compute on."""
+        return x.shape[:-1]
 
     @property
     def input_name(self) -> str:
         """What names the dropout of this layer's input."""
         return self.name
 
-    def dropped(self, slot: str) -> Dropped | None:
-        """The dropout of one slot in this forward."""
-        p = self.dropout_p(slot)
-        return Dropped(p, self.router.dropout_seed(slot, self.input_name)) if p else None
+    def drops(self, slot: str) -> bool:
+        """Whether the slot has dropout, be it off at the moment."""
+        return bool(getattr(self.lora_dropout._modules[slot], "p", 0.0))
 
     def dropout_p(self, slot: str) -> float:
         """The probability that one slot's dropout acts with now: 0 while its module is in eval mode."""
         drop: Any = self.lora_dropout._modules[slot]
         return getattr(drop, "p", 0.0) if drop.training else 0.0
 
-    def drop(self, slot: str, x: Tensor) -> Tensor:
+    def dropped(self, slot: str, times: int = 1) -> Dropped | None:
+        """The dropout of one slot in this forward; each row has ``times`` places of the input's first dimension."""
+        p = self.dropout_p(slot)
+        return Dropped(p, self.router.dropout_seed(slot, self.input_name, self.name), times) if p else None
+
+    def drop(self, slot: str, x: Tensor, times: int) -> Tensor:
         if torch.compiler.is_compiling():
             return F.dropout(x, self.dropout_p(slot))
-        dropped = self.dropped(slot)
+        dropped = self.dropped(slot, times)
         return x if dropped is None else dropout(x, dropped)
 
     # -- merging: see lora.merge, which alone calls these -------------------------------------------------------
@@ -246,8 +262,8 @@ class LoraLinear(LoraLayer):
             a, b = (state["_modules"][name]._modules[mine[0]]._parameters["weight"] for name in ("lora_A", "lora_B"))
             state["_current"] = (a, b, self.scaling[mine[0]], self.lora_dropout._modules[mine[0]])
 
-    def update(self, slot: str, x: Tensor) -> Tensor:
-        return functional.lora_linear(self.drop(slot, x), *self.factors(slot), self.scaling[slot])
+    def update(self, slot: str, x: Tensor, times: int = 1) -> Tensor:
+        return functional.lora_linear(self.drop(slot, x, times), *self.factors(slot), self.scaling[slot])
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         if torch.compiler.is_compiling() and self._current is not None:
@@ -257,7 +273,7 @@ class LoraLinear(LoraLayer):
             return y + functional.lora_linear(seen, a, b, scale).to(y.dtype)
         if not self.fits(input):
             return super().forward(input, *args, **kwargs)
-        return self.router.inputs.project(self, input)
+        return self.router.project(self, input)
 
     def fits(self, x: Tensor) -> bool:
         """Whether ``functional.lora_projections`` can do what this layer is to do with ``x``.
@@ -266,26 +282,33 @@ class LoraLinear(LoraLayer):
         kind of weight (quantised, sharded, trained), hooks on it, autocast, and whatever traces the model. A layer that
         the route leaves alone fits as well: what is computed together must not depend on who is there.
         """
-        route = self.router.route
         base = self._modules["base_layer"]
         assert base is not None
         weight = base._parameters.get("weight")
         return not (
-            self.merged
-            or not (
-                route.active
-                or (route.order is None and x.dim() > 1 and 0 < route.rows <= len(x) and len(x) % route.rows == 0)
-            )
+            torch.compiler.is_compiling()
+            or self.merged
+            or not self._goes_by_rows(x)
             or not is_map(base)
             or type(weight) is not nn.Parameter
             or weight.requires_grad
             or weight.dtype != x.dtype
             or any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
             or "forward" in vars(base)
-            or torch.compiler.is_compiling()
             or torch._C._get_tracing_state() is not None
             or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
         )
+
+    def _goes_by_rows(self, x: Tensor) -> bool:
+        """Whether the route has slots for ``x``, and its rows lie slot by slot."""
+        route = self.router.route
+        if not route.blocks:
+            return bool(route.active)
+        if route.order is not None or x.dim() < 2:
+            return False
+        if self.adapts(route):
+            self.router.places(self.name, x, self.leading(x))
+        return True
 
     @property
     def input_name(self) -> str:
@@ -380,7 +403,11 @@ class LoraEmbedding(LoraLayer):
             y = functional_call(base, {"weight": base.weight.clone()}, (input, *args), kwargs)
         return self._updated(y, input)
 
-    def update(self, slot: str, x: Tensor) -> Tensor:
+    @staticmethod
+    def leading(x: Tensor) -> torch.Size:
+        return x.shape
+
+    def update(self, slot: str, x: Tensor, times: int = 1) -> Tensor:
         base = self.base_layer
         assert isinstance(base, nn.Embedding)
         a, b = self.factors(slot)
@@ -433,11 +460,15 @@ class LoraConv(LoraLayer):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return super().forward(input, *args, **kwargs)  # under torch's name for it
 
-    def update(self, slot: str, x: Tensor) -> Tensor:
+    @staticmethod
+    def leading(x: Tensor) -> torch.Size:
+        return x.shape[:1]
+
+    def update(self, slot: str, x: Tensor, times: int = 1) -> Tensor:
         base = self.base_layer
         assert isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         a, b = self.factors(slot)
-        return functional.lora_conv(self.drop(slot, x), a, b, self.scaling[slot], self._convolve, base.groups)
+        return functional.lora_conv(self.drop(slot, x, times), a, b, self.scaling[slot], self._convolve, base.groups)
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         base: Any = self.base_layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loraloom.config import LoraConfig, PeftType, TaskType
 from loraloom.errors import AdapterError, ConfigError, nearest
-from loraloom.lora import checkpoint, guise, status
+from loraloom.lora import checkpoint, guise, mixed, status
 from loraloom.lora.adapters import EARLIER, LoraModel, file_key
 from loraloom.lora.checkpoint import LoadReport
 from loraloom.lora.status import TunerLayerStatus, TunerModelStatus
@@ -138,16 +138,17 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's own forward. ``adapter_names`` gives one adapter for each row, ``"__base__"`` for none."""
-        with self.base_model.lora_routed(adapter_names):
-            if adapter_names is not None:
-                _check_rows(len(adapter_names), (*args, *kwargs.values()))
+        if adapter_names is not None:
+            return mixed.call(self.base_model, self.base_model, adapter_names, args, kwargs)
+        with self.base_model.lora_routed(None):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        with self.base_model.lora_routed(adapter_names):
-            if adapter_names is not None:
-                _check_rows(len(adapter_names), (*args, *kwargs.values()))
-            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        generate: Any = self.get_base_model().generate
+        if adapter_names is not None:
+            return mixed.generate(self.base_model, generate, adapter_names, args, kwargs)
+        with self.base_model.lora_routed(None):
+            return generate(*args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
         """The model underneath, with the adapters still in it; ``unload()`` takes them out."""
@@ -511,18 +512,6 @@ def _by_identity(model: PeftModel, state_dict: Mapping[str, Tensor]) -> dict[int
     # The method of the class: some put one on the model that calls the function which calls this.
     mine = type(model).state_dict(model, keep_vars=True)
     return {id(tensor): given[key] for name, tensor in mine.items() if (key := file_key(name)) in given}
-
-
-def _check_rows(names: int, inputs: Iterable[Any]) -> None:
-    """One input at least must have a row, or some consecutive ones, for each name.
-
-    Others may be broadcast over the batch, like position ids. Layers check again what they see, but only where rows
-    differ.
-    """
-    rows = [tensor.shape[0] for tensor in inputs if isinstance(tensor, Tensor) and tensor.dim()]
-    if rows and not any(count and count % names == 0 for count in rows):
-        found = f"{rows[0]} row{'s' if rows[0] != 1 else ''}"
-        raise AdapterError(f"adapter_names: {names} names for a batch of {found}; give one name for each row")
 
 
 def _check_config(config: object) -> None:

@@ -2,7 +2,7 @@
 
 The layout is PEFT's. For ``E`` experts A is [E · r, in], one expert's rows after another; B is [out, r · E], one rank's
 columns after another. A matrix has E = 1. While the module runs it sees ``W + scale · B A`` in the place of ``W``, so
-dropout on the input does not apply, and rows of several adapters cannot share a forward.
+dropout on the input does not apply, and rows of several adapters cannot share a forward: see ``lora.mixed``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loraloom.errors import AdapterError
 from loraloom.lora.layers import LoraLayer
 
 #: Held while a module's parameter is exchanged in the module itself, which other threads would see.
@@ -66,10 +65,7 @@ class LoraParameter(LoraLayer):
         if self.merged:
             return ()
         if any(block.slot in self.r for block in route.blocks):
-            raise AdapterError(
-                f"adapter_names: {self.name} is adapted as a whole, so the rows of one forward cannot have different "
-                "adapters there; run each adapter's rows in a forward of their own"
-            )
+            raise self.router.indivisible(self.name, self.frozen_weight.shape)
         return tuple(slot for slot in route.active if slot in self.r)
 
     def updated(self, slots: tuple[str, ...]) -> Tensor:

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 #: Fewer rows than this are read from memory rather than computed, and half precision is half as much to read.
@@ -46,12 +45,18 @@ def arithmetic(x: Tensor, differentiated: bool = True) -> torch.dtype:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x Wᵀ + bias`` in the dtype of ``x``: x [rows, in], weight [out, in] of any dtype → [rows, out]."""
+    """``x Wᵀ + bias`` in the dtype of ``x``: x [..., in], weight [out, in] of any dtype → [..., out], and no view."""
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    count = x.shape[:-1].numel()
+    flat, rows = out.view(count, len(weight)), x.reshape(count, x.shape[-1])
     if x.dtype is weight.dtype:
-        return F.linear(x, weight, bias)
-    out = x.new_empty(len(x), len(weight))
-    for rows in _blocks(weight):
-        torch.mm(x, weight[rows].to(x.dtype).T, out=out[:, rows])
+        if bias is None:
+            torch.mm(rows, weight.T, out=flat)
+        else:
+            torch.addmm(bias, rows, weight.T, out=flat)
+        return out
+    for part in _blocks(weight):
+        torch.mm(rows, weight[part].to(x.dtype).T, out=flat[:, part])
     return out if bias is None else out.add_(bias)
 
 

@@ -1,21 +1,18 @@
 """Which rows of a batch belong to which slot: one ``Route`` for a forward, shared by every layer.
 
-A slot is an adapter's place in the layers and is known here by its name alone. The model sets the route once;
-the layers only read it. Knows nothing of weights.
+A slot is an adapter's place in the layers and is known here by its name alone. Knows nothing of weights, of the model,
+or of who follows the route: see ``lora.dispatch``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from loraloom.errors import AdapterError
-from loraloom.lora.initialize import seed_of
-from loraloom.lora.inputs import Inputs
 
 #: The name by which a row asks for the frozen model alone, as in PEFT.
 BASE = "__base__"
@@ -34,15 +31,17 @@ class Block:
 class Route:
     """Either every row goes through all of ``active``, or each row through the slot of its block.
 
-    ``rows`` is 0 for the first form. For the second, ``blocks`` tile ``0..rows`` in the order given by
-    ``order`` (None when the rows already lie slot by slot), and ``inverse`` leads back.
+    ``rows`` counts the batch's rows, 0 where they are not known. With ``blocks``, these tile ``0..rows`` in the order
+    given by ``order`` (None when the rows already lie slot by slot), and ``inverse`` leads back.
     """
 
     active: tuple[str, ...] = ()
     rows: int = 0
     blocks: tuple[Block, ...] = ()
-    order: Tensor | None = None
-    inverse: Tensor | None = None
+    #: the slot of each row as given, from which the order follows
+    names: tuple[str, ...] = ()
+    order: Tensor | None = field(default=None, compare=False)
+    inverse: Tensor | None = field(default=None, compare=False)
     #: slot → the seed of its dropout in this forward; without one it follows torch's generator
     seeds: Mapping[str, int] = field(default_factory=dict)
 
@@ -53,7 +52,7 @@ class Route:
             raise AdapterError("adapter_names: found an empty list, give one name for each row of the batch")
         names = list(dict.fromkeys(slots))
         if len(names) == 1:
-            return cls(active=() if names[0] == BASE else (names[0],), seeds=seeds or {})
+            return cls(active=() if names[0] == BASE else (names[0],), rows=len(slots), seeds=seeds or {})
         by_slot = {name: [row for row, slot in enumerate(slots) if slot == name] for name in names}
         order = [row for rows in by_slot.values() for row in rows]
         blocks, start = [], 0
@@ -63,29 +62,26 @@ class Route:
         if order == sorted(order):
             return cls(rows=len(slots), blocks=tuple(blocks), seeds=seeds or {})
         index = torch.tensor(order)
-        return cls((), len(slots), tuple(blocks), index, index.argsort(), seeds or {})
+        return cls((), len(slots), tuple(blocks), tuple(slots), index, index.argsort(), seeds or {})
 
     def slots(self) -> tuple[str, ...]:
         return self.active or tuple(block.slot for block in self.blocks if block.slot != BASE)
 
-    def apply(self, x: Tensor, each: Callable[[str, Tensor, slice | Tensor], Tensor]) -> Tensor:
+    def alone(self, slot: str) -> Route:
+        """The route of the rows of ``slot`` by themselves."""
+        rows = next((block.stop - block.start for block in self.blocks if block.slot == slot), 0)
+        return Route(active=() if slot == BASE else (slot,), rows=rows, seeds=self.seeds)
+
+    def times(self, x: Tensor) -> int:
+        """How many places of the first dimension of ``x`` a row has, where all rows go the same way."""
+        return x.shape[0] // self.rows if self.rows and x.dim() and x.shape[0] % self.rows == 0 else 1
+
+    def apply(self, x: Tensor, times: int, each: Callable[[str, Tensor, slice | Tensor], Tensor]) -> Tensor:
         """Call ``each(slot, rows of x, where they are)`` for every block and put the results back in order.
 
-        ``x`` is [rows, ...]; [1, ...] (broadcast over the batch, like position ids) is repeated, and
-        [rows · k, ...] (a batch whose rows were flattened or expanded) gives each row k consecutive places.
+        ``x`` is [rows · times, ...]: each row of the batch has ``times`` consecutive places.
         """
-        if x.shape[0] == 1:
-            x = x.expand(self.rows, *x.shape[1:])
-        times, rest = divmod(x.shape[0], self.rows)
-        if rest or not times:
-            raise AdapterError(
-                f"adapter_names: {self.rows} names for a batch in which a layer sees {x.shape[0]} rows; "
-                "give one name for each row (layers that reorder rows cannot be routed)"
-            )
-        order, inverse = (
-            self._spread(self.order, times, x.device),
-            self._spread(self.inverse, times, x.device),
-        )
+        order, inverse = (self._spread(index, times, x.device) for index in (self.order, self.inverse))
         if order is not None:
             x = x.index_select(0, order)
         parts = []
@@ -101,34 +97,3 @@ class Route:
             return None
         index = index.to(device)
         return index if times == 1 else (index[:, None] * times + torch.arange(times, device=device)).flatten()
-
-
-class Router:
-    """The one place that holds the current route. Every layer of a model points at the same router."""
-
-    def __init__(self) -> None:
-        self.route = Route()
-        self.inputs = Inputs()
-
-    def dropout_seed(self, slot: str, name: str) -> int:
-        """The seed of ``slot``'s dropout of the current input of ``name``, which is a layer or what its layers share.
-
-        A seed that the route gives is followed by names alone: not by what other slots there are.
-        """
-        given = self.route.seeds.get(slot)
-        if given is not None:
-            return seed_of(given, name)
-        seed = self.inputs.seeds.get(slot)
-        if seed is None:
-            # Torch's generator is what gradient checkpointing puts back before it runs a forward again.
-            seed = self.inputs.seeds[slot] = int(torch.randint(2**63 - 1, ()))
-        return seed
-
-    @contextmanager
-    def using(self, route: Route) -> Iterator[None]:
-        """Follow ``route`` for a while; the earlier one comes back whatever happens."""
-        before, self.route = self.route, route
-        try:
-            yield
-        finally:
-            self.route = before

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
+from loraloom.lora.dispatch import Router
 from loraloom.lora.layers import LoraLayer
-from loraloom.lora.route import BASE, Route, Router
+from loraloom.lora.rows import leading
 
 
 class SavedModule(nn.Module):
@@ -21,8 +22,9 @@ class SavedModule(nn.Module):
     outputs back to the original's dtype. Names in memory are PEFT's.
     """
 
-    def __init__(self, original: nn.Module, router: Router) -> None:
+    def __init__(self, original: nn.Module, router: Router, name: str = "") -> None:
         super().__init__()
+        self.lora_name = name
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
         self.lora_router = router
@@ -67,7 +69,10 @@ class SavedModule(nn.Module):
         return self.modules_to_save[copies[0]] if copies else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        route = self.lora_router.route
+        plan = self.lora_router.frame.plan
+        route = plan.route
+        if plan.probe is not None and (args or kwargs):
+            plan.probe.look(self.lora_name, args[0] if args else next(iter(kwargs.values())))
         if not route.blocks:
             return self._call(self.current(), *args, **kwargs)
         if not any(block.slot in self.modules_to_save for block in route.blocks):
@@ -78,11 +83,11 @@ class SavedModule(nn.Module):
         def one(slot: str, rows: Tensor, where: slice | Tensor) -> Tensor:
             module = self.modules_to_save[slot] if slot in self.modules_to_save else self.original_module  # noqa: SIM401
             placed, named = ((rows, *args[1:]), kwargs) if args else ((), {**kwargs, key: rows})
-            with self.lora_router.using(Route(active=() if slot == BASE else (slot,))):  # for the layers inside
+            with self.lora_router.using(route.alone(slot)):  # for the layers inside
                 out: Tensor = self._call(module, *placed, **named)
             return out
 
-        return route.apply(x, one)
+        return route.apply(x, self.lora_router.places(self.lora_name, x, leading(x)), one)
 
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inside, outside = _dtypes(module), _dtypes(self.original_module)

@@ -20,7 +20,6 @@ from loraloom.data.tokens.encode import IGNORE
 from loraloom.errors import ModelError
 from loraloom.lora.layers import HALF
 from loraloom.lora.model import PeftModel
-from loraloom.lora.route import Route
 from loraloom.models import padding
 from loraloom.models.configs import segments, without_cache
 from loraloom.train.loss import Logits, frozen_head, head_cross_entropy, head_scores, linear_cross_entropy
@@ -105,7 +104,7 @@ class Objective:
     def _through_head(self, name: str, out: Tensor, labels: Tensor) -> Tensor:
         """[labelled tokens] of one slot, whose head is its own or carries its adapter."""
         router, route = self._router, self._router.route
-        alone = Route(active=(name,), seeds=route.seeds) if route.blocks else route
+        alone = route.alone(name) if route.blocks else route
 
         def head(hidden: Tensor) -> Tensor:  # also called in the backward
             assert self._head is not None

@@ -18,7 +18,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from loraloom.config import LoraConfig, TaskType
 from loraloom.data.tokens.encode import IGNORE
 from loraloom.errors import AdapterError, ConfigError, nearest
+from loraloom.lora import mixed
 from loraloom.lora.model import PeftModel, get_peft_model
+from loraloom.lora.rows import Unproven
 from loraloom.train.objective import Objective
 from loraloom.train.recompute import recomputed
 from loraloom.train.split import Split, Whole
@@ -126,11 +128,41 @@ class Pack:
         """
         self._prepare(batches)
         names = sorted(batches, key=lambda name: self._place(name, batches[name]))
+        found = self._in_one(names, batches, dropout_seeds, weights)
+        if found is None:
+            parts = [self._backward([name], batches, dropout_seeds, weights) for name in names]
+            found = {name: loss for part in parts for name, loss in part.items()}
+        return {name: found[name] for name in batches}
+
+    def _in_one(self, names: Sequence[str], batches: Any, *options: Any) -> dict[str, float] | None:
+        """``_backward`` of all batches, or None where the model's layers do not show whose rows they see."""
+        router = self.model.base_model.lora_router
+        for attempt in range(2 if router.together(names) else 0):
+            try:
+                return self._backward(names, batches, *options)
+            except Unproven as reason:
+                if attempt or not self._prove(reason.site, names, batches):
+                    router.refute(reason.site, names)
+                    break
+        return None
+
+    def _backward(
+        self,
+        names: Sequence[str],
+        batches: Mapping[str, Mapping[str, Tensor]],
+        dropout_seeds: Mapping[str, int] | None,
+        weights: Mapping[str, float] | None,
+    ) -> dict[str, float]:
+        """``backward`` of some of the batches, in one forward."""
+        lora = self.model.base_model
         inputs, rows = self._joined([(name, batches[name]) for name in names])
         labels = inputs.pop("labels")
         slots = [name for name, own in rows.items() for _ in range(own.start, own.stop)]
-        # The backward is inside: gradient checkpointing runs parts of the forward again, by the same route and kernels.
-        with self.model.base_model.lora_routed(slots, dropout_seeds), self._objective.attention(inputs["input_ids"]):
+        # The backward is inside: gradient checkpointing runs parts of the forward again, by the same kernels.
+        with (
+            lora.lora_routed(slots, dropout_seeds, inputs.values()),
+            self._objective.attention(inputs["input_ids"]),
+        ):
             losses = self._objective.losses(self._objective.forward(inputs, labels), labels, rows)
             values = torch.stack([loss.detach().double() for loss in losses.values()])
             found = dict(zip(losses, values.tolist(), strict=True))
@@ -141,7 +173,18 @@ class Pack:
             ]
             if good:
                 torch.stack(good).sum().backward()  # type: ignore[no-untyped-call]
-        return {name: found[name] for name in batches}
+        return found
+
+    def _prove(self, site: str, names: Sequence[str], batches: Mapping[str, Mapping[str, Tensor]]) -> bool:
+        """Look whose rows are where in the layers' inputs; whether that is known at ``site`` now."""
+        inputs, rows = self._joined([(name, batches[name]) for name in names])
+        labels = inputs.pop("labels")
+
+        def forward(labels: Tensor, **inputs: Tensor) -> Tensor:
+            return self._objective.forward(inputs, labels)
+
+        count = max(own.stop for own in rows.values())
+        return mixed.prove(self.model.base_model, forward, (labels,), inputs, count, site)
 
     def _place(self, name: str, batch: Mapping[str, Tensor]) -> tuple[int, bool, int]:
         """Like stands beside like, which can be computed by one product: see ``lora.inputs``."""
@@ -171,7 +214,6 @@ class Pack:
         labels = inputs.pop("labels")
         with evaluating(self.model, torch.no_grad()), self.model.base_model.lora_routed([name]):
             self._objective.forward(inputs, labels)
-        self.model.base_model.lora_router.inputs.learn()
 
     def _joined(self, parts: Sequence[tuple[str, Mapping[str, Tensor]]]) -> tuple[dict[str, Tensor], dict[str, slice]]:
         """One batch of all rows, filled up on the right to the longest, and where each adapter's are."""

@@ -1,0 +1,400 @@
+"""What belongs to one forward: its route, who is computed together, what its layers have read so far.
+
+A layer asks its model's ``Router`` for the ``Frame`` that it runs in. That is never a matter of the thread alone:
+during a backward a layer runs because activation checkpointing repeats a part of a forward, maybe in another thread
+(autograd has one for each CUDA device). The repetition takes its ``Plan`` from the forward that it repeats: the one in
+which the autograd node was made that asks for it, which the node's sequence number tells.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraloom.errors import AdapterError
+from loraloom.lora.initialize import seed_of
+from loraloom.lora.inputs import Groups, Lanes, Projection, Reading
+from loraloom.lora.route import Route
+from loraloom.lora.rows import Batch, Probe, Unproven
+
+#: Forwards of one thread that are remembered for backwards to come, and calls of one layer in one of them.
+_REMEMBERED, _CALLS = 1024, 256
+#: Autograd nodes that a repetition may make after its last adapted layer.
+_AFTER = 64
+
+_task = torch._C._current_graph_task_id
+_number = torch._C._autograd._get_sequence_nr
+
+
+class SeedBook:
+    """The dropout seeds that layers drew in checkpointed regions of a forward, for those who repeat them.
+
+    Torch's generator is one for all threads, so what it is set back to for a repetition may be gone when a layer asks.
+    """
+
+    def __init__(self) -> None:
+        #: (slot, layer) → (number of the next autograd node, region or None if without gradients, seed) of each call
+        self._calls: dict[tuple[str, str], deque[tuple[int, int | None, int]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def write(self, slot: str, layer: str, region: int | None, seed: int) -> None:
+        calls = self._calls.setdefault((slot, layer), deque(maxlen=_CALLS))
+        calls.append((_number(), region, seed))
+
+    def read(self, slot: str, layer: str, number: int, call: int) -> int | None:
+        """The seed of the ``call``-th call of ``layer`` in the region that the node ``number`` asks to repeat.
+
+        That is a node of the region, made after the layer was called. Or, where the region ran without gradients, the
+        one node that stands for all of it, made before.
+        """
+        calls = self._calls.get((slot, layer), ())
+        regions = [where for when, where, _ in calls if where is not None and when <= number]
+        seeds = [
+            seed
+            for when, where, seed in calls
+            if (where == regions[-1] if regions else where is None and when > number)
+        ]
+        return seeds[call] if call < len(seeds) else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided once for a forward, and holds for whatever repeats a part of it."""
+
+    route: Route
+    groups: Groups = field(default_factory=Groups)
+    #: what is known of the batch, where rows go to different slots
+    batch: Batch | None = None
+    #: set while it is looked at whose rows are where: see ``lora.rows``
+    probe: Probe | None = None
+    #: the adapters are disabled, whatever route is asked for inside
+    disabled: bool = False
+    drawn: SeedBook = field(default_factory=SeedBook, compare=False)
+
+    def same(self, other: Plan) -> bool:
+        """Whether a repetition comes to the same by either."""
+        return self is other or (
+            self.groups is other.groups
+            and self.route == other.route
+            and self.disabled == other.disabled
+            and (self.drawn is other.drawn or not (self.drawn or other.drawn))
+        )
+
+
+class Frame:
+    """One run under a plan: a forward, or the repetition of a part of it in a backward."""
+
+    __slots__ = ("calls", "differentiated", "key", "plan", "reading", "task")
+
+    def __init__(self, plan: Plan, task: int, key: tuple[int, int] | None = None) -> None:
+        self.plan, self.task, self.key = plan, task, key
+        self.reading = Reading()
+        self.differentiated = torch.is_grad_enabled()
+        #: (slot, layer) → calls so far, in a repetition
+        self.calls: dict[tuple[str, str], int] = {}
+
+    def drawn(self, slot: str, layer: str, seed: int) -> int:
+        """``seed``, or in a repetition what stood in its place in the forward."""
+        book = self.plan.drawn
+        if self.key is None:
+            region = self.reading.region
+            if region is not None or (self.differentiated and not torch.is_grad_enabled()):
+                book.write(slot, layer, region, seed)
+            return seed
+        call = self.calls[slot, layer] = self.calls.get((slot, layer), -1) + 1
+        found = book.read(slot, layer, self.key[1], call)
+        return seed if found is None else found
+
+
+class _Lane:
+    """The plans of one thread in the order in which they began, by the sequence number of the next autograd node."""
+
+    def __init__(self) -> None:
+        self._notes: list[tuple[int, Plan | None]] = []
+        #: where the last of them ends, if it does before another one begins
+        self._end: int | None = None
+        self.forgot = False
+
+    def note(self, plan: Plan | None) -> None:
+        """From here on it is this plan."""
+        number = _number()
+        if self._end is not None and self._end < number:
+            self._notes.append((self._end, None))
+        self._end = None
+        if self._notes and self._notes[-1][0] == number:
+            self._notes[-1] = (number, plan)
+        else:
+            self._notes.append((number, plan))
+        if len(self._notes) > 4 * _REMEMBERED:
+            self._notes, self.forgot = self._notes[-2 * _REMEMBERED :], True
+
+    def ends_after(self, nodes: int) -> None:
+        """No more than so many nodes from here on are the last plan's."""
+        self._end = _number() + nodes
+
+    def at(self, number: int) -> Plan | None:
+        notes, end = self._notes, self._end
+        place = bisect_right(notes, number, key=lambda note: note[0])
+        if place == len(notes) and end is not None and number >= end:
+            return None
+        return notes[place - 1][1] if place else None
+
+
+class Router:
+    """Where the layers of one model find the frame they run in, and what the model's forwards have in common."""
+
+    def __init__(self, resting: Route | None = None) -> None:
+        #: of a forward that asks for nothing else
+        self.resting = resting or Route()
+        #: what compiled code reads, which may ask for no thread
+        self.compiled = self.resting
+        self.groups = Groups()
+        self.lanes = Lanes()
+        #: site → places for each row that a probe has proven, and where it has shown that rows cannot be told
+        self._proven: dict[str, int] = {}
+        self._refuted: set[str] = set()
+        #: slots that therefore do not go through one forward together
+        self._apart: set[frozenset[str]] = set()
+        self.lock = threading.RLock()
+        self._stacks: dict[int, list[Frame]] = {}
+        self._repeats: dict[int, Frame] = {}
+        self._history: list[_Lane] = []
+        self._own = threading.local()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Router, (self.resting,)  # a copy of the model learns for itself
+
+    # -- what layers ask ------------------------------------------------------------------------------------------
+
+    @property
+    def frame(self) -> Frame:
+        """The frame that the calling layer runs in."""
+        thread, task = threading.get_ident(), _task()
+        stack = self._stacks.get(thread)
+        if stack and stack[-1].task == task:
+            return stack[-1]
+        return self._ambient() if task == -1 else self._repeated(thread, task)
+
+    @property
+    def route(self) -> Route:
+        return self.compiled if torch.compiler.is_compiling() else self.frame.plan.route
+
+    def project(self, layer: Projection, x: Tensor) -> Tensor:
+        """What ``layer`` makes of ``x``: see ``lora.inputs``."""
+        frame = self.frame
+        return frame.reading.project(layer, x, frame.plan.route, frame.plan.groups, self.lanes)
+
+    def dropout_seed(self, slot: str, name: str, layer: str) -> int:
+        """The seed of ``slot``'s dropout of the current input of ``name``, which is ``layer`` or what layers share.
+
+        A seed that the route gives is followed by names alone: not by what other slots there are.
+        """
+        frame = self.frame
+        given = frame.plan.route.seeds.get(slot)
+        if given is not None:
+            return seed_of(given, name)
+        seeds = frame.reading.seeds
+        if slot not in seeds:
+            # In a repetition as well, which is to leave torch's generator to the model's own dropout as it was.
+            seeds[slot] = frame.drawn(slot, layer, int(torch.randint(2**63 - 1, ())))
+        return seeds[slot]
+
+    def places(self, site: str, x: Tensor, leading: torch.Size) -> int:
+        """How many consecutive places of the first dimension of ``x`` each row of the batch has.
+
+        Args:
+            leading: the dimensions of ``x`` before those that ``site`` computes on.
+
+        Raises:
+            Unproven: it cannot be told.
+        """
+        if torch.compiler.is_compiling():
+            if len(leading) > 1 and leading[0] == self.compiled.rows:
+                return 1
+            raise Unproven(site, x.shape, self.compiled.rows)
+        plan = self.frame.plan
+        rows, batch = plan.route.rows, plan.batch
+        if batch is not None and leading:
+            if batch.certain(leading):
+                return leading[0] // rows
+            per_row = self._proven.get(site)
+            if per_row is not None and batch.plausible(leading[0], per_row):
+                return leading[0] // rows
+        raise Unproven(site, x.shape, rows)
+
+    def learn_rows(self, probe: Probe) -> None:
+        with self.lock:
+            self._proven = {**self._proven, **probe.proven}
+            self._refuted = self._refuted | probe.failed
+            for site in probe.failed:
+                self._proven.pop(site, None)
+
+    def together(self, slots: Iterable[str]) -> bool:
+        """Whether these may go through one forward, as far as it is known."""
+        return not self._apart or frozenset(slots) not in self._apart
+
+    def indivisible(self, site: str, shape: Iterable[int]) -> Unproven:
+        """The error of a site that no batch can be divided at."""
+        with self.lock:
+            self._refuted = self._refuted | {site}
+        return Unproven(site, shape, self.frame.plan.route.rows)
+
+    def is_refuted(self, site: str) -> bool:
+        return site in self._refuted
+
+    def refute(self, site: str, slots: Iterable[str]) -> None:
+        """``slots`` could not be told apart at ``site``: for good, if a probe has shown it."""
+        if site in self._refuted:
+            self._apart.add(frozenset(slots))
+
+    # -- entering a forward ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def running(self, plan: Plan) -> Iterator[None]:
+        """Follow ``plan`` in this thread, until the end of the block, whatever happens in it."""
+        thread = threading.get_ident()
+        stack = self._stacks.get(thread)
+        if stack is None:
+            with self.lock:  # not while another thread changes the layers
+                stack = self._stacks[thread] = []
+            self._learn_from_ambient()
+        frame = Frame(plan, _task())
+        before, self.compiled = self.compiled, plan.route
+        stack.append(frame)
+        self._lane.note(plan)
+        try:
+            yield
+        finally:
+            self.compiled = before
+            stack.remove(frame)
+            if not stack:
+                self._stacks.pop(thread, None)
+            self._lane.note(self._top(stack))
+            self.learn(frame.reading)
+
+    @contextmanager
+    def using(self, route: Route) -> Iterator[None]:
+        """Follow ``route`` for a while, inside a forward."""
+        with self.running(replace(self.plan_here(), route=route)):
+            yield
+
+    def plan_here(self) -> Plan:
+        """The plan that a forward which asks for nothing else follows in this thread."""
+        stack = self._stacks.get(threading.get_ident())
+        if stack and stack[-1].task == _task():
+            return replace(stack[-1].plan, groups=self.groups)
+        return Plan(self._resting_here(), self.groups)
+
+    def learn(self, reading: Reading) -> None:
+        """Use in later forwards what this one has shown."""
+        lessons = reading.lessons()
+        if lessons:
+            with self.lock:
+                self.groups = self.groups.learned(lessons)
+
+    def _learn_from_ambient(self) -> None:
+        ambient: Frame | None = getattr(self._own, "ambient", None)
+        if ambient is not None:
+            self.learn(ambient.reading)
+            self._own.ambient = None
+
+    def forget(self) -> None:
+        """The model has other layers: what was found of who reads what does not hold any more."""
+        with self.lock:
+            self.groups, self.lanes, self._apart = Groups(), Lanes(), set()
+            self._own.ambient = None
+
+    @property
+    def outer(self) -> Route:
+        """The route of the forward that this thread is in, or else what the model is set to."""
+        stack = self._stacks.get(threading.get_ident())
+        return stack[-1].plan.route if stack else self.resting
+
+    # -- threads --------------------------------------------------------------------------------------------------
+
+    def rest(self, route: Route) -> None:
+        """What forwards follow from now on that ask for nothing else, in this thread and in those that never ask."""
+        self.resting = self.compiled = route
+        self._own.wanted = route.active
+
+    def elsewhere(self) -> list[Plan]:
+        """The plans of forwards that are under way in other threads."""
+        mine = threading.get_ident()
+        return [frame.plan for thread, stack in tuple(self._stacks.items()) if thread != mine for frame in tuple(stack)]
+
+    @contextmanager
+    def changing(self, what: str, slot: str | None = None) -> Iterator[None]:
+        """Change the layers, or what they hold of ``slot``, while no other thread runs a forward with it."""
+        with self.lock:
+            if any(slot is None or slot in plan.route.slots() for plan in self.elsewhere()):
+                raise AdapterError(
+                    f"{what}: another thread runs this model at the moment, which would change under it; "
+                    "wait for it, or give each thread a model of its own"
+                )
+            yield
+
+    def _resting_here(self) -> Route:
+        wanted = getattr(self._own, "wanted", None)
+        if wanted is not None and wanted != self.resting.active:
+            raise AdapterError(
+                f"set_adapter: this thread set {list(wanted)}, and another one {list(self.resting.active)} since; "
+                "set it again, or give adapter_names with each call, which no other thread can change"
+            )
+        return self.resting
+
+    @property
+    def _lane(self) -> _Lane:
+        lane: _Lane | None = getattr(self._own, "lane", None)
+        if lane is None:
+            lane = self._own.lane = _Lane()
+            self._history = [*self._history[-1023:], lane]
+        return lane
+
+    def _top(self, stack: list[Frame]) -> Plan | None:
+        if stack:
+            return stack[-1].plan
+        ambient = getattr(self._own, "ambient", None)
+        return None if ambient is None else ambient.plan
+
+    def _ambient(self) -> Frame:
+        """Of a layer that is called past the ``PeftModel``: its plan lasts as long as what the model is set to."""
+        frame: Frame | None = getattr(self._own, "ambient", None)
+        route = self._resting_here()
+        if frame is None or frame.plan.route is not route:
+            frame = self._own.ambient = Frame(Plan(route, self.groups), -1)
+            self._lane.note(frame.plan)
+        return frame
+
+    def _repeated(self, thread: int, task: int) -> Frame:
+        """The frame of a repetition: one for each node that asks for one, with the plan of its forward."""
+        node = torch._C._current_autograd_node()
+        number = -1 if node is None else node._sequence_nr()
+        frame = self._repeats.get(thread)
+        if frame is None or frame.key != (task, number):
+            frame = self._repeats[thread] = Frame(self._made_in(number), task, (task, number))
+            self._lane.note(frame.plan)
+        self._lane.ends_after(_AFTER)  # the backward may be the thread's last, and numbers are others' too
+        return frame
+
+    def _made_in(self, number: int) -> Plan:
+        """The plan of the forward that made the autograd node of this sequence number, which each thread counts."""
+        history = tuple(self._history)
+        found = [plan for lane in history if (plan := lane.at(number)) is not None]
+        if not found and not any(lane.forgot for lane in history):
+            return self._ambient().plan
+        if not found or not all(found[0].same(plan) for plan in found):
+            raise AdapterError(
+                "gradient checkpointing: a part of a forward is to be computed again, and it cannot be told of which: "
+                "several threads ran this model by different adapters; call backward() before other threads go on"
+            )
+        return found[0]

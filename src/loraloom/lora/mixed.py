@@ -1,0 +1,181 @@
+"""A batch whose rows go through different adapters: in one forward where that is exact, else adapter by adapter.
+
+One forward it is where every adapted layer's input is known to hold the batch's rows (``lora.rows``). Where that is
+not known it is looked at once, with the frozen model; where it is not so, the model is called with the rows of one
+adapter at a time, and the answers are put together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.errors import AdapterError
+from loraloom.lora.adapters import LoraModel
+from loraloom.lora.dispatch import Plan
+from loraloom.lora.route import Route
+from loraloom.lora.rows import Probe, Unproven, row_of, tensors
+
+Run = Callable[..., Any]
+#: What a forward keeps for generation, which cannot be put together from parts.
+_CACHES = ("past_key_values", "cache_params", "state", "mems")
+
+
+def call(
+    lora: LoraModel,
+    run: Run,
+    names: Sequence[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    look: Run | None = None,
+) -> Any:
+    """``run(*args, **kwargs)``, row ``i`` through ``names[i]``. ``look`` is a plain forward by the same arguments."""
+    names = list(names)
+    given = [*args, *kwargs.values()]
+    check_rows(len(names), tensors(given))
+    for attempt in range(2 if lora.lora_router.together(names) else 0):
+        try:
+            with lora.lora_routed(names, inputs=given):
+                return run(*args, **kwargs)
+        except Unproven as reason:
+            if attempt or not prove(lora, look or run, args, kwargs, len(names), reason.site):
+                lora.lora_router.refute(reason.site, names)
+                break
+    return _one_by_one(lora, run, names, args, kwargs)
+
+
+def generate(lora: LoraModel, run: Run, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The model's ``generate`` in place of its forward."""
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        known = inspect.signature(lora.model.forward).parameters
+        given = {key: value for key, value in kwargs.items() if isinstance(value, Tensor) and key in known}
+        return lora.model(*args[:1], **given)
+
+    return call(lora, run, names, args, kwargs, look)
+
+
+def prove(lora: LoraModel, look: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: int, site: str) -> bool:
+    """Look whose rows are where, in forwards by the frozen model; whether ``site`` is proven now."""
+    rows = next((t.shape[0] for t in tensors([*args, *kwargs.values()]) if t.dim() and t.shape[0] % names == 0), 0)
+    other = _unlike_the_first([*args, *kwargs.values()], rows)
+    if other is None or lora.lora_router.is_refuted(site) or lora.lora_router.elsewhere():
+        return False
+    probe = Probe(rows, other)
+    kwargs = {key: value for key, value in kwargs.items() if key not in _CACHES}
+    if "use_cache" in kwargs:
+        kwargs["use_cache"] = False
+    try:
+        with lora.following(Plan(Route(), probe=probe, disabled=True)), _as_in_use(lora):
+            for turn, row in enumerate((0, other)):
+                probe.turn(turn)
+                look(*[row_of(v, row, rows) for v in args], **{k: row_of(v, row, rows) for k, v in kwargs.items()})
+            probe.turn(2)
+            look(*args, **kwargs)
+    except Exception:  # a model that cannot be run with a row alone shows nothing
+        return False
+    probe.finish()
+    lora.lora_router.learn_rows(probe)
+    return site in probe.proven
+
+
+def check_rows(names: int, inputs: Iterator[Tensor]) -> None:
+    """One input at least must have a row, or some consecutive ones, for each name.
+
+    Others may be broadcast over the batch, like position ids.
+    """
+    rows = [tensor.shape[0] for tensor in inputs if tensor.dim()]
+    if rows and not any(count and count % names == 0 for count in rows):
+        found = f"{rows[0]} row{'s' if rows[0] != 1 else ''}"
+        raise AdapterError(f"adapter_names: {names} names for a batch of {found}; give one name for each row")
+
+
+def _unlike_the_first(values: Sequence[Any], rows: int) -> int | None:
+    """The last row that differs from row 0 in what the model is given."""
+    mine = [tensor for tensor in tensors(values) if tensor.dim() > 1 and tensor.shape[0] == rows and not tensor.is_meta]
+    return next((row for row in range(rows - 1, 0, -1) if any(not torch.equal(t[row], t[0]) for t in mine)), None)
+
+
+@contextmanager
+def _as_in_use(lora: LoraModel) -> Iterator[None]:
+    """No dropout, no gradients, and torch's generators as they were afterwards."""
+    modes = [(module, module.training) for module in lora.modules()]
+    devices = {p.device for p in lora.parameters() if p.device.type not in ("cpu", "meta")}
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad(), torch.random.fork_rng([d.index or 0 for d in devices], enabled=True):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# -- adapter by adapter -------------------------------------------------------------------------------------------
+
+
+def _one_by_one(lora: LoraModel, run: Run, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for name in ("labels", *_CACHES):
+        if kwargs.get(name) is not None:
+            raise AdapterError(
+                f"adapter_names: {type(lora.model).__name__} has to be run adapter by adapter, since not every layer "
+                f"shows whose rows it sees, and {name} cannot be divided; leave it out, or give one adapter at a time"
+            )
+    rows = next(t.shape[0] for t in tensors([*args, *kwargs.values()]) if t.dim() and t.shape[0] % len(names) == 0)
+    times = rows // len(names)
+    for value in tensors([*args, *kwargs.values()]):
+        if value.dim() > 1 and value.shape[0] not in (1, rows):
+            raise AdapterError(
+                f"adapter_names: {type(lora.model).__name__} has to be run adapter by adapter, since not every layer "
+                f"shows whose rows it sees, and an input of shape {tuple(value.shape)} cannot be divided among {rows} "
+                "rows; call it with one adapter at a time"
+            )
+    parts, order, counts = [], [], []
+    for name in dict.fromkeys(names):
+        mine = [row * times + i for row, other in enumerate(names) if other == name for i in range(times)]
+        index = torch.tensor(mine)
+        with lora.lora_routed([name] * (len(mine) // times)):
+            parts.append(run(*_some(args, index, rows), **_some(kwargs, index, rows)))
+        order += mine
+        counts.append(len(mine))
+    pad = getattr(getattr(lora.model, "generation_config", None), "pad_token_id", None)
+    return _together(parts, counts, torch.tensor(order).argsort(), pad)
+
+
+def _some(value: Any, index: Tensor, rows: int) -> Any:
+    """The rows ``index`` of whatever has ``rows``."""
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)] if value.dim() and value.shape[0] == rows else value
+    if isinstance(value, dict):
+        return {key: _some(one, index, rows) for key, one in value.items()}
+    if isinstance(value, list | tuple) and any(isinstance(one, Tensor) for one in value):
+        return type(value)(_some(one, index, rows) for one in value)
+    return value if not isinstance(value, tuple) else tuple(_some(one, index, rows) for one in value)
+
+
+def _together(parts: list[Any], counts: list[int], inverse: Tensor, pad: int | None) -> Any:
+    """The parts' rows, so many each, as one answer in the batch's order."""
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        if any(not part.dim() or part.shape[0] != count for part, count in zip(parts, counts, strict=True)):
+            raise AdapterError(
+                f"adapter_names: adapters had to be run one by one, and an answer of shape {tuple(first.shape)} for "
+                f"{counts[0]} rows cannot be put together; call the model with one adapter at a time"
+            )
+        if first.dim() == 2 and not first.is_floating_point():  # generated ids: shorter rows are filled up
+            longest = max(part.shape[1] for part in parts)
+            parts = [nn.functional.pad(part, (0, longest - part.shape[1]), value=pad or 0) for part in parts]
+        return torch.cat(parts).index_select(0, inverse.to(first.device))
+    if isinstance(first, Mapping):
+        kept = {k: _together([p[k] for p in parts], counts, inverse, pad) for k in first if k not in _CACHES}
+        return type(first)(**kept)
+    if isinstance(first, list | tuple):
+        return type(first)(_together(list(each), counts, inverse, pad) for each in zip(*parts, strict=True))
+    raise AdapterError(f"adapter_names: an answer of type {type(first).__name__} cannot be put together by rows")
