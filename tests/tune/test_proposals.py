@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
 
 from loraloom.train.settings.options import TrainOptions
 from loraloom.train.slot import Curve
 from loraloom.tune.options import TuneOptions
-from loraloom.tune.proposals import JOURNAL_NAME, keep, propose
+from loraloom.tune.proposals import propose
 from loraloom.tune.space import Space
 from loraloom.tune.trial import Trial
 
@@ -133,83 +128,3 @@ def test_the_samplers_of_optuna_can_be_given_and_are_used() -> None:
     assert [values["lora.r"] for values in found] == [8, 8, 8]
     assert [values["lora.lora_dropout"] for values in found] == [0.1, 0.1, 0.1]
     assert found[0]["train.learning_rate"] < found[1]["train.learning_rate"] < found[2]["train.learning_rate"]
-
-
-# -- Optuna's journal -------------------------------------------------------------------------------------------------
-
-
-def opened(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    """As optuna-dashboard opens it."""
-    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
-    return optuna.load_study(study_name="loraloom", storage=storage).trials
-
-
-def ended(given: TuneOptions) -> list[Trial]:
-    points = list(all_proposals(given, 5))
-    failed = trial(2, points[2], "failed", math.nan, reason="step 3: the loss is nan")
-    return [
-        trial(0, points[0], good=0.75, parameters=77),
-        trial(1, points[1], "stopped", 0.25),
-        failed,
-        trial(3, points[3], "running"),
-        trial(4, points[4], "waiting"),
-        trial(5, points[0], good=0.5, repeats=0),
-    ]
-
-
-def test_the_journal_holds_every_trial_that_ended_once_and_optuna_opens_it(tmp_path: Path) -> None:
-    given = options()
-    trials = ended(given)
-    for _ in range(3):
-        keep(given, trials, tmp_path)
-    found = opened(tmp_path)
-    assert [t.state for t in found] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
-    assert [t.user_attrs["trial"] for t in found] == [0, 1, 2]
-    assert [t.params for t in found] == [t.values for t in trials[:3]]
-    assert found[0].value == 0.75
-    assert found[0].user_attrs["parameters"] == 77
-    assert found[1].intermediate_values == {10: 0.25}
-    assert found[2].user_attrs["reason"] == "step 3: the loss is nan"
-    trials[3].state = trials[4].state = "finished"
-    keep(given, trials, tmp_path)
-    assert [t.user_attrs["trial"] for t in opened(tmp_path)] == [0, 1, 2, 3, 4]
-
-
-def test_what_is_in_the_journal_stays_as_it_was_to_the_byte(tmp_path: Path) -> None:
-    given = options()
-    trials = ended(given)
-    keep(given, trials, tmp_path)
-    before = (tmp_path / JOURNAL_NAME).read_bytes()
-    keep(given, trials, tmp_path)
-    assert (tmp_path / JOURNAL_NAME).read_bytes() == before
-    trials[3].state = "finished"
-    keep(given, trials, tmp_path)
-    assert (tmp_path / JOURNAL_NAME).read_bytes().startswith(before)
-
-
-@pytest.mark.parametrize(("metric", "value", "shown"), [("loss", -1.0, "minus loss"), ("accuracy", 0.75, "accuracy")])
-def test_a_metric_has_its_name_in_the_journal_and_one_of_which_less_is_better_a_minus(
-    metric: str, value: float, shown: str, tmp_path: Path
-) -> None:
-    given = options(metric=metric)
-    for _ in range(2):
-        keep(given, ended(given)[:1], tmp_path)
-    assert opened(tmp_path)[0].value == value
-    storage = JournalStorage(JournalFileBackend(str(tmp_path / JOURNAL_NAME)))
-    assert optuna.load_study(study_name="loraloom", storage=storage).metric_names == [shown]
-
-
-def test_a_journal_that_was_cut_off_is_begun_anew(tmp_path: Path) -> None:
-    given = options()
-    keep(given, ended(given), tmp_path)
-    path = tmp_path / JOURNAL_NAME
-    path.write_bytes(path.read_bytes()[:-20])
-    keep(given, ended(given), tmp_path)
-    assert [t.user_attrs["trial"] for t in opened(tmp_path)] == [0, 1, 2]
-
-
-def test_a_lock_that_another_program_left_holds_nothing_up(tmp_path: Path) -> None:
-    given = options()
-    (tmp_path / f"{JOURNAL_NAME}.lock").symlink_to(tmp_path / JOURNAL_NAME)
-    keep(given, ended(given), tmp_path)
-    assert [line for line in (tmp_path / JOURNAL_NAME).read_text().splitlines() if line]

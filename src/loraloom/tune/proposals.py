@@ -1,21 +1,18 @@
 """What to try next: first what is known to do well, then what Optuna proposes from what was measured.
 
 A proposal follows from the space, the seed and the trials so far alone, so a search that was killed goes on as if it
-had not been. Optuna's journal in the folder of the search is for its dashboard; nothing here reads it.
+had not been.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraloom.lora.atomic import write_files
 from loraloom.lora.initialize import seed_of
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.score import goodness
@@ -60,7 +57,7 @@ def _ask(options: TuneOptions, trials: Sequence[Trial], sampler: BaseSampler | N
         sampler = optuna.samplers.TPESampler(
             seed=seed, multivariate=True, constant_liar=True, n_startup_trials=max(4, options.trials // 4)
         )
-    with _quiet():
+    with quiet():
         study = optuna.create_study(direction="maximize", sampler=sampler or optuna.samplers.RandomSampler(seed=seed))
         for trial in trials:
             if trial.repeats is None:
@@ -95,52 +92,8 @@ def frozen(options: TuneOptions, trial: Trial) -> FrozenTrial:
     )
 
 
-def keep(options: TuneOptions, trials: Sequence[Trial], folder: Path) -> None:
-    """Add the trials that ended to Optuna's journal in ``folder``, those that are not in it yet.
-
-    Its file is replaced as a whole: Optuna's own way of writing leaves a lock and half a line where it is killed.
-
-    Raises:
-        SaveError: the folder cannot be written.
-    """
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import BaseJournalBackend
-
-    class Lines(BaseJournalBackend):
-        def __init__(self, logs: list[dict[str, Any]]) -> None:
-            self.logs = logs
-
-        def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
-            return self.logs[log_number_from:]
-
-        def append_logs(self, logs: list[dict[str, Any]]) -> None:
-            self.logs += json.loads(json.dumps(logs))
-
-    path = folder / JOURNAL_NAME
-    ended = [t for t in trials if t.repeats is None and t.state in ("finished", "stopped", "failed")]
-    with _quiet():
-        try:
-            logs = [json.loads(line) for line in path.read_text().splitlines()]
-        except (OSError, ValueError):  # there is none, or not a whole one: it is written for others, and can be again
-            logs = []
-        lines = Lines(logs)
-        study = optuna.create_study(
-            study_name="loraloom", storage=JournalStorage(lines), direction="maximize", load_if_exists=True
-        )
-        if study.metric_names is None:  # what the dashboard writes beside the values
-            study.set_metric_names([f"minus {options.metric}" if goodness(options.metric, 1.0) < 0 else options.metric])
-        there: set[Any] = {trial.user_attrs.get("trial") for trial in study.get_trials(deepcopy=False)}
-        missing = [trial for trial in ended if trial.number not in there]
-        for trial in missing:
-            study.add_trial(frozen(options, trial))
-    if missing:
-        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines.logs)
-        write_files(folder, {JOURNAL_NAME: text.encode()})
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Optuna tells of every study on stderr, and warns of what is experimental in it."""
     import warnings
 

@@ -30,11 +30,13 @@ from loraloom.train.course.signals import asked_to_stop
 from loraloom.train.measure.metrics import metric_name
 from loraloom.train.run import Interrupted, Loaded, check_output, load
 from loraloom.train.settings import runfile
+from loraloom.train.slot import Curve
 from loraloom.train.start.dataset import TEMPLATE_NAME
 from loraloom.tune import proposals, words
 from loraloom.tune.bar import Bar, learned
 from loraloom.tune.crew import Alone, Crew, Silent, Watcher
 from loraloom.tune.halving import Halving, Standing
+from loraloom.tune.journal import Journal
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.score import goodness, originals
 from loraloom.tune.state import (
@@ -120,6 +122,7 @@ class Search:
         self.state = State(self.fingerprint, 0, halving, date=options.train.date)
         #: worker → the trials that it has
         self.members: dict[int, list[int]] = {}
+        self.journal = Journal(options, self.folder, watch.event)
         self.pressed = threading.Event()
 
     # -- from the first step to the verdict ---------------------------------------------------------------------
@@ -280,7 +283,12 @@ class Search:
         return working
 
     def _begin(self, trial: Trial) -> Numbers:
-        numbers = load_numbers(self.folder, self.state, trial.number)
+        try:
+            numbers = load_numbers(self.folder, self.state, trial.number)
+        except SaveError as error:
+            self.watch.event(f"{error}; trial {trial.number} begins again from its first step")
+            self.state.files.pop(trial.number)
+            trial.step, trial.measure, trial.curve, numbers = 0, False, Curve(), {}
         if not numbers:
             names = list(trial.values)
             self.watch.event(f"trial {trial.number} begins: {words.knobs(trial.values, names, between=', ')}")
@@ -288,7 +296,7 @@ class Search:
 
     def _save(self, numbers: Mapping[int, Numbers]) -> None:
         save_state(self.folder, self.state, numbers)
-        proposals.keep(self.options, self.trials, self.folder)
+        self.journal.keep(self.trials)
 
     # -- who trains next ----------------------------------------------------------------------------------------
 

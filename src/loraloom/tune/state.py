@@ -11,12 +11,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from loraloom.errors import ConfigError, SaveError
@@ -47,14 +46,17 @@ class State:
     #: the slots and the memory that the user gave when they were planned
     asked: tuple[int | None, int | None] = (None, None)
     trials: list[Trial] = field(default_factory=list)
-    #: trial → the file with its numbers
+    #: trial → the file with its numbers, and file → its sha256
     files: dict[int, str] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     finished: bool = False
     #: what trials have to beat, once it was measured
     bar: Bar | None = None
     #: the day that the rows were written with, where a chat template writes one
     date: str | None = None
+    #: trial → what it was when last written, and as which text: only what changed is written out again
+    written: dict[int, tuple[Any, str]] = field(default_factory=dict, repr=False, compare=False)
 
 
 def date_of(folder: Path) -> str | None:
@@ -73,14 +75,15 @@ def save_state(folder: Path, state: State, numbers: Mapping[int, Mapping[str, Te
         SaveError: the folder cannot be written. What was there is as it was.
     """
     files: dict[str, bytes] = {}
+    trials = {trial.number: trial for trial in state.trials}
     for number, tensors in numbers.items():
-        step = next(trial.step for trial in state.trials if trial.number == number)
-        state.files[number] = f"{UNDER_WAY}/trial-{number}-step-{step}.safetensors"
-        files[state.files[number]] = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        name = f"{UNDER_WAY}/trial-{number}-step-{trials[number].step}.safetensors"
+        files[name] = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        state.files[number], state.hashes[name] = name, hashlib.sha256(files[name]).hexdigest()
     live = {trial.number for trial in state.trials if trial.state in ("running", "waiting")}
     state.files = {number: name for number, name in state.files.items() if number in live}
-    record = asdict(state) | {"trials": [_trial(trial) for trial in state.trials]}
-    text = json.dumps(plain_with_limits(record), indent=1).encode()  # knobs stay in the order of the space
+    state.hashes = {name: state.hashes[name] for name in state.files.values()}
+    text = _text(state)
     write_files(folder, {**files, STATE_NAME: text})
     kept = set(state.files.values())
     for path in (folder / UNDER_WAY).glob("trial-*.safetensors"):
@@ -89,6 +92,34 @@ def save_state(folder: Path, state: State, numbers: Mapping[int, Mapping[str, Te
     if not kept:
         with contextlib.suppress(OSError):
             (folder / UNDER_WAY).rmdir()
+
+
+def _text(state: State) -> bytes:
+    """The file: first all but the trials, then a trial a line, and in the end the hash of what is before."""
+    kept = {spec.name: getattr(state, spec.name) for spec in fields(state) if spec.name not in ("trials", "written")}
+    kept |= {"halving": asdict(state.halving), "bar": None if state.bar is None else asdict(state.bar)}
+    head = json.dumps(plain_with_limits(kept), indent=1).removesuffix("\n}")
+    lines = []
+    for trial in state.trials:
+        mark = _mark(trial)
+        if state.written.get(trial.number, (None, ""))[0] != mark:
+            # Knobs stay in the order of the space.
+            state.written[trial.number] = mark, json.dumps(plain_with_limits(_trial(trial)))
+        lines.append(state.written[trial.number][1])
+    body = f'{head},\n "trials": [\n' + ",\n".join(lines) + "\n ]"
+    return f'{body},\n "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'.encode()
+
+
+def _mark(trial: Trial) -> tuple[Any, ...]:
+    """By which a trial that changed is known, without a look at its curve: losses come with steps."""
+    counts = len(trial.curve.loss), len(trial.curve.evaluations), len(trial.used), len(trial.parts), len(trial.files)
+    return id(trial.curve), trial.step, trial.state, trial.reason, trial.goal, trial.measure, trial.seconds, counts
+
+
+def _whole(text: str) -> bool:
+    """Whether the file is as it was written."""
+    body, mark, digest = text.rpartition(',\n "sha256": "')
+    return bool(mark) and digest.removesuffix('"\n}\n') == hashlib.sha256(body.encode()).hexdigest()
 
 
 def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
@@ -102,8 +133,11 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)
         other = found["fingerprint"] != fingerprint
+        if not other and not _whole(text):
+            raise ValueError("its hash is another one")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from None
     if other:
@@ -119,6 +153,7 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
             asked=(found["asked"][0], found["asked"][1]),
             trials=[_read_trial(entry, build) for entry in found["trials"]],
             files={int(number): name for number, name in found["files"].items()},
+            hashes=dict(found["hashes"]),
             seconds=found["seconds"],
             finished=found["finished"],
             bar=_read_bar(found["bar"]),
@@ -144,12 +179,13 @@ def load_numbers(folder: Path, state: State, number: int) -> dict[str, Tensor]:
     if name is None:
         return {}
     try:
-        found: dict[str, Tensor] = load_file(folder / name)
-        return found
-    except (OSError, SafetensorError) as error:
-        raise SaveError(
-            f"{folder / name}: cannot be read ({error}); give --overwrite to begin the search anew"
-        ) from None
+        data = (folder / name).read_bytes()
+    except OSError as error:
+        raise SaveError(f"{folder / name}: cannot be read ({error.strerror})") from None
+    if hashlib.sha256(data).hexdigest() != state.hashes[name]:
+        raise SaveError(f"{folder / name}: is damaged (it is not what the search wrote)")
+    found: dict[str, Tensor] = load(data)
+    return found
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
