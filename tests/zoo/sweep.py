@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from zoo import checks
-from zoo.checks import CHECKS, Cell, Differs, NotHere, quietly
+from zoo.cell import Cell
+from zoo.checks import CHECKS, NotHere, quietly
+from zoo.compare import Differs, outputs
 from zoo.fields import FLOAT32
 from zoo.kinds import kinds_of, model_types
 from zoo.reasons import UNBUILT, reason
@@ -63,7 +64,7 @@ def _cell(model_type: str, kind: str, targets: str) -> tuple[Cell | None, str]:
         signal.alarm(SECONDS)
         cell = Cell(model_type, kind, targets, dtype)
         try:
-            if not checks.outputs(cell._base, cell.batch).isfinite().any():
+            if not outputs(cell._base, cell.batch).isfinite().any():
                 raise Differs("the model answers with NaN")
             return cell, ""
         except (Exception, TooLong) as error:
