@@ -77,3 +77,21 @@ def test_the_chat_template_is_kept_with_the_best_adapter(
     ended = call("tune", *arguments, *given, "--max-steps", 1, "--output", tmp_path / "out")
     assert (ended.code, ended.err) == (0, "")
     assert "### Assistant:" in (tmp_path / "out" / "best" / "chat_template.jinja").read_text()
+
+
+def test_tags_that_mark_no_entities_are_searched_by_the_accuracy_of_words(
+    call: Callable[..., Any], encoder_folder: Path, tmp_path: Path
+) -> None:
+    tags = {"the": "DET", "film": "NOUN", "was": "VERB"}
+    rows = [{"tokens": list(tags), "tags": list(tags.values())}] * 12
+    data = tmp_path / "pos.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model", encoder_folder, "--data", data, "--task", "token-cls", "--output", tmp_path / "o"]
+    given += ["--trials", 2, "--max-steps", 2, "--preset", "quick", "--slots", 2, "--eval-split", 4]
+    ended = call("tune", *given, "--set", "tune.space={lora.r: [2, 4]}")
+    assert ended.code == 0, ended.err
+    assert "training loss" in ended.out
+    assert "f1" not in ended.out.replace("f1_macro", "").replace("f1_micro", "")
+    assert "accuracy" in ended.out
+    refused = call("tune", *given, "--set", "tune.space={lora.r: [2, 4]}", "--metric", "recall", "--overwrite")
+    assert (refused.code, "metric: 'recall' is not measured of this data" in refused.err) == (2, True)

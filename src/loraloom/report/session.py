@@ -123,8 +123,8 @@ def tune_run(options: TuneOptions, console: Console | None = None) -> SearchResu
     console = console or Console()
     with TuneMeter(console, options.metric) as meter:
         result = search(options, meter)
-    found, folder, metric = result.verdict, result.folder, options.metric
-    console.print(leaderboard(found, options.metric, width=console.width))
+    found, folder, metric = result.verdict, result.folder, result.verdict.metric
+    console.print(leaderboard(found, metric, width=console.width))
     console.print(conclusion(found))
     saved = f"{'the best adapter and ' if found.learned else ''}{RESULT_NAME} saved in {folder}"
     pictures = [

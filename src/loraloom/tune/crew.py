@@ -14,6 +14,9 @@ from loraloom.tune.worker import Numbers, Report, Worker
 class Watcher(Protocol):
     """Who is told how it goes."""
 
+    #: what trials are compared by, which may turn out once the rows are read
+    metric: str
+
     def event(self, text: str) -> None: ...
 
     def update(
@@ -27,6 +30,8 @@ class Watcher(Protocol):
 
 
 class Silent:
+    metric = ""
+
     def event(self, text: str) -> None:
         pass
 

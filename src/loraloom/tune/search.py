@@ -103,6 +103,8 @@ def _search(options: TuneOptions, watch: Watcher, sampler: BaseSampler | None) -
         metric = own.first  # where it turned out that labels are numbers or several classes, or tags no entities
     if metric != "loss" and metric not in own.names and not own.own:
         raise ConfigError(f"metric: {metric!r} is not measured of this data; there are {', '.join(own.names)}, loss")
+    assert metric is not None
+    watch.metric = metric
     options = replace(options, train=replace(loaded.options, problem_type=loaded.data.problem), metric=metric)
     options.space.check(loaded.base, options.train)
     return Search(options, loaded, watch, sampler).run()
