@@ -26,7 +26,7 @@ from loraloom.train.settings.options import TrainOptions
 from .mutations import mutated
 
 WEIGHTS = "adapter_model.safetensors"
-COUNTS = [pytest.param(60, id="some"), pytest.param(3000, id="many", marks=[pytest.mark.slow, pytest.mark.sweep])]
+COUNTS = [pytest.param(60, id="some"), pytest.param(600, id="many", marks=[pytest.mark.slow, pytest.mark.sweep])]
 
 
 @pytest.fixture(scope="module")

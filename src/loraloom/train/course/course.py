@@ -75,6 +75,8 @@ class Course:
         found = resume.find(self.options, wanted, self._say)
         if self.options.overwrite and wanted is True:
             found = self._replacing(found)
+        if self.slot.world.first:
+            checkpoints.clean(self.folder)
         if found.stopped and not found.checkpoint:
             where = f"the run in {self.folder} that ended early"
             self._same(resume.identity_in(found.stopped), where)
@@ -87,10 +89,8 @@ class Course:
             self._say(f"{self.folder}: finished after {found.finished['steps']:,} steps; nothing is left to do")
             return found.finished
         inside = found.checkpoint and found.checkpoint.path.parent.resolve() == self.folder.resolve()
-        if self.slot.world.first:
-            checkpoints.clean(self.folder)
-            if self.options.overwrite and not inside:
-                checkpoints.forget(self.folder)
+        if self.slot.world.first and self.options.overwrite and not inside:
+            checkpoints.forget(self.folder)
         if found.checkpoint:
             with resume.understood(found.checkpoint):
                 self._same(found.checkpoint.state["identity"], str(found.checkpoint.path))

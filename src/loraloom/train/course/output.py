@@ -92,7 +92,10 @@ def described(options: TrainOptions) -> Iterator[None]:
     """
     folder = Path(options.output)
     path, adapter = folder / RUN_FILE, _stamp(folder / WEIGHTS_NAME)
-    before = path.read_bytes() if adapter and path.is_file() else None
+    try:
+        before = path.read_bytes() if adapter and path.is_file() else None
+    except OSError as error:
+        raise SaveError(f"{path}: cannot be read ({error.strerror}), and it is to be replaced; move it away") from None
     runfile.write(replace(options, overwrite=False), path, _TITLE)
     try:
         yield
