@@ -9,8 +9,6 @@ which the autograd node was made that asks for it, which the node's sequence num
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,51 +18,16 @@ import torch
 from torch import Tensor
 
 from loraloom.errors import AdapterError
+from loraloom.lora.history import Lane, SeedBook
 from loraloom.lora.initialize import seed_of
 from loraloom.lora.inputs import Groups, Lanes, Projection, Reading
 from loraloom.lora.route import Route
 from loraloom.lora.rows import Batch, Probe, Unproven
 
-#: Forwards of one thread that are remembered for backwards to come, and calls of one layer in one of them.
-_REMEMBERED, _CALLS = 1024, 256
 #: Autograd nodes that a repetition may make after its last adapted layer.
 _AFTER = 64
 
 _task = torch._C._current_graph_task_id
-_number = torch._C._autograd._get_sequence_nr
-
-
-class SeedBook:
-    """The dropout seeds that layers drew in checkpointed regions of a forward, for those who repeat them.
-
-    Torch's generator is one for all threads, so what it is set back to for a repetition may be gone when a layer asks.
-    """
-
-    def __init__(self) -> None:
-        #: (slot, layer) → (number of the next autograd node, region or None if without gradients, seed) of each call
-        self._calls: dict[tuple[str, str], deque[tuple[int, int | None, int]]] = {}
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    def write(self, slot: str, layer: str, region: int | None, seed: int) -> None:
-        calls = self._calls.setdefault((slot, layer), deque(maxlen=_CALLS))
-        calls.append((_number(), region, seed))
-
-    def read(self, slot: str, layer: str, number: int, call: int) -> int | None:
-        """The seed of the ``call``-th call of ``layer`` in the region that the node ``number`` asks to repeat.
-
-        That is a node of the region, made after the layer was called. Or, where the region ran without gradients, the
-        one node that stands for all of it, made before.
-        """
-        calls = self._calls.get((slot, layer), ())
-        regions = [where for when, where, _ in calls if where is not None and when <= number]
-        seeds = [
-            seed
-            for when, where, seed in calls
-            if (where == regions[-1] if regions else where is None and when > number)
-        ]
-        return seeds[call] if call < len(seeds) else None
 
 
 @dataclass(frozen=True)
@@ -116,40 +79,6 @@ class Frame:
         return seed if found is None else found
 
 
-class _Lane:
-    """The plans of one thread in the order in which they began, by the sequence number of the next autograd node."""
-
-    def __init__(self) -> None:
-        self._notes: list[tuple[int, Plan | None]] = []
-        #: where the last of them ends, if it does before another one begins
-        self._end: int | None = None
-        self.forgot = False
-
-    def note(self, plan: Plan | None) -> None:
-        """From here on it is this plan."""
-        number = _number()
-        if self._end is not None and self._end < number:
-            self._notes.append((self._end, None))
-        self._end = None
-        if self._notes and self._notes[-1][0] == number:
-            self._notes[-1] = (number, plan)
-        else:
-            self._notes.append((number, plan))
-        if len(self._notes) > 4 * _REMEMBERED:
-            self._notes, self.forgot = self._notes[-2 * _REMEMBERED :], True
-
-    def ends_after(self, nodes: int) -> None:
-        """No more than so many nodes from here on are the last plan's."""
-        self._end = _number() + nodes
-
-    def at(self, number: int) -> Plan | None:
-        notes, end = self._notes, self._end
-        place = bisect_right(notes, number, key=lambda note: note[0])
-        if place == len(notes) and end is not None and number >= end:
-            return None
-        return notes[place - 1][1] if place else None
-
-
 class Router:
     """Where the layers of one model find the frame they run in, and what the model's forwards have in common."""
 
@@ -168,7 +97,7 @@ class Router:
         self.lock = threading.RLock()
         self._stacks: dict[int, list[Frame]] = {}
         self._repeats: dict[int, Frame] = {}
-        self._history: list[_Lane] = []
+        self._history: list[Lane] = []
         self._own = threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -353,10 +282,10 @@ class Router:
         return self.resting
 
     @property
-    def _lane(self) -> _Lane:
-        lane: _Lane | None = getattr(self._own, "lane", None)
+    def _lane(self) -> Lane:
+        lane: Lane | None = getattr(self._own, "lane", None)
         if lane is None:
-            lane = self._own.lane = _Lane()
+            lane = self._own.lane = Lane()
             self._history = [*self._history[-1023:], lane]
         return lane
 

@@ -7,6 +7,7 @@ half precision while the factors keep their own dtype; ``lora.products`` says wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -178,7 +179,9 @@ class _Projections(torch.autograd.Function):
             for (i, _), h, dy, d_as in zip(places, hidden, parts, all_a, strict=True):
                 slots = lane.updates[i]
                 d_bs: Sequence[Tensor | None] = [None] * len(slots)
-                if dy is not None and d_a is not None:
+                if dy is None:  # no gradient, as if it had been computed apart, and not one of zeros
+                    d_as = d_bs
+                elif d_a is not None:
                     # (hᵀ dy)ᵀ and not dyᵀ h: the long side last is the faster product.
                     across = _mm(h.mT, dy).mT
                     scaled = torch.empty(across.shape, dtype=slots[0].b.dtype, device=x.device).copy_(across)
@@ -284,8 +287,14 @@ def _scales(lane: Lane, i: int, like: Tensor) -> float | Tensor:
     ]
     if len(set(scales)) == 1:
         return scales[0]
-    dtype = lane.updates[i][0].b.dtype
-    return torch.tensor(scales, dtype=dtype, device=like.device).view(-1, 1, 1)
+    return _column(tuple(scales), lane.updates[i][0].b.dtype, like.device)
+
+
+@lru_cache(1024)
+def _column(scales: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[slots, 1, 1]. Kept: each of them made anew would wait for the device."""
+    with torch.inference_mode(False):
+        return torch.tensor(scales, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def _mask(x: Tensor, lane: Lane) -> Tensor:

@@ -44,6 +44,8 @@ class Route:
     inverse: Tensor | None = field(default=None, compare=False)
     #: slot → the seed of its dropout in this forward; without one it follows torch's generator
     seeds: Mapping[str, int] = field(default_factory=dict)
+    #: order and inverse where layers have asked for them, since moving them waits for the device
+    _moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of_rows(cls, slots: Sequence[str], seeds: Mapping[str, int] | None = None) -> Route:
@@ -81,7 +83,7 @@ class Route:
 
         ``x`` is [rows · times, ...]: each row of the batch has ``times`` consecutive places.
         """
-        order, inverse = (self._spread(index, times, x.device) for index in (self.order, self.inverse))
+        order, inverse = self._places(times, x.device)
         if order is not None:
             x = x.index_select(0, order)
         parts = []
@@ -91,9 +93,18 @@ class Route:
         out = torch.cat(parts)
         return out if inverse is None else out.index_select(0, inverse)
 
-    @staticmethod
-    def _spread(index: Tensor | None, times: int, device: torch.device) -> Tensor | None:
-        if index is None:
-            return None
-        index = index.to(device)
-        return index if times == 1 else (index[:, None] * times + torch.arange(times, device=device)).flatten()
+    def _places(self, times: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """``order`` and ``inverse`` of rows that have ``times`` places each."""
+        if self.order is None or self.inverse is None:
+            return None, None
+        found = self._moved.get((times, device))
+        if found is None:
+            order, inverse = (_spread(index.to(device), times) for index in (self.order, self.inverse))
+            found = self._moved[times, device] = order, inverse
+        return found
+
+
+def _spread(index: Tensor, times: int) -> Tensor:
+    if times == 1:
+        return index
+    return (index[:, None] * times + torch.arange(times, device=index.device)).flatten()

@@ -6,6 +6,7 @@ in anybody's loop; ``train.loop`` is ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -164,12 +165,10 @@ class Pack:
             self._objective.attention(inputs["input_ids"]),
         ):
             losses = self._objective.losses(self._objective.forward(inputs, labels), labels, rows)
-            values = torch.stack([loss.detach().double() for loss in losses.values()])
-            found = dict(zip(losses, values.tolist(), strict=True))
+            values = torch.stack([loss.detach().double() for loss in losses.values()]).tolist()
+            found = dict(zip(losses, values, strict=True))
             good = [
-                loss * (weights or {}).get(name, 1.0)
-                for (name, loss), fine in zip(losses.items(), values.isfinite().tolist(), strict=True)
-                if fine
+                loss * (weights or {}).get(name, 1.0) for name, loss in losses.items() if math.isfinite(found[name])
             ]
             if good:
                 torch.stack(good).sum().backward()  # type: ignore[no-untyped-call]
