@@ -181,6 +181,18 @@ def test_a_row_has_the_same_mask_alone_and_in_a_mixed_batch(llama, tokens) -> No
     torch.testing.assert_close(mixed[2:], answer(["b"], tokens[2:]), rtol=1e-10, atol=1e-10)
 
 
+def test_a_layer_whose_output_the_loss_does_not_need_gets_no_gradient_and_not_one_of_zeros(together) -> None:
+    """Else an optimizer's weight decay would move what PEFT leaves where it is."""
+    odd = Odd()
+    model = get_peft_model(odd, config(target_modules=["a", "b"]))
+    odd.forward = lambda x: odd.a(x) + odd.b(x).detach()
+    for _ in range(3):
+        model.zero_grad()
+        model(torch.randn(3, 4)).sum().backward()
+    assert together[-1] == 2
+    assert {key.split(".")[2] for key, p in model.adapter_parameters("default").items() if p.grad is not None} == {"a"}
+
+
 def test_a_copy_of_the_model_and_a_pickled_one_learn_for_themselves(llama, tokens, logits) -> None:
     model = get_peft_model(llama, config())
     for _ in range(2):

@@ -318,7 +318,7 @@ class Router:
     def _made_in(self, number: int) -> Plan:
         """The plan of the forward that made the autograd node of this sequence number, which each thread counts."""
         history = tuple(self._history)
-        found = [plan for lane in history if (plan := lane.at(number)) is not None]
+        found: list[Plan] = [plan for lane in history if (plan := lane.at(number)) is not None]
         if not found and not any(lane.forgot for lane in history):
             return self._ambient().plan
         if not found or not all(found[0].same(plan) for plan in found):

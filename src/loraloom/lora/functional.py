@@ -180,7 +180,7 @@ class _Projections(torch.autograd.Function):
                 slots = lane.updates[i]
                 d_bs: Sequence[Tensor | None] = [None] * len(slots)
                 if dy is None:  # no gradient, as if it had been computed apart, and not one of zeros
-                    d_as = d_bs
+                    d_as = [None] * len(slots)
                 elif d_a is not None:
                     # (hᵀ dy)ᵀ and not dyᵀ h: the long side last is the faster product.
                     across = _mm(h.mT, dy).mT
