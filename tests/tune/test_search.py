@@ -26,6 +26,7 @@ from loraloom.train.measure.evaluation import evaluate
 from loraloom.train.run import RUN_NAME, Interrupted, load
 from loraloom.train.settings.options import TASKS, TrainOptions
 from loraloom.train.start.load import load_base
+from loraloom.train.start.usage import USAGE_NAME
 from loraloom.tune import worker
 from loraloom.tune.options import TuneOptions
 from loraloom.tune.search import SearchResult, search
@@ -156,6 +157,11 @@ def test_the_best_adapter_gives_the_metric_that_was_reported(found: tuple[TuneOp
     pad, rows = loaded.tokenizer.pad_token_id, loaded.data.evaluation.examples
     measured = evaluate(model, "default", loaded.task, rows, pad, 64)
     assert measured[options.metric] == pytest.approx(reported, rel=1e-4)
+    # What its outputs mean is beside it, and in the record.
+    usage = json.loads((Path(adapter) / USAGE_NAME).read_text())
+    assert usage == result.record["usage"]
+    assert usage["task"] == options.train.task
+    assert usage.get("id2label") == ({"0": "blame", "1": "praise"} if options.train.task == "seq-cls" else None)
     # And peft reads it, with the same logits.
     peft = pytest.importorskip("peft")
     base, _ = load_base(options.train.model, TASKS[options.train.task], "float32", loaded.data.names)

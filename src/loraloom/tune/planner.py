@@ -6,7 +6,7 @@ The need is counted from shapes, by ``train.memory``; what pays is measured for 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from loraloom.config import LoraConfig
@@ -24,6 +24,9 @@ AS_FAST = 0.95
 SHARE, MARGIN = 0.9, 1.15
 #: A number of slots is measured for so many steps at most, and no longer than this if two are done.
 STEPS, SECONDS = 8, 1.0
+#: Before numbers of slots are told apart, both are measured this often, in turns: a machine may have other things to
+#: do, and then one is slow that was unlucky.
+TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -63,27 +66,50 @@ def plan_slots(
         return Slots(count, f"{count} as given" if count == wanted else f"{count} of the {wanted} given: {why}")
     most = min(most, fit)
     rates = measured(lambda count: _rate(pack, loaded, config, count), most)
-    best = max(rates.values())
-    count = max(count for count, rate in rates.items() if rate >= AS_FAST * best)
-    figures = ", ".join(f"{n}: {rate:,.0f}" for n, rate in rates.items())
+    best = max(map(max, rates.values()))
+    count = max(count for count, seen in rates.items() if max(seen) >= AS_FAST * best)
+    figures = ", ".join(f"{n}: {_shown(seen)}" for n, seen in rates.items())
     limit = f"; no more than {fit} fit ({said})" if fit == most else ""
     return Slots(count, f"tokens a second by number of slots: {figures}{limit}")
 
 
-def measured(rate: Callable[[int], float], most: int) -> dict[int, float]:
-    """``rate(count)`` for 1, 2, 4, ... and ``most``, until more slots cost speed or do not fit."""
-    rates: dict[int, float] = {}
+def _shown(rates: Sequence[float]) -> str:
+    """``"3,422"``, or ``"3,835 (2,694 to 3,835)"`` of several measurements: the fastest says what there is."""
+    spread = f" ({min(rates):,.0f} to {max(rates):,.0f})" if len(rates) > 1 else ""
+    return f"{max(rates):,.0f}{spread}"
+
+
+def measured(rate: Callable[[int], float], most: int) -> dict[int, list[float]]:
+    """``rate(count)`` for 1, 2, 4, ... and ``most``, until more slots cost speed or do not fit.
+
+    That they cost speed is believed only once both, these and the fastest so far, were measured ``TURNS`` times.
+    """
+    rates: dict[int, list[float]] = {}
     count = 1
     while True:
         try:
-            rates[count] = rate(count)
+            rates[count] = [rate(count)]
+            _in_turns(rate, rates, count)
         except (RuntimeError, MemoryError) as error:
             if not rates or not explain(error).startswith("out of memory"):
                 raise
             return rates
-        if count == most or rates[count] < AS_FAST * max(rates.values()):
+        if count == most or _slower(rates, count):
             return rates
         count = min(2 * count, most)
+
+
+def _slower(rates: Mapping[int, Sequence[float]], count: int) -> bool:
+    return max(rates[count]) < AS_FAST * max(map(max, rates.values()))
+
+
+def _in_turns(rate: Callable[[int], float], rates: dict[int, list[float]], count: int) -> None:
+    """Measure ``count`` and the fastest again, in turns, for as long as ``count`` looks slower."""
+    while _slower(rates, count) and len(rates[count]) < TURNS:
+        fastest = max(rates, key=lambda n: max(rates[n]))
+        rates[count].append(rate(count))
+        if len(rates[fastest]) < TURNS:
+            rates[fastest].append(rate(fastest))
 
 
 def one_slot(loaded: Loaded, config: LoraConfig) -> Memory:

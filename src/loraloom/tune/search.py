@@ -31,7 +31,7 @@ from loraloom.train.measure.metrics import metric_name
 from loraloom.train.run import Interrupted, Loaded, check_output, load
 from loraloom.train.settings import runfile
 from loraloom.train.slot import Curve
-from loraloom.train.start.dataset import TEMPLATE_NAME
+from loraloom.train.start.usage import usage
 from loraloom.tune import proposals, words
 from loraloom.tune.bar import Bar, learned
 from loraloom.tune.crew import Alone, Crew, Silent, Watcher
@@ -495,6 +495,7 @@ class Search:
             found,
             self.trials,
             adapter=best if source is not None else "",
+            usage=usage(self.loaded),
             seconds=self.state.seconds,
             machine={
                 "processor": platform.processor() or platform.machine(),
@@ -507,10 +508,7 @@ class Search:
             },
         )
         if source is not None and source != best:
-            files = {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
-            if (template := self.loaded.data.template) is not None:
-                files[TEMPLATE_NAME] = template.encode()
-            write_files(best, files)
+            write_files(best, {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()})
         write_files(self.folder, {RESULT_NAME: json.dumps(made, indent=2, sort_keys=True).encode()})
         if found.learned:
             options = replace(found.best.options, output=str(self.folder / "full"), overwrite=False)

@@ -332,6 +332,7 @@ def record(
     adapter: str | Path,
     seconds: float,
     machine: Mapping[str, Any],
+    usage: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What ``result.json`` holds: plain JSON, the same for the same trials apart from the seconds and the machine."""
     best = found.scores[found.best.number]
@@ -361,6 +362,7 @@ def record(
             "advice": [asdict(advice) for advice in found.advice],
             "seconds": seconds,
             "machine": machine,
+            "usage": usage or {},
         }
     )
     return built

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loraloom.config import LoraConfig
 from loraloom.errors import SaveError
+from loraloom.lora.atomic import write_files
 from loraloom.lora.inspection import ENERGY, singular_values
 from loraloom.lora.model import PeftModel
 from loraloom.lora.parameters import LoraParameter
@@ -29,6 +30,7 @@ from loraloom.train.pack import Pack
 from loraloom.train.run import Loaded, explain
 from loraloom.train.settings.options import TrainOptions
 from loraloom.train.slot import Slot
+from loraloom.train.start.usage import usage_files
 from loraloom.tune.bar import Bar
 from loraloom.tune.knobs import Range
 from loraloom.tune.options import TuneOptions
@@ -199,6 +201,7 @@ class Worker:
             trial.state, trial.used = "finished", _used(self.model, name)
             folder = Path(self.options.train.output) / TRIALS
             self.model.save_pretrained(folder, selected_adapters=[name], peft=False)
+            write_files(folder / name, usage_files(self.loaded))
 
     def _rows(self, trial: Trial) -> list[int] | None:
         """The held-out rows to measure ``trial`` on, the same for all at a rung; None for all there are."""
