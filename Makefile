@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup quickstart test zoo zoo-page lint bench clean
+.PHONY: setup quickstart test test-avx2 zoo zoo-page lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -20,6 +20,16 @@ quickstart: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+# The maths, layers, packs and a search's decisions as a processor without AVX-512 computes them; and the tests for a GPU.
+NUMBERS := $(addprefix tests/lora/test_, functional.py products.py dropout.py layers.py inputs.py biases.py merge.py route.py) \
+  $(addprefix tests/train/test_, pack.py loss.py flat.py objective.py optimizers.py recompute.py loop.py slot.py) \
+  $(addprefix tests/train/measure/test_, evaluation.py metrics.py) $(addprefix tests/tune/test_, halving.py verdict.py) \
+  tests/tune/test_search.py::test_a_trial_gone_wild_is_reported_and_changes_no_bit_of_the_others tests/gpu
+
+test-avx2: setup
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 LORALOOM_TEST_DEVICE=cpu OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n 2 -q -k "not compile" $(NUMBERS)
 
 # ZOO=llama,bert: some model types; ZOO=3/8: an eighth of them; without it all, in about an hour.
 zoo: setup

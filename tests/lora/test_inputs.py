@@ -177,8 +177,9 @@ def test_a_row_has_the_same_mask_alone_and_in_a_mixed_batch(llama, tokens) -> No
             return model.get_base_model()(rows).logits
 
     mixed = answer(["a", "a", "b"], tokens)
-    torch.testing.assert_close(mixed[:2], answer(["a", "a"], tokens[:2]), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(mixed[2:], answer(["b"], tokens[2:]), rtol=1e-10, atol=1e-10)
+    # Norms compute in float32, whose rounding follows the shape of the batch.
+    torch.testing.assert_close(mixed[:2], answer(["a", "a"], tokens[:2]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mixed[2:], answer(["b"], tokens[2:]), rtol=1e-5, atol=1e-6)
 
 
 def test_a_layer_whose_output_the_loss_does_not_need_gets_no_gradient_and_not_one_of_zeros(together) -> None:
