@@ -98,7 +98,8 @@ def _trained(folder: Path, said: str) -> dict[str, Any]:
 def _searched(folder: Path, said: str) -> dict[str, Any]:
     record = json.loads((folder / "result.json").read_bytes())
     trials = [{key: value for key, value in trial.items() if key != "seconds"} for trial in record["trials"]]
-    return {"trials": trials, "weights": (folder / "best" / WEIGHTS).read_bytes(), "names": _names(folder)}
+    weights = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob(WEIGHTS)}
+    return {"trials": trials, "weights": weights, "names": _names(folder)}
 
 
 def _cached(folder: Path, said: str) -> dict[str, Any]:
@@ -120,7 +121,8 @@ def scenes(
         if name == "cache":
             return Scene(case, ["cache", folder], folder, _cached)
         if name == "search":
-            argv = ["tune", *common, "--max-steps", 2, "--slots", 2, "--trials", 2, "--output", folder]
+            argv = ["tune", *common, "--max-steps", 6, "--slots", 2, "--trials", 2, "--output", folder]
+            argv += ["--set", "train.learning_rate=0.03", "--set", "lora.target_modules=all-linear"]
             argv += ["--set", "tune.seeds=0", "--set", 'tune.space={"lora.r": [2, 4]}']
             return Scene(case, argv, folder, _searched)
         argv = [*train, "--output", folder, "--resume"]
