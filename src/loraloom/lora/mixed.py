@@ -177,5 +177,10 @@ def _together(parts: list[Any], counts: list[int], inverse: Tensor, pad: int | N
         kept = {k: _together([p[k] for p in parts], counts, inverse, pad) for k in first if k not in _CACHES}
         return type(first)(**kept)
     if isinstance(first, list | tuple):
+        if len({len(part) for part in parts}) > 1:
+            raise AdapterError(
+                "adapter_names: adapters had to be run one by one, and came to answers of unlike length "
+                f"({', '.join(str(len(part)) for part in parts)}); call the model with one adapter at a time"
+            )
         return type(first)(_together(list(each), counts, inverse, pad) for each in zip(*parts, strict=True))
     raise AdapterError(f"adapter_names: an answer of type {type(first).__name__} cannot be put together by rows")
