@@ -33,6 +33,7 @@ SOURCE = Path(loraloom.__file__).parent
 FLOORS = {
     "config": 0,
     "errors": 0,
+    "guise": 0,
     "peftfile": 0,
     "lora": 1,
     "data": 2,

@@ -10,10 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraloom.config import LoraConfig as LoraConfig
+    from loraloom.config import PeftConfig as PeftConfig
+    from loraloom.config import PeftType as PeftType
     from loraloom.config import TaskType as TaskType
     from loraloom.errors import LoraloomError as LoraloomError
+    from loraloom.lora.auto import AutoPeftModel as AutoPeftModel
+    from loraloom.lora.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from loraloom.lora.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from loraloom.lora.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from loraloom.lora.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from loraloom.lora.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from loraloom.lora.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from loraloom.lora.auto import get_peft_config as get_peft_config
+    from loraloom.lora.auto import inject_adapter_in_model as inject_adapter_in_model
+    from loraloom.lora.auto import load_peft_weights as load_peft_weights
+    from loraloom.lora.auto import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from loraloom.lora.checkpoint import LoadReport as LoadReport
     from loraloom.lora.model import PeftModel as PeftModel
+    from loraloom.lora.model import PeftModelForCausalLM as PeftModelForCausalLM
+    from loraloom.lora.model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from loraloom.lora.model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from loraloom.lora.model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from loraloom.lora.model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from loraloom.lora.model import PeftModelForTokenClassification as PeftModelForTokenClassification
     from loraloom.lora.model import get_peft_model as get_peft_model
     from loraloom.lora.model import get_peft_model_state_dict as get_peft_model_state_dict
     from loraloom.lora.model import set_peft_model_state_dict as set_peft_model_state_dict
@@ -36,6 +55,25 @@ _WHERE = {
     "set_peft_model_state_dict": "loraloom.lora.model",
     "get_layer_status": "loraloom.lora.status",
     "get_model_status": "loraloom.lora.status",
+    "PeftConfig": "loraloom.config",
+    "PeftType": "loraloom.config",
+    "AutoPeftModel": "loraloom.lora.auto",
+    "AutoPeftModelForCausalLM": "loraloom.lora.auto",
+    "AutoPeftModelForFeatureExtraction": "loraloom.lora.auto",
+    "AutoPeftModelForQuestionAnswering": "loraloom.lora.auto",
+    "AutoPeftModelForSeq2SeqLM": "loraloom.lora.auto",
+    "AutoPeftModelForSequenceClassification": "loraloom.lora.auto",
+    "AutoPeftModelForTokenClassification": "loraloom.lora.auto",
+    "get_peft_config": "loraloom.lora.auto",
+    "inject_adapter_in_model": "loraloom.lora.auto",
+    "load_peft_weights": "loraloom.lora.auto",
+    "prepare_model_for_kbit_training": "loraloom.lora.auto",
+    "PeftModelForCausalLM": "loraloom.lora.model",
+    "PeftModelForFeatureExtraction": "loraloom.lora.model",
+    "PeftModelForQuestionAnswering": "loraloom.lora.model",
+    "PeftModelForSeq2SeqLM": "loraloom.lora.model",
+    "PeftModelForSequenceClassification": "loraloom.lora.model",
+    "PeftModelForTokenClassification": "loraloom.lora.model",
     "Pack": "loraloom.train.pack",
     "Plan": "loraloom.lora.targets",
     "plan": "loraloom.lora.targets",

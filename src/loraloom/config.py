@@ -11,20 +11,22 @@ import dataclasses
 import json
 import math
 import operator
-import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from loraloom import peftfile
 from loraloom.errors import ConfigError, nearest
+from loraloom.guise import seen_as
 from loraloom.peftfile import short
 
 CONFIG_NAME = "adapter_config.json"
+#: How peft marks fields that choose another kind of layer. Its get_peft_model, which TRL calls, looks for the mark.
+_VARIANT = {"is_lora_variant": True}
 #: Beyond this, scale times an update leaves float32 for every weight that means anything.
 _MOST_ALPHA = 1e12
 _MOST_INTEGER = 2**31 - 1
@@ -89,6 +91,13 @@ class PeftConfig:
         raise ConfigError("push_to_hub: loraloom opens no connection; save_pretrained, and upload the folder with `hf`")
 
 
+@dataclass
+class LoraRuntimeConfig:
+    """PEFT's options of a run, which no file keeps. Only DoRA uses the one that there is."""
+
+    ephemeral_gpu_offload: bool = False
+
+
 @dataclass(kw_only=True)
 class LoraConfig(PeftConfig):
     """The settings of one LoRA adapter, checked when made.
@@ -120,7 +129,7 @@ class LoraConfig(PeftConfig):
     #: Weight stored as [in, out]. Conv1D is recognised whatever this says.
     fan_in_fan_out: bool = False
     #: True: A uniform (Kaiming), B zero. "gaussian": A normal with deviation 1/r, B zero. False: both random.
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | Literal["gaussian"] = field(default=True, metadata={"lora_variants": ("mica",)})
     #: Scale by alpha/sqrt(r), which keeps high ranks learning.
     use_rslora: bool = False
     #: Name or regular expression → r for the modules it matches; the first hit wins.
@@ -149,22 +158,24 @@ class LoraConfig(PeftConfig):
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
-    use_dora: Any = False
-    velora_config: Any = None
-    alora_invocation_tokens: Any = None
-    use_qalora: Any = False
+    use_dora: Any = field(default=False, metadata=_VARIANT)
+    velora_config: Any = field(default=None, metadata=_VARIANT)
+    alora_invocation_tokens: Any = field(default=None, metadata=_VARIANT)
+    use_qalora: Any = field(default=False, metadata=_VARIANT)
     qalora_group_size: Any = 16
-    monteclora_config: Any = None
+    monteclora_config: Any = field(default=None, metadata=_VARIANT)
     layer_replication: Any = None
-    runtime_config: Any = None
+    runtime_config: Any = field(default_factory=LoraRuntimeConfig)
     lora_bias: Any = False
-    use_bdlora: Any = None
-    arrow_config: Any = None
-    kasa_config: Any = None
+    use_bdlora: Any = field(default=None, metadata=_VARIANT)
+    arrow_config: Any = field(default=None, metadata=_VARIANT)
+    kasa_config: Any = field(default=None, metadata=_VARIANT)
     ensure_weight_tying: Any = False
 
     #: What of a file's fields was left out, and why; not a field.
     notes: ClassVar[tuple[str, ...]] = ()
+    # What peft's get_peft_model asks of a config: TRL calls it with ``peft_config=``.
+    _custom_modules: ClassVar[None] = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoraConfig:
         # Before the generated __init__, whose TypeError would not name the nearest field.
@@ -211,6 +222,10 @@ class LoraConfig(PeftConfig):
         if found not in ("LORA", None):
             raise ConfigError(f"peft_type: loraloom reads LORA adapters, found {short(found)}")
         self.peft_type = PeftType.LORA
+        run = self.runtime_config
+        if (run.get if isinstance(run, Mapping) else partial(getattr, run))("ephemeral_gpu_offload", False):
+            raise ConfigError("runtime_config: ephemeral_gpu_offload is for DoRA, which loraloom does not have")
+        self.runtime_config = LoraRuntimeConfig()
         for name, default in _not_implemented().items():
             found = getattr(self, name)
             # PEFT writes the same "nothing" as None, {} or False in different releases.
@@ -246,6 +261,17 @@ class LoraConfig(PeftConfig):
                 _regular_expression("layers_pattern", pattern)
             if self.layers_pattern and self.layers_to_transform is None:
                 raise ConfigError("layers_pattern: has no effect without layers_to_transform; set both or neither")
+
+    @property
+    def __class__(self) -> type:
+        return seen_as(type(self), "peft.tuners.lora.config", "LoraConfig")
+
+    @__class__.setter
+    def __class__(self, cls: type) -> None:
+        object.__dict__["__class__"].__set__(self, cls)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return object.__new__, (type(self),), vars(self)
 
     def copy(self, **changes: Any) -> LoraConfig:
         """A checked copy that shares nothing with this config, with ``changes`` applied."""
@@ -313,22 +339,28 @@ class LoraConfig(PeftConfig):
         changes = {name: value for name, value in options.items() if name in own}
         return config.copy(**changes) if changes else config
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``adapter_config.json`` into ``folder``, which is made if need be."""
-        path = Path(folder) / CONFIG_NAME
-        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(self.to_json(), encoding="utf-8")
-            os.replace(aside, path)  # whole or as it was, and never through a link
-        finally:
-            aside.unlink(missing_ok=True)
+    def save_pretrained(
+        self, save_directory: str | Path, auto_mapping_dict: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Write ``adapter_config.json`` into a folder, which is made if need be.
+
+        ``auto_mapping_dict`` takes the place of ``auto_mapping``. Options of the hub have no work to do here.
+        """
+        if options.get("push_to_hub"):
+            self.push_to_hub()
+        config = self if auto_mapping_dict is None else self.copy(auto_mapping=dict(auto_mapping_dict))
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
 
 
 def _not_implemented() -> dict[str, Any]:
     specs = fields(LoraConfig)
     start = next(i for i, spec in enumerate(specs) if spec.name == "megatron_config")
-    return {spec.name: spec.default if spec.default is not dataclasses.MISSING else {} for spec in specs[start:]}
+    return {
+        spec.name: spec.default if spec.default is not dataclasses.MISSING else {}
+        for spec in specs[start:]
+        if spec.name != "runtime_config"
+    }
 
 
 def _check_names(cls: type[LoraConfig], given: Iterable[str]) -> None:

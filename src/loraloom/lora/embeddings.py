@@ -50,6 +50,16 @@ def _tables(model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
+def rows_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
+    """The rows of the input embeddings that ``tensors`` carry for ``model``, if they carry them."""
+    for name in _tables(model):
+        for middle in (".base_layer.", "."):
+            found = tensors.get(file_key(f"{name}{middle}weight"))
+            if found is not None and found.dim() == 2:
+                return found.shape[0]
+    return None
+
+
 def to_save(model: LoraModel, adapter_name: str, wanted: bool | str) -> dict[str, Tensor]:
     """What PEFT's ``save_embedding_layers`` adds to an adapter's file: the base's embeddings, live, by their keys.
 

@@ -7,8 +7,6 @@ instance of ``peft.PeftModel`` (whether to save and load its adapter alone). Not
 from __future__ import annotations
 
 import inspect
-import sys
-from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
@@ -50,25 +48,3 @@ def blank(peft_model: type[nn.Module], base: type[nn.Module]) -> nn.Module:
     """An empty instance, for copy and pickle to fill."""
     cls = class_for(peft_model, base)
     return cls.__new__(cls)
-
-
-def seen_as(cls: type, module: str = "peft", name: str = "") -> type:
-    """``cls``, or, where ``module`` of peft is loaded, a class that is also its ``name``: what ``isinstance`` looks at.
-
-    Without a name it is the PeftModel for the task that ``cls`` is for.
-    """
-    there = sys.modules.get(module)
-    if there is None:
-        return cls
-    names = [name] if name else [one.__name__ for one in cls.__mro__ if one.__name__.startswith("PeftModel")]
-    theirs = next((found for one in names if isinstance(found := getattr(there, one, None), type)), None)
-    if theirs is None or issubclass(cls, theirs):
-        return cls
-    mine: Any = cls
-    both: type = _both(mine, theirs)
-    return both
-
-
-@lru_cache(1024)
-def _both(cls: Any, theirs: Any) -> Any:
-    return type(theirs)(cls.__name__, (cls, theirs), {"__module__": cls.__module__, "__doc__": cls.__doc__})

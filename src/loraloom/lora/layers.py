@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from loraloom.guise import seen_as
 from loraloom.lora import functional
 from loraloom.lora.dispatch import Router
 from loraloom.lora.dropout import Dropped, dropout
@@ -43,6 +44,8 @@ class LoraLayer(nn.Module):
     """A frozen ``base_layer`` and, for each slot that adapts it, factors ``A`` and ``B``."""
 
     kind = ""
+    #: PEFT's class for such a layer.
+    peft_name = "LoraLayer"
     #: The base module's name in the model.
     name: str
     base_layer: nn.Module
@@ -207,6 +210,19 @@ class LoraLayer(nn.Module):
         """What is adapted, as the model holds it now: frozen or merged."""
         return self.weight
 
+    # -- what others see: see loraloom.guise --------------------------------------------------------------------
+
+    @property
+    def __class__(self) -> type:
+        return seen_as(type(self), "peft.tuners.lora.layer", self.peft_name)
+
+    @__class__.setter
+    def __class__(self, cls: type) -> None:  # also how FSDP2 marks a module
+        object.__dict__["__class__"].__set__(self, cls)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return object.__new__, (type(self),), vars(self)  # pickle's own way asks for the class that others see
+
     # -- the face that models expect of the layer they had ------------------------------------------------------
 
     @property
@@ -245,6 +261,7 @@ class LoraLinear(LoraLayer):
     """Weight [out, in]."""
 
     kind = "Linear"
+    peft_name = "Linear"
     #: A, B, scale and dropout module of the one slot in use. A compiled model reads these and no names, so that another
     #: adapter of the same shapes can take the place without compiling anew.
     _current: tuple[Tensor, Tensor, float, Any] | None = None
@@ -365,6 +382,7 @@ class LoraEmbedding(LoraLayer):
     """Weight [vocabulary, dim], A [r, vocabulary], B [dim, r]. Dropout does not apply to whole numbers."""
 
     kind = "Embedding"
+    peft_name = "Embedding"
 
     def __init__(self, base_layer: nn.Module, router: Router, name: str = "") -> None:
         super().__init__(base_layer, router, name)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from loraloom.config import LoraConfig, PeftType, TaskType
 from loraloom.errors import AdapterError, ConfigError, nearest
+from loraloom.guise import seen_as
 from loraloom.lora import checkpoint, guise, mixed, status
-from loraloom.lora.adapters import EARLIER, LoraModel, file_key
+from loraloom.lora.adapters import EARLIER, PREFIX, LoraModel, file_key
 from loraloom.lora.checkpoint import LoadReport
 from loraloom.lora.status import TunerLayerStatus, TunerModelStatus
 from loraloom.lora.targets import ALL_LINEAR
@@ -67,8 +68,8 @@ def get_peft_model(
     """
     if isinstance(model, PeftModel):
         raise ConfigError("model: it is a PeftModel already; call add_adapter on it")
-    _check_options(mixed)
-    _check_config(peft_config)
+    check_options(mixed)
+    check_config(peft_config)
     if revision is not None:
         if peft_config.revision not in (None, revision):
             raise ConfigError(
@@ -119,7 +120,7 @@ class PeftModel(nn.Module):
 
     @property
     def __class__(self) -> type:
-        return guise.seen_as(type(self))
+        return seen_as(type(self))
 
     @__class__.setter
     def __class__(self, cls: type) -> None:  # also how FSDP2 marks a module
@@ -233,7 +234,7 @@ class PeftModel(nn.Module):
 
         The options are those of ``get_peft_model``.
         """
-        _check_config(peft_config)
+        check_config(peft_config)
         if peft_config.base_model_name_or_path is None:
             peft_config = peft_config.copy(base_model_name_or_path=_name_of(self.get_base_model()))
         made = self.base_model.add_adapter(
@@ -407,9 +408,9 @@ class PeftModel(nn.Module):
                 missing, unexpected, of another shape or not finite. Nothing was changed. With ``strict=False``
                 missing tensors are initialised, unexpected ones left out, and the report tells.
         """
-        _check_options(ephemeral_gpu_offload=ephemeral_gpu_offload, **options)
+        check_options(ephemeral_gpu_offload=ephemeral_gpu_offload, **options)
         if config is not None:
-            _check_config(config)
+            check_config(config)
         return checkpoint.load(
             self.base_model,
             Path(model_id) / (subfolder or ""),
@@ -471,18 +472,20 @@ def get_peft_model_state_dict(
     """One adapter's tensors under PEFT's keys, detached; they share memory with the model.
 
     Args:
-        model: a ``PeftModel``, compiled or not.
+        model: a ``PeftModel``, compiled or not, or what ``inject_adapter_in_model`` returned, whose keys then lack
+            ``base_model.model.``.
         state_dict: take the tensors from here, by the model's names for them, and not from the model. A string is
             taken for ``adapter_name``.
         save_embedding_layers: as for ``PeftModel.save_pretrained``.
     """
-    peft, gathered = _unwrapped(model), None
+    (owner, lora), gathered = _unwrapped(model), None
     if isinstance(state_dict, str):
         adapter_name = state_dict
     elif state_dict is not None:
-        gathered = _by_identity(peft, state_dict)
-    tensors = checkpoint.to_write(peft.base_model, adapter_name, gathered, save_embedding_layers)
-    return {key: tensor.detach() for key, tensor in tensors.items()}
+        gathered = _by_identity(owner, state_dict)
+    tensors = checkpoint.to_write(lora, adapter_name, gathered, save_embedding_layers)
+    start = "" if isinstance(owner, PeftModel) else PREFIX
+    return {key.removeprefix(start): tensor.detach() for key, tensor in tensors.items()}
 
 
 def set_peft_model_state_dict(
@@ -495,18 +498,20 @@ def set_peft_model_state_dict(
     strict: bool = True,
 ) -> LoadReport:
     """Copy tensors under PEFT's keys into an adapter that exists. Raises as ``PeftModel.load_adapter``."""
-    _check_options(ignore_mismatched_sizes=ignore_mismatched_sizes, low_cpu_mem_usage=low_cpu_mem_usage)
-    return checkpoint.fill(_unwrapped(model).base_model, adapter_name, peft_model_state_dict, strict=strict)
+    check_options(ignore_mismatched_sizes=ignore_mismatched_sizes, low_cpu_mem_usage=low_cpu_mem_usage)
+    return checkpoint.fill(_unwrapped(model)[1], adapter_name, peft_model_state_dict, strict=strict)
 
 
-def _unwrapped(model: nn.Module) -> PeftModel:
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, LoraModel]:
+    """The model whose state dict has the adapters, and what holds them: see ``inject_adapter_in_model``."""
     found = getattr(model, "_orig_mod", model)
-    if not isinstance(found, PeftModel):
+    lora = found.base_model if isinstance(found, PeftModel) else vars(found).get("_loraloom")
+    if not isinstance(lora, LoraModel):
         raise ConfigError(f"model: must be a loraloom.PeftModel, found {type(found).__name__}")
-    return found
+    return found, lora
 
 
-def _by_identity(model: PeftModel, state_dict: Mapping[str, Tensor]) -> dict[int, Tensor]:
+def _by_identity(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[int, Tensor]:
     """``id`` of a tensor of ``model`` → the tensor under its name in ``state_dict``, in wrappers of FSDP or not."""
     given = {file_key(name): tensor for name, tensor in state_dict.items()}
     # The method of the class: some put one on the model that calls the function which calls this.
@@ -514,7 +519,8 @@ def _by_identity(model: PeftModel, state_dict: Mapping[str, Tensor]) -> dict[int
     return {id(tensor): given[key] for name, tensor in mine.items() if (key := file_key(name)) in given}
 
 
-def _check_config(config: object) -> None:
+def check_config(config: object) -> None:
+    """Whether it is a config of loraloom."""
     if isinstance(config, LoraConfig):
         return
     kind = type(config)
@@ -526,7 +532,7 @@ def _check_config(config: object) -> None:
     raise ConfigError(f"peft_config: must be a loraloom.LoraConfig, found {kind.__name__}")
 
 
-def _check_options(mixed: object = False, ephemeral_gpu_offload: object = False, **options: object) -> None:
+def check_options(mixed: object = False, ephemeral_gpu_offload: object = False, **options: object) -> None:
     """PEFT's options: those that change nothing here pass, the rest are errors."""
     if mixed:
         raise ConfigError("mixed: loraloom has LoRA alone, so there is nothing to mix; leave it out")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
+from loraloom.guise import seen_as
 from loraloom.lora.dispatch import Router
 from loraloom.lora.layers import LoraLayer
 from loraloom.lora.rows import leading
@@ -29,6 +30,26 @@ class SavedModule(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.lora_router = router
         self.training = self.modules_to_save.training = original.training
+
+    @property
+    def __class__(self) -> type:
+        return seen_as(type(self), "peft.utils.other", "ModulesToSaveWrapper")
+
+    @__class__.setter
+    def __class__(self, cls: type) -> None:
+        object.__dict__["__class__"].__set__(self, cls)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return object.__new__, (type(self),), vars(self)  # pickle's own way asks for the class that others see
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """For peft's own functions, which accelerate calls: of this module's tensors those of one adapter's copy."""
+        return {key: state_dict[name] for key, name in self.adapter_state_dict_load_map(adapter_name).items()}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """For the same: names in a file → names here."""
+        there = self.modules_to_save[adapter_name] if adapter_name in self.modules_to_save else nn.Module()
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in there.state_dict()}
 
     def new_copy(self, dtype: torch.dtype | None) -> nn.Module:
         """A trainable copy of the original without adapters, floating tensors in ``dtype`` (None: as they are)."""
