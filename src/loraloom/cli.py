@@ -428,6 +428,11 @@ def _run(arguments: list[str]) -> int:
 
         if os.environ.get("LORALOOM_TRACEBACK"):
             say(traceback.format_exc(), sys.stderr)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
+            return _fail(
+                f"{place}: cannot be read or written ({error.strerror}); the same command can be given again", 1
+            )
         what = explain(error)
         if what.startswith("out of memory"):
             return _fail(what, 1)

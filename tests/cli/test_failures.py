@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -183,3 +184,17 @@ def test_a_reader_that_closes_the_pipe_hears_no_complaint(trained: Path) -> None
     assert first.stderr is not None
     assert first.stderr.read() == b""
     assert first.wait(timeout=60) == 1
+
+
+def test_an_error_of_the_system_that_nobody_foresaw_names_the_file(
+    call: Callable[..., Any], encoder_folder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "some/file")
+
+    monkeypatch.setattr("loraloom.train.start.loaded.load_base", fail)
+    ended = call(*classify(encoder_folder, reviews, tmp_path / "run"))
+    assert ended.code == 1
+    assert ended.err == (
+        "error: some/file: cannot be read or written (Input/output error); the same command can be given again\n"
+    )
