@@ -296,5 +296,5 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Types that mix float64 with float32 on one of their ways (transformers/models/xlnet/modeling_xlnet.py:181).
-FLOAT32 = ("xlnet",)
+#: Types that mix float64 with float32 on one of their ways (modeling_xlnet.py:181, modeling_fsmt.py:793).
+FLOAT32 = ("fsmt", "xlnet")
