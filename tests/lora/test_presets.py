@@ -133,3 +133,21 @@ def test_no_default_and_nothing_like_one_is_an_error_that_lists_what_could_be_ta
 
     with pytest.raises(TargetError, match=r"'brand_new' has no preset.*mix \(1\), words \(1\)"):
         plan(Model(), LoraConfig())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "left_out", "kept"),
+    [
+        ("mamba", "dt_proj", "x_proj"),
+        ("falcon_mamba", "dt_proj", "x_proj"),
+        ("wavlm", "q_proj", "output_dense"),
+        ("deberta", "none", "in_proj"),
+        ("bloom", "none", "dense_4h_to_h"),
+    ],
+)
+def test_all_linear_leaves_out_what_the_model_never_calls(model_type: str, left_out: str, kept: str) -> None:
+    names = {
+        t.name.rpartition(".")[2] for t in plan(empty(model_type), LoraConfig(target_modules="all-linear")).targets
+    }
+    assert left_out not in names
+    assert kept in names

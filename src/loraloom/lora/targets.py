@@ -22,7 +22,7 @@ from loraloom.lora.kinds import forward_of, is_map
 from loraloom.lora.layers import HALF, LoraConv, LoraConv1D, LoraLayer, LoraLinear, is_never_called, layer_class
 from loraloom.lora.matching import ends_as, in_layers, layer_number, matches_any, matches_name, pattern_key, suffixes
 from loraloom.lora.parameters import LoraParameter, parameter_obstacle, parameter_shapes
-from loraloom.lora.presets import found, preset
+from loraloom.lora.presets import found, preset, weight_is_read
 from loraloom.lora.reading import Read, as_peft_reads, misread, refused
 from loraloom.lora.saved import unwrap
 
@@ -347,6 +347,7 @@ def _resolve(
         experts, table = old_names(model_type, modules), TYPES.get(model_type or "", {})
         left_out = _output_heads(model, modules, config) | inside_saved
         left_out |= {name for name in linear if refused(model_type, name) or name.rpartition(".")[2] in table}
+        left_out |= {name for name in linear if weight_is_read(modules, name)}
         chosen = suffixes([name for name in linear if name not in left_out], modules)
         return chosen if isinstance(chosen, str) else [*chosen, *experts]
     if wanted is not None:
