@@ -19,7 +19,7 @@ from zoo.checks import CHECKS, NotHere, quietly
 from zoo.compare import Differs, outputs
 from zoo.fields import FLOAT32
 from zoo.kinds import kinds_of, model_types
-from zoo.reasons import UNBUILT, reason
+from zoo.reasons import UNBUILT, UNTRIED, reason
 
 TARGETS = ("default", "all-linear")
 SECONDS = 60
@@ -44,6 +44,9 @@ def one(model_type: str, kind: str, targets: str, wanted: Iterable[str] = CHECKS
         if cell is None:
             return {"build": why}
         for name in wanted:
+            if untried := UNTRIED.get((model_type, name)):
+                found[name] = f"skip: {untried}"
+                continue
             outcome = _outcome(name, cell)
             why = reason(f"{model_type}/{kind}/{targets}", name, outcome) if outcome.startswith("FAIL") else None
             found[name] = outcome if why is None else f"skip: {why}"

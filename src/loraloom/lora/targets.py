@@ -384,7 +384,12 @@ def _found(model: nn.Module, modules: dict[str, nn.Module], heads: set[str]) -> 
 
 def _is_pointwise(module: nn.Module) -> bool:
     # Of these classes themselves: one made of them may change its weight, or its input, before it is used.
-    return type(module) in (nn.Conv1d, nn.Conv2d) and set(module.kernel_size) == {1} and module.groups == 1
+    return (
+        type(module) in (nn.Conv1d, nn.Conv2d)
+        and isinstance(module, nn.Conv1d | nn.Conv2d)
+        and set(module.kernel_size) == {1}
+        and module.groups == 1
+    )
 
 
 def _no_default(model: nn.Module) -> str:
