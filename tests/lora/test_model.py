@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loraloom import LoraConfig, PeftModel, get_peft_model
+from loraloom import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from loraloom.errors import AdapterError, ConfigError, TargetError
 
 
@@ -335,6 +341,31 @@ def test_pefts_options_that_change_nothing_here_are_taken(llama, tmp_path: Path)
     again = PeftModel.from_pretrained(plain, tmp_path, key_mapping=None, **options)
     again.load_adapter(tmp_path, "b", subfolder="b", key_mapping={}, revision=None, **options)
     assert again.peft_config["default"].revision == "v2"
+    # What examples write near it, and accelerate's way to save.
+    more = {"device_map": "auto", "torch_dtype": torch.bfloat16, "dtype": "auto", "offload_folder": "x", "offload_dir": "x",
+            "max_memory": {}, "use_safetensors": True, "trust_remote_code": True}  # fmt: skip
+    third = PeftModel.from_pretrained(again.unload(), tmp_path, **more)
+    third.load_adapter(tmp_path / "b", "b", device_map={"": "cpu"})
+    third.save_pretrained(tmp_path / "c", True, None, False, save_function=torch.save, max_shard_size="5GB", token=None,
+                          push_to_hub=False, state_dict=third.state_dict())  # fmt: skip
+    assert (tmp_path / "c" / "b" / "adapter_model.safetensors").is_file()
+    state = get_peft_model_state_dict(torch.compile(third, backend="eager"), None, "b", unwrap_compiled=True)
+    set_peft_model_state_dict(third, peft_model_state_dict=state, adapter_name="b", ignore_mismatched_sizes=False,
+                              low_cpu_mem_usage=True)  # fmt: skip
+    assert get_peft_model_state_dict(third, "b").keys() == state.keys()
+    assert PeftModel(third.unload(), config(), "mine").active_adapter == "mine"
+
+
+@pytest.mark.parametrize(("option", "words"), [
+    ({"push_to_hub": True}, "push_to_hub: loraloom opens no connection"),
+    ({"save_functoin": print}, "unknown option 'save_functoin'; did you mean 'save_function'"),
+    ({"path_initial_model_for_weight_conversion": "x"}, "nothing to convert"),
+    ({"safe_serialization": False}, "writes no pickle"),
+])  # fmt: skip
+def test_options_of_saving_that_would_mean_something_are_errors(llama, tmp_path, option, words) -> None:
+    with pytest.raises(ConfigError, match=words):
+        get_peft_model(llama, config()).save_pretrained(tmp_path / "x", **option)
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
