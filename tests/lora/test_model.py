@@ -342,8 +342,8 @@ def test_pefts_options_that_change_nothing_here_are_taken(llama, tmp_path: Path)
     again.load_adapter(tmp_path, "b", subfolder="b", key_mapping={}, revision=None, **options)
     assert again.peft_config["default"].revision == "v2"
     # What examples write near it, and accelerate's way to save.
-    more = {"device_map": "auto", "torch_dtype": torch.bfloat16, "dtype": "auto", "offload_folder": "x", "offload_dir": "x",
-            "max_memory": {}, "use_safetensors": True, "trust_remote_code": True}  # fmt: skip
+    more = {"device_map": "auto", "torch_dtype": torch.bfloat16, "dtype": "auto", "offload_folder": "x",
+            "offload_dir": "x", "max_memory": {}, "use_safetensors": True, "trust_remote_code": True}  # fmt: skip
     third = PeftModel.from_pretrained(again.unload(), tmp_path, **more)
     third.load_adapter(tmp_path / "b", "b", device_map={"": "cpu"})
     third.save_pretrained(tmp_path / "c", True, None, False, save_function=torch.save, max_shard_size="5GB", token=None,
