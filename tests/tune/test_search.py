@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +243,75 @@ def test_a_users_sampler_proposes(classify: Make) -> None:
 
     result = search(classify({"lora.r": {"range": [1, 40]}}, min_share=1), sampler=Highest(seed=0))
     assert [trial["config"]["lora.r"] for trial in result.record["trials"]] == [32, 31, 30, 29]
+
+
+# -- what cannot be learned, and what takes its time ------------------------------------------------------------------
+
+
+def test_nobody_is_stopped_before_one_has_taken_off_and_the_search_ends_with_one_that_learned(
+    found: tuple[TuneOptions, SearchResult, Watch],
+) -> None:
+    _, result, watch = found
+    waited = [event for event in watch.events if "no trial has taken off yet" in event]
+    assert waited[0].startswith("at 11% of the steps no trial has taken off yet")
+    assert all("all 6 train on" in event for event in waited)
+    shares = [trial["steps"] / trial["of_steps"] for trial in result.record["trials"] if trial["state"] == "stopped"]
+    assert all(share > len(waited) / 9 for share in shares)
+    assert result.verdict.learned
+
+
+@pytest.mark.parametrize("why", ["labels at random", "rates too low"])
+def test_where_nothing_can_be_learned_that_is_said_and_what_to_change(
+    why: str, classify: Make, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in reviews.read_text().splitlines()]
+    space = "[1.0e-2, 2.0e-2]"
+    if why == "labels at random":
+        labels = [row["label"] for row in rows]
+        random.Random(0).shuffle(labels)
+        rows = [row | {"label": label} for row, label in zip(rows, labels, strict=True)]
+    else:
+        space = "[1.0e-7, 1.0e-6]"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, output = classify(RATES).train.model, tmp_path / "search"
+    command = ["tune", "--model", str(model), "--data", str(tmp_path / "rows.jsonl"), "--task", "seq-cls"]
+    command += ["--output", str(output), "--eval-split", "60", "--max-steps", "27", "--slots", "4", "--trials", "4"]
+    assert _run([*command, "--set", f"tune.space={{lora.r: [2, 4], train.learning_rate: {space}}}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "nothing was learned: no configuration is recommended" in said
+    assert "what to change" in said
+    assert "use r=" not in said
+    assert "1 training row is the same as another one" in said or "training rows are the same" in said
+    if why == "rates too low":
+        assert "Raise the learning rates (tried: 1e-7 to 1e-6)" in said
+    record = result_in(output)
+    assert (record["learned"], record["best"]) == (False, None)
+    assert {trial["state"] for trial in record["trials"]} == {"finished"}
+    assert not (output / "best").exists()
+    assert not (output / "best.yaml").exists()
+
+
+def test_an_adapter_that_is_damaged_before_the_verdict_gives_way_and_that_is_noted(
+    found: tuple[TuneOptions, SearchResult, Watch], tmp_path: Path
+) -> None:
+    options, result, _ = found
+    folder, number = tmp_path / "search", result.verdict.best.number
+    shutil.copytree(options.train.output, folder)
+    shutil.rmtree(folder / "best")
+    weights = folder / "trials" / f"trial-{number}" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 4
+    weights.write_bytes(bytes(data))
+    moved = replace(options, train=replace(options.train, output=str(folder)))
+    again = search(moved)
+    assert any(f"{weights} is damaged" in note for note in again.verdict.notes)
+    twin = next(trial.number for trial in again.verdict.trials if trial.repeats == number)
+    assert again.verdict.best.number == number  # by the adapter of its other seed
+    copied = (folder / "best" / "adapter_model.safetensors").read_bytes()
+    assert copied == (folder / "trials" / f"trial-{twin}" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder / "trials" / f"trial-{twin}")
+    shutil.rmtree(folder / "best")
+    assert search(moved).verdict.best.number != number
 
 
 # -- a trial gone wild ------------------------------------------------------------------------------------------------
