@@ -89,8 +89,9 @@ def _parameters(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, 
     rows: dict[str, list[tuple[str, int]]] = {}
     for key in sorted(tensors, key=len, reverse=True):  # the innermost first
         place, found, _ = key.removeprefix(PREFIX).partition(".lora_A.")
-        if found and config.target_parameters:
-            rows.setdefault(place.replace(".base_layer", ""), []).append((place, tensors[key].shape[0]))
+        module = place.replace(".base_layer", "")
+        if found and config.target_parameters and not matches_any(config.target_modules, module):
+            rows.setdefault(module, []).append((place, tensors[key].shape[0]))
     out = {}
     for module, places in rows.items():
         leaves = dict.fromkeys(pattern.rpartition(".")[2] for pattern in config.target_parameters or ())

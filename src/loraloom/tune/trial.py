@@ -34,8 +34,6 @@ class Trial:
     #: trained numbers, and the bytes of the adapter's file
     parameters: int = 0
     bytes: int = 0
-    #: expert weights that stay as they are, in words; "" where there are none
-    unadapted: str = ""
     #: its share of the pack's time
     seconds: float = 0.0
     #: the number of the trial that this one repeats with another seed, or None
@@ -51,6 +49,8 @@ class Trial:
     goal: int = 0
     #: to be measured where it stands, before it trains on
     measure: bool = False
+    #: expert weights that stay as they are, in words; "" where there are none
+    unadapted: str = ""
 
     @property
     def measured(self) -> bool:
