@@ -298,7 +298,7 @@ def _parameters_are_parameters() -> Iterator[None]:
     from loraloom.lora import layers
 
     def kind(value: Any) -> type:
-        return torch.nn.Parameter if isinstance(value, torch.nn.Parameter) else type(value)
+        return torch.nn.Parameter if type(value) is FakeTensor and hasattr(value, "_is_param") else type(value)
 
     with mock.patch.object(layers, "type", kind, create=True):
         yield

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,6 @@ HERE = Path(__file__).parent
 #: With LORALOOM_TEST_DEVICE set, as in the second run of ``make test-avx2``, all of them
 QUICK = ["a_pack", "a_slot_with_a_loss_scale", "rows_in_any_order", "an_optimizer_that_goes_on"]
 WHOLE = "LORALOOM_TEST_DEVICE" in os.environ
-#: Once for a forward and backward, and once for each optimizer
-STEP = {"objective.py: _predictions": 1, "objective.py: losses": 1, "pack.py: backward": 2}
-#: Small numbers of slots side by side, which each layer brings to the device by itself
-LANES = {"dropout.py: _words", "dropout.py: masks", "functional.py: _scales"}
-ORDER = {"route.py: _spread", "adapters.py: forward"}
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +40,17 @@ def test_a_backward_runs_on_the_devices_own_thread(found: dict[str, Any]) -> Non
 
 
 def test_a_step_waits_for_the_device_a_few_times_whatever_the_layers(found: dict[str, Any]) -> None:
-    alone = found["a_slot_with_a_loss_scale"]["waits"]
-    assert alone.pop("pack.py: <listcomp>", 0) <= 3  # the rows
-    assert alone == {**STEP, "flat.py: step": 1}
-    for name in {"a_pack", "checkpointing"} & found.keys():
-        waits = {place: times for place, times in found[name]["waits"].items() if place not in LANES}
-        slots = waits.pop("flat.py: step")
-        assert slots <= 3
-        assert waits == STEP, name
-    assert found["rows_in_any_order"]["waits"].keys() <= ORDER
+    """The rows come, labels are found and counted, losses looked at, and each optimizer looks at its gradients."""
+    for name in {"a_pack", "a_slot_with_a_loss_scale", "checkpointing"} & found.keys():
+        waits: Counter[str] = Counter()
+        for place, times in found[name]["waits"].items():
+            waits[place.partition(":")[0]] += times
+        del waits["dropout.py"]  # seeds of several slots, which CUDA takes from pinned memory without waiting
+        assert waits.keys() <= {"objective.py", "pack.py", "flat.py"}
+        assert waits["objective.py"] <= 2
+        assert waits["pack.py"] <= 5
+        assert waits["flat.py"] <= 3
+
+
+def test_an_order_of_rows_is_brought_to_the_device_once(found: dict[str, Any]) -> None:
+    assert sum(found["rows_in_any_order"]["waits"].values()) <= 6

@@ -58,7 +58,7 @@ def masks(x: Tensor, parts: Sequence[Dropped | None]) -> Tensor:
     kept = [_signed16(_LEVELS if part is None else part._kept) for part in parts]
     threshold: int | Tensor = kept[0]
     if len(set(kept)) > 1:
-        threshold = torch.tensor(kept, dtype=torch.int16, device=x.device).view(-1, 1, 1)
+        threshold = _column(kept, torch.int16, x.device)
     draws = words.view(torch.int16).bitwise_and_(_LEVELS - 1).sub_(threshold).bitwise_right_shift_(15)
     return draws[..., :size].reshape(x.shape).to(_INTEGERS[x.element_size()])
 
@@ -79,7 +79,13 @@ def _hash(rows: int, columns: int, seeds: Sequence[int], device: torch.device) -
 def _words(words: Sequence[int], device: torch.device) -> int | Tensor:
     if len(words) == 1:
         return _signed(words[0])
-    return torch.tensor([_signed(word) for word in words], dtype=torch.int32, device=device).view(-1, 1, 1)
+    return _column([_signed(word) for word in words], torch.int32, device)
+
+
+def _column(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[numbers, 1, 1] on ``device``. CUDA would be waited for at every copy from memory that is not pinned."""
+    made = torch.tensor(numbers, dtype=dtype).view(-1, 1, 1)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def _mix(z: Tensor, key: int | Tensor) -> Tensor:
