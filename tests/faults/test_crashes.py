@@ -26,7 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 ERRORS = ("ENOSPC", "EIO", "EACCES")
 SCENES = ("afresh", "overwritten", "search", "cache")
 #: Operations of each scene that are tried in any run of the tests, and parts of a sweep.
-DRAWN, PIECES = 2, 6
+DRAWN, PIECES = 1, 6
 
 
 @dataclass
