@@ -171,7 +171,7 @@ def requiring_gradients(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(hook)
-    if "input_values" in batch:  # models of sound do it themselves
+    if any(hasattr(module, "_requires_grad") for module in model.modules()):  # wav2vec2's kin do it themselves
         return dict(batch)
     return {
         k: v.clone().requires_grad_(True) if isinstance(v, Tensor) and v.is_floating_point() else v
