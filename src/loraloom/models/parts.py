@@ -9,7 +9,7 @@ from torch import nn
 
 from loraloom.config import LoraConfig
 from loraloom.lora.targets import plan
-from loraloom.models.configs import has_decoder_and_encoder, is_decoder, text_part
+from loraloom.models.configs import field, has_decoder_and_encoder, is_decoder, text_part
 
 #: Auto classes whose models write text, and read more than text.
 _WITH_TEXT = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
@@ -92,6 +92,21 @@ def text_modules(model: Any) -> list[str] | None:
         if name and not inside and type(getattr(module, "config", None)) is type(part):
             found.append(name)
     return found or None
+
+
+def one_way(model: Any) -> bool:
+    """Let the text part of a model with images read in one direction, where it reads a prompt in both (PaliGemma).
+
+    Returns whether anything changed. Else a text without a prompt would show the model what it is to predict.
+    """
+    part = text_part(model.config)
+    if part is model.config or field(part, "use_bidirectional_attention") is not True:
+        return False
+    part.use_bidirectional_attention = False
+    for module in model.modules():
+        if field(module, "is_causal") is False and type(field(module, "config")) is type(part):
+            module.is_causal = True
+    return True
 
 
 def text_only(model: nn.Module, config: LoraConfig) -> LoraConfig:

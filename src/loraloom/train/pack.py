@@ -7,6 +7,7 @@ in anybody's loop; ``train.loop`` is ours.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,12 +19,15 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from loraloom.config import LoraConfig, TaskType
 from loraloom.data.tokens.encode import IGNORE
-from loraloom.errors import AdapterError, ConfigError, nearest
+from loraloom.errors import AdapterError, ConfigError, TargetError, nearest
 from loraloom.lora import mixed
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.rows import Unproven
+from loraloom.train.ahead import probe
+from loraloom.train.ahead.probe import Fault
 from loraloom.train.objective import Objective
 from loraloom.train.recompute import recomputed
+from loraloom.train.shard import sharded
 from loraloom.train.split import Split, Whole
 
 #: What fills up shorter rows, by the name of a model's argument; ids take the padding token.
@@ -206,6 +210,29 @@ class Pack:
             name, batch = next(iter(batches.items()))
             self._warm_up(name, {key: value[:1] for key, value in batch.items()})
             self._learned = tuple(self.adapters)
+            for fault in self.probe(batches):
+                if fault.stops:
+                    raise TargetError(fault.text)
+                warnings.warn(fault.text, stacklevel=3)
+
+    def probe(self, batches: Mapping[str, Mapping[str, Tensor]]) -> list[Fault]:
+        """What keeps adapters of ``batches`` from training, found on one row of each. An adapter is looked at once."""
+        names = [] if sharded(self.model) else probe.unseen(self.model, list(batches))
+        if names:
+            train_adapters(self.model)
+        found: list[Fault] = []
+        known: set[tuple[str, ...]] = set()
+        for name in names:
+            places = tuple(place for place, layer in self.model.base_model.lora_layers.items() if name in layer.slots)
+            if places in known:  # the same modules get the same gradients
+                continue
+            known.add(places)
+            batch = batches[name]
+            mask = batch.get("attention_mask", batch["input_ids"])
+            row = int(mask.ne(0).flatten(1).sum(1).argmax())  # the longest says the most
+            inputs, _ = self._joined([(name, {key: value[row : row + 1] for key, value in batch.items()})])
+            found += probe.probe(self.model, self._objective, name, inputs)
+        return found
 
     def _warm_up(self, name: str, row: Mapping[str, Tensor]) -> None:
         """Let the layers learn what they share, so that the first step adds up in the same order as all that follow."""

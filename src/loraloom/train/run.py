@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraloom.config import TaskType
+from loraloom.data.batches import collate
 from loraloom.data.table.survey import Watch
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, TargetError
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, plan
 from loraloom.train import recompute
@@ -125,8 +126,24 @@ def examine(prepared: Prepared) -> list[Finding]:
     )
     if found and found[0].stops:
         raise ConfigError(found[0].text)
+    found += _probed(prepared)
     found += machine.examine(prepared.loaded.place.device)
     return [Finding("lonely", text), *found] if (text := lonely()) else found
+
+
+def _probed(prepared: Prepared) -> list[Finding]:
+    """Modules that would not train, by one forward and backward of the first row.
+
+    Raises:
+        TargetError: what would train would not be what is used, or nothing would train.
+    """
+    pack = Pack(prepared.model, task=prepared.task, pad_id=prepared.tokenizer.pad_token_id)
+    train = prepared.data.train.examples
+    rows = [train[number] for number in range(min(len(train), prepared.options.batch_size))]
+    found = pack.probe({ADAPTER: collate(rows, pack.pad_id, pack.task)})
+    if stops := next((fault for fault in found if fault.stops), None):
+        raise TargetError(stops.text)
+    return [Finding("untrained", fault.text) for fault in found]
 
 
 def outlook(prepared: Prepared) -> Outlook:

@@ -17,7 +17,7 @@ from loraloom.data.rows import task_option
 from loraloom.errors import ConfigError, ModelError
 from loraloom.models.configs import ask, field, has_decoder_and_encoder, set_token, token, tokens_at_most
 from loraloom.models.labels import in_order, known_labels, some
-from loraloom.models.parts import auto_class, reads, reads_both_ways, why_none
+from loraloom.models.parts import auto_class, one_way, reads, reads_both_ways, why_none
 
 Say = Callable[[str], None]
 
@@ -149,6 +149,8 @@ def load_base(
     _check_new(name, model, task, new, mismatched)
     if task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
         new |= _own_head(name, model, config, labels, new, mismatched, say)
+    if task is TaskType.CAUSAL_LM and one_way(model):
+        say(f"{config.model_type} reads the text beside an image in both directions; here text is read in one")
     if tokenizer is None and task is TaskType.SEQ_CLS and not reads_both_ways(config):
         tokenizer = load_tokenizer(name, revision)
     if tokenizer is not None:
