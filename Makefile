@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup quickstart test test-avx2 zoo zoo-page lint bench clean
+.PHONY: peft-suite setup quickstart test test-avx2 zoo zoo-page lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -46,6 +46,19 @@ lint: setup
 
 bench: setup
 	for name in lifecycle step breakdown memory loss attention half end_to_end pack sweep data; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# PEFT's own LoRA tests on loraloom. PEFT_SOURCE=a checkout of PEFT; PEFT_SUITE="tests/test_custom_models.py -k Mixed" for
+# a part. What fails as it is meant to is in tests/peft_suite/differences.py.
+PEFT_SUITE ?= $(addprefix tests/test_,$(addsuffix .py,custom_models config initialization low_level_api tuners_utils \
+	other helpers lora_variants lora_conversion target_parameters mixed integrations mapping arrow loraplus hub_features))
+peft-suite: setup
+ifeq ($(PEFT_SOURCE),)
+	@echo "peft-suite: skipped; set PEFT_SOURCE to a checkout of https://github.com/huggingface/peft"
+else
+	$(BIN)/python -m pip install --quiet --no-deps parameterized
+	cd $(PEFT_SOURCE) && PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/src HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+		$(abspath $(BIN))/python -m pytest -q -o addopts= -p no:cacheprovider -p peft_suite.plugin -W ignore --tb=line $(PEFT_SUITE)
+endif
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

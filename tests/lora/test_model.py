@@ -356,6 +356,28 @@ def test_pefts_options_that_change_nothing_here_are_taken(llama, tmp_path: Path)
     assert PeftModel(third.unload(), config(), "mine").active_adapter == "mine"
 
 
+def test_the_state_dict_is_found_through_wrappers(llama) -> None:
+    model = get_peft_model(llama, config())
+    outer = torch.nn.Module()
+    outer.module = torch.compile(model, backend="eager")
+    assert get_peft_model_state_dict(outer).keys() == get_peft_model_state_dict(model).keys()
+    set_peft_model_state_dict(outer, {key: value * 0 for key, value in get_peft_model_state_dict(model).items()})
+    assert not any(value.any() for value in get_peft_model_state_dict(model).values())
+    with pytest.raises(ConfigError, match=r"model: must be a loraloom\.PeftModel, found Linear"):
+        get_peft_model_state_dict(nn.Linear(2, 2))
+
+
+def test_merging_what_is_merged_is_a_warning(llama, tokens, logits) -> None:
+    model = get_peft_model(llama, config())
+    model.merge_adapter()
+    before = logits(model, tokens)
+    with pytest.warns(UserWarning, match="'default' are merged already"):
+        model.merge_adapter()
+    assert torch.equal(logits(model, tokens), before)
+    layer = next(iter(model.base_model.lora_layers.values()))
+    assert (layer.merged_adapters, layer.in_features, layer.out_features) == (["default"], 64, 64)
+
+
 @pytest.mark.parametrize(("option", "words"), [
     ({"push_to_hub": True}, "push_to_hub: loraloom opens no connection"),
     ({"save_functoin": print}, "unknown option 'save_functoin'; did you mean 'save_function'"),

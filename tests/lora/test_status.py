@@ -72,7 +72,7 @@ def test_the_smaller_properties_are_there(llama) -> None:
     assert model.has_active_enabled_adapter
 
 
-@pytest.mark.parametrize("name", ["add_weighted_adapter", "push_to_hub", "create_or_update_model_card"])
+@pytest.mark.parametrize("name", ["add_weighted_adapter", "create_or_update_model_card"])
 def test_what_is_not_there_yet_says_so_and_is_never_the_models_own(llama, name: str) -> None:
     model, _ = pair(llama)
     with pytest.raises(AttributeError, match=f"PeftModel has no '{name}' yet"):

@@ -505,6 +505,9 @@ class LoraModel(nn.Module):
                 "merge_adapter: the adapters are disabled, and merged weights would answer with them; leave "
                 "disable_adapter() or call enable_adapter_layers() first"
             )
+        if names and set(names) <= set(self._merged):
+            warnings.warn(f"merge_adapter: {_list(names)} are merged already; nothing to do", stacklevel=2)
+            return
         self._merge("merge_adapter", [*self._merged, *names])
 
     def _merge(self, what: str, names: Sequence[str]) -> None:

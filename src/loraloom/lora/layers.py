@@ -236,6 +236,25 @@ class LoraLayer(nn.Module):
     def bias(self) -> Any:
         return self.base_layer.bias
 
+    @property
+    def merged_adapters(self) -> list[str]:
+        return list(self.merged)
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input: of a convolution its channels, of an embedding its vocabulary."""
+        return self._width("in_features", "in_channels", "num_embeddings")
+
+    @property
+    def out_features(self) -> int:
+        return self._width("out_features", "out_channels", "embedding_dim")
+
+    def _width(self, *names: str) -> int:
+        found = next((getattr(self.base_layer, name) for name in names if hasattr(self.base_layer, name)), None)
+        if found is None:
+            raise AttributeError(f"{type(self.base_layer).__name__} has no {names[0]}")
+        return int(found)
+
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 

@@ -26,7 +26,6 @@ NOT_YET = (
     "create_or_update_model_card",
     "inject_adapter",
     "prepare_model_for_gradient_checkpointing",
-    "push_to_hub",
     "subtract_mutated_init",
     "supports_lora_conversion",
 )
@@ -326,6 +325,9 @@ class PeftModel(nn.Module):
             gathered = None if state_dict is None else _by_identity(self, state_dict)
             checkpoint.save(self.base_model, save_directory, selected_adapters, gathered, save_embedding_layers, peft)
 
+    def push_to_hub(self, *args: Any, **options: Any) -> None:
+        raise ConfigError("push_to_hub: loraloom opens no connection; save_pretrained, and upload the folder with `hf`")
+
     @classmethod
     def from_pretrained(
         cls,
@@ -504,7 +506,13 @@ def set_peft_model_state_dict(
 
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, LoraModel]:
     """The model whose state dict has the adapters, and what holds them: see ``inject_adapter_in_model``."""
-    found = getattr(model, "_orig_mod", model)
+    found: Any = model
+    while not isinstance(found, PeftModel) and "_loraloom" not in vars(found):
+        inside = found._modules.get("_orig_mod") or found._modules.get("_fsdp_wrapped_module")
+        inside = inside or found._modules.get("module")  # DistributedDataParallel, DeepSpeed
+        if inside is None:
+            break
+        found = inside
     lora = found.base_model if isinstance(found, PeftModel) else vars(found).get("_loraloom")
     if not isinstance(lora, LoraModel):
         raise ConfigError(f"model: must be a loraloom.PeftModel, found {type(found).__name__}")
