@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -54,9 +55,15 @@ def bucketed(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> 
     return batches
 
 
-def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """All rows in batches by length, longest first: the least padding, and the most memory at once."""
-    return _cut(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True), batch_size)
+def evaluation_batches(lengths: Sequence[int], batch_size: int, *, alike: bool = False) -> list[list[int]]:
+    """All rows in batches by length, longest first: the least padding, and the most memory at once.
+
+    With ``alike`` the rows of a batch are of one length, so that there is no padding.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    if not alike:
+        return _cut(order, batch_size)
+    return [batch for _, rows in groupby(order, lengths.__getitem__) for batch in _cut(list(rows), batch_size)]
 
 
 def _cut(order: list[int], batch_size: int) -> list[list[int]]:

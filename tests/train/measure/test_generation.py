@@ -83,6 +83,14 @@ def test_a_prompt_that_leaves_no_room_gives_nothing_and_one_that_leaves_some_is_
     assert found[1] == alone(model, "a", [5] * 22, tokenizer, 2)
 
 
+def test_a_long_prompt_takes_no_room_from_those_in_its_batch(tokenizer: Any) -> None:
+    model = adapted("llama", tokenizer)
+    prompts = [[5] * 24, [6, 7], [8] * 22, [9] * 22, [5] * 17, [7] * 3]  # of 24 places
+    together = generate(model, "a", tokenizer, prompts, 7, 8)
+    assert together == [generate(model, "a", tokenizer, [prompt], 7, 8)[0] for prompt in prompts]
+    assert [len(text.split()) for text in together] == [0, 7, 2, 2, 7, 7]
+
+
 def test_what_the_folder_says_of_sampling_is_left_aside(tokenizer: Any, capfd: pytest.CaptureFixture[str]) -> None:
     model = adapted("llama", tokenizer)
     plain = generate(model, "a", tokenizer, PROMPTS, 6, 4)

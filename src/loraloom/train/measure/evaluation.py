@@ -21,6 +21,7 @@ from loraloom.data.records import Asked, Pair, Record, Translated
 from loraloom.data.rows import Row
 from loraloom.data.tokens.answers import AnswerEncoder, Window
 from loraloom.lora.model import PeftModel
+from loraloom.train.measure import padding
 from loraloom.train.measure.generation import generate
 from loraloom.train.measure.metrics import Metrics, Scores, choose, total
 from loraloom.train.objective import Objective
@@ -129,29 +130,41 @@ def run(
     lengths = [len(e.input_ids) for e in examples] if lengths is None else [int(length) for length in lengths]
     outputs: list[Tensor | None] = [None] * len(examples)
     parts = []
-    batches = evaluation_batches(lengths, batch_size)
-    mine = world.share(batches)
-    # A sharded model is gathered by all processes together, so that each goes through it as often as the others.
-    extra = batches[:1] * (-(-len(batches) // world.size) - len(mine))
+
+    def forward(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        inputs = collate([examples[row] for row in rows], pad_id, task)
+        inputs = {key: value.to(device) for key, value in inputs.items()}
+        labels = inputs.pop("labels")
+        with model.base_model.lora_routed([name] * len(rows)):
+            return objective.forward(inputs, labels), labels
+
+    def answer(rows: Sequence[int]) -> Tensor:
+        example = examples[rows[0]]
+        size = len(example.labels) if isinstance(example.labels, list) else 0  # targets have a length of their own
+        size = size if task is TaskType.SEQ_2_SEQ_LM else len(example.input_ids)
+        out = forward(rows)[0][0]
+        return out if task is TaskType.SEQ_CLS else out[:size]
+
     # What is gathered in inference mode could not be trained through afterwards.
     with evaluating(model, torch.no_grad() if sharded(model) else torch.inference_mode()):
+        alike = not sharded(model) and padding.is_seen(model.get_base_model(), task.value, lengths, answer)
+        batches = evaluation_batches(lengths, batch_size, alike=alike)
+        mine = world.share(batches)
+        # A sharded model is gathered by all processes together, so that each goes through it as often as the others.
+        extra = batches[:1] * (-(-len(batches) // world.size) - len(mine))
         for number, rows in enumerate([*mine, *extra]):
-            inputs = collate([examples[row] for row in rows], pad_id, task)
-            inputs = {key: value.to(device) for key, value in inputs.items()}
-            labels = inputs.pop("labels")
-            with model.base_model.lora_routed([name] * len(rows)):
-                out = objective.forward(inputs, labels)
-                if number >= len(mine):
-                    continue
-                parts.append(objective.score(out, labels))
+            out, labels = forward(rows)
+            if number >= len(mine):
+                continue
+            parts.append(objective.score(out, labels))
             if keep:
                 out = _best_tags(out) if task is TaskType.TOKEN_CLS else out.float()
                 for row, found in zip(rows, out.cpu(), strict=True):
                     outputs[row] = found if task is TaskType.SEQ_CLS else found[: lengths[row]]
-    found = world.gather((total(parts), outputs))
+    everyone = world.gather((total(parts), outputs))
     if world.size > 1:
-        outputs = [next((one for one in row if one is not None), None) for row in zip(*(o for _, o in found))]
-    return total(scores for scores, _ in found), outputs
+        outputs = [next((one for one in row if one is not None), None) for row in zip(*(o for _, o in everyone))]
+    return total(scores for scores, _ in everyone), outputs
 
 
 def _best_tags(logits: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loraloom.data.batches import evaluation_batches
 from loraloom.lora.model import PeftModel
 from loraloom.models.configs import has_decoder_and_encoder, tokens_at_most
+from loraloom.train.measure import padding
 from loraloom.train.pack import evaluating
 from loraloom.train.shard import sharded, whole_but_layers
 from loraloom.train.world import World
@@ -38,20 +40,25 @@ def generate(
     both = has_decoder_and_encoder(base.config)
     limit = tokens_at_most(base.config)
     written = [""] * len(prompts)
-    batches = []
-    for rows in evaluation_batches([len(prompt) for prompt in prompts], batch_size):
-        width = len(prompts[rows[0]])
-        room = max_new_tokens if limit is None else min(max_new_tokens, limit - (1 if both else width))
-        if room >= 1:
-            batches.append((rows, room))
+    lengths = [len(prompt) for prompt in prompts]
+    rooms = [max_new_tokens if limit is None else min(max_new_tokens, limit - (1 if both else n)) for n in lengths]
 
-    def write(given: Sequence[Sequence[int]], room: int) -> list[str]:
+    def ask(given: Sequence[Sequence[int]], room: int, **options: Any) -> Any:
         inputs = _padded(given, tokenizer.pad_token_id, left=not both)
         with _greedy(base, tokenizer, room):
-            out = model.generate(
-                **{key: value.to(device) for key, value in inputs.items()}, adapter_names=[name] * len(given)
+            return model.generate(
+                **{key: value.to(device) for key, value in inputs.items()}, **options, adapter_names=[name] * len(given)
             )
-        new = out if both else out[:, inputs["input_ids"].shape[1] :]
+
+    def first_logits(rows: Sequence[int]) -> Tensor:
+        given = [prompts[row] for row in rows]
+        found: Tensor = ask(given, 1, return_dict_in_generate=True, output_logits=True).logits[0][0]
+        return found
+
+    def write(given: Sequence[Sequence[int]], room: int) -> list[str]:
+        out = ask(given, room)
+        width = max(map(len, given))
+        new = out if both else out[:, width:]
         texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
 
@@ -59,6 +66,13 @@ def generate(
     # What is gathered in inference mode could not be trained through afterwards.
     mode = torch.no_grad() if parts else torch.inference_mode()
     with evaluating(model, mode):
+        fitting = [room >= 1 for room in rooms]
+        able = [length for length, fits in zip(lengths, fitting, strict=True) if fits]
+        places = [row for row, fits in enumerate(fitting) if fits]
+        alike = not parts and padding.is_seen(
+            base, "generation", able, lambda rows: first_logits([places[row] for row in rows])
+        )
+        batches = _batches(lengths, rooms, max_new_tokens, batch_size, alike=alike)
         company = _Company(model, name) if parts else None
         more = company.most(len(batches)) - len(batches) if company else 0
         with whole_but_layers(model) if parts else nullcontext():
@@ -72,6 +86,21 @@ def generate(
                 with company.together():
                     write([[0]], 1)
     return written
+
+
+def _batches(
+    lengths: Sequence[int], rooms: Sequence[int], most: int, batch_size: int, *, alike: bool
+) -> list[tuple[list[int], int]]:
+    """Rows that are written together, each with the room that it has by itself; those without any are left out.
+
+    So rows that have room for less than ``most`` tokens share a batch only with others as long.
+    """
+    found = []
+    for full in (True, False):
+        rows = [row for row, room in enumerate(rooms) if room >= 1 and (room == most) is full]
+        cut = evaluation_batches([lengths[row] for row in rows], batch_size, alike=alike or not full)
+        found += [([rows[place] for place in batch], rooms[rows[batch[0]]]) for batch in cut]
+    return found
 
 
 class _Company:
