@@ -267,3 +267,14 @@ def test_the_doctor_says_which_experts_stay_as_they_are_and_takes_wrappers_of_on
     (text,) = [one.text for one in found if one.kind == "experts"]
     assert "2 expert weights" in text
     assert "target_parameters=['down']" in text
+
+
+def test_half_precision_experts_answer_merged_as_they_do_with_the_adapter_beside_them() -> None:
+    model = get_peft_model(net().bfloat16(), config())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    x = X.bfloat16()
+    wanted = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), wanted, rtol=1e-2, atol=1e-2)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), wanted)

@@ -69,14 +69,16 @@ class LoraParameter(LoraLayer):
         return tuple(slot for slot in route.active if slot in self.r)
 
     def updated(self, slots: tuple[str, ...]) -> Tensor:
-        """The parameter plus the updates of ``slots``."""
-        out = weight = self.frozen_weight
+        """The parameter plus the updates of ``slots``, rounded once to the parameter's dtype, as when merged."""
+        weight = self.frozen_weight
+        out: Tensor = weight
         with torch.autocast(weight.device.type, enabled=False):
             for slot in slots:
-                left, right = (factor.to(weight.dtype) for factor in self.pair(slot))
+                left, right = self.pair(slot)
+                out = out.to(torch.promote_types(out.dtype, left.dtype))
                 add = torch.baddbmm if weight.dim() == 3 else torch.addmm
-                out = add(out, left, right, alpha=self.scaling[slot])
-        return out
+                out = add(out, left.to(out.dtype), right.to(out.dtype), alpha=self.scaling[slot])
+        return out.to(weight.dtype)
 
     def pair(self, slot: str) -> tuple[Tensor, Tensor]:
         """Two tensors whose (batched) product has the parameter's shape."""
