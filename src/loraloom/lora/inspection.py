@@ -130,7 +130,7 @@ def _update(name: str, pattern_name: str, experts: int, a: Tensor, b: Tensor, co
 
 
 def _fit(a: Tensor, b: Tensor) -> bool:
-    if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or not b.numel():
+    if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or not b.numel() or any(size != 1 for size in b.shape[2:]):
         return False
     groups, rest = divmod(a.shape[0], b.shape[1])
     return rest == 0 and b.shape[0] % groups == 0 and (groups == 1 or a.dim() > 2)
