@@ -326,17 +326,28 @@ def data(
 
 @app.command()
 def init(
+    context: typer.Context,
     model: Model,
     data: Annotated[str, typer.Option(help="What to train on: a file, folder, glob or name.")],
     path: Annotated[str, typer.Argument(metavar="RUN.yaml", help="The file to write.")] = "run.yaml",
     task: Annotated[str | None, typer.Option(help="By default what the rows are for.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run; by default after the file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    eval_split: Split = "0.1",
+    format: Shape = None,
+    columns: Columns = None,
+    max_length: Length = None,
+    overlong: Overlong = "truncate",
+    on_bad_row: BadRow = "stop",
+    chat_template: Template = None,
 ) -> None:
     """Write a run file for a model and data, with comments on every key."""
     from loraloom.train.settings.starter import begin
 
-    found = begin(model, data, path, task=task, output=output, overwrite=overwrite)
+    names = ("eval_split", "format", "columns", "max_length", "overlong", "on_bad_row", "chat_template")
+    given = {key.rpartition(".")[2]: value for key, value in _given(context).items()}
+    rows = {name: given[shown] for name in names if (shown := {"eval_split": "validation"}.get(name, name)) in given}
+    found = begin(model, data, path, task=task, output=output, overwrite=overwrite, **rows)
     say(f"{path}: {found}; next: loraloom train {path} --dry-run")
 
 

@@ -85,3 +85,31 @@ def test_bad_rows_are_passed_over_in_guessing_where_they_are_to_be_skipped(tmp_p
     with pytest.raises(DataError, match="line 2"):
         guess(str(data))
     assert guess(str(data), skip=True)[0] == "seq-cls"
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (("Message", "Intent"), """--task seq-cls --columns '{"text": "Message", "label": "Intent"}'"""),
+        (("content", "category"), """--task seq-cls --columns '{"text": "content", "label": "category"}'"""),
+        (("question", "answer"), """--task causal-lm --columns '{"prompt": "question", "completion": "answer"}'"""),
+        (("instruction", "response"), """--columns '{"output": "response"}'"""),
+    ],
+)
+def test_common_names_of_columns_are_proposed_with_the_line_to_type(
+    columns: tuple[str, str], line: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(dict(zip(columns, ("what is it", "good"), strict=True))) + "\n")
+    with pytest.raises(DataError) as raised:
+        guess(str(path))
+    assert line in str(raised.value)
+
+
+def test_names_of_columns_match_without_regard_to_case(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("Text,LABEL\ngood film,a\nbad film,b\n")
+    task, shape = guess(str(path))
+    assert (task, shape.columns) == ("seq-cls", {"text": "Text", "label": "LABEL"})
+    _, shape = guess(str(path), "seq-cls", columns={"text": "TEXT"})
+    assert shape.columns == {"text": "Text", "label": "LABEL"}

@@ -5,6 +5,8 @@ This file knows how a shape shows itself, and what to say where none does. The s
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -89,6 +91,7 @@ def recognise(
     forms = _forms(kind, format, named)
     row = first[0]
     for ours, theirs in named.items():
+        theirs = named[ours] = _as_written(row, theirs)
         if all(lookup(other, theirs) is ABSENT for other in first):
             there = ", ".join(map(repr, row.fields)) or "none"
             reason = f"no column {theirs!r}, which columns maps to {ours!r}; the columns are {there}"
@@ -133,6 +136,10 @@ def _forms(kind: TaskType, format: str | None, columns: dict[str, str]) -> list[
 
 def _fits(form: Form, row: Row, columns: dict[str, str], forced: bool) -> Iterator[dict[str, str]]:
     """The mapping of columns by which the row has all that the form needs; none where it does not."""
+    columns = dict(columns)
+    for name in (*form.needs, *form.may):
+        if name not in columns and (there := _as_written(row, name)) != name:
+            columns[name] = there
     if form.name not in ("messages", "sharegpt"):
         if all(lookup(row, columns.get(name, name)) is not ABSENT for name in form.needs):
             yield columns
@@ -150,13 +157,21 @@ def _fits(form: Form, row: Row, columns: dict[str, str], forced: bool) -> Iterat
             yield columns if theirs == own else {**columns, ours: theirs}
 
 
+def _as_written(row: Row, name: str) -> str:
+    """``name`` as the row writes it: case makes no difference where one column alone has the name without it."""
+    if lookup(row, name) is not ABSENT:
+        return name
+    same = [other for other in row.fields if isinstance(other, str) and other.strip().casefold() == name.casefold()]
+    return same[0] if len(same) == 1 else name
+
+
 #: What others call our columns: for hints, never read in silence.
 OTHER_NAMES = {
     "prompt": ("question", "query", "instruction", "input"),
     "completion": ("answer", "response", "output", "target", "completions"),
     "output": ("response",),
-    "text": ("sentence", "content", "document", "review", "body", "article"),
-    "label": ("labels", "class", "category", "score", "target", "sentiment", "intent"),
+    "text": ("sentence", "message", "content", "body", "document", "review", "article", "comment", "tweet"),
+    "label": ("labels", "category", "class", "intent", "target", "score", "sentiment", "rating", "topic"),
     "text1": ("sentence1", "premise", "question1"),
     "text2": ("sentence2", "hypothesis", "question2"),
     "tokens": ("words",),
@@ -181,7 +196,7 @@ def _nothing_fits(row: Row, kind: TaskType, forms: Sequence[Form], columns: dict
         if None not in renamed.values():
             shifted = ", ".join(f"{ours}: {theirs}" for ours, theirs in renamed.items() if ours != theirs)
             if shifted and len(set(renamed.values())) == len(renamed):
-                hint = f"; to read yours, set columns: {{{shifted}}}"
+                hint = f"; to read yours, set columns: {{{shifted}}} ({option_for(renamed)})"
                 best = form
                 break
     else:
@@ -204,4 +219,21 @@ def _nothing_fits(row: Row, kind: TaskType, forms: Sequence[Form], columns: dict
 
 def _other_name(row: Row, name: str, columns: dict[str, str]) -> str | None:
     names = (columns.get(name, name), *OTHER_NAMES.get(name, ()))
-    return next((other for other in names if lookup(row, other) is not ABSENT), None)
+    written = (_as_written(row, other) for other in names)
+    return next((other for other in written if lookup(row, other) is not ABSENT), None)
+
+
+def option_for(renamed: Mapping[str, str | None]) -> str:
+    """The option that maps our names to the user's, as it is typed."""
+    moved = {ours: theirs for ours, theirs in renamed.items() if ours != theirs}
+    return f"--columns {shlex.quote(json.dumps(moved, ensure_ascii=False))}"
+
+
+def proposals(row: Row, task: TaskType | str) -> list[str]:
+    """The options by which ``row`` could be read for ``task``, should its columns be what their names say."""
+    found = []
+    for form in SHAPES[as_task(task)]:
+        renamed = {name: _other_name(row, name, {}) for name in form.needs}
+        if None not in renamed.values() and len(set(renamed.values())) == len(renamed):
+            found.append(option_for(renamed))
+    return found

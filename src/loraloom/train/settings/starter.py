@@ -8,7 +8,7 @@ from typing import Any
 
 from loraloom.config import LoraConfig
 from loraloom.data.read.sources import resolve
-from loraloom.data.shape.shapes import Shape, recognise
+from loraloom.data.shape.shapes import Shape, proposals, recognise
 from loraloom.errors import ConfigError, DataError, nearest
 from loraloom.lora.atomic import write_files
 from loraloom.train.settings import yamltext
@@ -50,6 +50,12 @@ def guess(
     if len(wrong) == len(_ORDER):  # a format or columns that no task knows
         raise next((error for error in wrong if "did you mean" in str(error)), wrong[-1])
     there = ", ".join(map(repr, rows[0].fields))
+    seem = [f"--task {name} {option}" for name in _ORDER for option in proposals(rows[0], name)[:1]]
+    if seem:
+        raise DataError(
+            f"{rows[0].where}: the columns {there} fit no task as they are called; give what they are, for example "
+            f"{' or '.join(seem[:3])}"
+        )
     raise DataError(
         f"{rows[0].where}: the columns {there} fit no task; give the task, and columns to say which is which "
         "(docs/data.md has all shapes)"
@@ -64,8 +70,12 @@ def begin(
     task: str | None = None,
     output: str | None = None,
     overwrite: bool = False,
+    **rows: Any,
 ) -> str:
     """Write a commented run file to ``path`` for ``model`` and ``data``. Returns the task.
+
+    Args:
+        rows: options of the data that are given, by their names in ``TrainOptions``: ``columns``, ``format``, ...
 
     Raises:
         ConfigError: there is a file already.
@@ -76,14 +86,26 @@ def begin(
     path = Path(path)
     if path.exists() and not overwrite:
         raise ConfigError(f"{path}: is there already; choose another name, or give --overwrite")
-    length = length_within(load_limit(model), None, model)
-    found, shape = guess(data, task)
+    length = length_within(load_limit(model), rows.pop("max_length", None), model)
+    given = {key: rows.get(key) for key in ("format", "columns")}
+    found, shape = guess(data, task, **given, skip=rows.get("on_bad_row") == "skip")
     build_empty(model, TASKS[found])  # one that is for another task is said now
     name = output or f"runs/{path.stem}"
     # Checked as a whole: what is written can be read.
-    options = TrainOptions(model=model, data=data, task=found, output=name, lora=LoraConfig(**_LORA))
+    options = TrainOptions(model=model, data=data, task=found, output=name, lora=LoraConfig(**_LORA), **rows)
     write_files(path.parent, {path.name: _text(options, shape, length, path.name).encode()})
     return found
+
+
+def _more(options: TrainOptions) -> str:
+    """Lines of the data's section that are there where they were given."""
+    found = [f"  {key}: {yamltext.write(got)}\n" for key in ("format", "chat_template", "problem_type")
+             if (got := getattr(options, key)) is not None]  # fmt: skip
+    if options.columns:
+        found.append(f"  columns: {yamltext.write(options.columns)}  # our names of columns, and yours\n")
+    else:
+        found.append("  # columns: {text: body}  # our names of columns, and yours\n")
+    return "".join(found)
 
 
 _LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
@@ -109,12 +131,11 @@ model:
 
 data:
   train: {value(options.data)}  # recognised as {shape.name}; a list of sources may have weights
-  validation: 0.1  # a share, a count, or a source of its own
+  validation: {value(options.eval_split)}  # a share, a count, or a source of its own
   max_length: {length}  # tokens of a row
-  overlong: truncate  # what becomes of longer rows: error, truncate, drop or split; they are counted
-  on_bad_row: stop  # or skip: bad rows go to a file, with reasons
-  # columns: {{text: body}}  # our names of columns, and yours
-
+  overlong: {options.overlong}  # what becomes of longer rows: error, truncate, drop or split; they are counted
+  on_bad_row: {options.on_bad_row}  # or skip: bad rows go to a file, with reasons
+{_more(options)}
 lora:
   r: {options.lora.r}  # rank of the update: small data needs little
   lora_alpha: {options.lora.lora_alpha}  # the update is scaled by alpha / r
