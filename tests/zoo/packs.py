@@ -22,9 +22,6 @@ def ignores_padding(cell: Cell) -> bool:
     pad = getattr(cell._base.config, "pad_token_id", 0) or 0
     padded["input_ids"] = torch.nn.functional.pad(short["input_ids"], (0, 4), value=pad)
     padded["attention_mask"] = torch.nn.functional.pad(torch.ones_like(short["input_ids"]), (0, 4))
-    for name in ("bbox",):
-        if name in short:
-            padded[name] = torch.nn.functional.pad(short[name], (0, 0, 0, 4))
     try:
         a, b = outputs(cell._base, short), outputs(cell._base, padded)
     except Exception:

@@ -5,7 +5,9 @@ Fields are known by the ends of their names; what that rule gets wrong for a typ
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 WIDTH, HEADS, LAYERS, WORDS, EXPERTS, PIXELS, PATCH = 32, 4, 2, 96, 4, 16, 8
@@ -44,33 +46,38 @@ SIZES: tuple[tuple[str, int], ...] = (
 CHANCE = re.compile(
     r".*(drop|pdrop|layerdrop|drop_path|dropout).*|mask_(time|feature)_prob|apply_spec_augment|.*jitter.*"
 )
-LISTS = re.compile(r".*(depths|num_heads|num_attention_heads|hidden_sizes|embed_dims?|conv_dim)$")
+COUNTERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+NOT_GIVEN = ("transformers_version", "model_type", "architectures", "id2label", "label2id")
+TOKENS = {"pad": 0, "bos": 1, "eos": 2, "sep": 2, "cls": 1, "mask": 3, "image": 90, "video": 91, "audio": 92,
+          "boi": 93, "eoi": 94}  # fmt: skip
 
 
-def shrunken(config: Any, fields: dict[str, Any]) -> Any:
+def shrunken(config: Any, fields: Mapping[str, Any]) -> Any:
     """A config of the same class with small sizes; ``fields`` (``name``, or ``sub_config.name``) override the rule."""
     own = {name: value for name, value in fields.items() if "." not in name}
-    small: dict[str, Any] = {}
-    for name, value in vars(config).items():
-        if name in own or name.startswith("_") or name in ("transformers_version", "model_type"):
-            continue
+    small = _given(config)
+    for name, value in vars(config).items():  # those too that the class takes under another name
         inner = {key.partition(".")[2]: v for key, v in fields.items() if key.startswith(name + ".")}
-        small_value = _shrunken_field(name, value, inner)
-        if small_value is not value:
-            small[name] = small_value
-    merged = {**_given(config), **small, **own}
-    _choose_layers(config, merged, own)
-    if "qk_nope_head_dim" in merged:  # latent attention: no groups, and a head is two parts
-        for name, value in (
-            ("num_key_value_heads", merged.get("num_attention_heads")),
-            ("qk_head_dim", merged["qk_nope_head_dim"] + merged["qk_rope_head_dim"]),
-        ):
-            if name in merged and name not in own:
-                merged[name] = value
-    return type(config)(**{name: value for name, value in merged.items() if value is not DROP})
+        made = value if name.startswith("_") or name in NOT_GIVEN else small_field(name, value, inner)
+        if made is not value:
+            small[name] = made
+    small |= own
+    _choose_layers(config, small, own)
+    _one_group(small, own)
+    return type(config)(**small)
 
 
-def _choose_layers(config: Any, merged: dict[str, Any], own: dict[str, Any]) -> None:
+def _given(config: Any) -> dict[str, Any]:
+    """What the class takes, as the default config has it."""
+    known = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else vars(config)
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if name in known and not name.startswith("_") and name not in NOT_GIVEN
+    }
+
+
+def _choose_layers(config: Any, small: dict[str, Any], own: Mapping[str, Any]) -> None:
     """Lists with an entry for each layer keep those of one layer of each kind, two at least."""
     for counter in COUNTERS:
         count = getattr(config, counter, None)
@@ -78,79 +85,62 @@ def _choose_layers(config: Any, merged: dict[str, Any], own: dict[str, Any]) -> 
             continue
         lists = {
             name: list(value)
-            for name, value in merged.items()
+            for name, value in small.items()
             if isinstance(value, (list, tuple)) and len(value) == count and name not in own
         }
-        kinds = [v for v in lists.values() if all(isinstance(one, str) for one in v)]
-        chosen = list(range(min(LAYERS, count)))
-        if kinds:
-            keys = [tuple(v[i] for v in kinds) for i in range(count)]
-            chosen = [i for i, key in enumerate(keys) if key not in keys[:i]][:6]
-            chosen = chosen if len(chosen) > 1 else list(range(min(LAYERS, count)))
-        elif not lists:
+        if not lists:
             continue
+        kinds = [value for value in lists.values() if all(isinstance(one, str) for one in value)]
+        keys = [tuple(value[i] for value in kinds) for i in range(count)]
+        chosen = [i for i, key in enumerate(keys) if key not in keys[:i]][:6]
+        chosen = chosen if len(chosen) > 1 else list(range(min(LAYERS, count)))
         for name, value in lists.items():
-            merged[name] = [_shrunken_field(name, value[i], {}) for i in chosen]
-        if counter in merged:
-            merged[counter] = len(chosen)
+            small[name] = [small_field(name, value[i], {}) for i in chosen]
+        if counter in small:
+            small[counter] = len(chosen)
 
 
-COUNTERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-DROP = object()
+def _one_group(small: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Latent attention: no groups, and a head is two parts."""
+    if "qk_nope_head_dim" not in small:
+        return
+    whole = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+    for name, value in (("num_key_value_heads", small.get("num_attention_heads")), ("qk_head_dim", whole)):
+        if name in small and name not in own:
+            small[name] = value
 
 
-def _given(config: Any) -> dict[str, Any]:
-    """What the class takes, as the default config has it."""
-    import dataclasses
-
-    fields = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else vars(config)
-    keep = {}
-    for name, value in vars(config).items():
-        if (
-            name not in fields
-            or name.startswith("_")
-            or name in ("transformers_version", "model_type", "architectures", "id2label", "label2id")
-        ):
-            continue
-        keep[name] = value
-    return keep
-
-
-def _shrunken_field(name: str, value: Any, inner: dict[str, Any]) -> Any:
+def small_field(name: str, value: Any, inner: Mapping[str, Any]) -> Any:
     if hasattr(value, "to_dict") and hasattr(value, "model_type"):
         return shrunken(value, inner)
     if CHANCE.fullmatch(name):
         return 0.0 if isinstance(value, float) else False if isinstance(value, bool) else value
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return value
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: [2, 1, 1] if key == "mrope_section" else _shrunken_field(key, v, {}) for key, v in value.items()}
-    if isinstance(value, int):
-        if re.fullmatch(r".*(_token_id|_token_index)", name):
-            return value if value < WORDS else _token(name)
-        size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), 10**9)
-        return min(value, size)
-    if (
-        isinstance(value, (list, tuple))
-        and value
-        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    ):
-        if name.endswith("_token_id"):
-            return type(value)(min(v, 2) for v in value)
-        if name in ("depths", "num_blocks", "stage_numb_of_layers"):
-            return type(value)(1 for _ in value)
-        if min(value) >= 8 and max(value) > 2 * WIDTH and re.fullmatch(r".*(size|dim|channel|width|filter).*", name):
-            return type(value)(max(8, v * 2 * WIDTH // max(value) // 8 * 8) for v in value)
+        return {key: [2, 1, 1] if key == "mrope_section" else small_field(key, v, {}) for key, v in value.items()}
+    if isinstance(value, (list, tuple)) and value and all(type(one) is int for one in value):
+        return type(value)(_small_list(name, list(value)))
+    return _small_number(name, value) if type(value) is int else value
+
+
+def _small_number(name: str, value: int) -> int:
+    if re.fullmatch(r".*(_token_id|_token_index)", name):
+        return value if value < WORDS else _token(name)
+    return min(value, next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), value))
+
+
+def _small_list(name: str, value: list[int]) -> list[int]:
+    if name.endswith("_token_id"):
+        return [min(one, 2) for one in value]
+    if name in ("depths", "num_blocks", "stage_numb_of_layers"):
+        return [1] * len(value)
+    if min(value) >= 8 and max(value) > 2 * WIDTH and re.fullmatch(r".*(size|dim|channel|width|filter).*", name):
+        return [max(8, one * 2 * WIDTH // max(value) // 8 * 8) for one in value]
     return value
-
-
-_TOKENS = {"pad": 0, "bos": 1, "eos": 2, "sep": 2, "cls": 1, "mask": 3, "image": 90, "video": 91, "audio": 92,
-           "boi": 93, "eoi": 94}  # fmt: skip
 
 
 def _token(name: str) -> int:
     """A number below ``WORDS`` for a special token, another for each name."""
-    for word, number in _TOKENS.items():
+    for word, number in TOKENS.items():
         if name in (f"{word}_token_id", f"{word}_token_index"):
             return number
     return 60 + sum(map(ord, name)) % 29
