@@ -181,6 +181,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 64,
         "mamba_d_state": 8,
         "mamba_headdim": 8,
+        "hybrid_layer_ids": [1, 2],
         "chunk_size": 8,
     },
     "bros": {"hidden_size": 128},

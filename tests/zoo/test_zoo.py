@@ -38,16 +38,6 @@ SAMPLE = (
 )
 
 
-#: What is being mended; to be empty.
-PENDING = {
-    "opt/causal/all-linear", "falcon/causal/all-linear", "bert/seq-cls/default", "roberta/question-answering/default",
-    "distilbert/token-cls/default", "longformer/seq-cls/default", "xlnet/causal/default", "swinv2/vision/all-linear",
-    "wav2vec2/audio/default", "qwen2_vl/image-text/all-linear",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "cell", [pytest.param(cell, marks=[pytest.mark.xfail] if cell in PENDING else []) for cell in SAMPLE]
-)
+@pytest.mark.parametrize("cell", SAMPLE)
 def test_a_sample_of_model_types_does_as_peft_does(cell: str) -> None:
     assert failures(cell) == []
