@@ -243,11 +243,11 @@ class LoraLayer(nn.Module):
     @property
     def in_features(self) -> int:
         """Width of the input: of a convolution its channels, of an embedding its vocabulary."""
-        return self._width("in_features", "in_channels", "num_embeddings")
+        return self._width("in_features", "in_channels", "num_embeddings", "nx")
 
     @property
     def out_features(self) -> int:
-        return self._width("out_features", "out_channels", "embedding_dim")
+        return self._width("out_features", "out_channels", "embedding_dim", "nf")
 
     def _width(self, *names: str) -> int:
         found = next((getattr(self.base_layer, name) for name in names if hasattr(self.base_layer, name)), None)
