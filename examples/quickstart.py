@@ -4,7 +4,8 @@ Usage: ``python examples/quickstart.py [OUT]`` (by default ``runs/quickstart``).
 downloaded: a pretrained encoder of 22M parameters from the ``demo`` extra, and the docstrings of the Python that
 runs this. Eight configurations train side by side on the one frozen encoder; it ends with the leaderboard, the
 recommendation, and the best of them beside two answers without LoRA: always the most common area, and a new head on
-the frozen encoder. ``--rows`` and ``--max-steps`` make it shorter, and the answers worse.
+the frozen encoder. ``--rows`` and ``--max-steps`` make it shorter, and the answers worse; where no configuration is
+clearly better than always the most common area, none is recommended, as in every search.
 """
 
 from __future__ import annotations
@@ -87,10 +88,11 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None) -> No
     found = result.verdict
     best = found.scores[found.best.number]
 
-    adapted = PeftModel.from_pretrained(loaded.base, result.folder / BEST_NAME)
-    config = loaded.config(found.best.options)
-    console.print()
-    console.print(predictions(predict(Prepared(loaded, adapted, plan(loaded.base, config), 0, 0), 3)))
+    if found.learned:
+        adapted = PeftModel.from_pretrained(loaded.base, result.folder / BEST_NAME)
+        config = loaded.config(found.best.options)
+        console.print()
+        console.print(predictions(predict(Prepared(loaded, adapted, plan(loaded.base, config), 0, 0), 3)))
     table = Table(
         title=f"which of {len(names)} areas? accuracy on {len(data.evaluation.examples)} docstrings never seen"
     )
@@ -103,7 +105,7 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None) -> No
     table.add_row("a new head on the frozen encoder", f"{head:.3f}", f"{head_parameters:,}", f"{head_seconds:.0f}")
     seconds = result.record["seconds"]
     table.add_row(
-        "the best LoRA of 8 searched",
+        "the best LoRA of 8 searched" if found.learned else "the highest of 8 searched, not recommended",
         f"[bold]{best.mean:.3f}[/]",
         f"{found.best.parameters:,}",
         f"{seconds:.0f} (all 8)",
@@ -118,6 +120,9 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None) -> No
     )
     print(f"{total:.0f} s in all\n")
     print("try next:")
+    if not found.learned:
+        print("  the same with more rows and steps: nothing was learned that these can show")
+        return
     print(f"  loraloom inspect {result.folder / BEST_NAME}          which modules moved, and how much of r they use")
     print(f"  loraloom train {result.folder / BEST_FILE} --epochs 3 --output runs/mine    train the best for longer")
     print(f"  loraloom tune --model {MODEL_DIR} --data YOUR.jsonl --task seq-cls --output runs/mine")
@@ -143,6 +148,7 @@ def write_record(path: Path, result: SearchResult, baselines: dict[str, float], 
         )
     figures = {
         **baselines,
+        "learned": found.learned,
         "lora": found.scores[found.best.number].mean,
         "lora_parameters": found.best.parameters,
         "leaderboard": board,

@@ -80,12 +80,12 @@ def test_advice_says_what_to_change_for_each_reason() -> None:
         return [advice.kind for advice in nothing([one] * 8, one, bar, "accuracy")]
 
     still = trial(hits(20), flat(1.1))
-    assert kinds(still) == ["still"]
+    assert kinds(still) == ["stuck"]
     assert "Raise the learning rates (tried: 1e-5)" in nothing([still], still, BAR, "accuracy")[0].text
     by_heart = trial(hits(20), flat(2.0), [1.1] * 20 + [0.1] * 20)
     assert kinds(by_heart) == ["apart"]
-    assert kinds(trial(hits(26), flat(1.2))) == ["rows", "still"]
-    assert kinds(trial(hits(20), flat(0.5))) == ["metric", "still"]
+    assert kinds(trial(hits(26), flat(1.2))) == ["rows", "stuck"]
+    assert kinds(trial(hits(20), flat(0.5))) == ["metric", "stuck"]
     failed = trial(hits(20), flat(1.1))
     failed.state = "failed"
     assert kinds(failed)[0] == "failures"

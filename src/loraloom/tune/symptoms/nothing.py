@@ -97,7 +97,7 @@ def _still(trials: Sequence[Trial], bar: Bar) -> Advice | None:
     to = f"that of the best constant answer ({bar.base:.3g})" if bar.base is not None else "where it began"
     seen = f": the lowest is {lowest:.3g}" if math.isfinite(lowest) else ""
     return Advice(
-        "still",
+        "stuck",
         f"in {steps} steps no trial's training loss came clearly below {to}{seen}. Raise the learning rates (tried: "
         f"{tried}), train longer (epochs, max_steps), or adapt more modules; and look whether the labels follow from "
         "the rows at all (loraloom data)",
