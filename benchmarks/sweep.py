@@ -6,9 +6,9 @@ whole, from the first read of the data to the verdict. PEFT's time is the sum ov
 of each, loading, ``--peft-steps`` steps of a training loop of its own (no Trainer around it; rows of similar length
 together, as ours) and an evaluation are measured, and counted for all steps. The rungs are harder than a search's own
 (one in 4, from 1/32 of the steps on), for this task is smooth: what takes off early is the best in the end. As in every
-search nobody is stopped before one has taken off, and nothing is recommended that learned nothing. ``--full`` trains the
-16 configurations of the recorded search to their end, to say what the search missed; that takes its time, and no time
-is taken of it.
+search nobody is stopped before one has taken off, and nothing is recommended that learned nothing. ``--full`` trains
+the 16 configurations of the recorded search to their end, to say what the search missed; that takes its time, and no
+time is taken of it.
 """
 
 from __future__ import annotations
