@@ -117,6 +117,10 @@ def test_an_adapter_of_parameters_lives_like_any_other(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     for name, folder, wanted in (("default", tmp_path, one), ("other", tmp_path / "other", other)):
         assert torch.equal(PeftModel.from_pretrained(net(), folder, name)(X), wanted)
+    assert {one.module_type for one in model.get_layer_status()} == {"lora.ParamWrapper", "lora.Linear"}
+    assert model.base_model.targeted_parameter_names == [
+        f"{i}.experts.{name}" for i in (0, 1) for name in ("up", "down")
+    ]
     model.delete_adapter("default")
     assert torch.equal(model(X), other)
     assert torch.equal(model.unload()(X), plain)

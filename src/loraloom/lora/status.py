@@ -10,6 +10,7 @@ from torch import nn
 
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.layers import LoraConv, LoraConv1D, LoraLayer, LoraLinear
+from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.saved import SavedModule
 
 Some = bool | Literal["irregular"]  # "irregular": it differs from part to part
@@ -109,4 +110,6 @@ def _type(module: nn.Module) -> str:
     assert isinstance(module, LoraLayer)
     if isinstance(module, LoraConv):
         return f"lora.{type(module.base_layer).__name__}"
+    if isinstance(module, LoraParameter):
+        return "lora.ParamWrapper"
     return f"lora.{LoraLinear.kind if isinstance(module, LoraConv1D) else module.kind}"
