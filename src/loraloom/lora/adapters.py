@@ -6,14 +6,11 @@ Knows nothing of files.
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from loraloom.lora.dispatch import Plan as ForwardPlan
 from loraloom.lora.dispatch import Router
 from loraloom.lora.initialize import factors, seed_of
 from loraloom.lora.layers import HALF, LoraLayer, layer_class
+from loraloom.lora.names import factor_keys, file_key
 from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.route import BASE, Route
 from loraloom.lora.rows import Batch
@@ -34,13 +32,10 @@ from loraloom.lora.saved import SavedModule
 from loraloom.lora.targets import Plan, base_modules, plan, plan_on
 from loraloom.lora.wrapping import Places, strip
 
-PREFIX = "base_model.model."
 #: Rank up to which factors are made before a file's are looked at, however small the layer is.
 _LARGEST_MISSING = 1024
 #: Names without ``lora_`` that this class had before; they hid what models call so.
 EARLIER = ("layers", "router", "enabled", "saved_modules", "routed")
-_BASE = ".base_layer"
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class LoraModel(nn.Module):
@@ -158,7 +153,7 @@ class LoraModel(nn.Module):
     ) -> None:
         self.lora_router.forget()
         places = Places(self.model)
-        keys = _file_keys([(target.name, target.kind) for target in made.targets])
+        keys = factor_keys([(target.name, target.kind) for target in made.targets])
         for target in made.targets:
             layer = self._layers.get(target.name)
             if layer is None:
@@ -451,7 +446,7 @@ class LoraModel(nn.Module):
         self._check_names([adapter_name])
         out: dict[str, Tensor] = {}
         mine = {name: layer for name, layer in self._layers.items() if adapter_name in layer.slots}
-        keys = _file_keys([(name, layer.kind) for name, layer in mine.items()])
+        keys = factor_keys([(name, layer.kind) for name, layer in mine.items()])
         for name, layer in mine.items():
             out.update(zip(keys[name], layer.factors(adapter_name), strict=True))
         for name, wrapper in self._saved.items():
@@ -636,12 +631,6 @@ class LoraModel(nn.Module):
             raise
 
 
-@lru_cache(1 << 16)
-def file_key(name: str) -> str:
-    """PEFT's key for a tensor of the model: without the segments that torch.compile and FSDP put into names."""
-    return PREFIX + _WRAPPERS.sub("", name)
-
-
 def _image_token(model: nn.Module) -> int | None:
     """What stands for an image, or a part of one, in the ids of an image-text model."""
     config = getattr(model, "config", None)
@@ -657,34 +646,3 @@ def _compiles() -> bool:
 
 def _list(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
-
-
-def _file_keys(targets: Sequence[tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """Names and kinds of an adapter's targets, in the model's order → PEFT's keys for A and B.
-
-    PEFT puts a wrapper around a module for each of its parameters, the first innermost. What lies further in is under
-    ``base_layer``.
-    """
-    around = Counter(name.rpartition(".")[0] for name, kind in targets if kind == LoraParameter.kind)
-    out, done = {}, Counter[str]()
-    for name, kind in targets:
-        owner = name.rpartition(".")[0] if kind == LoraParameter.kind else name
-        done[owner] += kind == LoraParameter.kind
-        place = (
-            _inside(name, around) if owner == name else _inside(owner, around) + _BASE * (around[owner] - done[owner])
-        )
-        embedding = kind == "Embedding"
-        a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-        out[name] = file_key(f"{place}.{a}"), file_key(f"{place}.{b}")
-    return out
-
-
-def _inside(name: str, around: Mapping[str, int]) -> str:
-    """The name of a module below those that have wrappers around them."""
-    if not around:
-        return name
-    out, path = "", ""
-    for part in name.split("."):
-        out += _BASE * around.get(path, 0) + ("." if path else "") + part
-        path = f"{path}.{part}" if path else part
-    return out

@@ -18,11 +18,12 @@ from torch import Tensor
 from loraloom.config import CONFIG_NAME, LoraConfig
 from loraloom.errors import AdapterError, SaveError, nearest
 from loraloom.lora import embeddings
-from loraloom.lora.adapters import PREFIX, LoraModel, file_key
+from loraloom.lora.adapters import LoraModel
 from loraloom.lora.atomic import Contents, recover, write_files
 from loraloom.lora.embeddings import dtype_name, overflows
 from loraloom.lora.keys import follow_renamings, normalise
 from loraloom.lora.loadreport import LoadReport as LoadReport
+from loraloom.lora.names import PREFIX, file_key
 from loraloom.lora.targets import base_modules
 from loraloom.lora.unstacked import restack
 from loraloom.peftfile import NOT_PEFT

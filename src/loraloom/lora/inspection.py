@@ -16,10 +16,10 @@ from torch import Tensor
 
 from loraloom.config import LoraConfig
 from loraloom.errors import AdapterError
-from loraloom.lora.adapters import PREFIX
 from loraloom.lora.checkpoint import read_tensors
 from loraloom.lora.expressions import check_expressions
 from loraloom.lora.matching import matches_any, pattern_key
+from loraloom.lora.names import PREFIX
 
 #: The rank used is the fewest singular directions that hold this share of the update's squared norm.
 ENERGY = 0.99

@@ -14,8 +14,9 @@ from loraloom.config import LoraConfig, PeftType, TaskType
 from loraloom.errors import AdapterError, ConfigError, nearest
 from loraloom.guise import seen_as
 from loraloom.lora import checkpoint, guise, mixed, status
-from loraloom.lora.adapters import EARLIER, PREFIX, LoraModel, file_key
+from loraloom.lora.adapters import EARLIER, LoraModel
 from loraloom.lora.checkpoint import LoadReport
+from loraloom.lora.names import PREFIX, file_key
 from loraloom.lora.status import TunerLayerStatus, TunerModelStatus
 from loraloom.lora.targets import ALL_LINEAR
 from loraloom.peftfile import HARMLESS, HUB_ONLY
