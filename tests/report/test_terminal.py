@@ -14,7 +14,16 @@ from rich.console import Console, RenderableType
 from loraloom import LoraConfig
 from loraloom.lora.inspection import inspect
 from loraloom.report.session import train_run
-from loraloom.report.terminal import Meter, Reading, expectations, inspection, memory_table, overview, predictions
+from loraloom.report.terminal import (
+    Meter,
+    Reading,
+    _further,
+    expectations,
+    inspection,
+    memory_table,
+    overview,
+    predictions,
+)
 from loraloom.train.ahead.doctor import Finding
 from loraloom.train.ahead.memory import Memory, size
 from loraloom.train.ahead.outlook import Outlook
@@ -213,3 +222,12 @@ def test_an_adapter_shows_whole_names_aligned_and_only_what_is_not_the_default(
     assert len({len(row) - len(row.lstrip()) for row in rows}) == 1
     header = next(line for line in lines if line.startswith("module"))
     assert all(row[header.index("rank used") + 8] != " " for row in rows)  # numbers end under their heading
+
+
+def test_a_run_whose_loss_still_falls_says_what_to_do() -> None:
+    evaluations = [{"step": 1, "loss": 0.9}, {"step": 2, "loss": 0.6}]
+    options = {"max_steps": None, "epochs": 3, "learning_rate": 2e-4}
+    record: dict[str, Any] = {"curve": {"evaluations": evaluations}, "options": options}
+    wanted = "still falling at the end (0.900 to 0.600): train longer (--epochs 6), or at a higher rate (--lr 0.0004)"
+    assert _further(record).endswith(wanted)
+    assert _further(record | {"curve": {"evaluations": evaluations[:1]}}) == ""

@@ -99,6 +99,12 @@ def vocabulary(config: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def width(config: Any) -> int | None:
+    """Numbers in a hidden state."""
+    found = field(text_part(config), "hidden_size") if config is not None else None
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def has_decoder_and_encoder(config: Any) -> bool:
     return bool(field(config, "is_encoder_decoder", False))
 

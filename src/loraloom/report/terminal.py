@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from loraloom.config import LoraConfig
 from loraloom.lora.inspection import ENERGY, Inspection
 from loraloom.report.screen import Text
 from loraloom.train.ahead.memory import size
+from loraloom.train.ahead.rates import HIGHEST, falls
 
 if TYPE_CHECKING:
     from loraloom.train.ahead.doctor import Finding
@@ -184,7 +185,21 @@ def outcome(result: RunResult, folder: str | Path, plot: Path, record_path: Path
     figures = ", ".join(_figures(record["result"]))
     head = Text(f"\n{figures} after {_count(record['steps'], 'step')} in {record['seconds']:.0f} s", "bold")
     files = Text(f"adapter {folder}\nrecord  {record_path}\ncurves  {plot}\n")
-    return Group(head, files, predictions(result.predictions))
+    more = _further(record)
+    return Group(head, *([Text(f"warning: {more}", "yellow")] if more else []), files, predictions(result.predictions))
+
+
+def _further(record: Mapping[str, Any]) -> str:
+    """What to do where the held-out loss was still falling at the end of a run."""
+    found = falls(record["curve"]["evaluations"])
+    if found is None:
+        return ""
+    options = record["options"]
+    steps, rate = options["max_steps"], 2 * options["learning_rate"]
+    longer = f"--max-steps {2 * steps}" if steps else f"--epochs {2 * options['epochs']:g}"
+    faster = f", or at a higher rate (--lr {rate:g})" if rate <= HIGHEST else ""
+    fall = f"{found[0]:.3f} to {found[1]:.3f}"
+    return f"the held-out loss was still falling at the end ({fall}): train longer ({longer}){faster}"
 
 
 def memory_table(memory: Memory) -> str:

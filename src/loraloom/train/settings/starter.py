@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ from loraloom.data.read.sources import resolve
 from loraloom.data.shape.shapes import Shape, proposals, recognise
 from loraloom.errors import ConfigError, DataError, nearest
 from loraloom.lora.atomic import write_files
+from loraloom.models.configs import tokens_at_most, width
+from loraloom.train.ahead.rates import start
 from loraloom.train.settings import yamltext
 from loraloom.train.settings.options import TASKS, TrainOptions
-from loraloom.train.start.load import build_empty, length_within, load_limit
+from loraloom.train.start.load import build_empty, length_within, load_config
 
 #: Tasks in the order in which rows are tried for them: what says the most comes first.
 _ORDER = ("question-answering", "token-cls", "seq-cls", "seq2seq-lm", "causal-lm")
+#: More rows than this are many.
+_MANY = 30_000
 #: Rows by which the shape is recognised.
 _LOOK = 100
 
@@ -86,14 +91,18 @@ def begin(
     path = Path(path)
     if path.exists() and not overwrite:
         raise ConfigError(f"{path}: is there already; choose another name, or give --overwrite")
-    length = length_within(load_limit(model), rows.pop("max_length", None), model)
+    config = load_config(model)
+    length = length_within(tokens_at_most(config), rows.pop("max_length", None), model)
     given = {key: rows.get(key) for key in ("format", "columns")}
     found, shape = guess(data, task, **given, skip=rows.get("on_bad_row") == "skip")
     build_empty(model, TASKS[found])  # one that is for another task is said now
     name = output or f"runs/{path.stem}"
+    count = _count(data, rows.get("format"))
+    rate, epochs = start(width(config), TASKS[found], count, TrainOptions.batch_size)
+    rows |= {"learning_rate": rate, "epochs": epochs}
     # Checked as a whole: what is written can be read.
     options = TrainOptions(model=model, data=data, task=found, output=name, lora=LoraConfig(**_LORA), **rows)
-    write_files(path.parent, {path.name: _text(options, shape, length, path.name).encode()})
+    write_files(path.parent, {path.name: _text(options, shape, length, path.name, count).encode()})
     return found
 
 
@@ -111,7 +120,13 @@ def _more(options: TrainOptions) -> str:
 _LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 
 
-def _text(options: TrainOptions, shape: Shape, length: int, name: str) -> str:
+def _count(data: Any, format: str | None) -> int:
+    """Rows of all sources, or more than anything depends on."""
+    readers = (source.read(lambda bad: None) for source in resolve(data, format=format))
+    return sum(1 for _ in itertools.islice(itertools.chain.from_iterable(readers), _MANY))
+
+
+def _text(options: TrainOptions, shape: Shape, length: int, name: str, count: int) -> str:
     value = yamltext.write
     return f"""\
 # Look at the data:      loraloom data {name}
@@ -143,10 +158,10 @@ lora:
   target_modules: all-linear  # or names, such as [q_proj, v_proj]
 
 train:
-  learning_rate: 2.0e-4  # about ten times that of full fine-tuning, and nearly the same for every r
+  learning_rate: {value(options.learning_rate)}  # for a model of this width: about ten times that of full fine-tuning
   batch_size: 16  # rows of one forward
   gradient_accumulation_steps: 1  # forwards that make a step
-  epochs: 3  # times through the data
+  epochs: {value(options.epochs)}  # times through the data, for {"many" if count == _MANY else f"{count:,}"} rows
   # max_steps: 1000  # instead of epochs
   lr_scheduler_type: linear  # cosine, constant or warmup_stable_decay
   warmup_ratio: 0.05  # share of the steps in which the rate rises
