@@ -371,7 +371,7 @@ def test_merging_what_is_merged_is_a_warning(llama, tokens, logits) -> None:
     model = get_peft_model(llama, config())
     model.merge_adapter()
     before = logits(model, tokens)
-    with pytest.warns(UserWarning, match="'default' are merged already"):
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do: 'default'"):
         model.merge_adapter()
     assert torch.equal(logits(model, tokens), before)
     layer = next(iter(model.base_model.lora_layers.values()))

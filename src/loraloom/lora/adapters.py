@@ -501,7 +501,7 @@ class LoraModel(nn.Module):
                 "disable_adapter() or call enable_adapter_layers() first"
             )
         if names and set(names) <= set(self._merged):
-            warnings.warn(f"merge_adapter: {_list(names)} are merged already; nothing to do", stacklevel=2)
+            warnings.warn(f"All adapters are already merged, nothing to do: {_list(names)}", stacklevel=2)  # PEFT's
             return
         self._merge("merge_adapter", [*self._merged, *names])
 
