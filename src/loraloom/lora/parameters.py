@@ -28,6 +28,7 @@ class LoraParameter(LoraLayer):
     """
 
     kind = "Parameter"
+    peft_name = "ParamWrapper"
 
     @property
     def parameter_name(self) -> str:
