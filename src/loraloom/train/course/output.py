@@ -139,7 +139,8 @@ def save(
         write_files(to, {**hashed, RUN_NAME: lambda path: _put(path, as_json({**record, "files": hashes}))})
         found: dict[str, Any] = json.loads(as_json({**record, "files": hashes}))
         # The file's keys are sorted; the first metric is the one that is watched, and said first.
-        return found | {"result": {name: found["result"][name] for name in record["result"]}}
+        ordered: dict[str, Any] = _in_order(found, record)
+        return ordered
 
     try:
         return write(Path(folder))
@@ -187,3 +188,13 @@ def _hashing(contents: Contents, name: str, hashes: dict[str, str]) -> Callable[
 
 def _put(path: Path, contents: bytes) -> None:
     path.write_bytes(contents)
+
+
+def _in_order(found: Any, as_in: Any) -> Any:
+    """``found`` with the keys of all objects in the order that they have in ``as_in``, and those it lacks behind."""
+    if isinstance(found, dict) and isinstance(as_in, Mapping):
+        keys = [*(key for key in as_in if key in found), *(key for key in found if key not in as_in)]
+        return {key: _in_order(found[key], as_in.get(key)) for key in keys}
+    if isinstance(found, list) and isinstance(as_in, list):
+        return [_in_order(one, other) for one, other in zip(found, as_in, strict=True)]
+    return found
