@@ -120,6 +120,7 @@ def test_a_trial_is_the_same_to_the_bit_elsewhere_also_when_its_worker_is_killed
     crew = RayCrew(here.options, hashes, lambda trials, rate: None, lambda: False)
     try:
         _, trial, _ = begin(options, steps=400)
+        trial.goal = 8
         crew.start(0, [(trial, {})], [])
         worker, report = crew.wait()
         assert report is not None
@@ -149,14 +150,15 @@ def test_two_workers_share_one_search_and_come_to_a_verdict(classify: Make, crew
     options, watch = classify(GRID, trials=6, finalists=2, seeds=1, slots=2, workers=2), Watch()
     result = search.search(options, watch)
     trials = result.record["trials"]
-    assert len(trials) == 8
+    assert len(trials) == 6  # of nine steps nothing is learned, so there are no further seeds
     assert {trial["state"] for trial in trials} <= {"finished", "stopped"}
     assert all(len(trial["curve"]["loss"]) == trial["steps"] for trial in trials)
     assert watch.running == {trial["number"] for trial in trials}
     assert result.record["machine"]["workers"] == 2
     assert len({place.pid for place in crews[0].places} | {os.getpid()}) == 3
     model, _ = load_base(options.train.model, TASKS["seq-cls"], "float32", ["blame", "praise"])
-    PeftModel.from_pretrained(model, result.folder / "best")
+    done = next(trial["number"] for trial in trials if trial["state"] == "finished")
+    PeftModel.from_pretrained(model, result.folder / "trials" / f"trial-{done}")
 
 
 @pytest.mark.slow
@@ -177,7 +179,7 @@ def test_a_search_goes_on_when_a_worker_is_killed(
     result = search.search(classify(GRID, trials=6, finalists=2, seeds=1, slots=2, workers=2), watch)
     assert any(event.startswith("worker 1 died") for event in watch.events)
     trials = result.record["trials"]
-    assert len(trials) == 8
+    assert len(trials) == 6  # of nine steps nothing is learned, so there are no further seeds
     assert {trial["state"] for trial in trials} <= {"finished", "stopped"}
     assert all(len(trial["curve"]["loss"]) == trial["steps"] for trial in trials)
 
