@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 
 import loraloom
 from loraloom.config import LoraConfig
-from loraloom.errors import ConfigError, InputError, LoraloomError
+from loraloom.errors import ConfigError, InputError, LoraloomError, TargetsWarning
 from loraloom.report.screen import Text, say
 
 app = typer.Typer(
@@ -422,7 +423,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     try:
-        code = app(_whole_resume(arguments), prog_name="loraloom", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TargetsWarning)  # the doctor says it
+            code = app(_whole_resume(arguments), prog_name="loraloom", standalone_mode=False)
         if code == 130:  # how the parser says Ctrl-C
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0

@@ -74,6 +74,10 @@ class TrainingError(FailureError):
     """Training cannot go on, for example because the loss is not finite."""
 
 
+class TargetsWarning(UserWarning):
+    """Nobody chose the modules that are adapted: they were found in the model."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'q_proj'?"``, or the empty string when nothing is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

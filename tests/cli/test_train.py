@@ -209,3 +209,15 @@ def test_an_adapter_is_replaced_only_when_asked(
     assert snapshot(tmp_path) == before
     assert call(*arguments, "--seed", 1, "--overwrite").code == 0
     assert snapshot(tmp_path)[f"run/{WEIGHTS}"] != before[f"run/{WEIGHTS}"]
+
+
+def test_targets_that_were_found_in_the_model_are_said_once(
+    call: Callable[..., Any], encoder_folder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraloom.lora.presets import TARGET_MODULES
+
+    monkeypatch.delitem(TARGET_MODULES, "bert")
+    ended = call(*classify(encoder_folder, reviews, tmp_path / "run", "--max-steps", 1, "--dry-run"))
+    assert ended.code == 0
+    said = "model type 'bert' has no preset: query, value were found in the model"
+    assert " ".join((ended.out + ended.err).split()).count(said) == 1

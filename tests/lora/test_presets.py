@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loraloom import LoraConfig, get_peft_model
-from loraloom.errors import TargetError
+from loraloom.errors import TargetError, TargetsWarning
 from loraloom.lora.presets import TARGET_MODULES, preset
 from loraloom.lora.targets import base_modules, matches_name, plan
 
@@ -105,7 +105,7 @@ def test_targets_found_in_the_model_are_warned_of_and_written_out() -> None:
     model = nn.Module()
     model.self_attn = nn.Module()
     model.self_attn.q_proj, model.self_attn.k_proj, model.self_attn.v_proj = (nn.Linear(4, 4) for _ in range(3))
-    with pytest.warns(UserWarning, match="no model type: q_proj, v_proj were found in the model"):
+    with pytest.warns(TargetsWarning, match="no model type: q_proj, v_proj were found in the model"):
         adapted = get_peft_model(model, LoraConfig(r=2))
     assert adapted.peft_config["default"].target_modules == ["q_proj", "v_proj"]
 

@@ -43,7 +43,7 @@ class Cell:
         return batch_of(self._base, self.kind)
 
     @cached_property
-    def rows(self) -> dict[str, Any]:
+    def step(self) -> dict[str, Any]:
         """The batch of a step: nobody keeps keys and values while training."""
         known = inspect.signature(self._base.forward).parameters
         return {**self.batch, "use_cache": False} if "use_cache" in known else self.batch
@@ -73,8 +73,9 @@ class Cell:
         return getattr(self._base.config, "model_type", None) in PEFT
 
     def _peft_refuses(self, wanted: str | None) -> bool:
-        """Where peft takes no default (Mixtral's kin), or not its own "all-linear" (Mamba's), or fails with it
-        (routers, DeepSeek-V4's grouped layers), what we adapt is given to it by name."""
+        """Whether peft takes no default (Mixtral's kin), or not its own "all-linear" (Mamba's), or fails with it
+        (Llama 4's routers, DeepSeek-V4's grouped layers). What we adapt is given to it by name then.
+        """
         import peft
 
         try:

@@ -70,8 +70,8 @@ def exchange(cell: Cell) -> str:
 
 def gradient(cell: Cell) -> str:
     ours, theirs = cell.ours(), cell.peft
-    loss_of(ours, cell.rows).backward()
-    loss_of(theirs, cell.rows).backward()
+    loss_of(ours, cell.step).backward()
+    loss_of(theirs, cell.step).backward()
     return f"{same_all('gradient', gradients(live(ours)), gradients(live_theirs(theirs)), GRADIENTS):.0e}"
 
 
@@ -83,12 +83,12 @@ def steps(cell: Cell) -> str:
         tensors = tensors_of(model)
         start = {k: t.detach().clone() for k, t in tensors.items()}
         if not ended:  # gradients that are rounding alone must not become steps
-            loss_of(model, cell.rows).backward()
+            loss_of(model, cell.step).backward()
             eps = max(0.1 * max(float(g.abs().max()) for g in gradients(tensors).values()), 1e-12)
             model.zero_grad()
         optimizer = torch.optim.AdamW(list(tensors.values()), lr=RATE, eps=eps)
         for _ in range(3):
-            loss_of(model, cell.rows).backward()
+            loss_of(model, cell.step).backward()
             optimizer.step()
             optimizer.zero_grad()
         ended.append({k: t.detach() - start[k] for k, t in tensors.items()})
@@ -139,7 +139,7 @@ def _checkpointing(cell: Cell, use_reentrant: bool) -> str:
         inner = model.get_base_model()
         if on:
             inner.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        batch = cell.rows
+        batch = cell.step
         if use_reentrant:
             batch = requiring_gradients(inner, batch)
         model.train()

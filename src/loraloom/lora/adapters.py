@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.config import LoraConfig
-from loraloom.errors import AdapterError, ConfigError, nearest
+from loraloom.errors import AdapterError, ConfigError, TargetsWarning, nearest
 from loraloom.lora import merge
 from loraloom.lora.biases import Biases
 from loraloom.lora.dispatch import Plan as ForwardPlan
@@ -113,7 +113,7 @@ class LoraModel(nn.Module):
             self.peft_config[adapter_name] = made.config
             self.lora_unreadable[adapter_name] = made.unreadable
             if made.note:
-                warnings.warn(made.note, stacklevel=4)
+                warnings.warn(made.note, TargetsWarning, stacklevel=4)
             if made.config.inference_mode and (made.saved or made.biases):
                 self.set_requires_grad(adapter_name, False)
         except BaseException:  # Ctrl-C among them

@@ -126,6 +126,8 @@ def examine(prepared: Prepared) -> list[Finding]:
     )
     if found and found[0].stops:
         raise ConfigError(found[0].text)
+    if prepared.plan.note:
+        found.append(Finding("targets", prepared.plan.note))
     found += _probed(prepared)
     found += machine.examine(prepared.loaded.place.device)
     return [Finding("lonely", text), *found] if (text := lonely()) else found
