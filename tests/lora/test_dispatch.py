@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import threading
 from collections.abc import Callable
@@ -125,6 +126,56 @@ def test_a_repetition_after_another_adapter_became_active_is_that_of_its_forward
         model.set_adapter("b")
         loss.backward()
         assert {name.split(".")[-2] for name in grads(model)} == {"a"}
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.25])
+def test_a_block_around_several_steps_and_calls_past_the_model_repeat_their_own_forward(drop: float) -> None:
+    """A backward inside the block, or between calls by what is set, changes nothing of the forwards after it."""
+    found = []
+    for checkpointed in (False, True):
+        model = made(lora_dropout=drop).train()
+        model.enable_input_require_grads()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        inner, steps = model.get_base_model(), []
+        torch.manual_seed(1)
+        with model.base_model.lora_routed(["b", "a", "b"]):
+            for _ in range(2):
+                inner(TOKENS, labels=TOKENS).loss.backward()
+                steps.append(grads(model))
+        first = inner(TOKENS, labels=TOKENS).loss
+        model.set_adapter("b")
+        losses = [inner(TOKENS, labels=TOKENS).loss]
+        first.backward()
+        losses.append(inner(TOKENS, labels=TOKENS).loss)
+        for loss in losses:
+            loss.backward()
+            steps.append(grads(model))
+        found.append(steps)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
+def test_numbers_of_nodes_that_repetitions_made_in_another_thread_are_free_for_later_forwards() -> None:
+    """Autograd counts nodes in each thread: those of CUDA's threads have the numbers of later steps."""
+
+    def train(model: PeftModel) -> list[dict[str, Tensor]]:
+        steps = []
+        with ThreadPoolExecutor(1) as backwards:
+            for step in range(4):
+                names = ["b", "a", "b"] if step % 2 else ["a", "a", "b"]
+                loss = model(TOKENS, labels=TOKENS, adapter_names=names).loss
+                backwards.submit(loss.backward).result()
+                steps.append(grads(model))
+        return steps
+
+    found = []
+    for checkpointed in (False, True):
+        model = made().train()
+        model.enable_input_require_grads()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        found.append(in_thread(lambda model=model: train(model)))  # a thread that counts from zero
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
 
 
 def test_a_part_of_a_model_that_is_checkpointed_shares_nothing_with_the_rest() -> None:
@@ -252,6 +303,41 @@ def test_an_adapter_that_another_thread_made_active_is_never_taken_for_ones_own(
     torch.testing.assert_close(answer(model), before, rtol=0, atol=0)
     # A thread that never set anything follows what the model is set to.
     torch.testing.assert_close(in_thread(lambda: answer(model).detach()), before.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_tasks_of_an_event_loop_that_take_turns_inside_their_blocks_get_their_own_rows() -> None:
+    model = made().eval()
+    inner, cases = model.get_base_model(), [["a"] * 3, ["b", "a", "b"], ["b"] * 3, ["__base__", "a", "b"]]
+    wanted = [answer(model, adapter_names=names) for names in cases]
+
+    async def later() -> Tensor:
+        await asyncio.sleep(0)
+        return inner(TOKENS).logits
+
+    async def one(names: list[str]) -> list[Tensor]:
+        with model.base_model.lora_routed(names):
+            await asyncio.sleep(0)
+            return [inner(TOKENS).logits, await later(), await asyncio.create_task(later())]
+
+    async def everything() -> list[Any]:
+        return await asyncio.gather(*map(one, cases))
+
+    for found, right in zip(asyncio.run(everything()), wanted, strict=True):
+        for logits in found:
+            torch.testing.assert_close(logits, right, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(inner(TOKENS).logits, wanted[0], rtol=1e-9, atol=1e-12)  # "a" is set
+
+
+def test_forwards_of_two_threads_that_end_crosswise_leave_compiled_code_what_the_model_is_set_to() -> None:
+    model = made()
+    router = model.base_model.lora_router
+    first, second = model.base_model.lora_routed(["b"]), model.base_model.lora_routed(["a", "b"])
+    first.__enter__()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        pool.submit(second.__exit__, None, None, None).result()
+    assert router.compiled is router.resting
 
 
 def test_the_layers_do_not_change_under_a_forward_of_another_thread() -> None:

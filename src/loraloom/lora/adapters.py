@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -429,7 +430,8 @@ class LoraModel(nn.Module):
         token = _image_token(self.model)
         batch.note(inputs, token)
 
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Another thread that runs the model while this hook is removed may call it without kwargs.
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
             if self.lora_router.frame.plan.batch is batch:  # not of another thread
                 batch.note((*args, *kwargs.values()), token)
 

@@ -9,8 +9,10 @@ which the autograd node was made that asks for it, which the node's sequence num
 from __future__ import annotations
 
 import threading
+from asyncio import _get_running_loop
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,6 +81,11 @@ class Frame:
         return seed if found is None else found
 
 
+#: The frames that the code which runs now is in. Tasks of an event loop take turns in one thread, so the last frame
+#: that the thread entered may be that of another task.
+_entered: ContextVar[tuple[Frame, ...]] = ContextVar("entered", default=())
+
+
 class Router:
     """Where the layers of one model find the frame they run in, and what the model's forwards have in common."""
 
@@ -97,6 +104,8 @@ class Router:
         self.lock = threading.RLock()
         self._stacks: dict[int, list[Frame]] = {}
         self._repeats: dict[int, Frame] = {}
+        #: threads whose lane a repetition has written in since their own forward did
+        self._interrupted: set[int] = set()
         self._history: list[Lane] = []
         self._own = threading.local()
 
@@ -109,10 +118,12 @@ class Router:
     def frame(self) -> Frame:
         """The frame that the calling layer runs in."""
         thread, task = threading.get_ident(), _task()
-        stack = self._stacks.get(thread)
-        if stack and stack[-1].task == task:
-            return stack[-1]
-        return self._ambient() if task == -1 else self._repeated(thread, task)
+        top = self._innermost(self._stacks.get(thread))
+        if top is not None and top.task == task:
+            if thread in self._interrupted:
+                self._resume(thread, top)
+            return top
+        return self._ambient(thread) if task == -1 else self._repeated(thread, task)
 
     @property
     def route(self) -> Route:
@@ -198,18 +209,39 @@ class Router:
                 stack = self._stacks[thread] = []
             self._learn_from_ambient()
         frame = Frame(plan, _task())
-        before, self.compiled = self.compiled, plan.route
+        self.compiled = plan.route
         stack.append(frame)
+        _entered.set((*_entered.get(), frame))
         self._lane.note(plan)
         try:
             yield
         finally:
-            self.compiled = before
+            _entered.set(tuple([one for one in _entered.get() if one is not frame]))
             stack.remove(frame)
-            if not stack:
+            if stack:
+                self._interrupted.add(thread)
+            else:
                 self._stacks.pop(thread, None)
+            self.compiled = self._left()
             self._lane.note(self._top(stack))
             self.learn(frame.reading)
+
+    def _innermost(self, stack: list[Frame] | None) -> Frame | None:
+        """The last frame that was entered of a thread's, by the task that runs now if there are several."""
+        if not stack:
+            return None
+        if _get_running_loop() is None:
+            return stack[-1]
+        mine = _entered.get()
+        found = next((frame for frame in reversed(stack) if frame in mine), None)
+        if len(stack) > 1 or found is None:  # another task may have run since
+            self._interrupted.add(threading.get_ident())
+        return found
+
+    def _left(self) -> Route:
+        """The route of a forward that is under way, of this thread if there is one, or what the model is set to."""
+        stacks = [self._stacks.get(threading.get_ident()), *tuple(self._stacks.values())]
+        return next((stack[-1].plan.route for stack in stacks if stack), self.resting)
 
     @contextmanager
     def using(self, route: Route) -> Iterator[None]:
@@ -219,9 +251,9 @@ class Router:
 
     def plan_here(self) -> Plan:
         """The plan that a forward which asks for nothing else follows in this thread."""
-        stack = self._stacks.get(threading.get_ident())
-        if stack and stack[-1].task == _task():
-            return replace(stack[-1].plan, groups=self.groups)
+        top = self._innermost(self._stacks.get(threading.get_ident()))
+        if top is not None and top.task == _task():
+            return replace(top.plan, groups=self.groups)
         return Plan(self._resting_here(), self.groups)
 
     def learn(self, reading: Reading) -> None:
@@ -246,8 +278,8 @@ class Router:
     @property
     def outer(self) -> Route:
         """The route of the forward that this thread is in, or else what the model is set to."""
-        stack = self._stacks.get(threading.get_ident())
-        return stack[-1].plan.route if stack else self.resting
+        top = self._innermost(self._stacks.get(threading.get_ident()))
+        return self.resting if top is None else top.plan.route
 
     # -- threads --------------------------------------------------------------------------------------------------
 
@@ -257,9 +289,11 @@ class Router:
         self._own.wanted = route.active
 
     def elsewhere(self) -> list[Plan]:
-        """The plans of forwards that are under way in other threads."""
-        mine = threading.get_ident()
-        return [frame.plan for thread, stack in tuple(self._stacks.items()) if thread != mine for frame in tuple(stack)]
+        """The plans of forwards that are under way in other threads, or in other tasks of this one's event loop."""
+        thread = threading.get_ident()
+        mine = _entered.get() if _get_running_loop() is not None else self._stacks.get(thread, ())
+        stacks = tuple(self._stacks.items())
+        return [f.plan for other, stack in stacks for f in tuple(stack) if other != thread or f not in mine]
 
     @contextmanager
     def changing(self, what: str, slot: str | None = None) -> Iterator[None]:
@@ -290,18 +324,26 @@ class Router:
         return lane
 
     def _top(self, stack: list[Frame]) -> Plan | None:
-        if stack:
-            return stack[-1].plan
+        top = self._innermost(stack)
+        if top is not None:
+            return top.plan
         ambient = getattr(self._own, "ambient", None)
         return None if ambient is None else ambient.plan
 
-    def _ambient(self) -> Frame:
+    def _resume(self, thread: int, frame: Frame) -> None:
+        """A backward is over, and the forward around it, or what the model is set to, holds again."""
+        self._interrupted.discard(thread)
+        self._lane.note(frame.plan)
+
+    def _ambient(self, thread: int) -> Frame:
         """Of a layer that is called past the ``PeftModel``: its plan lasts as long as what the model is set to."""
         frame: Frame | None = getattr(self._own, "ambient", None)
         route = self._resting_here()
         if frame is None or frame.plan.route is not route:
             frame = self._own.ambient = Frame(Plan(route, self.groups), -1)
             self._lane.note(frame.plan)
+        elif thread in self._interrupted:
+            self._resume(thread, frame)
         return frame
 
     def _repeated(self, thread: int, task: int) -> Frame:
@@ -311,16 +353,27 @@ class Router:
         frame = self._repeats.get(thread)
         if frame is None or frame.key != (task, number):
             frame = self._repeats[thread] = Frame(self._made_in(number), task, (task, number))
-            self._lane.note(frame.plan)
+            self._interrupted.add(thread)
+            self._until_the_end(thread, frame, self._lane.note(frame.plan))
         self._lane.ends_after(_AFTER)  # the backward may be the thread's last, and numbers are others' too
         return frame
+
+    def _until_the_end(self, thread: int, frame: Frame, held: list[Any]) -> None:
+        """Nothing asks for a repetition's nodes after its backward, when the numbers are those of others' nodes."""
+
+        def end() -> None:
+            held.clear()
+            if self._repeats.get(thread) is frame:
+                self._repeats.pop(thread, None)
+
+        torch.autograd.Variable._execution_engine.queue_callback(end)
 
     def _made_in(self, number: int) -> Plan:
         """The plan of the forward that made the autograd node of this sequence number, which each thread counts."""
         history = tuple(self._history)
         found: list[Plan] = [plan for lane in history if (plan := lane.at(number)) is not None]
         if not found and not any(lane.forgot for lane in history):
-            return self._ambient().plan
+            return self._ambient(threading.get_ident()).plan
         if not found or not all(found[0].same(plan) for plan in found):
             raise AdapterError(
                 "gradient checkpointing: a part of a forward is to be computed again, and it cannot be told of which: "

@@ -54,23 +54,24 @@ class Lane:
     """The plans of one thread in the order in which they began, by the sequence number of the next autograd node."""
 
     def __init__(self) -> None:
-        self._notes: list[tuple[int, Any]] = []
+        self._notes: list[tuple[int, list[Any]]] = []
         #: where the last of them ends, if it does before another one begins
         self._end: int | None = None
         self.forgot = False
 
-    def note(self, plan: Any) -> None:
-        """From here on it is this plan."""
-        number = _number()
+    def note(self, plan: Any) -> list[Any]:
+        """From here on it is this plan, unless the list that holds it is emptied: that may be done in any thread."""
+        number, held = _number(), [plan]
         if self._end is not None and self._end < number:
-            self._notes.append((self._end, None))
+            self._notes.append((self._end, []))
         self._end = None
         if self._notes and self._notes[-1][0] == number:
-            self._notes[-1] = (number, plan)
+            self._notes[-1] = (number, held)
         else:
-            self._notes.append((number, plan))
+            self._notes.append((number, held))
         if len(self._notes) > 4 * _REMEMBERED:
             self._notes, self.forgot = self._notes[-2 * _REMEMBERED :], True
+        return held
 
     def ends_after(self, nodes: int) -> None:
         """No more than so many nodes from here on are the last plan's."""
@@ -81,4 +82,4 @@ class Lane:
         place = bisect_right(notes, number, key=lambda note: note[0])
         if place == len(notes) and end is not None and number >= end:
             return None
-        return notes[place - 1][1] if place else None
+        return next(iter(tuple(notes[place - 1][1])), None) if place else None
