@@ -16,6 +16,7 @@ from pathlib import Path
 
 from zoo import table
 from zoo.kinds import model_types
+from zoo.sweep import cells as every_cell
 
 WORKERS = 2
 #: Types for each process: memory that a library keeps does not add up.
@@ -82,7 +83,8 @@ def main() -> None:
     if options.write:
         import importlib.metadata
 
-        table.write(cells, {name: importlib.metadata.version(name) for name in ("transformers", "peft", "torch")})
+        versions = {name: importlib.metadata.version(name) for name in ("transformers", "peft", "torch")}
+        table.write(cells, versions, of=len(list(every_cell(model_types()))))
     sys.exit(1 if failed else 0)
 
 

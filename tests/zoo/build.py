@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from zoo.fields import FIELDS
+from zoo.inputs import FIRST
 from zoo.kinds import class_name
-from zoo.shrink import WORDS, shrunken
+from zoo.shrink import shrunken
 
 
 def config_of(model_type: str) -> Any:
@@ -20,7 +21,7 @@ def config_of(model_type: str) -> Any:
     for one in _all_configs(config):
         if getattr(one, "is_encoder_decoder", False) and getattr(one, "decoder_start_token_id", None) is None:
             one.decoder_start_token_id = 0
-        if getattr(one, "pad_token_id", None) is None or not 0 <= one.pad_token_id < WORDS:
+        if getattr(one, "pad_token_id", None) is None or not 0 <= one.pad_token_id < FIRST:
             one.pad_token_id = 0
     return config
 

@@ -297,5 +297,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Types that mix float64 with float32 on one of their ways (modeling_xlnet.py:181, modeling_fsmt.py:793).
-FLOAT32 = ("fsmt", "xlnet")
+#: Types that mix float64 with float32 on one of their ways (modeling_xlnet.py:181, modeling_fsmt.py:793),
+#: or whose gradients are not finite in float64 (LED).
+FLOAT32 = ("fsmt", "led", "xlnet")

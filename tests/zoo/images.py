@@ -75,7 +75,7 @@ def _patches(model: nn.Module, text: Batch, source: torch.Generator) -> Iterator
 def _squares(model: nn.Module, text: Batch, source: torch.Generator) -> Iterator[Batch]:
     """LLaVA's way: a square picture for each row."""
     known = inspect.signature(model.forward).parameters
-    if "pixel_values" not in known:
+    if "pixel_values" not in known or "target_sizes" in known:  # with sizes alone that only its processor knows
         return
     vision: Any = getattr(model.config, "vision_config", None) or getattr(model.config, "encoder", model.config)
     sizes = [getattr(vision, "image_size", None), 32, 64, 16]

@@ -47,12 +47,12 @@ def read() -> dict[str, Any]:
     return found
 
 
-def write(cells: Cells, versions: Mapping[str, str]) -> None:
-    """``table.json`` and the page."""
+def write(cells: Cells, versions: Mapping[str, str], of: int) -> None:
+    """``table.json`` and the page. ``of``: how many cells there would be if all were run."""
     sorted_cells = {
         name: {check: plain(outcome) for check, outcome in found.items()} for name, found in sorted(cells.items())
     }
-    record = {"format": FORMAT, "versions": dict(versions), "cells": sorted_cells}
+    record = {"format": FORMAT, "versions": dict(versions), "of": of, "cells": sorted_cells}
     TABLE.write_text(json.dumps(record, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
     PAGE.write_text(page(record), encoding="utf-8")
 
@@ -85,7 +85,8 @@ def page(record: Mapping[str, Any]) -> str:
         "",
         f"{len(built(cells))} model types of transformers {versions['transformers']} are built small from their",
         f"configs and compared with PEFT {versions['peft']}, each in its own kinds, with default targets and with",
-        f"`all-linear`: {len(cells):,} cells, {asked:,} checks, {counts['ok']:,} passed, {counts['skip']:,} skipped"
+        f"`all-linear`: {len(cells):,} of {record['of']:,} cells, {asked:,} checks, {counts['ok']:,} passed,"
+        f" {counts['skip']:,} skipped"
         f" ({counts['skip'] / max(asked, 1):.1%}), {counts['FAIL']:,} failed.",
         "`make zoo` runs all of it, `make zoo ZOO=llama,bert` some types, `make zoo ZOO=3/8` an eighth; this page is",
         "written by `make zoo-page` from `tests/zoo/table.json`.",
