@@ -22,7 +22,7 @@ from torch import Tensor
 from loraloom.errors import AdapterError
 from loraloom.lora.history import Lane, SeedBook
 from loraloom.lora.initialize import seed_of
-from loraloom.lora.inputs import Groups, Lanes, Projection, Reading
+from loraloom.lora.inputs import Groups, Lanes, Reading
 from loraloom.lora.route import Route
 from loraloom.lora.rows import Batch, Probe, Unproven
 
@@ -68,7 +68,21 @@ class Frame:
         #: (slot, layer) → calls so far, in a repetition
         self.calls: dict[tuple[str, str], int] = {}
 
-    def drawn(self, slot: str, layer: str, seed: int) -> int:
+    def dropout_seed(self, slot: str, name: str, layer: str) -> int:
+        """The seed of ``slot``'s dropout of the current input of ``name``, which is ``layer`` or what layers share.
+
+        A seed that the route gives is followed by names alone: not by what other slots there are.
+        """
+        given = self.plan.route.seeds.get(slot)
+        if given is not None:
+            return seed_of(given, name)
+        seeds = self.reading.seeds
+        if slot not in seeds:
+            # In a repetition as well, which is to leave torch's generator to the model's own dropout as it was.
+            seeds[slot] = self._drawn(slot, layer, int(torch.randint(2**63 - 1, ())))
+        return seeds[slot]
+
+    def _drawn(self, slot: str, layer: str, seed: int) -> int:
         """``seed``, or in a repetition what stood in its place in the forward."""
         book = self.plan.drawn
         if self.key is None:
@@ -128,26 +142,6 @@ class Router:
     @property
     def route(self) -> Route:
         return self.compiled if torch.compiler.is_compiling() else self.frame.plan.route
-
-    def project(self, layer: Projection, x: Tensor) -> Tensor:
-        """What ``layer`` makes of ``x``: see ``lora.inputs``."""
-        frame = self.frame
-        return frame.reading.project(layer, x, frame.plan.route, frame.plan.groups, self.lanes)
-
-    def dropout_seed(self, slot: str, name: str, layer: str) -> int:
-        """The seed of ``slot``'s dropout of the current input of ``name``, which is ``layer`` or what layers share.
-
-        A seed that the route gives is followed by names alone: not by what other slots there are.
-        """
-        frame = self.frame
-        given = frame.plan.route.seeds.get(slot)
-        if given is not None:
-            return seed_of(given, name)
-        seeds = frame.reading.seeds
-        if slot not in seeds:
-            # In a repetition as well, which is to leave torch's generator to the model's own dropout as it was.
-            seeds[slot] = frame.drawn(slot, layer, int(torch.randint(2**63 - 1, ())))
-        return seeds[slot]
 
     def places(self, site: str, x: Tensor, leading: torch.Size) -> int:
         """How many consecutive places of the first dimension of ``x`` each row of the batch has.

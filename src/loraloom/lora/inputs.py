@@ -34,10 +34,10 @@ class Projection(Protocol):
     @property
     def frozen(self) -> Frozen: ...
     def factors(self, slot: str) -> tuple[Any, Any]: ...
-    def dropped(self, slot: str, times: int = 1) -> Dropped | None: ...
+    def dropped(self, slot: str, times: int, frame: Any) -> Dropped | None: ...
     def drops(self, slot: str) -> bool: ...
     def update_of(self, slot: str) -> Update: ...
-    def fits(self, x: Tensor) -> bool: ...
+    def fits(self, x: Tensor, frame: Any) -> bool: ...
     def shares_dropout(self, first: Any) -> bool: ...
 
 
@@ -110,18 +110,21 @@ class Reading:
         """The number of the region of activation checkpointing that the layers run in."""
         return None if self._region is None else self._regions
 
-    def project(self, layer: Projection, x: Tensor, route: Route, groups: Groups, lanes: Lanes) -> Tensor:
-        """What ``layer`` makes of ``x``, computed now or already by the first reader of ``x``."""
+    def project(self, layer: Projection, x: Tensor, frame: Any, lanes: Lanes) -> Tensor:
+        """What ``layer`` makes of ``x``, computed now or already by the first reader of ``x``.
+
+        ``frame`` is the one that this is the reading of: see ``lora.dispatch``.
+        """
         if self.read(layer, x):
             done = self._ready.pop(layer, None)
             if done is not None:
                 return done
         together = [layer]
         if not self._alone and torch.is_grad_enabled():  # without a backward there is nothing to share
-            followers = groups.followers.get(layer, ())
-            together += [one for one in followers if one.fits(x) and one.shares_dropout(layer)]
+            followers = frame.plan.groups.followers.get(layer, ())
+            together += [one for one in followers if one.fits(x, frame) and one.shares_dropout(layer)]
         self._alone.append(layer)
-        out = lora_projections(x, [one.frozen for one in together], lanes.of(route, together, x))
+        out = lora_projections(x, [one.frozen for one in together], lanes.of(frame, together, x))
         self._ready.update(zip(together[1:], out[1:], strict=True))
         return out[0]
 
@@ -146,11 +149,12 @@ class Lanes:
     def __init__(self) -> None:
         self._places: dict[Any, list[tuple[int, int | None, list[str]]]] = {}
 
-    def of(self, route: Route, layers: Sequence[Projection], x: Tensor) -> list[Lane]:
+    def of(self, frame: Any, layers: Sequence[Projection], x: Tensor) -> list[Lane]:
+        route: Route = frame.plan.route
         if not route.blocks:
             places: Sequence[tuple[int, int | None, list[str]]] = [(0, None, [slot]) for slot in route.active]
         else:
-            key = (route.blocks, tuple(layers), x.shape[:-1])
+            key = (route.number, tuple(layers), x.shape[:-1])
             found = self._places.get(key)
             if found is None:
                 if len(self._places) >= _PLACES:
@@ -159,7 +163,7 @@ class Lanes:
             places = found
         times = route.times(x)
         return [
-            Lane(start, stop, tuple([owners[0].dropped(slot, times) for slot in slots]), updates)
+            Lane(start, stop, tuple([owners[0].dropped(slot, times, frame) for slot in slots]), updates)
             for start, stop, slots in places
             if (owners := [one for one in layers if slots[0] in one.r])
             and (updates := tuple(tuple([one.update_of(s) for s in slots]) if one in owners else () for one in layers))

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from loraloom.guise import seen_as
 from loraloom.lora import functional
-from loraloom.lora.dispatch import Router
+from loraloom.lora.dispatch import Frame, Router
 from loraloom.lora.dropout import Dropped, dropout
 from loraloom.lora.kinds import conv1d, forward_of, is_map
 from loraloom.lora.route import Route
@@ -165,10 +165,12 @@ class LoraLayer(nn.Module):
         drop: Any = self.lora_dropout._modules[slot]
         return getattr(drop, "p", 0.0) if drop.training else 0.0
 
-    def dropped(self, slot: str, times: int = 1) -> Dropped | None:
+    def dropped(self, slot: str, times: int = 1, frame: Frame | None = None) -> Dropped | None:
         """The dropout of one slot in this forward; each row has ``times`` places of the input's first dimension."""
         p = self.dropout_p(slot)
-        return Dropped(p, self.router.dropout_seed(slot, self.input_name, self.name), times) if p else None
+        if not p:
+            return None
+        return Dropped(p, (frame or self.router.frame).dropout_seed(slot, self.input_name, self.name), times)
 
     def drop(self, slot: str, x: Tensor, times: int) -> Tensor:
         if torch.compiler.is_compiling():
@@ -307,11 +309,11 @@ class LoraLinear(LoraLayer):
             seen = F.dropout(input, drop.p) if drop.training else input
             y: Tensor = self.base_layer(input, *args, **kwargs)
             return y + functional.lora_linear(seen, a, b, scale).to(y.dtype)
-        if not self.fits(input):
+        if torch.compiler.is_compiling() or not self.fits(input, frame := self.router.frame):
             return super().forward(input, *args, **kwargs)
-        return self.router.project(self, input)
+        return frame.reading.project(self, input, frame, self.router.lanes)
 
-    def fits(self, x: Tensor) -> bool:
+    def fits(self, x: Tensor, frame: Frame) -> bool:
         """Whether ``functional.lora_projections`` can do what this layer is to do with ``x``.
 
         Elsewhere the frozen layer is called as the module that it is: rows in another order than the slots', another
@@ -322,9 +324,8 @@ class LoraLinear(LoraLayer):
         assert base is not None
         weight = base._parameters.get("weight")
         return not (
-            torch.compiler.is_compiling()
-            or self.merged
-            or not self._goes_by_rows(x)
+            self.merged
+            or not self._goes_by_rows(x, frame)
             or not is_map(base)
             or type(weight) is not nn.Parameter
             or weight.requires_grad
@@ -335,9 +336,9 @@ class LoraLinear(LoraLayer):
             or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
         )
 
-    def _goes_by_rows(self, x: Tensor) -> bool:
+    def _goes_by_rows(self, x: Tensor, frame: Frame) -> bool:
         """Whether the route has slots for ``x``, and its rows lie slot by slot."""
-        route = self.router.route
+        route = frame.plan.route
         if not route.blocks:
             return bool(route.active)
         if route.order is not None or x.dim() < 2:

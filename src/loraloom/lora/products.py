@@ -11,12 +11,14 @@ import functools
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 #: Fewer rows than this are read from memory rather than computed, and half precision is half as much to read.
 _FEW = 8
 #: Numbers of a weight that are widened at a time: few enough to stay in the cache until they are multiplied.
 _BLOCK = 2**20
+_reshaped = torch.ops.aten._unsafe_view.default
 
 
 @functools.cache
@@ -46,15 +48,14 @@ def arithmetic(x: Tensor, differentiated: bool = True) -> torch.dtype:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x Wᵀ + bias`` in the dtype of ``x``: x [..., in], weight [out, in] of any dtype → [..., out], and no view."""
-    out = x.new_empty(*x.shape[:-1], len(weight))
     count = x.shape[:-1].numel()
-    flat, rows = out.view(count, len(weight)), x.reshape(count, x.shape[-1])
+    rows = x.reshape(count, x.shape[-1])
     if x.dtype is weight.dtype:
-        if bias is None:
-            torch.mm(rows, weight.T, out=flat)
-        else:
-            torch.addmm(bias, rows, weight.T, out=flat)
-        return out
+        made = F.linear(rows, weight, bias)
+        # Of another shape and yet no view, as torch itself does it in matmul.
+        return made if x.dim() == 2 else _reshaped(made, [*x.shape[:-1], len(weight)])
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    flat = out.view(count, len(weight))
     for part in _blocks(weight):
         torch.mm(rows, weight[part].to(x.dtype).T, out=flat[:, part])
     return out if bias is None else out.add_(bias)

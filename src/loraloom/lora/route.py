@@ -6,14 +6,17 @@ or of who follows the route: see ``lora.dispatch``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from loraloom.errors import AdapterError
 
+_numbers = itertools.count(1)
 #: The name by which a row asks for the frozen model alone, as in PEFT.
 BASE = "__base__"
 
@@ -38,6 +41,8 @@ class Route:
     active: tuple[str, ...] = ()
     rows: int = 0
     blocks: tuple[Block, ...] = ()
+    #: of these blocks, which are many to compare
+    number: int = 0
     #: the slot of each row as given, from which the order follows
     names: tuple[str, ...] = ()
     order: Tensor | None = field(default=None, compare=False)
@@ -62,9 +67,9 @@ class Route:
             blocks.append(Block(name, start, start + len(rows)))
             start += len(rows)
         if order == sorted(order):
-            return cls(rows=len(slots), blocks=tuple(blocks), seeds=seeds or {})
-        index = torch.tensor(order)
-        return cls((), len(slots), tuple(blocks), tuple(slots), index, index.argsort(), seeds or {})
+            return cls((), len(slots), tuple(blocks), _numbered(tuple(blocks)), seeds=seeds or {})
+        index, number = torch.tensor(order), _numbered(tuple(blocks))
+        return cls((), len(slots), tuple(blocks), number, tuple(slots), index, index.argsort(), seeds or {})
 
     def slots(self) -> tuple[str, ...]:
         return self.active or tuple(block.slot for block in self.blocks if block.slot != BASE)
@@ -102,6 +107,11 @@ class Route:
             order, inverse = (_spread(index.to(device), times) for index in (self.order, self.inverse))
             found = self._moved[times, device] = order, inverse
         return found
+
+
+@lru_cache(4096)
+def _numbered(blocks: tuple[Block, ...]) -> int:
+    return next(_numbers)
 
 
 def _spread(index: Tensor, times: int) -> Tensor:
