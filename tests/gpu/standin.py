@@ -34,8 +34,8 @@ _SOURCE = str(Path(__file__).resolve().parents[2] / "src")
 class Waits(TorchDispatchMode):
     """Answers what a fake tensor cannot, a number that is asked for, and counts by line where the device is waited for.
 
-    Numbers are 0.5, truth values true, whole numbers ``count``, and all of a mask is set. A copy to the processor
-    waits, and so does one from its ordinary memory.
+    Numbers are 0.5, truth values true, whole numbers ``count`` but 0 for a place, and all of a mask is set. A copy to
+    the processor waits, and so does one from its ordinary memory.
     """
 
     def __init__(self) -> None:
@@ -51,13 +51,25 @@ class Waits(TorchDispatchMode):
             if first.device.type == CARD:
                 self._note()
             return self._answer(func, first, args, kwargs)
+        if func is aten.index.Tensor:
+            args = (args[0], [place for one in args[1] for place in self._places_of(one)])
         out = func(*args, **kwargs)
+        if func is aten.argmax.default:
+            out.is_place = True
         if func in _COPY and isinstance(out, Tensor):
             source = args[1] if func is aten.copy_.default else first
             assert isinstance(source, Tensor)
             if source.device.type != out.device.type and source.numel():
                 self._note()
         return out
+
+    def _places_of(self, index: Tensor | None) -> list[Tensor | None]:
+        """A mask as the numbers of its places, which the device is waited for."""
+        if index is None or index.dtype is not torch.bool:
+            return [index]
+        if index.device.type == CARD:
+            self._note()
+        return [torch.zeros(index.numel(), dtype=torch.long, device=index.device) for _ in range(index.dim())]
 
     def _answer(self, func: Any, first: Tensor, args: Any, kwargs: Any) -> Any:
         if func is aten.nonzero.default:
@@ -67,8 +79,8 @@ class Waits(TorchDispatchMode):
         try:
             return func(*args, **kwargs)  # known to torch.tensor(3), for one
         except DataDependentOutputException:
-            if first.dtype is torch.bool:
-                return True
+            if first.dtype is torch.bool or hasattr(first, "is_place"):
+                return first.dtype is torch.bool  # a place is 0
             return 0.5 if first.dtype.is_floating_point else self.count
 
     @contextmanager
@@ -293,14 +305,23 @@ def merging(waits: Waits) -> None:
 
 
 @contextmanager
-def _parameters_are_parameters() -> Iterator[None]:
-    """The type of a fake parameter is another, and layers look at it to see whether a weight is quantised."""
+def _taken_for_real() -> Iterator[None]:
+    """The type of a fake parameter is another, and layers look at it to see whether a weight is quantised.
+
+    Whether a model sees later tokens, no fake numbers can tell.
+    """
     from loraloom.lora import layers
+    from loraloom.train.ahead import probe
+
+    ahead = probe._reads_ahead
 
     def kind(value: Any) -> type:
         return torch.nn.Parameter if type(value) is FakeTensor and hasattr(value, "_is_param") else type(value)
 
-    with mock.patch.object(layers, "type", kind, create=True):
+    def never(*args: Any) -> bool:
+        return ahead(*args) and False
+
+    with mock.patch.object(layers, "type", kind, create=True), mock.patch.object(probe, "_reads_ahead", never):
         yield
 
 
@@ -320,7 +341,7 @@ def _threads() -> tuple[set[int], Any]:
 
 def main() -> None:
     found = {}
-    with card() as waits, _parameters_are_parameters():
+    with card() as waits, _taken_for_real():
         for name in sys.argv[1:] or SCENARIOS:
             function, waits.count = SCENARIOS[name]
             seen, noted = _threads()
