@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from loraloom import LoraConfig, PeftModel, get_peft_model
 from loraloom.errors import AdapterError
@@ -148,6 +149,35 @@ def test_a_block_around_several_steps_and_calls_past_the_model_repeat_their_own_
         losses = [inner(TOKENS, labels=TOKENS).loss]
         first.backward()
         losses.append(inner(TOKENS, labels=TOKENS).loss)
+        for loss in losses:
+            loss.backward()
+            steps.append(grads(model))
+        found.append(steps)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["one", "nested"])
+def test_a_region_without_gradients_that_begins_with_a_layer_repeats_its_own_forward(outer: bool) -> None:
+    """Its node is made before any layer of it is called: inside another repetition, and in calls past the model."""
+    found = []
+    for checkpointed in (False, True):
+        model = made().train()
+        inner, steps = model.get_base_model().model.layers[0].mlp, []
+        x = torch.randn(3, 7, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+        def region(call: Any, x: Tensor, checkpointed: bool = checkpointed) -> Tensor:
+            return checkpoint(call, x, use_reentrant=True) if checkpointed else call(x)
+
+        def both(x: Tensor, inner: Any = inner, region: Any = region) -> Tensor:
+            return region(inner, region(inner, x)) if outer else inner(x)
+
+        losses = []
+        for names in (["b", "a", "b"], ["a", "a", "b"]):
+            with model.base_model.lora_routed(names, inputs=[x]):
+                losses.append(region(both, x).square().sum())
+        for active in ("b", "a"):
+            model.set_adapter(active)
+            losses.append(region(both, x).square().sum())
         for loss in losses:
             loss.backward()
             steps.append(grads(model))

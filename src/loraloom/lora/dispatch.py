@@ -327,7 +327,7 @@ class Router:
     def _resume(self, thread: int, frame: Frame) -> None:
         """A backward is over, and the forward around it, or what the model is set to, holds again."""
         self._interrupted.discard(thread)
-        self._lane.note(frame.plan)
+        self._lane.note(frame.plan, begun=True)
 
     def _ambient(self, thread: int) -> Frame:
         """Of a layer that is called past the ``PeftModel``: its plan lasts as long as what the model is set to."""
@@ -335,7 +335,7 @@ class Router:
         route = self._resting_here()
         if frame is None or frame.plan.route is not route:
             frame = self._own.ambient = Frame(Plan(route, self.groups), -1)
-            self._lane.note(frame.plan)
+            self._lane.note(frame.plan, begun=True)
         elif thread in self._interrupted:
             self._resume(thread, frame)
         return frame
@@ -348,7 +348,7 @@ class Router:
         if frame is None or frame.key != (task, number):
             frame = self._repeats[thread] = Frame(self._made_in(number), task, (task, number))
             self._interrupted.add(thread)
-            self._until_the_end(thread, frame, self._lane.note(frame.plan))
+            self._until_the_end(thread, frame, self._lane.note(frame.plan, begun=True))
         self._lane.ends_after(_AFTER)  # the backward may be the thread's last, and numbers are others' too
         return frame
 

@@ -5,11 +5,13 @@ The key is a number that autograd gives each node of its graph, counting up in e
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections import deque
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 #: Forwards of one thread that are remembered for backwards to come, and calls of one layer in one of them.
 _REMEMBERED, _CALLS = 1024, 256
@@ -50,6 +52,15 @@ class SeedBook:
         return seeds[call] if call < len(seeds) else None
 
 
+def _open_regions() -> int:
+    """How many regions of reentrant checkpointing the caller is in: one at least, be it of another library."""
+    frame, count = sys._getframe(1), 0
+    while frame.f_back is not None:
+        frame = frame.f_back
+        count += frame.f_code is CheckpointFunction.forward.__code__
+    return max(count, 1)
+
+
 class Lane:
     """The plans of one thread in the order in which they began, by the sequence number of the next autograd node."""
 
@@ -59,9 +70,16 @@ class Lane:
         self._end: int | None = None
         self.forgot = False
 
-    def note(self, plan: Any) -> list[Any]:
-        """From here on it is this plan, unless the list that holds it is emptied: that may be done in any thread."""
+    def note(self, plan: Any, begun: bool = False) -> list[Any]:
+        """From here on it is this plan, unless the list that holds it is emptied: that may be done in any thread.
+
+        Args:
+            begun: it is a layer that notes it. Without gradients that layer is inside regions of reentrant
+                checkpointing, whose nodes were made before.
+        """
         number, held = _number(), [plan]
+        if begun and not torch.is_grad_enabled():
+            number = max(number - _open_regions(), self._notes[-1][0] if self._notes else 0)
         if self._end is not None and self._end < number:
             self._notes.append((self._end, []))
         self._end = None
