@@ -54,7 +54,7 @@ SPACE = {
 ROWS, HELD_OUT = 4000, 400
 
 
-def main(out: Path, rows: int | None = None, max_steps: int | None = None) -> None:
+def main(out: Path, rows: int | None = None, max_steps: int | None = None, overwrite: bool = False) -> None:
     console = Console()
     started = time.perf_counter()
     train, held_out = docstrings.write(out / "data")
@@ -72,7 +72,7 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None) -> No
         max_length=48,
         # Half precision pays on a processor that multiplies it in hardware; on any other float32 is the faster.
         dtype="bfloat16" if products.native("cpu", torch.bfloat16) else "float32",
-        overwrite=True,
+        overwrite=overwrite,  # else a search that was stopped goes on where it was
     )
     loaded = load(options)
     data, names = loaded.data, loaded.data.names
@@ -213,8 +213,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--max-steps", type=int, help="steps of a trial that goes to its end, instead of twice through the rows"
     )
+    parser.add_argument("--overwrite", action="store_true", help="begin anew; else what was stopped is resumed")
     given = parser.parse_args()
     try:
-        main(given.out, given.rows, given.max_steps)
+        main(given.out, given.rows, given.max_steps, given.overwrite)
     except LoraloomError as error:
         raise SystemExit(f"error: {error}") from None
