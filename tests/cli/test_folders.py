@@ -98,7 +98,14 @@ def test_of_two_that_begin_at_once_one_trains_and_the_other_is_refused(world: An
     said = [one.communicate(timeout=120)[1] for one in both]
     assert sorted(one.returncode for one in both) == [0, 2], said
     assert any("error: output: another run is under way in" in text for text in said)
-    assert names(world.tmp / "out") == {"adapter_config.json", WEIGHTS, "run.json", "run.yaml", "curves.png"}
+    assert names(world.tmp / "out") == {
+        "adapter_config.json",
+        WEIGHTS,
+        "run.json",
+        "run.yaml",
+        "usage.json",
+        "curves.png",
+    }
     assert call("inspect", world.tmp / "out").code == 0
 
 

@@ -47,7 +47,7 @@ def test_a_classifier_learns_and_leaves_adapter_record_and_plot(
     ended = call(*classify(encoder_folder, reviews, output, *options))
     assert (ended.code, ended.err) == (0, "")
     there = {name for name in os.listdir(output) if not name.startswith("checkpoint-")}
-    assert there == {"adapter_config.json", WEIGHTS, "curves.png", RUN_NAME, "run.yaml", "tensorboard"}
+    assert there == {"adapter_config.json", WEIGHTS, "curves.png", RUN_NAME, "run.yaml", "usage.json", "tensorboard"}
     assert (output / "checkpoint-96").is_dir()
     record = json.loads((output / RUN_NAME).read_bytes())
     assert record["state"] == "finished"

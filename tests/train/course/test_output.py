@@ -101,3 +101,11 @@ def test_a_folder_where_a_file_will_be_is_said_before_training(
     (tmp_path / "out" / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match=rf"output: .*{name} is a folder, and a file of this name is to be written"):
         train(decoder_folder, talks, tmp_path / "out", overwrite=True)
+
+
+def test_the_classes_lie_beside_the_adapter(encoder_folder: Path, reviews: Path, tmp_path: Path) -> None:
+    options = TrainOptions(model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "out", max_steps=1)
+    run(prepare(options))
+    found = json.loads((tmp_path / "out" / "usage.json").read_bytes())
+    assert found["id2label"] == {"0": "blame", "1": "praise"}
+    assert (found["task"], found["base_model"]) == ("seq-cls", str(encoder_folder))

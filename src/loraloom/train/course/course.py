@@ -25,6 +25,7 @@ from loraloom.train.course.signals import Stop
 from loraloom.train.loop import Every, Progress, spoilt, train_pack
 from loraloom.train.measure import best
 from loraloom.train.slot import Slot
+from loraloom.train.start.usage import usage_files
 
 if TYPE_CHECKING:
     from loraloom.train.run import Prepared
@@ -256,9 +257,13 @@ class Course:
         """
         found = self._record("finished", self._adapter_step)
         if self.slot.world.first:
-            found = output.save(self.model, self.folder, found, self.prepared.data.template)
+            found = self._save_output(found)
         self.slot.world.wait()
         return found
+
+    def _save_output(self, found: dict[str, Any]) -> dict[str, Any]:
+        loaded = self.prepared.loaded
+        return output.save(self.model, self.folder, found, loaded.data.template, usage_files(loaded))
 
     def _take_best(self) -> int:
         """The step of the adapter that is to be kept, which is then the one in the model."""
@@ -327,7 +332,7 @@ class Course:
             except Exception as problem:
                 notes.append(str(problem) if isinstance(problem, LoraloomError) else explain(problem))
         try:
-            output.save(self.model, self.folder, found, self.prepared.data.template)
+            self._save_output(found)
             there = f"the adapter as it was after step {slot.step} is saved in {self.folder}"
             notes.append(f"{there}; to see it: loraloom inspect {shlex.quote(str(self.folder))}")
         except SaveError as problem:
@@ -347,7 +352,7 @@ class Course:
         with contextlib.suppress(KeyboardInterrupt, Exception):
             self.slot.curve.evaluations.append({"step": self.slot.step, **self._measure(self.slot)})
             found = self._record("interrupted")
-            output.save(self.model, self.folder, found, self.prepared.data.template)
+            self._save_output(found)
         return found
 
     def _record(self, state: str, adapter_step: int | None = None) -> dict[str, Any]:

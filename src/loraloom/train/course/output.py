@@ -29,7 +29,7 @@ from loraloom.train.start.dataset import BAD_ROWS, TEMPLATE_NAME
 #: The options of a run, with nothing left open, as a run file that gives the same run again.
 RUN_FILE = "run.yaml"
 #: What a run writes beside its checkpoints.
-FILES = (WEIGHTS_NAME, CONFIG_NAME, RUN_NAME, RUN_FILE, TEMPLATE_NAME, BAD_ROWS, LOCK_NAME, "curves.png")
+FILES = (WEIGHTS_NAME, CONFIG_NAME, RUN_NAME, RUN_FILE, TEMPLATE_NAME, BAD_ROWS, LOCK_NAME, "usage.json", "curves.png")
 _TITLE = "The options of this run, with nothing left open."
 
 
@@ -115,12 +115,17 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def save(
-    model: PeftModel, folder: str | Path, record: Mapping[str, Any], template: str | None = None
+    model: PeftModel,
+    folder: str | Path,
+    record: Mapping[str, Any],
+    template: str | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> dict[str, Any]:
     """Write the adapter and ``run.json`` in one step; where the folder cannot be written, into a temporary one.
 
-    ``template`` is the chat template to be kept beside them. That of an earlier run goes with its adapter. Returns what
-    ``run.json`` holds: ``record`` with the hashes of the files beside it.
+    ``template`` is the chat template to be kept beside them; that of an earlier run goes with its adapter. ``beside``
+    are further files (``start.usage``). Returns what ``run.json`` holds: ``record``
+    with the hashes of the files beside it.
 
     Raises:
         SaveError: so it was; the message says where the adapter is instead.
@@ -128,7 +133,7 @@ def save(
 
     def write(to: Path) -> dict[str, Any]:
         stale = template is None and (to / RUN_NAME).exists()
-        files = checkpoint.files_of(model.base_model)
+        files = {**checkpoint.files_of(model.base_model), **(beside or {})}
         if template is not None:
             files[TEMPLATE_NAME] = template.encode()
         hashes: dict[str, str] = {}
