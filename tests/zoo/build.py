@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.fields import FIELDS
+from zoo.fields import FIELDS, GAIN
 from zoo.inputs import FIRST
 from zoo.kinds import class_name
 from zoo.shrink import shrunken
@@ -54,11 +54,11 @@ def build(model_type: str, kind: str, dtype: torch.dtype = torch.float64) -> nn.
     if getattr(model, "generation_config", None) is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = 0
     model = model.to(dtype).eval()
-    enlarge(model)
+    enlarge(model, GAIN.get(model_type, 1.0))
     return model
 
 
-def enlarge(model: nn.Module) -> None:
+def enlarge(model: nn.Module, gain: float = 1.0) -> None:
     """Weights that keep the size of what passes through, biases and norms off 0 and 1, where mistakes would hide."""
     source = torch.Generator().manual_seed(1)
     done: set[int] = set()
@@ -80,7 +80,7 @@ def enlarge(model: nn.Module) -> None:
                 elif parameter.dim() == 1 and name in ("weight", "bias"):
                     parameter.add_(normal(parameter, 0.05))
                 elif name == "weight" and parameter.dim() >= 2:
-                    parameter.copy_(normal(parameter, parameter[0].numel() ** -0.5))
+                    parameter.copy_(normal(parameter, gain * parameter[0].numel() ** -0.5))
                 elif parameter.dim() <= 1 and not parameter.any():  # a scale that starts at nothing
                     parameter.add_(normal(parameter, 0.5))
                 elif parameter.dim() == 3 and min(parameter.shape[1:]) > 4:  # experts

@@ -117,7 +117,7 @@ class Cell:
 
         with torch.no_grad():
             plain = outputs(self._base, self.batch)
-            for strength in (0.1, 0.3, 1.0, 3.0):
+            for strength in (0.1, 0.3, 1.0, 3.0, 10.0, 100.0):
                 model = loraloom.get_peft_model(self.base(), loraloom.LoraConfig(**self.fields)).eval()
                 fill(loraloom.get_peft_model_state_dict(model), strength)
                 moved = distance(outputs(model, self.batch), plain)

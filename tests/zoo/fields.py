@@ -295,8 +295,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         "layer_types": ["indexed_attention", "indexed_attention"],
         "mlp_layer_types": ["dense", "sparse"],
     },
+    "mistral3": {"vision_config.image_size": 32},
+    "mistral_large4": {"vision_config.image_size": 32},
 }
 
 #: Types that mix float64 with float32 on one of their ways (modeling_xlnet.py:181, modeling_fsmt.py:793),
 #: or whose gradients are not finite in float64 (LED).
 FLOAT32 = ("fsmt", "led", "xlnet")
+#: Types through whose many norms little passes with weights of the usual size → how much larger they are.
+GAIN = {"mobilevit": 4.0}

@@ -49,6 +49,8 @@ def batch_of(model: nn.Module, kind: str, seed: int = 0, lengths: Sequence[int] 
         width = 8 if type(model).__name__.startswith("Bros") else 4
         whole = width == 4 and config.model_type != "udop"
         out["bbox"] = torch.zeros(len(lengths), max(lengths), width, dtype=torch.long if whole else None)
+    if "mm_token_type_ids" in known:
+        out["mm_token_type_ids"] = torch.zeros_like(out["input_ids"])
     if kind == "image-text":
         return with_pictures(model, out, source) or out
     if kind == "seq2seq":
