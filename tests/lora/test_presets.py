@@ -141,6 +141,7 @@ def test_no_default_and_nothing_like_one_is_an_error_that_lists_what_could_be_ta
         ("mamba", "dt_proj", "x_proj"),
         ("falcon_mamba", "dt_proj", "x_proj"),
         ("wavlm", "q_proj", "output_dense"),
+        ("longcat_flash", "classifier", "q_b_proj"),
         ("deberta", "none", "in_proj"),
         ("bloom", "none", "dense_4h_to_h"),
     ],

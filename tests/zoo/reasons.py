@@ -65,7 +65,7 @@ UNBUILT: dict[str, str] = {
 #: (cells, checks, what came out, why)
 SKIPPED: tuple[tuple[str, str, str, str], ...] = (
     (
-        r"jamba/.*/all-linear|longcat_flash/.*/all-linear|wavlm/.*/all-linear|layoutlmv3/.*/all-linear",
+        r"jamba/.*/all-linear|neomme/.*/all-linear|longcat_flash/.*/all-linear|wavlm/.*/all-linear|layoutlmv3/.*/all-linear",
         "names|gradient|steps",
         r".*only here 0.*only in peft.*|.*other names.*",
         "all-linear leaves out what the model reads and never calls; peft adapts it in vain"
@@ -110,6 +110,25 @@ SKIPPED: tuple[tuple[str, str, str, str], ...] = (
         "pack",
         r".*object has no attribute 'start_logits'.*",
         "chooses among answers, not a span (transformers/models/lxmert/modeling_lxmert.py:94)",
+    ),
+    (
+        r"pop2piano/.*",
+        "generation",
+        r".*composer_to_feature_token.*",
+        "needs the composers of its checkpoint (transformers/models/pop2piano/modeling_pop2piano.py:1014)",
+    ),
+    (
+        r"pp_formulanet/.*",
+        PEFT_CHECKS,
+        r".*get_input_embeddings.*",
+        "peft asks for embeddings that the model does not name (peft/utils/other.py:1815)",
+    ),
+    (
+        r"pvt_v2/.*",
+        "reentrant",
+        r".*does not require grad.*|.*step 1.*",
+        "a stage answers with a tuple in a tuple, through which torch's reentrant checkpointing loses the gradient"
+        " (transformers/models/pvt_v2/modeling_pvt_v2.py:340)",
     ),
     (
         r"git/.*|blip/.*",

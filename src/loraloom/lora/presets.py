@@ -99,7 +99,7 @@ def found(
         lambda name: re.search(r"\.\d+\.", f".{name}") is not None,
     ]
     layers = [
-        [name for name in able if name not in heads and not weight_is_read(modules, name)]
+        [name for name in able if name not in heads and not weight_is_read(model, modules, name)]
         for able in (linear, pointwise)
     ]
     for rule, usable in product(rules, layers):
@@ -141,14 +141,14 @@ def _text_part(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
     return next((name for name, module in modules.items() if getattr(module, "config", None) is text), None)
 
 
-def weight_is_read(modules: dict[str, nn.Module], name: str) -> bool:
+def weight_is_read(model: nn.Module, modules: dict[str, nn.Module], name: str) -> bool:
     """Whether the module around ``name`` multiplies with its weight and does not call it: an adapter would do nothing.
 
     Read from the source of its class: WavLM's attention, Mamba's dt_proj (which is called where it is quantised alone).
     """
     parent, _, leaf = name.rpartition(".")
-    around: Any = type(modules[parent]) if parent in modules else None
-    source, weight = "" if around is None else _source(around), rf"self\.{re.escape(leaf)}\.weight\b"
+    around: Any = type(modules.get(parent, model))
+    source, weight = _source(around), rf"self\.{re.escape(leaf)}\.weight\b"
     read = re.search(rf"{weight}(?!\.(dtype|device|shape))", source) is not None
     return read and (f"self.{leaf}(" not in source or re.search(rf"{weight} @", source) is not None)
 

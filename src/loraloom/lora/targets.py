@@ -347,7 +347,7 @@ def _resolve(
         experts, table = old_names(model_type, modules), TYPES.get(model_type or "", {})
         left_out = _output_heads(model, modules, config) | inside_saved
         left_out |= {name for name in linear if refused(model_type, name) or name.rpartition(".")[2] in table}
-        left_out |= {name for name in linear if weight_is_read(modules, name)}
+        left_out |= {name for name in linear if weight_is_read(model, modules, name)}
         chosen = suffixes([name for name in linear if name not in left_out], modules)
         return chosen if isinstance(chosen, str) else [*chosen, *experts]
     if wanted is not None:
