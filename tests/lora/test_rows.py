@@ -54,8 +54,8 @@ def test_a_layer_that_was_proven_may_have_any_length_but_no_count_that_only_happ
 def test_images_count_as_the_rows_only_where_each_text_has_as_many() -> None:
     ids = torch.tensor([[5, 9, 9, 1], [5, 9, 9, 1]])
     even, odd = Batch(2), Batch(2)
-    even.note([ids, torch.zeros(2, 3, 8, 8)], image_token=9)
-    odd.note([torch.tensor([[9, 9, 9, 9], [5, 5, 5, 5]]), torch.zeros(2, 3, 8, 8)], image_token=9)
+    even.note([ids, torch.zeros(2, 3, 8, 8)], media_tokens=[9])
+    odd.note([torch.tensor([[9, 9, 9, 9], [5, 5, 5, 5]]), torch.zeros(2, 3, 8, 8)], media_tokens=[9])
     assert even.only_rows
     assert not odd.only_rows
 
@@ -109,3 +109,11 @@ def test_a_row_of_nested_arguments() -> None:
     assert first.tolist() == [[4, 5]]
     assert shared.shape == (1, 2)
     assert (nothing, number) == (None, 7)
+
+
+def test_media_of_unlike_numbers_in_the_rows_are_never_taken_for_the_batchs_rows() -> None:
+    """As many sounds as rows, and both of them in the first."""
+    ids, sounds = torch.tensor([[55, 55, 3], [3, 4, 5]]), torch.zeros(2, 8, 16)
+    for batch, tokens in ((Batch(2), [54, 55]), (Batch(2), [])):
+        batch.note([ids, sounds], tokens)
+        assert batch.plausible(2, 1) is (not tokens)

@@ -427,13 +427,13 @@ class LoraModel(nn.Module):
         if batch is None:
             yield
             return
-        token = _image_token(self.model)
-        batch.note(inputs, token)
+        tokens = _media_tokens(self.model)
+        batch.note(inputs, tokens)
 
         # Another thread that runs the model while this hook is removed may call it without kwargs.
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
             if self.lora_router.frame.plan.batch is batch:  # not of another thread
-                batch.note((*args, *kwargs.values()), token)
+                batch.note((*args, *kwargs.values()), tokens)
 
         handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
         try:
@@ -633,11 +633,11 @@ class LoraModel(nn.Module):
             raise
 
 
-def _image_token(model: nn.Module) -> int | None:
-    """What stands for an image, or a part of one, in the ids of an image-text model."""
+def _media_tokens(model: nn.Module) -> list[int]:
+    """What stands for images, videos and sounds, or parts of them, in the ids of a model that reads them."""
     config = getattr(model, "config", None)
-    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
-    return next((token for token in found if isinstance(token, int)), None)
+    names = [f"{medium}_token_{kind}" for medium in ("image", "video", "audio") for kind in ("id", "index")]
+    return [token for name in names if isinstance(token := getattr(config, name, None), int)]
 
 
 def _compiles() -> bool:

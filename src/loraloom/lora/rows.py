@@ -38,11 +38,14 @@ class Batch:
     pairs: set[tuple[int, int]] = field(default_factory=set)
     #: every tensor of two or more dimensions has the batch's rows first, so nothing else gives shapes to what follows
     only_rows: bool = True
+    #: images, videos and sounds are of unlike numbers in the rows, so that their first dimension is not the batch's
+    aligned: bool = True
 
-    def note(self, arguments: Iterable[Any], image_token: int | None = None) -> None:
-        """Take in the arguments of a forward. ``image_token`` stands in its ids for an image, or a part of one."""
+    def note(self, arguments: Iterable[Any], media_tokens: Iterable[int] = ()) -> None:
+        """Take in the arguments of a forward. ``media_tokens`` stand in its ids for parts of images and the like."""
         given = list(tensors(arguments))
-        aligned = _images_by_row(given, image_token)
+        aligned = all([_media_by_row(given, token) for token in media_tokens])
+        self.aligned = self.aligned and aligned
         for tensor in given:
             if tensor.dim() < 2 or tensor.shape[0] == 1 != self.rows:
                 continue
@@ -57,6 +60,8 @@ class Batch:
 
     def plausible(self, places: int, per_row: int) -> bool:
         """Whether a layer that was seen with ``per_row`` places for each row can have ``places`` of this batch's."""
+        if not self.aligned:
+            return False
         counts = {rows for rows, _ in self.pairs} or {self.rows}
         if places in counts:
             return True
@@ -76,13 +81,11 @@ def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-def _images_by_row(given: list[Tensor], image_token: int | None) -> bool:
+def _media_by_row(given: list[Tensor], token: int) -> bool:
     """Whether image ``i`` can be taken for that of row ``i``: each row's text has equally many places for images."""
-    if image_token is None:
-        return True
     for ids in given:
         if ids.dim() == 2 and not ids.is_floating_point() and not ids.is_meta:
-            counts = (ids == image_token).sum(1)
+            counts = (ids == token).sum(1)
             if counts.any():
                 return bool((counts == counts[0]).all())
     return True
