@@ -44,7 +44,7 @@ class Batch:
     def note(self, arguments: Iterable[Any], media_tokens: Iterable[int] = ()) -> None:
         """Take in the arguments of a forward. ``media_tokens`` stand in its ids for parts of images and the like."""
         given = list(tensors(arguments))
-        aligned = all([_media_by_row(given, token) for token in media_tokens])
+        aligned = all(_media_by_row(given, token) for token in media_tokens)
         self.aligned = self.aligned and aligned
         for tensor in given:
             if tensor.dim() < 2 or tensor.shape[0] == 1 != self.rows:
