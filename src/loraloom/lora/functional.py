@@ -140,7 +140,7 @@ class _Projections(torch.autograd.Function):
         ctx.save_for_backward(*([x, *kept] if lanes else ()))
         ctx.weights, ctx.lanes, ctx.shape, ctx.dtypes = tensors[:n], lanes, x.shape, (x.dtype, dtype)
         ctx.set_materialize_grads(False)
-        return tuple(y.to(x.dtype) for y in whole)
+        return tuple(whole if wide is x else [y.to(x.dtype) for y in whole])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -48,12 +48,12 @@ def arithmetic(x: Tensor, differentiated: bool = True) -> torch.dtype:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x Wᵀ + bias`` in the dtype of ``x``: x [..., in], weight [out, in] of any dtype → [..., out], and no view."""
+    if x.dtype is weight.dtype:
+        made = F.linear(x, weight, bias)
+        # Of this shape and yet no view: torch's matmul does the same, its linear with a bias does not.
+        return _reshaped(made, made.shape) if made._is_view() else made
     count = x.shape[:-1].numel()
     rows = x.reshape(count, x.shape[-1])
-    if x.dtype is weight.dtype:
-        made = F.linear(rows, weight, bias)
-        # Of another shape and yet no view, as torch itself does it in matmul.
-        return made if x.dim() == 2 else _reshaped(made, [*x.shape[:-1], len(weight)])
     out = x.new_empty(*x.shape[:-1], len(weight))
     flat = out.view(count, len(weight))
     for part in _blocks(weight):
