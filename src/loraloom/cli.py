@@ -411,7 +411,8 @@ def inspect(
 
     found = read(folder)
     if as_json:
-        print(json.dumps(asdict(found) | {"config": found.config.to_dict()}, indent=2, sort_keys=True))
+        fields = asdict(found) | {"config": found.config.to_dict(), "notes": found.config.notes}
+        print(json.dumps(fields, indent=2, sort_keys=True))
     else:
         say(inspection(folder, found))
 

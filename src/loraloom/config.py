@@ -189,6 +189,8 @@ class LoraConfig(PeftConfig):
         self.lora_dropout = _number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout: must be at least 0 and below 1, found {self.lora_dropout}")
+        if self.target_modules == "" and (self.target_parameters or self.modules_to_save):
+            self.target_modules = []  # nothing, on purpose
         self.target_modules = _names_or_pattern("target_modules", self.target_modules)
         if self.target_parameters is not None:
             self.target_parameters = _names("target_parameters", self.target_parameters) or None

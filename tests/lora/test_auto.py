@@ -99,6 +99,15 @@ def test_a_quantised_base_is_readied_as_peft_does() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("clear", [True, False])
+def test_the_memory_of_what_was_cast_goes_back_to_cuda(monkeypatch: pytest.MonkeyPatch, clear: bool) -> None:
+    cleared = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(True))
+    prepare_model_for_kbit_training(nn.Linear(2, 2).half(), auto_clear_cache=clear)
+    assert cleared == [True] * clear
+
+
 @pytest.mark.parametrize("quantised", [True, False])
 def test_checkpointing_is_for_quantised_models(llama, quantised: bool) -> None:
     llama.is_loaded_in_4bit = quantised

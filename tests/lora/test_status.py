@@ -14,6 +14,8 @@ from torch import nn
 
 import loraloom
 from loraloom import PeftModel, get_layer_status, get_model_status
+from loraloom.errors import ConfigError
+from loraloom.lora.adapters import LoraModel
 
 #: PEFT freezes the adapters that it disables, which is undone here.
 STATES: dict[str, Callable[[Any], Any]] = {
@@ -86,3 +88,37 @@ def test_an_attribute_that_nothing_has_names_both_models(llama) -> None:
         model.nothing  # noqa: B018
     assert isinstance(model, PeftModel)
     assert model.config is llama.config
+
+
+@pytest.mark.parametrize("fields", [{}, {"target_modules": ["k_proj"]}], ids=["alone", "beside a module"])
+def test_the_weight_of_a_layer_named_as_a_parameter_is_told_as_in_peft(llama, fields: dict[str, Any]) -> None:
+    fields = {"target_modules": [], "target_parameters": ["q_proj.weight"], **fields}
+    theirs = peft.get_peft_model(copy.deepcopy(llama), peft.LoraConfig(**fields))
+    ours = loraloom.get_peft_model(llama, loraloom.LoraConfig(**fields))
+    assert [(s.name, s.module_type) for s in ours.get_layer_status()] == [
+        (s.name, s.module_type) for s in theirs.get_layer_status()
+    ]
+    assert ours.targeted_parameter_names == theirs.targeted_parameter_names
+    assert ours.targeted_module_names == [n for n in theirs.targeted_module_names if n.endswith("k_proj")]
+
+
+def test_the_status_of_a_plain_model_with_adapters_in_it_is_pefts(llama) -> None:
+    fields = {"r": 4, "target_modules": ["q_proj"]}
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(**fields), copy.deepcopy(llama))
+    with pytest.raises(ConfigError, match="No adapter layers found in the model, a LlamaForCausalLM"):
+        get_layer_status(llama)
+    ours = loraloom.inject_adapter_in_model(loraloom.LoraConfig(**fields), llama)
+    assert [dataclasses.asdict(s) for s in get_layer_status(ours)] == [
+        dataclasses.asdict(s) for s in peft.get_layer_status(theirs)
+    ]
+    mine, wanted = get_model_status(ours), peft.get_model_status(theirs)
+    assert dataclasses.asdict(mine) == dataclasses.asdict(wanted) | {"peft_types": mine.peft_types}
+
+
+def test_the_config_of_a_model_is_a_dictionary(llama) -> None:
+    own = dataclasses.make_dataclass("Own", [("width", int)])(3)
+    plain = nn.Linear(2, 2)
+    assert LoraModel.get_model_config(plain) == peft.tuners.lora.LoraModel.get_model_config(plain)
+    for config, wanted in ((own, {"width": 3}), ({"width": 4}, {"width": 4}), (llama.config, llama.config.to_dict())):
+        plain.config = config
+        assert LoraModel.get_model_config(plain) == wanted

@@ -145,6 +145,20 @@ def test_what_matches_nothing_is_an_error_that_names_the_closest(model: nn.Modul
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "held",
+    [
+        nn.ModuleList([nn.Linear(4, 4)]), nn.ModuleDict({"a": nn.Linear(4, 4)}),
+        nn.ParameterList([nn.Parameter(torch.ones(2))]), nn.ParameterDict({"a": nn.Parameter(torch.ones(2))}),
+    ],
+)  # fmt: skip
+def test_a_list_of_modules_is_not_trained_in_full_because_it_is_never_called(held: nn.Module) -> None:
+    net = nn.Sequential()
+    net.node, net.held = nn.Linear(4, 4), held
+    with pytest.raises(TargetError, match=f"modules_to_save: held is a {type(held).__name__}, which holds"):
+        plan(net, LoraConfig(target_modules=["node"], modules_to_save=["held"]))
+
+
 def test_only_modules_that_lora_can_wrap_are_suggested_as_targets() -> None:
     net = nn.Sequential()
     net.norm, net.node = nn.LayerNorm(4), nn.Linear(4, 4)
@@ -183,9 +197,10 @@ def test_not_strict_still_refuses_when_nothing_could_be_adapted(model: nn.Module
 
 
 def test_an_empty_list_of_targets_trains_what_else_is_asked_for_or_nothing(model: nn.Module) -> None:
-    assert [e.name for e in plan(model, LoraConfig(target_modules=[], modules_to_save=["lm_head"])).saved] == [
-        "lm_head"
-    ]
+    for none in ([], ""):
+        made = plan(model, LoraConfig(target_modules=none, modules_to_save=["lm_head"]))
+        assert not made.targets
+        assert [e.name for e in made.saved] == ["lm_head"]
     with pytest.raises(TargetError, match="nothing would be trained"):
         plan(model, LoraConfig(target_modules=[]))
 

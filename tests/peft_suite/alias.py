@@ -30,6 +30,8 @@ NAMES = {
     "LoraLayer": ("loraloom.lora.layers", "LoraLayer"),
     "LoraModel": ("loraloom.lora.adapters", "LoraModel"),
     "ModulesToSaveWrapper": ("loraloom.lora.saved", "SavedModule"),
+    "NoMatchingPeftModuleError": ("loraloom.errors", "TargetError"),
+    "PeftError": ("loraloom.errors", "LoraloomError"),
     "SAFETENSORS_WEIGHTS_NAME": ("loraloom.lora.checkpoint", "WEIGHTS_NAME"),
     "TaskType": ("loraloom.config", "TaskType"),
     "WEIGHTS_NAME": ("loraloom.lora.checkpoint", "PICKLED_NAME"),
@@ -78,6 +80,8 @@ def _values() -> dict[str, Any]:
         "is_transformers_ge_v5": True,
         "is_transformers_ge_v5_1_0": True,
         "is_xpu_available": no,
+        "DUMMY_MODEL_CONFIG": {"model_type": "custom"},
+        "MIN_TARGET_MODULES_FOR_OPTIMIZATION": 20,
         "PEFT_TYPE_TO_PREFIX_MAPPING": {"LORA": "lora_"},
     }
 

@@ -1,8 +1,9 @@
 """A pytest plugin that runs PEFT's LoRA tests on loraloom: ``make peft-suite``.
 
-``PEFT_SOURCE`` names a checkout of PEFT. Tests of other methods are deselected, and those that need a model of the hub
-are skipped. A test that fails because a feature is refused by name, or that is listed in ``differences``, counts as an
-expected failure; whatever else fails is a fault. ``PEFT_SUITE_PART=2/5`` runs the second fifth.
+``PEFT_SOURCE`` names a checkout of PEFT. Tests of other methods are deselected. The hub's models are tiny random ones,
+see ``hub``; a test that needs another is skipped. A test that fails because a feature is refused by name, or that is
+listed in ``differences``, counts as an expected failure; whatever else fails is a fault. ``PEFT_SUITE_PART=2/5`` runs
+the second fifth.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.utils._http
-import pytest
-import torch  # noqa: F401  (whole, before a test's import of transformers looks for peft)
+from peft_suite import hub
 
-from peft_suite.alias import Missing, MissingName, install
-from peft_suite.differences import DIFFERENCES, FILES, OTHER_METHODS, REFUSED
+CACHE = hub.serve()
+
+import huggingface_hub.utils._http  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402, F401  (whole, before a test's import of transformers looks for peft)
+from huggingface_hub.errors import OfflineModeIsEnabled  # noqa: E402
+
+from peft_suite.alias import Missing, MissingName, install  # noqa: E402
+from peft_suite.differences import DIFFERENCES, FILES, OTHER_METHODS, REFUSED  # noqa: E402
 
 SOURCE = Path(os.environ["PEFT_SOURCE"])
 _HUB = re.compile(
@@ -34,11 +40,15 @@ install(SOURCE)
 
 
 def _no_hub(*args: Any, **kwargs: Any) -> Any:
-    raise ConnectionError("PEFT's tests run without the hub here")
+    raise OfflineModeIsEnabled("PEFT's tests run without the hub here")
 
 
 # The tests go online for each model, whatever HF_HUB_OFFLINE says, and would wait a minute for it.
 huggingface_hub.utils._http._http_backoff_base = _no_hub
+
+
+def pytest_configure() -> None:
+    hub.fill(CACHE)
 
 
 def _about_lora(item: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
+from torch import nn
 
-from loraloom import LoraConfig
+from loraloom import LoraConfig, get_peft_model
 from loraloom.lora.inspection import inspect
 from loraloom.report.session import train_run
 from loraloom.report.terminal import (
@@ -222,6 +224,14 @@ def test_an_adapter_shows_whole_names_aligned_and_only_what_is_not_the_default(
     assert len({len(row) - len(row.lstrip()) for row in rows}) == 1
     header = next(line for line in lines if line.startswith("module"))
     assert all(row[header.index("rank used") + 8] != " " for row in rows)  # numbers end under their heading
+
+
+def test_an_adapter_says_what_of_its_config_was_left_out(tmp_path: Path) -> None:
+    get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "eva"}))
+    lines = inspection("folder", inspect(tmp_path)).splitlines()
+    assert [line for line in lines if line.startswith("note: init_lora_weights")]
 
 
 def test_a_run_whose_loss_still_falls_says_what_to_do() -> None:

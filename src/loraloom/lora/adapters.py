@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, is_dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +25,7 @@ from loraloom.lora.dispatch import Plan as ForwardPlan
 from loraloom.lora.dispatch import Router
 from loraloom.lora.initialize import factors, seed_of
 from loraloom.lora.layers import HALF, LoraLayer, layer_class
+from loraloom.lora.matching import matches_any
 from loraloom.lora.names import factor_keys, file_key
 from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.route import BASE, Route
@@ -282,12 +283,39 @@ class LoraModel(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """PEFT's name for the names of the adapted modules."""
-        return [name for name, layer in self._layers.items() if layer.kind != LoraParameter.kind]
+        return [name for name, layer in self._layers.items() if self.lora_parameter_of(layer) is None]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
         """PEFT's name for the names of the adapted parameters."""
-        return [name for name, layer in self._layers.items() if layer.kind == LoraParameter.kind]
+        return [name for layer in self._layers.values() if (name := self.lora_parameter_of(layer)) is not None]
+
+    def lora_parameter_of(self, layer: LoraLayer) -> str | None:
+        """The parameter for which ``layer`` is there; None where its module is what adapters target.
+
+        The ``weight`` of a linear layer is adapted by the layer itself, whichever of the two a config names.
+        """
+        if layer.kind == LoraParameter.kind:
+            return layer.name
+        weight = f"{layer.name}.weight"
+        configs = [self.peft_config[slot] for slot in layer.slots if slot in self.peft_config]
+        named = configs and all(
+            matches_any(config.target_parameters, weight) and not matches_any(config.target_modules, layer.name)
+            for config in configs
+        )
+        return weight if named else None
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The config of ``model`` as a dictionary; PEFT's stand-in where it has none."""
+        config = getattr(model, "config", None)
+        if config is None:
+            return {"model_type": "custom"}
+        if hasattr(config, "to_dict"):
+            found: dict[str, Any] = config.to_dict()
+            return found
+        plain: Any = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
+        return dict(plain)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter active, or several whose updates add up. ``requires_grad`` stays as it is.

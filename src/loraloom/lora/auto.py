@@ -203,17 +203,21 @@ def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Ready a quantised base for an adapter: frozen, what is in half precision in float32, checkpointing on.
 
     As in PEFT, parameters of float16 and bfloat16 (norms, embeddings, heads) are kept in float32 afterwards, quantised
     or not. Checkpointing is for models of transformers that say they are loaded in 4 or 8 bits, or quantised.
+    ``auto_clear_cache`` gives CUDA back the memory of what was cast.
     """
     for parameter in model.parameters():
         parameter.requires_grad = False
     for parameter in model.parameters():
         if parameter.dtype in HALF and type(parameter).__name__ != "Params4bit":
             parameter.data = parameter.data.to(torch.float32)
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the casts let go of
     quantised = any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
     if not (quantised and use_gradient_checkpointing):
         return model

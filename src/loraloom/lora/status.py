@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from loraloom.errors import ConfigError
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.layers import LoraConv, LoraConv1D, LoraLayer, LoraLinear
-from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.saved import SavedModule
 
 Some = bool | Literal["irregular"]  # "irregular": it differs from part to part
@@ -51,10 +51,17 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: Any) -> list[TunerLayerStatus]:
-    """A line for each adapted layer of a ``PeftModel``, in the order of the model."""
-    lora: LoraModel = model.base_model
+    """A line for each adapted layer, in the order of the model.
+
+    Args:
+        model: a ``PeftModel``, or what ``inject_adapter_in_model`` returned.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    lora, around = _adapted(model)
     out = []
-    for name, module in lora.named_modules():
+    for name, module in around.named_modules():
         if isinstance(module, LoraLayer):
             slots = {slot: list(module.factors(slot)) for slot in module.slots}
         elif isinstance(module, SavedModule):
@@ -64,7 +71,7 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
         out.append(
             TunerLayerStatus(
                 name,
-                _type(module),
+                _type(module, lora),
                 lora.lora_enabled,
                 lora.active_adapters,
                 [slot for slot in lora.merged_adapters if slot in slots],
@@ -77,17 +84,17 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
 
 
 def get_model_status(model: Any) -> TunerModelStatus:
-    """One line for a whole ``PeftModel``."""
-    lora: LoraModel = model.base_model
+    """One line for a whole model; takes and raises what ``get_layer_status`` does."""
+    lora, around = _adapted(model)
     layers = get_layer_status(model)
-    trainable, total = model.get_nb_trainable_parameters()
+    counts = [(p.numel(), p.requires_grad) for p in around.parameters()]
     names = sorted({slot for layer in layers for slot in layer.available_adapters})
     return TunerModelStatus(
         type(lora.model).__name__,
-        type(lora).__name__,
+        type(lora).__name__ if around is lora else "None",
         {name: config.peft_type for name, config in lora.peft_config.items()},
-        trainable,
-        total,
+        sum(count for count, trainable in counts if trainable),
+        sum(count for count, _ in counts),
         len(layers),
         lora.lora_enabled,
         lora.active_adapters,
@@ -98,18 +105,31 @@ def get_model_status(model: Any) -> TunerModelStatus:
     )
 
 
+def _adapted(model: Any) -> tuple[LoraModel, nn.Module]:
+    """What holds the adapters, and the module by whose names they are called."""
+    if isinstance(held := vars(model).get("_loraloom"), LoraModel):
+        return held, model
+    held = model if isinstance(model, LoraModel) else getattr(model, "base_model", None)
+    if not isinstance(held, LoraModel):
+        raise ConfigError(
+            f"model: No adapter layers found in the model, a {type(model).__name__}; give the PeftModel, or what "
+            "inject_adapter_in_model returned"
+        )
+    return held, held
+
+
 def _some(values: Iterable[Some]) -> Some:
     found = set(values)
     return found.pop() if len(found) == 1 else "irregular"
 
 
-def _type(module: nn.Module) -> str:
+def _type(module: nn.Module, lora: LoraModel) -> str:
     """PEFT's name for it."""
     if isinstance(module, SavedModule):
         return "ModulesToSaveWrapper"
     assert isinstance(module, LoraLayer)
     if isinstance(module, LoraConv):
         return f"lora.{type(module.base_layer).__name__}"
-    if isinstance(module, LoraParameter):
+    if lora.lora_parameter_of(module) is not None:
         return "lora.ParamWrapper"
     return f"lora.{LoraLinear.kind if isinstance(module, LoraConv1D) else module.kind}"

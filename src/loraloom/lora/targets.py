@@ -27,6 +27,7 @@ from loraloom.lora.reading import Read, as_peft_reads, misread, refused
 from loraloom.lora.saved import unwrap
 
 ALL_LINEAR = "all-linear"
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 @dataclass(frozen=True)
@@ -589,7 +590,14 @@ def _saved_modules(modules: dict[str, nn.Module], config: LoraConfig, strict: bo
     if follow_ties:
         chosen = [modules[name] for name in names]
         names = [name for name in modules if name in names or _shares(modules[name], chosen)]
-    return [name for name in names if not any(name.startswith(other + ".") for other in names)]
+    names = [name for name in names if not any(name.startswith(other + ".") for other in names)]
+    for name in names:
+        if isinstance(modules[name], _CONTAINERS):  # it is indexed and not called, which a copy in its place is not
+            raise TargetError(
+                f"modules_to_save: {name} is a {type(modules[name]).__name__}, which holds what is trained and is not "
+                "called itself; name what it holds"
+            )
+    return names
 
 
 def _extras(modules: dict[str, nn.Module], saved: list[str], autocast_adapter_dtype: bool) -> Iterator[Extra]:

@@ -223,6 +223,7 @@ def inspection(folder: str, found: Inspection) -> str:
     shown = ("r", "lora_alpha", "lora_dropout", "target_modules")
     more = [key for key in config if config[key] != defaults[key] and key not in (*shown, "base_model_name_or_path")]
     lines += [f"  {key}: {config[key]}" for key in (*shown, *more)]
+    lines += [f"note: {note}" for note in found.config.notes]
     if found.updates:
         rows = [("module", "r", "scale", "norm", "rank used", "largest singular values")]
         for u in found.updates:
