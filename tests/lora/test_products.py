@@ -84,6 +84,20 @@ def test_another_device_than_a_cpu_multiplies_in_the_dtype_it_is_given() -> None
     assert products.native("mps", torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("has", "native"),
+    [({"avx512"}, False), ({"avx512", "avx512_bf16"}, True), ({"avx512", "amx_tile"}, True), (set(), True)],
+)
+def test_bfloat16_that_the_processor_only_imitates_is_taken_in_float32(
+    monkeypatch: pytest.MonkeyPatch, has: set[str], native: bool
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for name in ("avx512", "avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in has)
+    assert products.native.__wrapped__("cpu", torch.bfloat16) is native
+    assert products.native.__wrapped__("cpu", torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_memory_is_counted_as_on_the_device_that_trains(dtype: torch.dtype) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
