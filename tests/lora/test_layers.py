@@ -652,3 +652,12 @@ def test_a_layer_is_found_wherever_it_hangs(hold: Callable[[nn.Module], nn.Modul
     model = get_peft_model(hold(nn.Linear(4, 4)), LoraConfig(target_modules="all-linear", r=2))
     assert len(model.base_model.lora_layers) == 1
     assert sum(isinstance(m, LoraLayer) for m in model.modules()) == 1
+
+
+def test_dropout_before_a_convolution_over_places_ignores_what_follows_a_rows_end() -> None:
+    base = nn.Sequential(nn.Conv1d(4, 4, 1))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], lora_dropout=0.5, init_lora_weights=False))
+    x = torch.randn(2, 4, 6)
+    longer = torch.cat([x, torch.randn(2, 4, 3)], -1)
+    with model.base_model.routed(["default"] * 2, {"default": 7}):
+        assert torch.equal(model(longer)[..., :6], model(x))

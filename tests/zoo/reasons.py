@@ -45,6 +45,7 @@ UNBUILT: dict[str, str] = {
     "kosmos-2": "a text without a picture is refused (transformers/models/kosmos2/modeling_kosmos2.py:1606)",
     "kyutai_speech_to_text": "its codec's groups fit its default width alone"
     " (transformers/models/kyutai_speech_to_text/modeling_kyutai_speech_to_text.py:250)",
+    "xlstm": "its states fit some widths alone (transformers/models/xlstm/modeling_xlstm.py:126)",
     "levit": "its stages fit its default picture alone (transformers/models/levit/modeling_levit.py:206)",
     "musicgen": "a row is four rows of codes (transformers/models/musicgen/modeling_musicgen.py:493)",
     "musicgen_melody": "a row is four rows of codes (transformers/models/musicgen/modeling_musicgen.py:493)",
@@ -129,6 +130,13 @@ SKIPPED: tuple[tuple[str, str, str, str], ...] = (
         r".*does not require grad.*|.*step 1.*",
         "a stage answers with a tuple in a tuple, through which torch's reentrant checkpointing loses the gradient"
         " (transformers/models/pvt_v2/modeling_pvt_v2.py:340)",
+    ),
+    (
+        r"reformer/.*",
+        "gradient|steps|pack",
+        r".*does not require grad and does not have a grad_fn.*",
+        "its reversible layers give no gradient where what they read requires none, in peft neither"
+        " (transformers/models/reformer/modeling_reformer.py:1791)",
     ),
     (
         r"git/.*|blip/.*",

@@ -508,6 +508,12 @@ class LoraConv(LoraLayer):
         a, b = self.factors(slot)
         return functional.lora_conv(self.drop(slot, x, times), a, b, self.scaling[slot], self._convolve, base.groups)
 
+    def drop(self, slot: str, x: Tensor, times: int) -> Tensor:
+        # Of [rows, channels, places] a place's mask is to be the same however many places come after it, as in a text.
+        if x.dim() != 3:
+            return super().drop(slot, x, times)
+        return super().drop(slot, x.transpose(1, 2), times).transpose(1, 2)
+
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         base: Any = self.base_layer
         convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(base.kernel_size) - 1]
