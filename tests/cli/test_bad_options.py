@@ -513,7 +513,6 @@ def test_what_a_search_has_no_use_for_is_said(world: Any, call: Callable[..., An
     assert (ended.code, ended.err) == (0, "")
     said = "not for the search, but for the training in full (best.yaml): "
     assert f"{said}eval.early_stopping_patience, train.save_steps, train.report_to" in " ".join(ended.out.split())
-    assert "save_steps: 5" in (world.tmp / "out" / "best.yaml").read_text()
 
 
 def test_torchrun_takes_the_rank_by_a_name_that_is_not_its_own(call: Any, world: Any) -> None:

@@ -225,6 +225,24 @@ def test_a_part_of_a_model_that_is_checkpointed_shares_nothing_with_the_rest() -
         model(x).sum().backward()
 
 
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_jobs_that_train_in_threads_of_their_own_one_after_the_other_are_not_taken_for_each_other(reentrant) -> None:
+    model = made().train()
+    model.enable_input_require_grads()
+    jobs = [["b"] * 3, ["a", "b", "a"], ["a"] * 3]
+    wanted = []
+    for names in jobs:
+        answer(model, adapter_names=names).square().sum().backward()
+        wanted.append(grads(model))
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    for names, gradients in zip(jobs * 2, wanted * 2, strict=True):
+        in_thread(lambda names=names: answer(model, adapter_names=names).square().sum().backward())
+        found = grads(model)
+        assert found.keys() == gradients.keys()
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, gradients[name], rtol=1e-9, atol=1e-10)
+
+
 # -- threads ------------------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from loraloom.lora.rows import Batch, Probe, Unproven
 _AFTER = 64
 
 _task = torch._C._current_graph_task_id
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Plan:
     #: the adapters are disabled, whatever route is asked for inside
     disabled: bool = False
     drawn: SeedBook = field(default_factory=SeedBook, compare=False)
+    #: the backwards that asked for a repetition
+    repeated: set[int] = field(default_factory=set, compare=False)
 
     def same(self, other: Plan) -> bool:
         """Whether a repetition comes to the same by either."""
@@ -136,8 +139,14 @@ class Router:
         if top is not None and top.task == task:
             if thread in self._interrupted:
                 self._resume(thread, top)
-            return top
-        return self._ambient(thread) if task == -1 else self._repeated(thread, task)
+        elif task == -1:
+            top = self._ambient(thread)
+        else:
+            return self._repeated(thread, task)
+        drawn = top.plan.drawn
+        if not drawn.regions and (not torch.is_grad_enabled() or _hooks(False) is not None):
+            drawn.regions = True
+        return top
 
     @property
     def route(self) -> Route:
@@ -346,7 +355,7 @@ class Router:
         number = -1 if node is None else node._sequence_nr()
         frame = self._repeats.get(thread)
         if frame is None or frame.key != (task, number):
-            frame = self._repeats[thread] = Frame(self._made_in(number), task, (task, number))
+            frame = self._repeats[thread] = Frame(self._made_in(number, task), task, (task, number))
             self._interrupted.add(thread)
             self._until_the_end(thread, frame, self._lane.note(frame.plan, begun=True))
         self._lane.ends_after(_AFTER)  # the backward may be the thread's last, and numbers are others' too
@@ -362,15 +371,22 @@ class Router:
 
         torch.autograd.Variable._execution_engine.queue_callback(end)
 
-    def _made_in(self, number: int) -> Plan:
-        """The plan of the forward that made the autograd node of this sequence number, which each thread counts."""
+    def _made_in(self, number: int, task: int) -> Plan:
+        """The plan of the forward that made the autograd node of this sequence number, which each thread counts.
+
+        A forward of a thread that has ended, and of which an earlier backward repeated parts, makes way for others.
+        """
         history = tuple(self._history)
-        found: list[Plan] = [plan for lane in history if (plan := lane.at(number)) is not None]
-        if not found and not any(lane.forgot for lane in history):
+        at = [(lane, lane.at(number)) for lane in history]
+        known: list[tuple[Lane, Plan]] = [(lane, plan) for lane, plan in at if plan is not None and plan.drawn.regions]
+        found = [plan for lane, plan in known if lane.lives or plan.repeated <= {task}]
+        found = found or [plan for _, plan in known]
+        if not known and not any(lane.forgot for lane in history):
             return self._ambient(threading.get_ident()).plan
         if not found or not all(found[0].same(plan) for plan in found):
             raise AdapterError(
                 "gradient checkpointing: a part of a forward is to be computed again, and it cannot be told of which: "
                 "several threads ran this model by different adapters; call backward() before other threads go on"
             )
+        found[0].repeated.add(task)
         return found[0]

@@ -6,6 +6,8 @@ The key is a number that autograd gives each node of its graph, counting up in e
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
 from bisect import bisect_right
 from collections import deque
 from typing import Any
@@ -28,6 +30,8 @@ class SeedBook:
     def __init__(self) -> None:
         #: (slot, layer) → (number of the next autograd node, region or None if without gradients, seed) of each call
         self._calls: dict[tuple[str, str], deque[tuple[int, int | None, int]]] = {}
+        #: whether an adapted layer ran in such a region: else there is nothing to repeat
+        self.regions = False
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -69,6 +73,13 @@ class Lane:
         #: where the last of them ends, if it does before another one begins
         self._end: int | None = None
         self.forgot = False
+        self._thread = weakref.ref(threading.current_thread())
+
+    @property
+    def lives(self) -> bool:
+        """Whether its thread has not ended."""
+        thread = self._thread()
+        return thread is not None and thread.is_alive()
 
     def note(self, plan: Any, begun: bool = False) -> list[Any]:
         """From here on it is this plan, unless the list that holds it is emptied: that may be done in any thread.
