@@ -50,7 +50,8 @@ bench: setup
 # PEFT's own LoRA tests on loraloom. PEFT_SOURCE=a checkout of PEFT; PEFT_SUITE="tests/test_custom_models.py -k Mixed" for
 # a part. What fails as it is meant to is in tests/peft_suite/differences.py.
 PEFT_SUITE ?= $(addprefix tests/test_,$(addsuffix .py,custom_models config initialization low_level_api tuners_utils \
-	other helpers lora_variants lora_conversion target_parameters mixed integrations mapping arrow loraplus hub_features))
+	other helpers lora_variants lora_conversion target_parameters mixed integrations mapping arrow loraplus hub_features \
+	auto decoder_models encoder_decoder_models feature_extraction_models seq_classifier))
 peft-suite: setup
 ifeq ($(PEFT_SOURCE),)
 	@echo "peft-suite: skipped; set PEFT_SOURCE to a checkout of https://github.com/huggingface/peft"

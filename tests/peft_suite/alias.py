@@ -31,6 +31,7 @@ NAMES = {
     "LoraModel": ("loraloom.lora.adapters", "LoraModel"),
     "ModulesToSaveWrapper": ("loraloom.lora.saved", "SavedModule"),
     "NoMatchingPeftModuleError": ("loraloom.errors", "TargetError"),
+    "ParamWrapper": ("loraloom.lora.parameters", "LoraParameter"),
     "PeftError": ("loraloom.errors", "LoraloomError"),
     "SAFETENSORS_WEIGHTS_NAME": ("loraloom.lora.checkpoint", "WEIGHTS_NAME"),
     "TaskType": ("loraloom.config", "TaskType"),

@@ -47,6 +47,7 @@ REFUSED: dict[str, str] = {
     r"are merged; call unmerge_adapter\(\) first": "what merged adapters forbid is an error that says to unmerge first",
     r"it is a PeftModel already|it carries adapters already": "a model is wrapped once (Wrapping twice)",
     r"cannot be a name; use letters": "names of adapters hold no slash or dot",
+    r"merging '\w+' gives values that are not finite": "a merge that is not finite is refused (Merging)",
     r"modules_to_save: \w+ is a (Module|Parameter)(List|Dict)": "the same error, as a ValueError",
     r"takes all of them out": "a pattern of which nothing is left is an error (Values that make no sense)",
     r"bias: must be one of": "the same error, as a ValueError",
@@ -65,11 +66,12 @@ DIFFERENCES: dict[tuple[str, str], str] = {
     ("", _SILENT): "PEFT warns of what is an error here, or of what goes right here",
     (
         r"test_save_pretrained|test_inference_safetensors|model_card|test_from_pretrained_config_construction|"
-        r"test_load_model_low_cpu_mem_usage",
-        r"^(AssertionError|FileNotFoundError)",
+        r"test_load_model_low_cpu_mem_usage|have_transformers_tag|card_has_expected_tags",
+        r"^(AssertionError|FileNotFoundError|ValueError: Cannot load RepoCard)",
     ): "no model card is written; the config is a copy (Folders, Your config object)",
     (
         r"multiple_(adapters|configs)_with_bias_raises|training_mode_raises|naming_conflict|"
+        r"TargetParameters::test_(generate_with_)?mixed_adapter_batches|"
         r"multiple_adapters_with_different_target_parameters_raises",
         r"^Failed: DID NOT RAISE",
     ): "works here: several adapters with biases or other parameters, rows of several adapters while training",
@@ -121,6 +123,28 @@ DIFFERENCES: dict[tuple[str, str], str] = {
         r"^AssertionError: assert False",
     ): "the name that the config gives the base stays (Your config object)",
     (r"Kasa|Velora", r"^Failed: DID NOT RAISE"): "a variant of LoRA that loraloom refuses by name",
+    (
+        r"find_target_modules|qwen3_moe_\w*regex_target_modules_works",
+        r"^AssertionError: assert \['.*\] == \{'",
+    ): "target_modules stays a list",
+    (r"warn_for_tied_embeddings_merge", r"^AssertionError"): "the merged model says that it is not tied (Merging)",
+    (
+        r"removes_adapter_name_when_same_as_module_name",
+        r"^AssertionError: assert \(.*embed_tokens.weight",
+    ): "modules that share a weight are trained and saved together (Tied embeddings)",
+    (r"test_generate_pos_args", r"^Failed: DID NOT RAISE TypeError"): "works here: generate with positional arguments",
+    (
+        r"low_cpu_mem_usage(_works)?$",
+        r"device\(type='meta'\)|'meta'",
+    ): "low_cpu_mem_usage has no work to do: a folder's tensors are read into the adapter directly",
+    (r"warning_naming_conflict", r"^AssertionError"): "an adapter's name is never mistaken for a module's",
+    (r"no_disable_input_dtype_casting", r"^Failed: DID NOT RAISE"): "inputs of another dtype are cast",
+    (r"", r"^TypeError: LoraLayer.__init__\(\)"): "a class of PEFT's internals",
+    (r"", r"isinstance\(Factor\("): "a class of PEFT's internals",
+    (
+        r"test_target_multiple_parameters_on_same_module|test_target_parameter_result_caching_works",
+        r"^AssertionError: assert 0 == ",
+    ): "counts the calls of a class of PEFT's internals",
     (r"existing_parametrization", r"^TargetError"): "a parameter under torch's parametrize is no target",
     (r"non_existing_adapter", r"^Failed: DID NOT RAISE"): "PEFT's private names",
     (r"", r"has no attribute '_\w+'"): "PEFT's private names",

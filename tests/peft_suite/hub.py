@@ -19,9 +19,10 @@ _DECODER: dict[str, Any] = {
     "vocab_size": _TOKENS, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-_GROUPED: dict[str, Any] = {**_DECODER, "num_key_value_heads": 2}
+# Padding ends as generating does: the tests take the ends of rows off by that.
+_GROUPED: dict[str, Any] = {**_DECODER, "num_key_value_heads": 2, "pad_token_id": 2}
 _EXPERTS: dict[str, Any] = {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4}
-_OPT: dict[str, Any] = {**_DECODER, "ffn_dim": 32, "word_embed_proj_dim": 16}
+_OPT: dict[str, Any] = {**_DECODER, "ffn_dim": 32, "word_embed_proj_dim": 16, "num_hidden_layers": 5, "pad_token_id": 2}
 _GPT2: dict[str, Any] = {"vocab_size": _TOKENS, "n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 128,
                          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 _T5: dict[str, Any] = {"vocab_size": _TOKENS, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 5, "num_heads": 4,
@@ -80,7 +81,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": ("llama", _CLS, _GROUPED),
     "trl-internal-testing/tiny-Qwen3ForCausalLM": ("qwen3", _LM, {**_GROUPED, "head_dim": 4}),
     "trl-internal-testing/tiny-Qwen3MoeForCausalLM": (
-        "qwen3_moe", _LM, {**_GROUPED, "head_dim": 4, "num_experts": 4, "moe_intermediate_size": 32}
+        "qwen3_moe", _LM,
+        {**_GROUPED, "head_dim": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     ),
     "trl-internal-testing/tiny-random-LlamaForCausalLM": ("llama", _LM, _GROUPED),
 }  # fmt: skip

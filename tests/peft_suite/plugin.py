@@ -31,7 +31,8 @@ from peft_suite.differences import DIFFERENCES, FILES, OTHER_METHODS, REFUSED  #
 SOURCE = Path(os.environ["PEFT_SOURCE"])
 _HUB = re.compile(
     r"OfflineModeIsEnabled|LocalEntryNotFound|outgoing traffic has been disabled|couldn't connect|offline mode|"
-    r"is not a local folder|ConnectionError|We couldn't|Cannot find an appropriate cached snapshot"
+    r"is not a local folder|ConnectionError|We couldn't|Cannot find an appropriate cached snapshot|"
+    r"adapter model file not found in peft-internal-testing/"
 )
 _reasons: Counter[str] = Counter()
 _outcomes: dict[str, tuple[str, str]] = {}
