@@ -81,7 +81,7 @@ def enlarge(model: nn.Module, gain: float = 1.0) -> None:
                     parameter.add_(normal(parameter, 0.05))
                 elif name == "weight" and parameter.dim() >= 2:
                     parameter.copy_(normal(parameter, gain * parameter[0].numel() ** -0.5))
-                elif parameter.dim() <= 1 and not parameter.any():  # a scale that starts at nothing
+                elif parameter.numel() < 4096 and parameter.abs().max() < 0.01:  # a scale that starts at nothing
                     parameter.add_(normal(parameter, 0.5))
                 elif parameter.dim() == 3 and min(parameter.shape[1:]) > 4:  # experts
                     parameter.copy_(normal(parameter, max(parameter.shape[1:]) ** -0.5))

@@ -74,12 +74,13 @@ class Cell:
 
     def _peft_refuses(self, wanted: str | None) -> bool:
         """Whether peft takes no default (Mixtral's kin), or not its own "all-linear" (Mamba's), or fails with it
-        (Llama 4's routers, DeepSeek-V4's grouped layers). What we adapt is given to it by name then.
+        (Llama 4's routers, heads that it would train in full as well). What we adapt is given to it by name then.
         """
         import peft
 
         try:
-            outputs(peft.get_peft_model(self.base(), peft.LoraConfig(r=4, target_modules=wanted)), self.batch)
+            config = peft.LoraConfig(r=4, target_modules=wanted, task_type=KINDS[self.kind].task)
+            outputs(peft.get_peft_model(self.base(), config), self.batch)
         except Exception:
             return True
         return False

@@ -303,4 +303,4 @@ FIELDS: dict[str, dict[str, Any]] = {
 #: or whose gradients are not finite in float64 (LED).
 FLOAT32 = ("fsmt", "led", "xlnet")
 #: Types through whose many norms little passes with weights of the usual size → how much larger they are.
-GAIN = {"mobilevit": 8.0, "swiftformer": 8.0}
+GAIN = {"mobilevit": 8.0}
