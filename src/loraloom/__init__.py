@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loraloom.lora.model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
     from loraloom.lora.model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from loraloom.lora.model import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from loraloom.lora.model import get_base_model_state_dict as get_base_model_state_dict
     from loraloom.lora.model import get_peft_model as get_peft_model
     from loraloom.lora.model import get_peft_model_state_dict as get_peft_model_state_dict
     from loraloom.lora.model import set_peft_model_state_dict as set_peft_model_state_dict
@@ -50,6 +51,7 @@ _WHERE = {
     "LoraloomError": "loraloom.errors",
     "LoadReport": "loraloom.lora.checkpoint",
     "PeftModel": "loraloom.lora.model",
+    "get_base_model_state_dict": "loraloom.lora.model",
     "get_peft_model": "loraloom.lora.model",
     "get_peft_model_state_dict": "loraloom.lora.model",
     "set_peft_model_state_dict": "loraloom.lora.model",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loraloom import LoraConfig, PeftModel, get_peft_model
+from loraloom import LoraConfig, PeftModel, get_base_model_state_dict, get_peft_model
 from loraloom.errors import AdapterError, MergeError
 from loraloom.lora.saved import SavedModule, unwrap
 
@@ -324,3 +324,20 @@ def test_a_merged_bfloat16_language_model_or_classifier_answers(save: list[str] 
     merged = model.merge_and_unload()
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(answers(merged, input_ids=ids).logits, before, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["norm"]},
+        {"target_parameters": ["up_proj.weight"]},
+    ],
+    ids=["head", "embedding", "parameter"],
+)
+def test_the_state_of_the_base_is_as_before_the_adapters(llama, fields: dict[str, Any]) -> None:
+    before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    model = get_peft_model(llama, LoraConfig(init_lora_weights=False, **fields))
+    after = get_base_model_state_dict(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

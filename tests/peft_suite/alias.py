@@ -62,13 +62,26 @@ class Missing(type):
 
 def _values() -> dict[str, Any]:
     """What has a value of its own here: facts about this machine, and not about loraloom."""
+    from torch import nn
+
+    from loraloom import LoraConfig
     from loraloom.config import PEFT_FORMAT
+    from loraloom.lora.matching import in_layers, matches_any
     from loraloom.lora.presets import TARGET_MODULES
 
     def no(*args: object, **kwargs: object) -> bool:
         return False
 
+    def exists(config: LoraConfig, name: str) -> bool:
+        return matches_any(config.target_modules, name) and in_layers(name, config)
+
+    def submodules(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module, str]:
+        parent, _, leaf = name.rpartition(".")
+        return model.get_submodule(parent), model.get_submodule(name), leaf
+
     return {
+        "_get_submodules": submodules,
+        "check_target_module_exists": exists,
         "__version__": PEFT_FORMAT,
         "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": TARGET_MODULES,
         "infer_device": lambda: "cpu",

@@ -85,6 +85,7 @@ DIFFERENCES: dict[tuple[str, str], str] = {
         r"has no attribute '(disable_adapters|enable_adapters|set_adapter|active_adapters?|set_scale|scale_layer|"
         r"unscale_layer)'",
     ): "adapters are switched on the model, not layer by layer (a later issue)",
+    (r"without_transformers_moe_patch", r"no attribute 'update_layer'"): "patches a method of PEFT's internals",
     (
         r"",
         r"has no attribute '(set_scale|scale_layer|unscale_layer|update_layer|reset_lora_parameters|enable_adapters|"
@@ -129,8 +130,8 @@ DIFFERENCES: dict[tuple[str, str], str] = {
     ): "target_modules stays a list",
     (r"warn_for_tied_embeddings_merge", r"^AssertionError"): "the merged model says that it is not tied (Merging)",
     (
-        r"removes_adapter_name_when_same_as_module_name",
-        r"^AssertionError: assert \(.*embed_tokens.weight",
+        r"removes_adapter_name_when_same_as_module_name|needless_copy_modules_to_save",
+        r"^AssertionError: assert (\(.*embed_tokens.weight|\['default', 'other'\] == \['other'\])",
     ): "modules that share a weight are trained and saved together (Tied embeddings)",
     (r"test_generate_pos_args", r"^Failed: DID NOT RAISE TypeError"): "works here: generate with positional arguments",
     (

@@ -17,6 +17,7 @@ from loraloom.lora import checkpoint, guise, mixed, status
 from loraloom.lora.adapters import EARLIER, LoraModel
 from loraloom.lora.checkpoint import LoadReport
 from loraloom.lora.names import PREFIX, file_key
+from loraloom.lora.saved import unwrapped_state
 from loraloom.lora.status import TunerLayerStatus, TunerModelStatus
 from loraloom.lora.targets import ALL_LINEAR
 from loraloom.peftfile import HARMLESS, HUB_ONLY
@@ -489,6 +490,16 @@ def get_peft_model_state_dict(
     tensors = checkpoint.to_write(lora, adapter_name, gathered, save_embedding_layers)
     start = "" if isinstance(owner, PeftModel) else PREFIX
     return {key.removeprefix(start): tensor.detach() for key, tensor in tensors.items()}
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the model under the adapters by their names before any adapter; they share memory with it.
+
+    Args:
+        model: as for ``get_peft_model_state_dict``. While adapters are merged their updates are in the tensors.
+    """
+    state = unwrapped_state(_unwrapped(model)[1].model, persistent=True)
+    return {key: tensor.detach() for key, tensor in state.items()}
 
 
 def set_peft_model_state_dict(

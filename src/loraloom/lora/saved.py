@@ -133,14 +133,18 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def unwrapped_state(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of ``module`` as it was before any adapter, by their names then."""
+def unwrapped_state(module: nn.Module, persistent: bool = False) -> dict[str, Tensor]:
+    """The tensors of ``module`` as it was before any adapter, by their names then.
+
+    ``persistent``: without the buffers that a state dict leaves out.
+    """
     module = unwrap(module)
     named = [*module._parameters.items(), *module._buffers.items()]
-    out = {key: tensor for key, tensor in named if tensor is not None}
+    hidden = module._non_persistent_buffers_set if persistent else ()
+    out = {key: tensor for key, tensor in named if tensor is not None and key not in hidden}
     for name, child in module._modules.items():
         if child is not None:
-            out.update({f"{name}.{key}": tensor for key, tensor in unwrapped_state(child).items()})
+            out.update({f"{name}.{key}": tensor for key, tensor in unwrapped_state(child, persistent).items()})
     return out
 
 
