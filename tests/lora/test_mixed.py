@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,29 @@ def test_images_of_unlike_size_are_refused_and_images_of_every_row_are_not() -> 
     with pytest.raises(AdapterError, match="cannot be divided among 4 rows"):
         model(input_ids=IDS, patches=patches, adapter_names=NAMES)
     check(model, input_ids=IDS, patches=torch.randn(4, 6, 3, dtype=torch.float64))
+
+
+def test_media_of_unlike_numbers_in_the_rows_are_refused() -> None:
+    """Four images for four rows, two of them in one row: their first dimension is not the batch's."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(image_token_id=9)
+            self.embed, self.tower = nn.Embedding(50, 8), nn.Linear(4, 8)
+
+        def forward(self, input_ids: Tensor, images: Tensor) -> Tensor:
+            x, seen = self.embed(input_ids), self.tower(images.flatten(2)).mean(1)
+            return x.masked_scatter((input_ids == 9)[..., None], seen)
+
+    model = adapted(Reader(), ["tower"])
+    images, ids = torch.randn(4, 3, 2, 2, dtype=torch.float64), IDS.clone().clamp(10)
+    odd = ids.clone()
+    odd[0, :2] = odd[1:3, 0] = 9
+    with pytest.raises(AdapterError, match="images, videos or sounds of unlike numbers"):
+        model(input_ids=odd, images=images, adapter_names=NAMES)
+    ids[:, 0] = 9
+    check(model, input_ids=ids, images=images)
 
 
 def test_adapter_by_adapter_refuses_what_it_cannot_put_together() -> None:

@@ -455,7 +455,7 @@ class LoraModel(nn.Module):
         if batch is None:
             yield
             return
-        tokens = _media_tokens(self.model)
+        tokens = media_tokens(self.model)
         batch.note(inputs, tokens)
 
         # Another thread that runs the model while this hook is removed may call it without kwargs.
@@ -661,7 +661,7 @@ class LoraModel(nn.Module):
             raise
 
 
-def _media_tokens(model: nn.Module) -> list[int]:
+def media_tokens(model: nn.Module) -> list[int]:
     """What stands for images, videos and sounds, or parts of them, in the ids of a model that reads them."""
     config = getattr(model, "config", None)
     names = [f"{medium}_token_{kind}" for medium in ("image", "video", "audio") for kind in ("id", "index")]

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
-from loraloom.lora.adapters import LoraModel
+from loraloom.lora.adapters import LoraModel, media_tokens
 from loraloom.lora.dispatch import Plan
 from loraloom.lora.route import Route
-from loraloom.lora.rows import Probe, Unproven, row_of, tensors
+from loraloom.lora.rows import Batch, Probe, Unproven, row_of, tensors
 
 Run = Callable[..., Any]
 #: What a forward keeps for generation, which cannot be put together from parts.
@@ -135,6 +135,14 @@ def _one_by_one(lora: LoraModel, run: Run, names: list[str], args: tuple[Any, ..
                 f"shows whose rows it sees, and an input of shape {tuple(value.shape)} cannot be divided among {rows} "
                 "rows; call it with one adapter at a time"
             )
+    batch = Batch(len(names))
+    batch.note([*args, *kwargs.values()], media_tokens(lora.model))
+    if not batch.aligned:
+        raise AdapterError(
+            f"adapter_names: {type(lora.model).__name__} has to be run adapter by adapter, since not every layer shows "
+            "whose rows it sees, and images, videos or sounds of unlike numbers in the rows cannot be divided; call it "
+            "with one adapter at a time"
+        )
     parts, order, counts = [], [], []
     for name in dict.fromkeys(names):
         mine = [row * times + i for row, other in enumerate(names) if other == name for i in range(times)]
