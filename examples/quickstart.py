@@ -105,7 +105,7 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None, overw
     table.add_row("a new head on the frozen encoder", f"{head:.3f}", f"{head_parameters:,}", f"{head_seconds:.0f}")
     seconds = result.record["seconds"]
     table.add_row(
-        "the best LoRA of 8 searched" if found.learned else "the highest of 8 searched, not recommended",
+        "the best LoRA of 8 searched" if found.learned else "the best of 8 searched, not recommended",
         f"[bold]{best.mean:.3f}[/]",
         f"{found.best.parameters:,}",
         f"{seconds:.0f} (all 8)",

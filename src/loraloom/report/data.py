@@ -89,13 +89,21 @@ def figures(data: Data, task: TaskType) -> Iterator[Text]:
     for what, part in (("train", data.train), ("validation", data.evaluation)):
         lengths = np.asarray(part.lengths)
         yield Text(
-            f"{what:11}{part.rows:,} rows, {len(part.examples):,} examples, {part.tokens:,} tokens"
-            f"{_share_trained(part, task)}; length {lengths.min()} to {lengths.max()}, "
-            f"median {int(np.median(lengths))}"
+            f"{what:11}{_counted(part.rows, 'row')}, {_counted(len(part.examples), 'example')}, "
+            f"{_counted(part.tokens, 'token')}{_share_trained(part, task)}; length {_between(lengths)}"
         )
     yield Text(f"{'padding':11}{data.padding:.1%} of what goes through the model, rows of like length together")
     if data.names:
         yield Text(f"{'labels':11}{', '.join(data.names[:12])}{' …' if len(data.names) > 12 else ''}")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _between(lengths: np.ndarray) -> str:
+    low, high = lengths.min(), lengths.max()
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}, median {int(np.median(lengths)):,}"
 
 
 def _share_trained(part: Part, task: TaskType) -> str:

@@ -138,7 +138,7 @@ def _nothing(found: Verdict, best: Score) -> RenderableType:
     number, beat = found.best.number, found.gain
     reached = f"trial {number} ({_settings(found.best, found.knobs)}), {_reached(found.metric, best)}"
     lines = [Text("nothing was learned: no configuration is recommended", "bold yellow")]
-    lines.append(Text(f"the highest is {reached}" + (f"; {_above(beat)}" if beat is not None else "")))
+    lines.append(Text(f"the best of them is {reached}" + (f"; {_above(beat)}" if beat is not None else "")))
     lines += [Text(f"note: {note}", "yellow") for note in found.notes]
     return _with_advice(lines, found, "what to change")
 

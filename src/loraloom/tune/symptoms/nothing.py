@@ -19,7 +19,7 @@ FULL = 0.98
 
 
 def nothing(trials: Sequence[Trial], best: Trial, bar: Bar, metric: str) -> list[Advice]:
-    """What to change, the likeliest first. ``trials`` are first seeds, ``best`` the highest of them; never empty."""
+    """What to change, the likeliest first. ``trials`` are first seeds, ``best`` the best of them; never empty."""
     tried = len(trials)
     by_metric, by_loss = gain(bar, [best], metric, tried), gain(bar, [best], "loss", tried)
     found = [
@@ -79,8 +79,8 @@ def _too_few_rows(by_metric: Gain | None, bar: Bar, tried: int) -> Advice | None
     about = f"; if it is real, about {enough:,} would show it" if bar.rows < enough < 100 * bar.rows else ""
     return Advice(
         "rows",
-        f"the best of {tried} is {by_metric.gain:.3g} above in {by_metric.metric}, which {rows} cannot tell from "
-        f"luck{about}: hold out more",
+        f"the best of {tried} is {by_metric.gain:.3g} better in {by_metric.metric} than {by_metric.bar_words}, "
+        f"which {rows} cannot tell from luck{about}: hold out more",
         {"gain": by_metric.gain, "error": by_metric.error, "rows": bar.rows, "enough": enough},
     )
 
