@@ -57,7 +57,7 @@ def trained(cell: Cell, batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str
         name: loraloom.LoraConfig(**{**cell.fields, "r": PACKED[name][0], "lora_dropout": PACKED[name][1]})
         for name in batches
     }
-    packed = loraloom.Pack(cell.base(), configs, seeds={name: PACKED[name][3] for name in batches}, pad_id=0)
+    packed = loraloom.Pack(cell.base(), configs, seeds={name: PACKED[name][3] for name in batches})
     for name in batches:
         fill(loraloom.get_peft_model_state_dict(packed.model, name), cell.strength, salt=name)
     losses = packed.backward(batches, dropout_seeds={name: PACKED[name][3] for name in batches})

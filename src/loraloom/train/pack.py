@@ -23,6 +23,7 @@ from loraloom.errors import AdapterError, ConfigError, TargetError, nearest
 from loraloom.lora import mixed
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.rows import Unproven
+from loraloom.models import configs as model_configs
 from loraloom.train.ahead import probe
 from loraloom.train.ahead.probe import Fault
 from loraloom.train.objective import Objective
@@ -44,7 +45,7 @@ class Pack:
         configs: a name for each adapter. They may differ in everything: rank, targets, dropout, biases, heads.
         task: what the loss is; by default the ``task_type`` of the configs.
         seeds: adapter → the seed of its initialisation; by default it follows from the name.
-        pad_id: the token that fills up shorter rows.
+        pad_id: the token that fills up shorter rows; by default the model's own, or 0 where it has none.
         pad_to_multiple_of: rows are filled up to a multiple of so many tokens.
 
     An adapter's numbers depend on its own rows and seeds alone: not on the others, and not on its place among them. To
@@ -60,7 +61,7 @@ class Pack:
         *,
         task: TaskType | str | None = None,
         seeds: Mapping[str, int] | None = None,
-        pad_id: int = 0,
+        pad_id: int | None = None,
         pad_to_multiple_of: int = 1,
     ) -> None:
         configs, seeds = dict(configs or {}), dict(seeds or {})
@@ -82,7 +83,7 @@ class Pack:
         self.task = TaskType(task or known[0])
         if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
             raise ConfigError(f"pad_to_multiple_of: must be a whole number of at least 1, found {pad_to_multiple_of!r}")
-        self.pad_id, self._multiple = pad_id, pad_to_multiple_of
+        self.pad_id, self._multiple = self._padding(pad_id), pad_to_multiple_of
         self._objective = Objective(self.model, self.task)
         self._learned: tuple[str, ...] = ()
 
@@ -90,6 +91,15 @@ class Pack:
     def way(self) -> Split | Whole | None:
         """How a causal language model comes to its logits here."""
         return self._objective.way
+
+    def _padding(self, given: int | None) -> int:
+        own = model_configs.token(getattr(self.model.get_base_model(), "config", None), "pad")
+        if given is not None and own not in (None, given) and self.task is TaskType.SEQ_CLS:
+            raise ConfigError(
+                f"pad_id: a classifier may find the end of a row by its config's pad_token_id, which is {own}, found "
+                f"{given}; leave pad_id out, or set the config's"
+            )
+        return (own or 0) if given is None else given
 
     @property
     def adapters(self) -> list[str]:
