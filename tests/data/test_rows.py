@@ -158,7 +158,7 @@ def test_a_line_that_is_not_json_is_named_with_file_and_line(tmp_path: Path, lin
     refused(saved(tmp_path, "a.jsonl", '{"a": 1}\n\n' + line + "\n"), "line 3", "not JSON")
 
 
-@pytest.mark.parametrize("line", ["[" * 100_000, '{"a": ' + "1" * 5000 + "}"])
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a": ' + "[" * 100_000])
 def test_json_beyond_what_python_reads_is_refused_without_a_traceback(tmp_path: Path, line: str) -> None:
     refused(saved(tmp_path, "a.jsonl", '{"a": 1}\n' + line), "line 2")
 

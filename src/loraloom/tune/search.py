@@ -58,8 +58,9 @@ from loraloom.tune.worker import Numbers, Report, Space, Worker, name_of, rung_s
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
-#: Proposals that a sampler makes from the same knowledge.
-PROPOSALS = 16
+#: Proposals that a sampler makes from the same knowledge, and those it makes at least before any is known: so many can
+#: train side by side.
+PROPOSALS, FIRST = 16, 8
 RESULT_NAME, BEST_NAME, BEST_FILE = "result.json", "best", "best.yaml"
 
 
@@ -344,7 +345,7 @@ class Search:
         originals, trials = self.originals, self.options.trials
         count = trials
         if self.sampler is not None or self.options.sampler == "tpe":
-            count = (trials + 1) // 2 if not originals else max(PROPOSALS, trials // 4)
+            count = max((trials + 1) // 2, FIRST) if not originals else max(PROPOSALS, trials // 4)
         before = len(originals)
         for _ in range(min(count, trials - before)):
             values = proposals.propose(self.options, self.trials, self.sampler)
