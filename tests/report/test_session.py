@@ -26,10 +26,10 @@ from loraloom.tune.space import Space
 def options(model: Path, data: Path, output: Path, **changes: Any) -> TuneOptions:
     lora = LoraConfig(target_modules="all-linear")
     train = TrainOptions(
-        model=model, data=data, task="seq-cls", output=output, max_steps=9, batch_size=8, eval_split=40, lora=lora,
+        model=model, data=data, task="seq-cls", output=output, max_steps=72, batch_size=16, eval_split=40, lora=lora,
         **changes,
     )  # fmt: skip
-    space = Space.parse({"lora.r": [2, 4], "train.learning_rate": [1e-3, 1e-2]}, train)
+    space = Space.parse({"lora.r": [2, 4], "train.learning_rate": [1e-2, 1.5e-2]}, train)
     return TuneOptions(train=train, space=space, trials=4, finalists=2, seeds=1, slots=2)
 
 
@@ -129,9 +129,17 @@ def test_a_finished_search_is_said_again_and_pictures_that_were_deleted_are_draw
 def test_a_picture_that_cannot_be_written_is_said_with_where_the_adapter_is(
     encoder_folder: Path, reviews: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "search" / "pareto.png").mkdir(parents=True)
+    class Meanwhile(io.StringIO):
+        """What was free before the search is taken once its last rung is decided."""
+
+        def write(self, said: str) -> int:
+            if "again with" in said:
+                (tmp_path / "search" / "pareto.png").mkdir(exist_ok=True)
+            return super().write(said)
+
     with pytest.raises(SaveError) as error:
-        tune_run(options(encoder_folder, reviews, tmp_path / "search"), terminal())
+        console = Console(file=Meanwhile(), width=100)
+        tune_run(options(encoder_folder, reviews, tmp_path / "search"), console)
     assert str(error.value).startswith(f"{tmp_path / 'search' / 'pareto.png'}: cannot be written (")
     assert f"the best adapter and result.json are saved in {tmp_path / 'search'}" in str(error.value)
     assert (tmp_path / "search" / "best" / "adapter_model.safetensors").exists()

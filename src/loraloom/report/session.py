@@ -126,7 +126,7 @@ def tune_run(options: TuneOptions, console: Console | None = None) -> SearchResu
     found, folder, metric = result.verdict, result.folder, result.verdict.metric
     console.print(leaderboard(found, metric, width=console.width))
     console.print(conclusion(found))
-    saved = f"{'the best adapter and ' if found.learned else ''}{RESULT_NAME} saved in {folder}"
+    saved = f"{f'the best adapter and {RESULT_NAME} are' if found.learned else f'{RESULT_NAME} is'} saved in {folder}"
     pictures = [
         _written(folder / SEARCH_NAME, saved, lambda to: plot_search(found.trials, metric, to, found.best.number)),
         _written(folder / PARETO_NAME, saved, lambda to: plot_pareto(found, found.trials, metric, to)),
