@@ -36,6 +36,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "expand_ratios": [1, 2, 2],
         "image_size": 32,
     },
+    "emu3": {"vocabulary_map": {"<image>": 90}},
     "esm": {
         "vocab_size": 96,
         "mask_token_id": 32,
