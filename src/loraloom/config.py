@@ -11,7 +11,9 @@ import dataclasses
 import json
 import math
 import operator
+import os
 import re
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -351,8 +353,14 @@ class LoraConfig(PeftConfig):
         if options.get("push_to_hub"):
             self.push_to_hub()
         config = self if auto_mapping_dict is None else self.copy(auto_mapping=dict(auto_mapping_dict))
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+        path = Path(save_directory) / CONFIG_NAME
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_text(config.to_json(), encoding="utf-8")
+            os.replace(aside, path)  # whole or as it was, and never through a link
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def _not_implemented() -> dict[str, Any]:

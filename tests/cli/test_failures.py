@@ -124,7 +124,7 @@ def test_an_output_lost_in_the_middle_of_training_sends_the_adapter_elsewhere(
     (rescued,) = scratch.glob("loraloom-rescued-*")
     assert ended.err.count("\n") == 1
     assert f"The trained adapter is saved in {rescued} instead" in ended.err
-    assert sorted(os.listdir(rescued)) == ["adapter_config.json", WEIGHTS, RUN_NAME]
+    assert sorted(os.listdir(rescued)) == ["adapter_config.json", WEIGHTS, RUN_NAME, "usage.json"]
     assert call("inspect", rescued).code == 0
 
 

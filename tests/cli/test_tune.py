@@ -22,8 +22,9 @@ def test_a_search_says_which_to_use_and_its_file_trains_it(
 ) -> None:
     (tmp_path / "run.yaml").write_text(
         f"task: seq-cls\nmodel: {{name: {encoder_folder}}}\ndata: {{train: {reviews}, validation: 40}}\n"
-        f"train: {{max_steps: 9, batch_size: 8}}\noutput: {tmp_path / 'search'}\ntune:\n  slots: 2\n  seeds: 1\n"
-        "  finalists: 2\n  space: {lora.r: [2, 4], train.learning_rate: [1e-3, 1e-2]}\n"
+        "lora: {target_modules: all-linear}\ntrain: {max_steps: 72, batch_size: 16}\n"
+        f"output: {tmp_path / 'search'}\ntune:\n  slots: 2\n  seeds: 1\n"
+        "  finalists: 2\n  space: {lora.r: [2, 4], train.learning_rate: [1e-2, 1.5e-2]}\n"
     )
     arguments = ["tune", tmp_path / "run.yaml", "--set", "train.seed=3", "--trials", 4]
     ended = call(*arguments)
@@ -59,7 +60,10 @@ def test_tunes_own_options_win_over_the_file(
         "tune: {trials: 5, sampler: grid, metric: accuracy, slots: 1, seeds: 0, space: {lora.r: [1, 2, 3]}}"
     )
     arguments = ["--model", encoder_folder, "--data", reviews, "--task", "seq-cls", "--output", tmp_path / "out"]
-    given = ["--trials", 2, "--sampler", "random", "--metric", "loss", "--slots", 2, "--max-steps", 1]
+    given = ["--trials", 2, "--sampler", "random", "--metric", "loss", "--slots", 2, "--max-steps", 72]
+    for option in ("train.batch_size=16", "lora.target_modules=all-linear", "train.learning_rate=0.015"):
+        given += ["--set", option]
+    given += ["--eval-split", 40]
     assert call("tune", file, *arguments, *given).code == 0
     record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert len(record["trials"]) == 2
@@ -67,7 +71,7 @@ def test_tunes_own_options_win_over_the_file(
     assert record["machine"]["slots"] == 2
 
 
-def test_the_chat_template_is_kept_with_the_best_adapter(
+def test_the_chat_template_is_kept_with_every_adapter(
     call: Callable[..., Any], decoder_folder: Path, tmp_path: Path
 ) -> None:
     talk = [{"role": "user", "content": "say good"}, {"role": "assistant", "content": "good"}]
@@ -76,7 +80,9 @@ def test_the_chat_template_is_kept_with_the_best_adapter(
     given = ["--set", "tune.space={lora.r: [2, 4]}", "--set", "tune.seeds=0", "--trials", 2, "--slots", 2]
     ended = call("tune", *arguments, *given, "--max-steps", 1, "--output", tmp_path / "out")
     assert (ended.code, ended.err) == (0, "")
-    assert "### Assistant:" in (tmp_path / "out" / "best" / "chat_template.jinja").read_text()
+    kept = sorted((tmp_path / "out" / "trials").glob("*/chat_template.jinja"))
+    assert len(kept) == 2
+    assert all("### Assistant:" in file.read_text() for file in kept)
 
 
 def test_tags_that_mark_no_entities_are_searched_by_the_accuracy_of_words(
