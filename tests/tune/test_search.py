@@ -534,9 +534,9 @@ def test_killed_at_ten_random_moments_it_comes_to_the_same_verdict(classify: Mak
         assert process.wait() == -signal.SIGKILL, f"done after {kills} kills"
         kills += 1
     state = json.loads((folder / STATE_NAME).read_text())
-    # The kills came in the middle of it: some trials were measured, and there was more to do.
+    # The kills came in the middle of it: some trials had trained, and there was more to do.
     assert not state["finished"]
-    assert sum(bool(trial["curve"]["evaluations"]) for trial in state["trials"]) > 2
+    assert sum(bool(trial["curve"]["loss"]) for trial in state["trials"]) > 2
     done = subprocess.run(killed, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     mine, theirs = timeless(result_in(folder)), timeless(result_in(tmp_path / "whole"))
