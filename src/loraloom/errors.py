@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 #: Control characters but for line breaks and tabs, marks that turn the direction of writing, other ends of lines, and
 #: halves of surrogate pairs.
@@ -82,3 +82,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'q_proj'?"``, or the empty string when nothing is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def some(names: Sequence[str], most: int = 1) -> str:
+    """The first ``most`` of ``names``, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

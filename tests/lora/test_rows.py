@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
-from loraloom.lora.rows import Batch, Probe, row_of
+from loraloom.lora.rows import Batch, RowProbe, rows_of
 
 
 def batch(*shapes: tuple[int, ...], rows: int = 4) -> Batch:
@@ -60,10 +61,10 @@ def test_images_count_as_the_rows_only_where_each_text_has_as_many() -> None:
     assert not odd.only_rows
 
 
-def probed(see, rows: int = 3, other: int = 2) -> Probe:
+def probed(see, rows: int = 3, other: int = 2) -> RowProbe:
     """A probe of a site that sees ``see(x)``, x [rows, 4, 2]."""
     x = torch.randn(rows, 4, 2, generator=torch.Generator().manual_seed(0))
-    probe = Probe(rows, other)
+    probe = RowProbe(rows, other)
     for turn, part in enumerate((x[:1], x[other : other + 1], x)):
         probe.turn(turn).look("site", see(part))
     probe.finish()
@@ -103,12 +104,15 @@ def test_anything_else_is_not(see) -> None:
     assert not probe.proven
 
 
-def test_a_row_of_nested_arguments() -> None:
-    value = (torch.arange(6).view(3, 2), torch.ones(1, 2), None, 7)
-    first, shared, nothing, number = row_of(value, 2, 3)
-    assert first.tolist() == [[4, 5]]
-    assert shared.shape == (1, 2)
-    assert (nothing, number) == (None, 7)
+def test_some_rows_of_nested_arguments() -> None:
+    ids = torch.arange(6).view(3, 2)
+    output = BaseModelOutput(last_hidden_state=ids)
+    value = (ids, torch.ones(1, 2), None, 7, [ids], output)
+    for which, wanted in ((slice(2, 3), [[4, 5]]), (torch.tensor([2, 0]), [[4, 5], [0, 1]])):
+        first, shared, nothing, number, nested, made = rows_of(value, which, 3)
+        assert first.tolist() == nested[0].tolist() == made.last_hidden_state.tolist() == wanted
+        assert shared.shape == (1, 2)
+        assert (nothing, number) == (None, 7)
 
 
 def test_media_of_unlike_numbers_in_the_rows_are_never_taken_for_the_batchs_rows() -> None:

@@ -23,10 +23,10 @@ from loraloom.lora import merge
 from loraloom.lora.biases import Biases
 from loraloom.lora.dispatch import Plan as ForwardPlan
 from loraloom.lora.dispatch import Router
+from loraloom.lora.file_keys import factor_keys, file_key
 from loraloom.lora.initialize import factors, seed_of
 from loraloom.lora.layers import HALF, LoraLayer, layer_class
 from loraloom.lora.matching import matches_any
-from loraloom.lora.names import factor_keys, file_key
 from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.route import BASE, Route
 from loraloom.lora.rows import Batch

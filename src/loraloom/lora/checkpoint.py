@@ -21,9 +21,9 @@ from loraloom.lora import embeddings
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.atomic import Contents, recover, write_files
 from loraloom.lora.embeddings import dtype_name, overflows
+from loraloom.lora.file_keys import PREFIX, file_key
 from loraloom.lora.keys import follow_renamings, normalise
 from loraloom.lora.loadreport import LoadReport as LoadReport
-from loraloom.lora.names import PREFIX, file_key
 from loraloom.lora.targets import base_modules
 from loraloom.lora.unstacked import restack
 from loraloom.peftfile import NOT_PEFT

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from loraloom.errors import AdapterError
-from loraloom.lora.history import Lane, SeedBook
+from loraloom.lora.history import SeedBook, Timeline
 from loraloom.lora.initialize import seed_of
 from loraloom.lora.inputs import Groups, Lanes, Reading
 from loraloom.lora.route import Route
-from loraloom.lora.rows import Batch, Probe, Unproven
+from loraloom.lora.rows import Batch, RowProbe, Unproven
 
 #: Autograd nodes that a repetition may make after its last adapted layer.
 _AFTER = 64
@@ -42,7 +42,7 @@ class Plan:
     #: what is known of the batch, where rows go to different slots
     batch: Batch | None = None
     #: set while it is looked at whose rows are where: see ``lora.rows``
-    probe: Probe | None = None
+    probe: RowProbe | None = None
     #: the adapters are disabled, whatever route is asked for inside
     disabled: bool = False
     drawn: SeedBook = field(default_factory=SeedBook, compare=False)
@@ -121,9 +121,9 @@ class Router:
         self.lock = threading.RLock()
         self._stacks: dict[int, list[Frame]] = {}
         self._repeats: dict[int, Frame] = {}
-        #: threads whose lane a repetition has written in since their own forward did
+        #: threads whose timeline a repetition has written in since their own forward did
         self._interrupted: set[int] = set()
-        self._history: list[Lane] = []
+        self._history: list[Timeline] = []
         self._own = threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -175,7 +175,7 @@ class Router:
                 return leading[0] // rows
         raise Unproven(site, x.shape, rows)
 
-    def learn_rows(self, probe: Probe) -> None:
+    def learn_rows(self, probe: RowProbe) -> None:
         with self.lock:
             self._proven = {**self._proven, **probe.proven}
             self._refuted = self._refuted | probe.failed
@@ -215,7 +215,7 @@ class Router:
         self.compiled = plan.route
         stack.append(frame)
         _entered.set((*_entered.get(), frame))
-        self._lane.note(plan)
+        self._timeline.note(plan)
         try:
             yield
         finally:
@@ -226,7 +226,7 @@ class Router:
             else:
                 self._stacks.pop(thread, None)
             self.compiled = self._left()
-            self._lane.note(self._top(stack))
+            self._timeline.note(self._top(stack))
             self.learn(frame.reading)
 
     def _innermost(self, stack: list[Frame] | None) -> Frame | None:
@@ -319,12 +319,12 @@ class Router:
         return self.resting
 
     @property
-    def _lane(self) -> Lane:
-        lane: Lane | None = getattr(self._own, "lane", None)
-        if lane is None:
-            lane = self._own.lane = Lane()
-            self._history = [*self._history[-1023:], lane]
-        return lane
+    def _timeline(self) -> Timeline:
+        timeline: Timeline | None = getattr(self._own, "timeline", None)
+        if timeline is None:
+            timeline = self._own.timeline = Timeline()
+            self._history = [*self._history[-1023:], timeline]
+        return timeline
 
     def _top(self, stack: list[Frame]) -> Plan | None:
         top = self._innermost(stack)
@@ -336,7 +336,7 @@ class Router:
     def _resume(self, thread: int, frame: Frame) -> None:
         """A backward is over, and the forward around it, or what the model is set to, holds again."""
         self._interrupted.discard(thread)
-        self._lane.note(frame.plan, begun=True)
+        self._timeline.note(frame.plan, begun=True)
 
     def _ambient(self, thread: int) -> Frame:
         """Of a layer that is called past the ``PeftModel``: its plan lasts as long as what the model is set to."""
@@ -344,7 +344,7 @@ class Router:
         route = self._resting_here()
         if frame is None or frame.plan.route is not route:
             frame = self._own.ambient = Frame(Plan(route, self.groups), -1)
-            self._lane.note(frame.plan, begun=True)
+            self._timeline.note(frame.plan, begun=True)
         elif thread in self._interrupted:
             self._resume(thread, frame)
         return frame
@@ -357,8 +357,8 @@ class Router:
         if frame is None or frame.key != (task, number):
             frame = self._repeats[thread] = Frame(self._made_in(number, task), task, (task, number))
             self._interrupted.add(thread)
-            self._until_the_end(thread, frame, self._lane.note(frame.plan, begun=True))
-        self._lane.ends_after(_AFTER)  # the backward may be the thread's last, and numbers are others' too
+            self._until_the_end(thread, frame, self._timeline.note(frame.plan, begun=True))
+        self._timeline.ends_after(_AFTER)  # the backward may be the thread's last, and numbers are others' too
         return frame
 
     def _until_the_end(self, thread: int, frame: Frame, held: list[Any]) -> None:
@@ -377,11 +377,14 @@ class Router:
         A forward of a thread that has ended, and of which an earlier backward repeated parts, makes way for others.
         """
         history = tuple(self._history)
-        at = [(lane, lane.at(number)) for lane in history]
-        known: list[tuple[Lane, Plan]] = [(lane, plan) for lane, plan in at if plan is not None and plan.drawn.regions]
-        found = [plan for lane, plan in known if lane.lives or plan.repeated <= {task}]
+        known: list[tuple[Timeline, Plan]] = []
+        for timeline in history:
+            plan: Plan | None = timeline.at(number)
+            if plan is not None and plan.drawn.regions:
+                known.append((timeline, plan))
+        found = [plan for timeline, plan in known if timeline.lives or plan.repeated <= {task}]
         found = found or [plan for _, plan in known]
-        if not known and not any(lane.forgot for lane in history):
+        if not known and not any(timeline.forgot for timeline in history):
             return self._ambient(threading.get_ident()).plan
         if not found or not all(found[0].same(plan) for plan in found):
             raise AdapterError(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from loraloom.config import LoraConfig
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.lora.adapters import LoraModel
+from loraloom.lora.file_keys import file_key
 from loraloom.lora.layers import LoraLayer
-from loraloom.lora.names import file_key
 from loraloom.lora.saved import unwrap
 from loraloom.lora.targets import base_modules
 

@@ -65,7 +65,7 @@ def _open_regions() -> int:
     return max(count, 1)
 
 
-class Lane:
+class Timeline:
     """The plans of one thread in the order in which they began, by the sequence number of the next autograd node."""
 
     def __init__(self) -> None:

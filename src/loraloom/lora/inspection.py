@@ -18,8 +18,8 @@ from loraloom.config import LoraConfig
 from loraloom.errors import AdapterError
 from loraloom.lora.checkpoint import read_tensors
 from loraloom.lora.expressions import check_expressions
-from loraloom.lora.matching import matches_any, pattern_key
-from loraloom.lora.names import PREFIX
+from loraloom.lora.file_keys import PREFIX
+from loraloom.lora.matching import matches_any, rank_and_alpha
 
 #: The rank used is the fewest singular directions that hold this share of the update's squared norm.
 ENERGY = 0.99
@@ -97,18 +97,13 @@ def _parameters(tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, 
         leaves = dict.fromkeys(pattern.rpartition(".")[2] for pattern in config.target_parameters or ())
         names = [f"{module}.{leaf}" for leaf in leaves if matches_any(config.target_parameters, f"{module}.{leaf}")]
         for order in permutations(sorted(names, reverse=True), len(places)):
-            ranks = [_rank(config, name) for name in order]
+            ranks = [rank_and_alpha(config, name)[0] for name in order]
             experts = {height / r for (_, height), r in zip(places, ranks, strict=True)}
             if len(experts) == 1 and (count := experts.pop()) == int(count):
                 shown = [module if name == f"{module}.weight" and count == 1 else name for name in order]
                 out.update({p: (s, n, int(count)) for (p, _), s, n in zip(places, shown, order, strict=True)})
                 break
     return out
-
-
-def _rank(config: LoraConfig, name: str) -> int:
-    key = pattern_key(config.rank_pattern, name)
-    return config.r if key is None else config.rank_pattern[key]
 
 
 def _update(name: str, pattern_name: str, experts: int, a: Tensor, b: Tensor, config: LoraConfig) -> ModuleUpdate:
@@ -120,8 +115,7 @@ def _update(name: str, pattern_name: str, experts: int, a: Tensor, b: Tensor, co
                 f"{name}: {factor} holds values that are not finite. Did the adapter's training diverge?"
             )
     r = a.shape[0] // experts
-    key = pattern_key(config.alpha_pattern, pattern_name)
-    scale = config.scale(r, config.lora_alpha if key is None else config.alpha_pattern[key])
+    scale = config.scale(r, rank_and_alpha(config, pattern_name)[1])
     values = singular_values(a, b, experts) * abs(scale)
     energy = values.square()
     total = float(energy.sum())

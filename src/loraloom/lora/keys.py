@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError, ConfigError
+from loraloom.lora.file_keys import PREFIX, file_key
 from loraloom.lora.loadreport import LoadReport
-from loraloom.lora.names import PREFIX, file_key
 
 #: A factor's key with the adapter's name inside, as it stands in a model's state dict.
 _NAMED = re.compile(r"\.(lora_[AB])\.([^.]+)\.weight$|\.(lora_embedding_[AB])\.([^.]+)$")

@@ -122,9 +122,11 @@ class LoraLayer(nn.Module):
         """What the frozen layer made of ``x``, plus the updates."""
         if self.merged:
             return y
-        route = self.router.route
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            route = self.router.compiled
+        else:
             frame = self.router.frame
+            route = frame.plan.route
             if frame.plan.probe is not None:
                 frame.plan.probe.look(self.name, x)
             frame.reading.read(self, x)

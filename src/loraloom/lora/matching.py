@@ -64,3 +64,12 @@ def pattern_key(patterns: dict[str, int] | dict[str, float], name: str) -> str |
     if not patterns:
         return None
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:
+    """What ``config`` gives the target ``name``: by the first pattern that matches, else its ``r`` and alpha."""
+    r, alpha = pattern_key(config.rank_pattern, name), pattern_key(config.alpha_pattern, name)
+    return (
+        config.r if r is None else config.rank_pattern[r],
+        config.lora_alpha if alpha is None else config.alpha_pattern[alpha],
+    )

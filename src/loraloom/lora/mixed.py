@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ from loraloom.errors import AdapterError
 from loraloom.lora.adapters import LoraModel, media_tokens
 from loraloom.lora.dispatch import Plan
 from loraloom.lora.route import Route
-from loraloom.lora.rows import Batch, Probe, Unproven, row_of, tensors
+from loraloom.lora.rows import Batch, RowProbe, Unproven, rows_of, tensors
 
+T = TypeVar("T")
 Run = Callable[..., Any]
+_INSTEAD = "call it with one adapter at a time"
 #: What a forward keeps for generation, which cannot be put together from parts.
 _CACHES = ("past_key_values", "cache_params", "state", "mems")
 
@@ -38,15 +40,31 @@ def call(
     names = list(names)
     given = [*args, *kwargs.values()]
     check_rows(len(names), tensors(given))
-    for attempt in range(2 if lora.lora_router.together(names) else 0):
+
+    def together() -> Any:
+        with lora.lora_routed(names, inputs=given):
+            return run(*args, **kwargs)
+
+    found = in_one_forward(lora, names, together, lambda site: prove(lora, look or run, args, kwargs, len(names), site))
+    return found[0] if found is not None else _one_by_one(lora, run, names, args, kwargs)
+
+
+def in_one_forward(
+    lora: LoraModel, slots: Sequence[str], run: Callable[[], T], prove: Callable[[str], bool]
+) -> tuple[T] | None:
+    """What ``run`` gives, in which rows of all ``slots`` share a forward; None where they cannot.
+
+    ``prove`` looks whose rows are where, and says whether that is known at a site of the model then.
+    """
+    router = lora.lora_router
+    for attempt in range(2 if router.together(slots) else 0):
         try:
-            with lora.lora_routed(names, inputs=given):
-                return run(*args, **kwargs)
+            return (run(),)
         except Unproven as reason:
-            if attempt or not prove(lora, look or run, args, kwargs, len(names), reason.site):
-                lora.lora_router.refute(reason.site, names)
+            if attempt or not prove(reason.site):
+                router.refute(reason.site, slots)
                 break
-    return _one_by_one(lora, run, names, args, kwargs)
+    return None
 
 
 def generate(lora: LoraModel, run: Run, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -62,11 +80,12 @@ def generate(lora: LoraModel, run: Run, names: Sequence[str], args: tuple[Any, .
 
 def prove(lora: LoraModel, look: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: int, site: str) -> bool:
     """Look whose rows are where, in forwards by the frozen model; whether ``site`` is proven now."""
-    rows = next((t.shape[0] for t in tensors([*args, *kwargs.values()]) if t.dim() and t.shape[0] % names == 0), 0)
-    other = _unlike_the_first([*args, *kwargs.values()], rows)
+    given = [*args, *kwargs.values()]
+    rows = _rows_in(given, names)
+    other = _unlike_the_first(given, rows)
     if other is None or lora.lora_router.is_refuted(site) or lora.lora_router.elsewhere():
         return False
-    probe = Probe(rows, other)
+    probe = RowProbe(rows, other)
     kwargs = {key: value for key, value in kwargs.items() if key not in _CACHES}
     if "use_cache" in kwargs:
         kwargs["use_cache"] = False
@@ -74,7 +93,7 @@ def prove(lora: LoraModel, look: Run, args: tuple[Any, ...], kwargs: Mapping[str
         with lora.following(Plan(Route(), probe=probe, disabled=True)), _as_in_use(lora):
             for turn, row in enumerate((0, other)):
                 probe.turn(turn)
-                look(*[row_of(v, row, rows) for v in args], **{k: row_of(v, row, rows) for k, v in kwargs.items()})
+                look(*rows_of(args, slice(row, row + 1), rows), **rows_of(kwargs, slice(row, row + 1), rows))
             probe.turn(2)
             look(*args, **kwargs)
     except Exception:  # a model that cannot be run with a row alone shows nothing
@@ -93,6 +112,11 @@ def check_rows(names: int, inputs: Iterator[Tensor]) -> None:
     if rows and not any(count and count % names == 0 for count in rows):
         found = f"{rows[0]} row{'s' if rows[0] != 1 else ''}"
         raise AdapterError(f"adapter_names: {names} names for a batch of {found}; give one name for each row")
+
+
+def _rows_in(values: Sequence[Any], names: int) -> int:
+    """The rows of the batch: as many as ``names``, or some consecutive ones for each."""
+    return next((t.shape[0] for t in tensors(values) if t.dim() and t.shape[0] % names == 0), 0)
 
 
 def _unlike_the_first(values: Sequence[Any], rows: int) -> int | None:
@@ -120,50 +144,43 @@ def _as_in_use(lora: LoraModel) -> Iterator[None]:
 
 
 def _one_by_one(lora: LoraModel, run: Run, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = [*args, *kwargs.values()]
+    rows = _rows_in(given, len(names))
+    times = rows // len(names)
     for name in ("labels", *_CACHES):
         if kwargs.get(name) is not None:
-            raise AdapterError(
-                f"adapter_names: {type(lora.model).__name__} has to be run adapter by adapter, since not every layer "
-                f"shows whose rows it sees, and {name} cannot be divided; leave it out, or give one adapter at a time"
-            )
-    rows = next(t.shape[0] for t in tensors([*args, *kwargs.values()]) if t.dim() and t.shape[0] % len(names) == 0)
-    times = rows // len(names)
-    for value in tensors([*args, *kwargs.values()]):
+            raise _undivided(lora, f"{name} cannot be divided; leave it out, or give one adapter at a time")
+    for value in tensors(given):
         if value.dim() > 1 and value.shape[0] not in (1, rows):
-            raise AdapterError(
-                f"adapter_names: {type(lora.model).__name__} has to be run adapter by adapter, since not every layer "
-                f"shows whose rows it sees, and an input of shape {tuple(value.shape)} cannot be divided among {rows} "
-                "rows; call it with one adapter at a time"
+            shape = tuple(value.shape)
+            raise _undivided(
+                lora,
+                f"an input of shape {shape} cannot be divided among {rows} rows; {_INSTEAD}",
             )
     batch = Batch(len(names))
-    batch.note([*args, *kwargs.values()], media_tokens(lora.model))
+    batch.note(given, media_tokens(lora.model))
     if not batch.aligned:
-        raise AdapterError(
-            f"adapter_names: {type(lora.model).__name__} has to be run adapter by adapter, since not every layer shows "
-            "whose rows it sees, and images, videos or sounds of unlike numbers in the rows cannot be divided; call it "
-            "with one adapter at a time"
+        raise _undivided(
+            lora,
+            f"images, videos or sounds of unlike numbers in the rows cannot be divided; {_INSTEAD}",
         )
     parts, order, counts = [], [], []
     for name in dict.fromkeys(names):
         mine = [row * times + i for row, other in enumerate(names) if other == name for i in range(times)]
         index = torch.tensor(mine)
         with lora.lora_routed([name] * (len(mine) // times)):
-            parts.append(run(*_some(args, index, rows), **_some(kwargs, index, rows)))
+            parts.append(run(*rows_of(args, index, rows), **rows_of(kwargs, index, rows)))
         order += mine
         counts.append(len(mine))
     pad = getattr(getattr(lora.model, "generation_config", None), "pad_token_id", None)
     return _together(parts, counts, torch.tensor(order).argsort(), pad)
 
 
-def _some(value: Any, index: Tensor, rows: int) -> Any:
-    """The rows ``index`` of whatever has ``rows``."""
-    if isinstance(value, Tensor):
-        return value[index.to(value.device)] if value.dim() and value.shape[0] == rows else value
-    if isinstance(value, dict):
-        return {key: _some(one, index, rows) for key, one in value.items()}
-    if isinstance(value, list | tuple) and any(isinstance(one, Tensor) for one in value):
-        return type(value)(_some(one, index, rows) for one in value)
-    return value if not isinstance(value, tuple) else tuple(_some(one, index, rows) for one in value)
+def _undivided(lora: LoraModel, why: str) -> AdapterError:
+    return AdapterError(
+        f"adapter_names: {type(lora.model).__name__} has to be run adapter by adapter, since not every layer shows "
+        f"whose rows it sees, and {why}"
+    )
 
 
 def _together(parts: list[Any], counts: list[int], inverse: Tensor, pad: int | None) -> Any:

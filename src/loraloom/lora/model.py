@@ -16,7 +16,7 @@ from loraloom.guise import seen_as
 from loraloom.lora import checkpoint, guise, mixed, status
 from loraloom.lora.adapters import EARLIER, LoraModel
 from loraloom.lora.checkpoint import LoadReport
-from loraloom.lora.names import PREFIX, file_key
+from loraloom.lora.file_keys import PREFIX, file_key
 from loraloom.lora.saved import unwrapped_state
 from loraloom.lora.status import TunerLayerStatus, TunerModelStatus
 from loraloom.lora.targets import ALL_LINEAR

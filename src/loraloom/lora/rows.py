@@ -2,7 +2,7 @@
 
 A layer sees a tensor and not where it comes from. ``[rows, length, dim]`` with the length of the batch says it by its
 shape. Other shapes do not: ``[rows · length, dim]`` may hold the rows one after another or their tokens in turns,
-``[n, dim]`` the tokens that a router chose, or the patches of all images. Those count only once a ``Probe`` has seen
+``[n, dim]`` the tokens that a router chose, or the patches of all images. Those count only once a ``RowProbe`` has seen
 that a row's places hold, in the batch, what they hold for that row alone.
 """
 
@@ -91,7 +91,7 @@ def _media_by_row(given: list[Tensor], token: int) -> bool:
     return True
 
 
-class Probe:
+class RowProbe:
     """Three forwards by the frozen model: the first row alone, row ``other`` alone, and the batch of ``rows``.
 
     ``look`` is called by every site of a model in each of them; ``proven`` has then, for each site whose inputs in the
@@ -109,7 +109,7 @@ class Probe:
         self.proven: dict[str, int] = {}
         self.failed: set[str] = set()
 
-    def turn(self, number: int) -> Probe:
+    def turn(self, number: int) -> RowProbe:
         self._turn = number
         return self
 
@@ -151,10 +151,13 @@ def leading(x: Tensor) -> torch.Size:
     return x.shape[:-1] if x.is_floating_point() else x.shape
 
 
-def row_of(value: Any, row: int, rows: int) -> Any:
-    """``value`` of a batch of ``rows``, for one row alone. What has another first dimension is left as it is."""
+def rows_of(value: Any, which: slice | Tensor, rows: int) -> Any:
+    """``value`` of a batch of ``rows`` for some of them. What has another first dimension is left as it is."""
     if isinstance(value, Tensor):
-        return value[row : row + 1] if value.dim() and value.shape[0] == rows else value
-    if isinstance(value, list | tuple) and any(isinstance(one, Tensor) for one in value):
-        return type(value)(row_of(one, row, rows) for one in value)
+        which = which.to(value.device) if isinstance(which, Tensor) else which
+        return value[which] if value.dim() and value.shape[0] == rows else value
+    if isinstance(value, Mapping):  # outputs of transformers are some, of a class of their own
+        return type(value)(**{key: rows_of(one, which, rows) for key, one in value.items()})
+    if isinstance(value, list | tuple) and any(isinstance(one, Tensor | list | tuple) for one in value):
+        return type(value)(rows_of(one, which, rows) for one in value)
     return value

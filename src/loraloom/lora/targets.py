@@ -15,15 +15,24 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from loraloom.config import TASK_HEADS, LoraConfig
-from loraloom.errors import TargetError
+from loraloom.errors import TargetError, some
 from loraloom.lora.experts import TYPES, Experts, Translation, old_names, parameter_names, translate, unadapted
 from loraloom.lora.expressions import check_expressions
 from loraloom.lora.kinds import forward_of, is_map
 from loraloom.lora.layers import HALF, LoraConv, LoraConv1D, LoraLayer, LoraLinear, is_never_called, layer_class
-from loraloom.lora.matching import ends_as, in_layers, layer_number, matches_any, matches_name, pattern_key, suffixes
+from loraloom.lora.matching import (
+    ends_as,
+    in_layers,
+    layer_number,
+    matches_any,
+    matches_name,
+    pattern_key,
+    rank_and_alpha,
+    suffixes,
+)
 from loraloom.lora.parameters import LoraParameter, parameter_obstacle, parameter_shapes
+from loraloom.lora.peft_targets import Read, as_peft_reads, misread, refused
 from loraloom.lora.presets import found, preset, weight_is_read
-from loraloom.lora.reading import Read, as_peft_reads, misread, refused
 from loraloom.lora.saved import unwrap
 
 ALL_LINEAR = "all-linear"
@@ -191,22 +200,16 @@ def plan_on(
         named = [n for n, m in modules.items() if n.rpartition(".")[2] in table and layer_class(m) is LoraLinear]
         left_out = [n for n in named if n not in adapted and n not in inside_saved]
     targets, reads = [], []
-    used: dict[str, set[str | None]] = {"rank_pattern": set(), "alpha_pattern": set()}
     for one in chosen:
         module = modules[one.module]
-        r_key = pattern_key(config.rank_pattern, one.pattern_name)
-        alpha_key = pattern_key(config.alpha_pattern, one.pattern_name)
-        used["rank_pattern"].add(r_key)
-        used["alpha_pattern"].add(alpha_key)
-        r = config.r if r_key is None else config.rank_pattern[r_key]
-        alpha = config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
+        r, alpha = rank_and_alpha(config, one.pattern_name)
         parameters = sum(math.prod(shape) for shape in _shapes(one, module, r))
         size = adapter_itemsize(module, autocast_adapter_dtype)
         scale = config.scale(r, alpha)
         targets.append(Target(one.name, _kind(module, one.cls), r, alpha, scale, parameters, parameters * size))
         reads.append(Read(one.pattern_name, one.pattern_name != one.module, r, alpha))
     if strict:
-        _check_pattern_keys(config, [one.pattern_name for one in chosen], used)
+        _check_pattern_keys(config, [one.pattern_name for one in chosen])
 
     patterned = [one.pattern_name for one in chosen]
     config = config.copy(
@@ -298,17 +301,13 @@ def _notes(
         yield f"lora_dropout does not reach {count} of the targets: experts and other parameters are adapted in place"
     if left_out:
         yield (
-            f"left out, as in PEFT: {_some(left_out)}, called as the experts were before they became parameters; name "
+            f"left out, as in PEFT: {some(left_out)}, called as the experts were before they became parameters; name "
             "them in full to adapt them"
         )
     if idle:
-        yield f"left out: {_some(idle)}, whose weight the model reads without calling it, so an adapter does nothing"
+        yield f"left out: {some(idle)}, whose weight the model reads without calling it, so an adapter does nothing"
     if unreadable:
-        yield f"PEFT would not find {_some(unreadable)} in a folder with this adapter; loraloom does"
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        yield f"PEFT would not find {some(unreadable)} in a folder with this adapter; loraloom does"
 
 
 def adapter_itemsize(module: nn.Module, autocast_adapter_dtype: bool) -> int:
@@ -554,10 +553,11 @@ def _order_free(patterns: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return {name: patterns[key] for name in names if (key := pattern_key(patterns, name)) is not None}
 
 
-def _check_pattern_keys(config: LoraConfig, targets: list[str], used: dict[str, set[str | None]]) -> None:
+def _check_pattern_keys(config: LoraConfig, targets: list[str]) -> None:
     for which, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        used = {pattern_key(patterns, name) for name in targets}
         for key in patterns:
-            if key in used[which]:
+            if key in used:
                 continue
             if any(pattern_key({key: 1}, name) for name in targets):
                 raise TargetError(f"{which}: {key!r} never applies, because an earlier key matches the same modules")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loraloom.config import LoraConfig
 from loraloom.errors import AdapterError
-from loraloom.lora.matching import pattern_key
+from loraloom.lora.matching import rank_and_alpha
 
 _KEY = re.compile(r"(?P<owner>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.lora_(?P<factor>[AB])\.weight")
 #: Old name → the parameter and which of its parts that was: 0 the upper rows, 1 the lower ones, None all.
@@ -123,7 +123,7 @@ def _joined(stack: Stack, config: LoraConfig, holder: nn.Module, source: str) ->
     experts, height, width = weight.shape
     if lone := sorted(stack.a.keys() ^ stack.b.keys()):
         raise AdapterError(f"{source}{stack.module}.{lone[0][0]}.{lone[0][1]} has one of its factors A and B alone")
-    scales = {_numbers(config, f"{stack.module}.{e}.{part}") for e, part in stack.a}
+    scales = {rank_and_alpha(config, f"{stack.module}.{e}.{part}") for e, part in stack.a}
     if len({config.scale(r, alpha) for r, alpha in scales}) > 1:
         raise AdapterError(f"{source}experts of {stack.name} have unlike scales, which one parameter cannot have")
     old_r, old_alpha = scales.pop()
@@ -146,11 +146,3 @@ def _joined(stack: Stack, config: LoraConfig, holder: nn.Module, source: str) ->
     grown: Callable[[float], float] = (lambda n: n**0.5) if config.use_rslora else (lambda n: n)
     alpha = old_alpha * grown(r) / grown(old_r)
     return a.flatten(0, 1), b.permute(1, 2, 0).reshape(height, -1), r, alpha
-
-
-def _numbers(config: LoraConfig, name: str) -> tuple[int, float]:
-    r, alpha = pattern_key(config.rank_pattern, name), pattern_key(config.alpha_pattern, name)
-    return (
-        config.r if r is None else config.rank_pattern[r],
-        config.lora_alpha if alpha is None else config.alpha_pattern[alpha],
-    )

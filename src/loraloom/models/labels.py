@@ -8,7 +8,7 @@ from typing import Any
 
 _GENERIC = re.compile(r"LABEL_\d+")
 #: Names that a message shows.
-_SHOWN = 5
+SHOWN = 5
 
 
 def known_labels(config: Any) -> list[str]:
@@ -48,8 +48,3 @@ def _plain(name: str) -> str:
 def in_order(names: Sequence[str], config: Any) -> bool:
     """Whether class ``i`` of the data is class ``i`` of the model."""
     return as_the_model(names, config) == list(names)
-
-
-def some(names: Sequence[str]) -> str:
-    """A few of them, for a message."""
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -22,7 +22,6 @@ from loraloom.data.tokens.encode import IGNORE
 from loraloom.errors import AdapterError, ConfigError, TargetError, nearest
 from loraloom.lora import mixed
 from loraloom.lora.model import PeftModel, get_peft_model
-from loraloom.lora.rows import Unproven
 from loraloom.models import configs as model_configs
 from loraloom.train.ahead import probe
 from loraloom.train.ahead.probe import Fault
@@ -143,23 +142,16 @@ class Pack:
         """
         self._prepare(batches)
         names = sorted(batches, key=lambda name: self._place(name, batches[name]))
-        found = self._in_one(names, batches, dropout_seeds, weights)
-        if found is None:
-            parts = [self._backward([name], batches, dropout_seeds, weights) for name in names]
-            found = {name: loss for part in parts for name, loss in part.items()}
+        together = mixed.in_one_forward(
+            self.model.base_model,
+            names,
+            lambda: self._backward(names, batches, dropout_seeds, weights),
+            lambda site: self._prove(site, names, batches),
+        )
+        # The model's layers may not show whose rows they see.
+        parts = together or [self._backward([name], batches, dropout_seeds, weights) for name in names]
+        found = {name: loss for part in parts for name, loss in part.items()}
         return {name: found[name] for name in batches}
-
-    def _in_one(self, names: Sequence[str], batches: Any, *options: Any) -> dict[str, float] | None:
-        """``_backward`` of all batches, or None where the model's layers do not show whose rows they see."""
-        router = self.model.base_model.lora_router
-        for attempt in range(2 if router.together(names) else 0):
-            try:
-                return self._backward(names, batches, *options)
-            except Unproven as reason:
-                if attempt or not self._prove(reason.site, names, batches):
-                    router.refute(reason.site, names)
-                    break
-        return None
 
     def _backward(
         self,

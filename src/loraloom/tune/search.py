@@ -96,7 +96,6 @@ def _search(options: TuneOptions, watch: Watcher, sampler: BaseSampler | None) -
         from loraloom.tune.ray_crew import need_ray
 
         need_ray()
-    folder = Path(options.train.output)
     loaded = load(options.train, date=None if options.train.overwrite else date_of(folder))
     _check_validation(loaded)
     metric, own = options.metric, loaded.metrics

@@ -18,6 +18,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from loraloom.data.table.cache import file_hash, first_changed
 from loraloom.errors import ConfigError, SaveError
 from loraloom.lora.atomic import recover, write_files
 from loraloom.train.settings.options import TrainOptions
@@ -190,23 +191,22 @@ def load_numbers(folder: Path, state: State, number: int) -> dict[str, Tensor]:
 
 def hashes_of(folder: Path) -> dict[str, str]:
     """File → sha256 of what is in ``folder``."""
-    paths = sorted(path for path in folder.glob("*") if path.is_file())
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {path.name: file_hash(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
 def damaged(folder: Path, files: Mapping[str, str]) -> str:
     """What is wrong with the ``files`` (name → sha256) that were written to ``folder``; empty where all are whole."""
     if not files:
         return f"{folder} was written by no trial"
-    for name, digest in files.items():
-        path = folder / name
-        try:
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
-        if found != digest:
-            return f"{path} is damaged (it is not what the search wrote)"
-    return ""
+    found = first_changed(folder, files)
+    if found is None:
+        return ""
+    path, error = found
+    return (
+        f"{path} is damaged (it is not what the search wrote)"
+        if error is None
+        else (f"{path} cannot be read ({error.strerror})")
+    )
 
 
 def clear(folder: Path, *results: str) -> None:

@@ -254,6 +254,18 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def first_changed(folder: Path, files: Mapping[str, str]) -> tuple[Path, OSError | None] | None:
+    """The first of ``files`` (name → ``file_hash``) in ``folder`` that is not as it was, and why it cannot be read."""
+    for name, wanted in sorted(files.items()):
+        path = folder / name
+        try:
+            if file_hash(path) != wanted:
+                return path, None
+        except OSError as error:
+            return path, error
+    return None
+
+
 @contextlib.contextmanager
 def _locked(path: Path, say: Say) -> Iterator[None]:
     try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from loraloom.errors import some
 from loraloom.lora.layers import LoraLayer
 from loraloom.lora.model import PeftModel
 from loraloom.lora.parameters import LoraParameter
@@ -88,8 +89,11 @@ def probe(model: PeftModel, objective: Objective, name: str, row: Mapping[str, T
     for (place, _), grad in zip(factors, grads, strict=True):
         got.setdefault(place, []).append(grad)
     seen.without = {name for name, found in got.items() if all(grad is None for grad in found)}
-    flags = {name: [grad.count_nonzero() for grad in found if grad is not None] for name, found in got.items()}
-    seen.zero = {name for name, found in flags.items() if found and not any(int(flag) for flag in found)}
+    flags = {name: [grad.any() for grad in found if grad is not None] for name, found in got.items()}
+    flags = {name: found for name, found in flags.items() if found}
+    # One look at all of them: each by itself would wait for the device.
+    nonzero = torch.stack([torch.stack(found).any() for found in flags.values()]).tolist() if flags else []
+    seen.zero = {name for name, moves in zip(flags, nonzero, strict=True) if not moves}
     found = faults(type(base).__name__, list(got), seen)
     if ahead:
         text = "sees a text's later tokens when it predicts earlier ones, so it would learn to copy them"
@@ -143,21 +147,21 @@ def faults(model: str, names: Sequence[str], seen: Seen) -> list[Fault]:
     if read:
         found.append(
             Fault(
-                f"target_modules: {_some(read)}: {model} reads the weight and never calls the module, so an adapter "
-                "does nothing beside it, and something else once it is merged; leave it out "
+                f"target_modules: {some(read, SHOWN)}: {model} reads the weight and never calls the module, so an "
+                "adapter does nothing beside it, and something else once it is merged; leave it out "
                 f"(exclude_modules: [{', '.join(_leaves(read))}])",
                 stops=True,
             )
         )
     if idle:
-        found.append(Fault(f"{_some(idle)}: {model} does not call it for this data, {_USELESS}"))
+        found.append(Fault(f"{some(idle, SHOWN)}: {model} does not call it for this data, {_USELESS}"))
     if aside:
-        found.append(Fault(f"{_some(aside)}: what it computes does not reach the loss, {_USELESS}"))
+        found.append(Fault(f"{some(aside, SHOWN)}: what it computes does not reach the loss, {_USELESS}"))
     if len(still) == len(names) and names:
         return found  # a head of zeros, or a loss that is 0 already
     if still and seen.tokens >= ENOUGH:
-        found.append(Fault(f"{_some(still)}: the gradient there is exactly 0 on the first row: a gate that is closed, "
-                           "or an output that is multiplied by 0"))  # fmt: skip
+        why = "a gate that is closed, or an output that is multiplied by 0"
+        found.append(Fault(f"{some(still, SHOWN)}: the gradient there is exactly 0 on the first row: {why}"))
     if names and not read and len(idle) + len(aside) == len(names):
         found = [Fault(f"target_modules: no adapter would train: {found[0].text}", stops=True)]
     return found
@@ -183,11 +187,6 @@ def _spare(name: str, ran: set[str]) -> bool:
 
 def _leaves(names: Sequence[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 @contextmanager

@@ -262,8 +262,7 @@ class Course:
         return found
 
     def _save_output(self, found: dict[str, Any]) -> dict[str, Any]:
-        loaded = self.prepared.loaded
-        return output.save(self.model, self.folder, found, loaded.data.template, usage_files(loaded))
+        return output.save(self.model, self.folder, found, usage_files(self.prepared.loaded))
 
     def _take_best(self) -> int:
         """The step of the adapter that is to be kept, which is then the one in the model."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.config import CONFIG_NAME
-from loraloom.data.table.cache import file_hash
+from loraloom.data.table.cache import file_hash, first_changed
 from loraloom.errors import ConfigError, SaveError
 from loraloom.lora import checkpoint
 from loraloom.lora.atomic import Contents, interrupted, recover, write_files
@@ -118,24 +118,20 @@ def save(
     model: PeftModel,
     folder: str | Path,
     record: Mapping[str, Any],
-    template: str | None = None,
-    beside: Mapping[str, bytes] | None = None,
+    beside: Mapping[str, bytes],
 ) -> dict[str, Any]:
     """Write the adapter and ``run.json`` in one step; where the folder cannot be written, into a temporary one.
 
-    ``template`` is the chat template to be kept beside them; that of an earlier run goes with its adapter. ``beside``
-    are further files (``start.usage``). Returns what ``run.json`` holds: ``record``
-    with the hashes of the files beside it.
+    ``beside`` are further files (``start.usage``). The chat template of an earlier run goes with its adapter. Returns
+    what ``run.json`` holds: ``record`` with the hashes of the files beside it.
 
     Raises:
         SaveError: so it was; the message says where the adapter is instead.
     """
 
     def write(to: Path) -> dict[str, Any]:
-        stale = template is None and (to / RUN_NAME).exists()
-        files = {**checkpoint.files_of(model.base_model), **(beside or {})}
-        if template is not None:
-            files[TEMPLATE_NAME] = template.encode()
+        stale = TEMPLATE_NAME not in beside and (to / RUN_NAME).exists()
+        files = {**checkpoint.files_of(model.base_model), **beside}
         hashes: dict[str, str] = {}
         hashed: dict[str, Contents] = {name: _hashing(what, name, hashes) for name, what in files.items()}
         if stale:
@@ -168,14 +164,8 @@ def changed(folder: str | Path, record: Mapping[str, Any]) -> str:
 
     A record of an earlier version of loraloom knows no hashes.
     """
-    for name, wanted in sorted(record.get("files", {}).items()):
-        path = Path(folder) / name
-        try:
-            if file_hash(path) != wanted:
-                return str(path)
-        except OSError:
-            return str(path)
-    return ""
+    found = first_changed(Path(folder), record.get("files", {}))
+    return "" if found is None else str(found[0])
 
 
 def _hashing(contents: Contents, name: str, hashes: dict[str, str]) -> Callable[[Path], None]:

@@ -14,9 +14,9 @@ from torch import nn
 from loraloom.config import TaskType
 from loraloom.data.read import network
 from loraloom.data.rows import task_option
-from loraloom.errors import ConfigError, ModelError
+from loraloom.errors import ConfigError, ModelError, some
 from loraloom.models.configs import ask, field, has_decoder_and_encoder, set_token, token, tokens_at_most
-from loraloom.models.labels import in_order, known_labels, some
+from loraloom.models.labels import SHOWN, in_order, known_labels
 from loraloom.models.parts import auto_class, one_way, reads, reads_both_ways, why_none
 
 Say = Callable[[str], None]
@@ -217,7 +217,8 @@ def _own_head(
             else:
                 parameter.zero_()
     if found or mismatched:
-        say(f"{name} has a head for other classes ({some(known_labels(config))}): a new one is trained in its place")
+        classes = some(known_labels(config), SHOWN)
+        say(f"{name} has a head for other classes ({classes}): a new one is trained in its place")
     return found
 
 

@@ -16,11 +16,11 @@ from loraloom.config import TASK_HEADS, LoraConfig, TaskType
 from loraloom.data.records import Record
 from loraloom.data.rows import Row
 from loraloom.data.table.survey import Watch
-from loraloom.errors import ConfigError, ModelError
+from loraloom.errors import ConfigError, ModelError, some
 from loraloom.lora.matching import matches_name
 from loraloom.lora.model import PeftModel
 from loraloom.models.configs import tokens_at_most
-from loraloom.models.labels import as_the_model, some
+from loraloom.models.labels import SHOWN, as_the_model
 from loraloom.models.parts import text_only
 from loraloom.train import optimizers, place
 from loraloom.train.measure import best
@@ -187,7 +187,7 @@ def load(options: TrainOptions, where: Place | None = None, reading: Watch = sil
     options = replace(options, max_length=length_within(limit, options.max_length, options.model))
     if rows.names and (names := as_the_model(rows.names, config)) and names != rows.names:
         rows = replace(rows, names=names)
-        rows.notes.append(f"classes are numbered as {options.model} numbers them: {some(names)}")
+        rows.notes.append(f"classes are numbered as {options.model} numbers them: {some(names, SHOWN)}")
     tokenizer = load_tokenizer(options.model, options.revision)
     day = where.world.gather(today())[0]  # the same in all processes, also at midnight
     options = with_date(rows, options, tokenizer, date or day)

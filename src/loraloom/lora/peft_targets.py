@@ -18,7 +18,7 @@ from torch import nn
 from loraloom.config import LoraConfig
 from loraloom.errors import TargetError
 from loraloom.lora.experts import TYPES, parameter_names, translate
-from loraloom.lora.matching import in_layers, matches_any, matches_name, pattern_key, suffixes
+from loraloom.lora.matching import in_layers, matches_any, matches_name, rank_and_alpha, suffixes
 
 #: Module names that PEFT refuses on these model types, because fused kernels read the weight and call no module.
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -56,7 +56,7 @@ def peft_reads(config: LoraConfig, model_type: str | None, modules: Mapping[str,
     names += [(name, True) for name in parameter_names(modules) if matches_any(wanted, name)]
     if any(refused(model_type, name) for name, _ in names) or (config.fan_in_fan_out and wanted):
         return None
-    return {Read(name, parameter, *_numbers(config, name)) for name, parameter in names}
+    return {Read(name, parameter, *rank_and_alpha(config, name)) for name, parameter in names}
 
 
 def misread(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -87,14 +87,6 @@ def _is_target(config: LoraConfig, name: str) -> bool:
     if isinstance(wanted, str) or name in wanted:
         return matches_any(wanted, name)
     return matches_any(wanted, name) and (not config.layers_to_transform or in_layers(name, config))
-
-
-def _numbers(config: LoraConfig, name: str) -> tuple[int, float]:
-    r, alpha = pattern_key(config.rank_pattern, name), pattern_key(config.alpha_pattern, name)
-    return (
-        config.r if r is None else config.rank_pattern[r],
-        config.lora_alpha if alpha is None else config.alpha_pattern[alpha],
-    )
 
 
 def as_peft_reads(
