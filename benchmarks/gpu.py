@@ -1,9 +1,9 @@
 """Everything that is to be known of a GPU, within minutes: do the promises hold on it, and what does a step cost?
 
 Usage: ``python benchmarks/gpu.py [--only SECTION ...] [--minutes 8] [--results FOLDER]``. Needs torch, transformers,
-peft, safetensors and pytest; loraloom need not be installed. Nothing is fetched. Sections come by priority, each in a
-process of its own, so that one that hangs or breaks the device costs no other; ``gpu.json`` is written after each, with
-the device, versions and date of each. What a section left out, and why, is under its ``skipped``.
+peft, safetensors and pytest; loraloom need not be installed. Nothing is fetched. Sections run in order of priority,
+each in its own process: a section that hangs or breaks the device does not affect the others. ``gpu.json`` is written
+after each section, with its device, versions and date. What a section left out, and why, is under its ``skipped``.
 
 On a CPU, to see that all of it runs: ``--device cpu --small``.
 """

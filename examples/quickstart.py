@@ -72,7 +72,7 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None, overw
         max_length=48,
         # Half precision pays on a processor that multiplies it in hardware; on any other float32 is the faster.
         dtype="bfloat16" if products.native("cpu", torch.bfloat16) else "float32",
-        overwrite=overwrite,  # else a search that was stopped goes on where it was
+        overwrite=overwrite,  # otherwise a stopped search resumes
     )
     loaded = load(options)
     data, names = loaded.data, loaded.data.names
@@ -213,7 +213,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--max-steps", type=int, help="steps of a trial that goes to its end, instead of twice through the rows"
     )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew; else what was stopped is resumed")
+    parser.add_argument("--overwrite", action="store_true", help="start over; otherwise a stopped search resumes")
     given = parser.parse_args()
     try:
         main(given.out, given.rows, given.max_steps, given.overwrite)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -133,7 +134,12 @@ class World:
         model, data = self.decoder if task == "causal-lm" else self.encoder, data or self.reviews
         arguments = ["tune", "--model", model, "--data", data, "--task", task, "--max-steps", 1, "--slots", 2]
         arguments += [] if "--output" in more else ["--output", self.tmp / "out"]
-        return [*arguments, "--set", f"tune.space={json.dumps(chosen)}", *more]
+        return [*arguments, "--set", f"tune.space={json.dumps(dict(chosen))}", *more]
+
+    #: options and a space with which a search over ``reviews`` learns something
+    learns = ("--max-steps", 72, "--eval-split", 40, "--set", "train.batch_size=16",
+              "--set", "lora.target_modules=all-linear")  # fmt: skip
+    space = MappingProxyType({"lora.r": [2, 4], "train.learning_rate": [0.01, 0.015]})
 
     def searched(self, text: str) -> Path:
         """A folder with a ``search.json`` of ``text``."""

@@ -191,6 +191,12 @@ ROWS: dict[str, Case] = {
         lambda w: score(w, 1e999),
         ["a.jsonl, line 11: Infinity is not JSON"],
     ),
+    "a label of more digits than Python reads": (
+        lambda w: w.train(
+            data=w.file("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": ' + "1" * 5000 + "}\n")
+        ),
+        ["a.jsonl, line 2: 'label' must be a string or a whole number, found int of 5,000 digits"],
+    ),
     "a number that is infinite in CSV": (
         lambda w: w.train(data=w.file("a.csv", "text,label\n" + "good,0.5\nbad,1.5\n" * 3 + "film,inf\n")),
         ["a.csv, line 8: 'label' must be a number that is finite (regression), found str 'inf'"],

@@ -509,10 +509,12 @@ def test_a_model_whose_name_is_of_the_hub_is_not_fetched_without_a_network(
 
 def test_what_a_search_has_no_use_for_is_said(world: Any, call: Callable[..., Any]) -> None:
     given = ["--set", "train.save_steps=5", "--set", "eval.early_stopping_patience=2", "--trials", 2]
-    ended = call(*world.tune(*given, "--set", "tune.seeds=0", "--set", "train.report_to=[]"))
+    given += ["--set", "tune.seeds=0", "--set", "train.report_to=[]"]
+    ended = call(*world.tune(*world.learns, *given, space=world.space))
     assert (ended.code, ended.err) == (0, "")
     said = "not for the search, but for the training in full (best.yaml): "
     assert f"{said}eval.early_stopping_patience, train.save_steps, train.report_to" in " ".join(ended.out.split())
+    assert "save_steps: 5" in (world.tmp / "out" / "best.yaml").read_text()
 
 
 def test_torchrun_takes_the_rank_by_a_name_that_is_not_its_own(call: Any, world: Any) -> None:

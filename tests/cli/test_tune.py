@@ -71,18 +71,20 @@ def test_tunes_own_options_win_over_the_file(
     assert record["machine"]["slots"] == 2
 
 
-def test_the_chat_template_is_kept_with_every_adapter(
+def test_the_chat_template_is_kept_with_the_best_adapter(
     call: Callable[..., Any], decoder_folder: Path, tmp_path: Path
 ) -> None:
-    talk = [{"role": "user", "content": "say good"}, {"role": "assistant", "content": "good"}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(20)))
+    talks = [
+        [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word}] for word in ("good", "bad")
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks * 20))
     arguments = ["--model", decoder_folder, "--data", tmp_path / "a.jsonl", "--task", "causal-lm"]
     given = ["--set", "tune.space={lora.r: [2, 4]}", "--set", "tune.seeds=0", "--trials", 2, "--slots", 2]
-    ended = call("tune", *arguments, *given, "--max-steps", 1, "--output", tmp_path / "out")
+    for option in ("train.batch_size=8", "lora.target_modules=all-linear", "train.learning_rate=0.01"):
+        given += ["--set", option]
+    ended = call("tune", *arguments, *given, "--max-steps", 72, "--output", tmp_path / "out")
     assert (ended.code, ended.err) == (0, "")
-    kept = sorted((tmp_path / "out" / "trials").glob("*/chat_template.jinja"))
-    assert len(kept) == 2
-    assert all("### Assistant:" in file.read_text() for file in kept)
+    assert "### Assistant:" in (tmp_path / "out" / "best" / "chat_template.jinja").read_text()
 
 
 def test_tags_that_mark_no_entities_are_searched_by_the_accuracy_of_words(

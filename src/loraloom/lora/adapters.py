@@ -107,7 +107,7 @@ class LoraModel(nn.Module):
         seed = seed_of(adapter_name) if seed is None else seed
         if tensors is not None:
             self._check_ranks(made, modules, tensors, source)
-        # Other threads may go on meanwhile, except that biases change places in the model.
+        # Other threads may run the model meanwhile, unless biases change places in it.
         alone = self.lora_router.changing("add_adapter") if self._biases.slots or made.biases else nullcontext()
         try:
             with alone:
@@ -388,7 +388,7 @@ class LoraModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The frozen model alone, merged or not, for the length of a ``with`` block, whatever happens in it.
+        """The frozen model alone, merged or not, for the length of a ``with`` block, exceptions included.
 
         For this thread: what others run meanwhile goes through the adapters that they ask for. Inside, no route is
         followed either: disabled wins over ``adapter_names``, as in PEFT.

@@ -98,7 +98,7 @@ class AutoPeftModel:
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
-    """``AutoPeftModel`` for this task, whatever the folder says. So are its sisters."""
+    """``AutoPeftModel`` for this task, even if the folder names another. So are its sisters."""
 
     _task = TaskType.CAUSAL_LM
 

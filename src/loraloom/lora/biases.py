@@ -135,7 +135,7 @@ class ByRow:
         if not isinstance(out, Tensor):
             if plan.route.blocks:
                 raise AdapterError(
-                    f"adapter_names: {name} is in a module with several outputs, whose rows cannot be told"
+                    f"adapter_names: {name} is in a module with several outputs, whose rows are not known"
                 )
             return None
         first = out.shape[:1] if biases.channels_first(name) else leading(out)

@@ -35,7 +35,7 @@ _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided once for a forward, and holds for whatever repeats a part of it."""
+    """What is decided once for a forward, and holds for every recomputation of a part of it."""
 
     route: Route
     groups: Groups = field(default_factory=Groups)
@@ -43,7 +43,7 @@ class Plan:
     batch: Batch | None = None
     #: set while it is looked at whose rows are where: see ``lora.rows``
     probe: RowProbe | None = None
-    #: the adapters are disabled, whatever route is asked for inside
+    #: the adapters are disabled, and no route is followed inside
     disabled: bool = False
     drawn: SeedBook = field(default_factory=SeedBook, compare=False)
     #: the backwards that asked for a repetition
@@ -113,7 +113,7 @@ class Router:
         self.compiled = self.resting
         self.groups = Groups()
         self.lanes = Lanes()
-        #: site → places for each row that a probe has proven, and where it has shown that rows cannot be told
+        #: site → places for each row that a probe has proven, and where it has shown that rows cannot be divided
         self._proven: dict[str, int] = {}
         self._refuted: set[str] = set()
         #: slots that therefore do not go through one forward together
@@ -159,7 +159,7 @@ class Router:
             leading: the dimensions of ``x`` before those that ``site`` computes on.
 
         Raises:
-            Unproven: it cannot be told.
+            Unproven: it is not known.
         """
         if torch.compiler.is_compiling():
             if len(leading) > 1 and leading[0] == self.compiled.rows:
@@ -196,7 +196,7 @@ class Router:
         return site in self._refuted
 
     def refute(self, site: str, slots: Iterable[str]) -> None:
-        """``slots`` could not be told apart at ``site``: for good, if a probe has shown it."""
+        """``slots`` could not share a forward because of ``site``: for good, if a probe has shown it."""
         if site in self._refuted:
             self._apart.add(frozenset(slots))
 
@@ -204,7 +204,7 @@ class Router:
 
     @contextmanager
     def running(self, plan: Plan) -> Iterator[None]:
-        """Follow ``plan`` in this thread, until the end of the block, whatever happens in it."""
+        """Follow ``plan`` in this thread until the end of the block, exceptions included."""
         thread = threading.get_ident()
         stack = self._stacks.get(thread)
         if stack is None:
@@ -388,8 +388,8 @@ class Router:
             return self._ambient(threading.get_ident()).plan
         if not found or not all(found[0].same(plan) for plan in found):
             raise AdapterError(
-                "gradient checkpointing: a part of a forward is to be computed again, and it cannot be told of which: "
-                "several threads ran this model by different adapters; call backward() before other threads go on"
+                "gradient checkpointing: a part of a forward is to be computed again, and it is not known of which: "
+                "several threads ran this model with different adapters; call backward() before other threads' forwards"
             )
         found[0].repeated.add(task)
         return found[0]

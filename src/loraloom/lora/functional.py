@@ -292,7 +292,7 @@ def _scales(lane: Lane, i: int, like: Tensor) -> float | Tensor:
 
 @lru_cache(1024)
 def _column(scales: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[slots, 1, 1]. Kept: each of them made anew would wait for the device."""
+    """[slots, 1, 1]. Cached: making a new one waits for the device."""
     with torch.inference_mode(False):
         return torch.tensor(scales, dtype=dtype, device=device).view(-1, 1, 1)
 

@@ -103,7 +103,7 @@ class Timeline:
         return held
 
     def ends_after(self, nodes: int) -> None:
-        """No more than so many nodes from here on are the last plan's."""
+        """At most ``nodes`` further nodes belong to the last plan."""
         self._end = _number() + nodes
 
     def at(self, number: int) -> Any:

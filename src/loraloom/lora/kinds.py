@@ -87,7 +87,7 @@ def _examine(module: nn.Module, weight: Tensor | None) -> Forward:
         try:
             with torch.no_grad():
                 y, wanted = type(module).forward(module, x), reference(x)
-        except Exception as error:  # whatever a forward of unknown make raises
+        except Exception as error:  # an unknown forward may raise anything
             problem = problem or f"does not take one tensor of {_size(module)} ({type(error).__name__})"
             continue
         return _compare(module, y, wanted)

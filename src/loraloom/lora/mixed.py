@@ -184,7 +184,7 @@ def _undivided(lora: LoraModel, why: str) -> AdapterError:
 
 
 def _together(parts: list[Any], counts: list[int], inverse: Tensor, pad: int | None) -> Any:
-    """The parts' rows, so many each, as one answer in the batch's order."""
+    """The parts' rows, ``counts`` of them, as one answer in the batch's order."""
     first = parts[0]
     if first is None:
         return None

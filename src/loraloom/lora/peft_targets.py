@@ -47,7 +47,7 @@ def peft_reads(config: LoraConfig, model_type: str | None, modules: Mapping[str,
     except TargetError:
         return None
     if model_type in TYPES and isinstance(config.target_modules, str):
-        return None  # by last names in any layer, whatever the expression says
+        return None  # by last names in any layer: PEFT drops the rest of the expression
     table = TYPES.get(model_type or "", {})
     if any(matches_name(old, pattern) for pattern in config.target_modules or () for old in table):
         return None  # taken for experts

@@ -71,7 +71,7 @@ class SavedModule(nn.Module):
     def in_place_of_original(self) -> nn.Module:
         """The module in use, for a model without wrappers: a copy in the dtypes of the original, which callers expect.
 
-        Tensors stay the same objects, so copies that share one go on sharing it.
+        Tensors stay the same objects, so copies that share one still share it.
         """
         module = self.current()
         for slot, copied in self.modules_to_save.items():

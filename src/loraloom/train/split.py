@@ -75,7 +75,7 @@ def split(model: PeftModel) -> Split | Whole:
         with torch.no_grad():
             ids = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
             logits = base(input_ids=ids).logits
-    except Exception as error:  # whatever a model does not like about this, it is taken whole
+    except Exception as error:  # a model that cannot be run like this is taken whole
         return Whole(f"its head cannot be looked at ({type(error).__name__})")
     finally:
         base.train(training)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 #: A trial has taken off when its last training losses lie below the best constant answer's by this many standard
-#: errors, and by this share of it. The last losses are those of a ninth of the steps, and of so many steps at least.
+#: errors, and by this share of it. The last losses are those of a ninth of the steps, and of ``WINDOW`` steps at least.
 ERRORS, SHARE = 4.0, 0.02
 WINDOW, PART = 8, 9
 

@@ -27,7 +27,7 @@ ASIDE = f"{JOURNAL_NAME}.damaged"
 
 
 class Journal:
-    """The journal in ``folder``. ``say`` is told when it had to be written again."""
+    """The journal in ``folder``. ``say`` is called when it had to be written again."""
 
     def __init__(self, options: TuneOptions, folder: Path, say: Callable[[str], None] = lambda text: None) -> None:
         self._options, self._path, self._say = options, folder / JOURNAL_NAME, say

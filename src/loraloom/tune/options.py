@@ -24,7 +24,7 @@ _FOR_LATER = (
     *("save_strategy", "save_steps", "save_minutes", "save_total_limit", "report_to"),
 )
 SAMPLERS = ("tpe", "random", "grid")
-#: Shares of the steps at which trials are compared: few early ones, for there the good are told from the poor worst.
+#: Shares of the steps at which trials are compared. Few are early: early losses say least about the end.
 RUNGS = (1 / 9, 2 / 9, 1 / 3, 1 / 2, 2 / 3)
 
 

@@ -24,8 +24,8 @@ AS_FAST = 0.95
 SHARE, MARGIN = 0.9, 1.15
 #: A number of slots is measured for so many steps at most, and no longer than this if two are done.
 STEPS, SECONDS = 8, 1.0
-#: Before numbers of slots are told apart, both are measured this often, in turns: a machine may have other things to
-#: do, and then one is slow that was unlucky.
+#: Measurements of each of two numbers of slots, in turns, before one is chosen: on a busy machine a single measurement
+#: may be slow by chance.
 TURNS = 3
 
 

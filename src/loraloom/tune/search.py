@@ -58,8 +58,8 @@ from loraloom.tune.worker import Numbers, Report, Space, Worker, name_of, rung_s
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
-#: Proposals that a sampler makes from the same knowledge, and those it makes at least before any is known: so many can
-#: train side by side.
+#: Proposals that a sampler makes from the same knowledge, and the least number of first ones, which keeps the slots of
+#: a small search busy.
 PROPOSALS, FIRST = 16, 8
 RESULT_NAME, BEST_NAME, BEST_FILE = "result.json", "best", "best.yaml"
 
@@ -91,7 +91,8 @@ def _search(options: TuneOptions, watch: Watcher, sampler: BaseSampler | None) -
         options.train, files=(RESULT_NAME, BEST_FILE, STATE_NAME, proposals.JOURNAL_NAME, "search.png", "pareto.png")
     )
     folder = Path(options.train.output)
-    replace_links(folder / BEST_NAME, folder / TRIALS, *(folder / TRIALS).glob("trial-*"))
+    links = (BEST_NAME, TRIALS, proposals.JOURNAL_NAME)
+    replace_links(*(folder / name for name in links), *(folder / TRIALS).glob("trial-*"))
     if options.over_ray:
         from loraloom.tune.ray_crew import need_ray
 

@@ -46,9 +46,9 @@ SPAN = "span"
 WIDTH = 16
 #: Numbers are handed over at least so often.
 SECONDS = 60.0
-#: A trial blows up whose mean loss over so many steps is so many times that of where it began. At a very high rate its
-#: first losses have blown up already: it began no higher than the best constant answer, or than this many times the
-#: loss of the first step, before which nothing was changed. One batch may be an easy one.
+#: A trial diverges if its mean loss over ``WINDOW`` steps is ``BLOWN_UP`` times its starting loss. At a very high rate
+#: the first losses are high already, so the starting loss is at most that of the best constant answer, or ``EASY``
+#: times the loss of the first step, which is measured before any update. (One batch may be easy.)
 WINDOW, BLOWN_UP, EASY = 10, 2.0, 3.0
 #: At a rung a trial is measured on as many rows as a training comes to see by then, on these at least, and on all where
 #: there are no more: measuring many that have hardly begun would take longer than training them.

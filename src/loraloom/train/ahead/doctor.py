@@ -89,7 +89,7 @@ def _trainable(model: PeftModel, name: str) -> Iterator[Finding]:
 
 def _wrapped(base: nn.Module) -> Iterator[Finding]:
     for name, module in base.named_modules():
-        # Wrappers of parameters lie around each other, and around whatever their module holds.
+        # Wrappers of parameters lie around each other, and around what their module holds.
         around = isinstance(module, LoraLayer) and not isinstance(module, LoraParameter)
         inner = around and [m for m in module.base_layer.modules() if isinstance(m, LoraLayer)]
         if inner or type(module) is PeftModel or _foreign(module):

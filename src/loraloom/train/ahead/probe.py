@@ -22,7 +22,7 @@ from loraloom.lora.model import PeftModel
 from loraloom.lora.parameters import LoraParameter
 from loraloom.train.objective import Objective
 
-#: Below so many tokens attention has nothing to choose from, and its query and key no gradient.
+#: With fewer tokens attention has nothing to choose from, and its query and key get no gradient.
 ENOUGH = 4
 #: Modules that a message names.
 SHOWN = 3

@@ -192,7 +192,7 @@ def find(options: TrainOptions, resume: Resume, say: Say = lambda text: None, *,
         ended: whether the end of a run counts, or checkpoints alone.
 
     Raises:
-        ConfigError: the path is no whole checkpoint, none of the folder can be gone on from, or the adapter in the
+        ConfigError: the path is no whole checkpoint, none of the folder can be resumed, or the adapter in the
             folder is not the one that its finished run wrote.
     """
     if resume is None or resume is False:
@@ -251,13 +251,13 @@ def goes_on(options: TrainOptions, resume: Resume) -> bool:
 
 
 def date_of(options: TrainOptions, resume: Resume) -> str | None:
-    """The day that the run is of which ``options`` go on with; None where there is none, or no template writes it."""
+    """The day of the run that ``options`` resume; None where there is none, or no template writes it."""
     then, _ = _then(find(options, resume), Path(options.output))
     return None if then is None else then.get("date")
 
 
 def _then(found: Found, folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """The options of what is gone on with, and its name in messages."""
+    """The options of what is resumed, and its name in messages."""
     if found.finished:
         return found.finished["options"], f"the finished run in {folder}"
     if found.checkpoint:

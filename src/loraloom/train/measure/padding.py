@@ -38,6 +38,6 @@ def is_seen(model: nn.Module, what: str, lengths: Sequence[int], answer: Callabl
 def _differ(alone: Tensor, padded: Tensor, dtype: torch.dtype) -> bool:
     alone, padded = alone.double(), padded.double()
     if not bool(alone.isfinite().all()):
-        return False  # nothing can be told of NaN
+        return False  # NaN shows nothing
     largest = float(alone.abs().max()) if alone.numel() else 0.0
     return not float((alone - padded).abs().max() if alone.numel() else 0.0) <= ROUNDING.get(dtype, USUAL) * largest

@@ -52,7 +52,7 @@ def scheme_of(tags: Collection[str]) -> Scheme | None:
     """The scheme that all ``tags`` follow; None where they mark no entities, as parts of speech and numbers do not.
 
     IOB1, IOB2, IOE, IOBES and BILOU are read, with ``-`` or ``_`` before or behind the type. Of two readings the one
-    with entities that begin or go on counts: ``L-B`` and ``L-I`` are the type L.
+    with B or I letters counts: ``L-B`` and ``L-I`` are the type L.
     """
     inside = [tag for tag in tags if tag != OUTSIDE]
     fitting: list[tuple[bool, Scheme]] = []

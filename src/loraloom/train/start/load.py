@@ -111,7 +111,7 @@ def load_base(
             the same order is kept, one for others makes way for a new one.
         problem_type: what a label of seq-cls is, by default one class.
         tokenizer: whose padding token becomes the config's; by default it is loaded where the task needs it.
-        say: told what was changed that the user should know.
+        say: receives what was changed and the user should know.
 
     Raises:
         ModelError: no such folder, no model in it, a damaged file, or no architecture for the task.
@@ -203,7 +203,7 @@ def _same_ends(name: str, model: nn.Module, task: TaskType, tokenizer: Any, say:
 def _own_head(
     name: str, model: Any, config: Any, labels: Sequence[str], new: set[str], mismatched: set[str], say: Say
 ) -> set[str]:
-    """Where the folder's head is for other classes, let what follows from them begin anew. Returns what is new."""
+    """Reinitialise what the number of classes shapes, if the folder's head is for other classes. Returns the names."""
     inside = f"{model.base_model_prefix}."
     there = {key for key, _ in model.named_parameters() if not key.startswith(inside)} - new
     if not labels or in_order(labels, config) or not (there or mismatched):

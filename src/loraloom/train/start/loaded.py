@@ -166,7 +166,7 @@ def hash_of_weights(model: nn.Module) -> str:
 def load(options: TrainOptions, where: Place | None = None, reading: Watch = silent, date: str | None = None) -> Loaded:
     """Read and check rows, tokenizer and model, in the order in which it costs. ``reading`` is told how far rows are.
 
-    ``date`` is that of the run that is gone on with, for a chat template that writes one: see ``TrainOptions.date``.
+    ``date`` is that of the run that is resumed, for a chat template that writes one: see ``TrainOptions.date``.
 
     Raises:
         InputError: anything wrong with what the user gave.
