@@ -24,30 +24,19 @@ def make(train: Mapping[str, Any], space: Mapping[str, Any], changes: dict[str, 
     return TuneOptions(train=options, space=Space.parse(space, options), **given)
 
 
+def searches(**train: Any) -> Callable[[Path], Make]:
+    """Searches in a folder, with ``train`` for options of their trials."""
+    return lambda output: lambda space, **changes: make({**train, "output": output}, space, changes)
+
+
 @pytest.fixture(scope="session")
 def classifying(encoder_folder: Path, reviews: Path) -> Callable[[Path], Make]:
-    """Searches in a folder."""
-
-    def into(output: Path) -> Make:
-        def options(space: Mapping[str, Any], **changes: Any) -> TuneOptions:
-            train = {"model": encoder_folder, "data": reviews, "task": "seq-cls", "output": output}
-            return make({**train, "max_steps": 9, "batch_size": 8, "eval_split": 40}, space, changes)
-
-        return options
-
-    return into
+    return searches(model=encoder_folder, data=reviews, task="seq-cls", max_steps=9, batch_size=8, eval_split=40)
 
 
 @pytest.fixture(scope="session")
 def completing(decoder_folder: Path, chats: Path) -> Callable[[Path], Make]:
-    def into(output: Path) -> Make:
-        def options(space: Mapping[str, Any], **changes: Any) -> TuneOptions:
-            train = {"model": decoder_folder, "data": chats, "task": "causal-lm", "output": output}
-            return make({**train, "max_steps": 9, "batch_size": 4, "eval_split": 20}, space, changes)
-
-        return options
-
-    return into
+    return searches(model=decoder_folder, data=chats, task="causal-lm", max_steps=9, batch_size=4, eval_split=20)
 
 
 @pytest.fixture
