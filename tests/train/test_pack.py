@@ -424,3 +424,21 @@ def test_rows_without_a_second_segment_stand_beside_rows_with_one(folders: dict[
     assert mixed["a"] == pytest.approx(loss({"a": one, "b": one})["a"], rel=1e-12)
     assert mixed["b"] == pytest.approx(loss({"a": two, "b": two})["b"], rel=1e-12)
     assert mixed["b"] != pytest.approx(loss({"a": one, "b": one})["b"], rel=1e-6)
+
+
+def test_rows_are_filled_up_with_the_models_own_padding_token_and_another_for_a_classifier_is_a_warning() -> None:
+    """A decoder that classifies finds the end of a row by its config's padding token."""
+    torch.manual_seed(0)
+    base = transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(vocab_size=VOCABULARY, pad_token_id=5, num_labels=3, **LLAMA)
+    )
+    given = {name: LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"]) for name in ("short", "long")}
+    pack = Pack(base, given)
+    assert pack.pad_id == 5
+    rows = {"short": torch.full((2, 3), 7), "long": torch.full((2, 6), 8)}
+    batches = {name: {"input_ids": ids, "labels": torch.tensor([0, 1])} for name, ids in rows.items()}
+    together = pack.backward(batches)
+    for name, batch in batches.items():
+        assert pack.backward({name: batch})[name] == pytest.approx(together[name], rel=1e-5)
+    with pytest.warns(UserWarning, match="pad_token_id, which is 5, found 0"):
+        Pack(pack.model, pad_id=0)

@@ -94,9 +94,10 @@ class Pack:
     def _padding(self, given: int | None) -> int:
         own = model_configs.token(getattr(self.model.get_base_model(), "config", None), "pad")
         if given is not None and own not in (None, given) and self.task is TaskType.SEQ_CLS:
-            raise ConfigError(
+            warnings.warn(
                 f"pad_id: a classifier may find the end of a row by its config's pad_token_id, which is {own}, found "
-                f"{given}; leave pad_id out, or set the config's"
+                f"{given}; leave pad_id out, or set the config's",
+                stacklevel=3,
             )
         return (own or 0) if given is None else given
 
