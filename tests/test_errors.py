@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from loraloom.errors import DataError, nearest, visible
+from loraloom.errors import DataError, nearest, some, visible
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,9 @@ def test_an_error_shows_what_it_names_and_still_travels() -> None:
     error = DataError("ev\x1bil.jsonl, line 3: no column 'x'" + nearest("x", ["xy\x07"]))
     assert str(error).startswith(r"ev\x1bil.jsonl, line 3")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_many_names_are_shown_in_part() -> None:
+    assert some(["a", "b"], 5) == "a, b"
+    assert some(list("abcdefg"), 5) == "a, b, c, d, e and 2 more"
+    assert some(["a", "b"]) == "a and 1 more"

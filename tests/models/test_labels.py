@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import BertConfig
 
-from loraloom.models.labels import as_the_model, in_order, some
+from loraloom.models.labels import as_the_model, in_order
 
 NLI = ["entailment", "neutral", "contradiction"]
 
@@ -36,8 +36,3 @@ def test_classes_are_numbered_as_the_model_numbers_the_same_names(
     config = BertConfig(id2label=dict(enumerate(known)), label2id={name: i for i, name in enumerate(known)})
     assert as_the_model(mine, config) == wanted
     assert in_order(mine, config) == (mine == wanted)
-
-
-def test_many_names_are_shown_in_part() -> None:
-    assert some(["a", "b"]) == "a, b"
-    assert some(list("abcdefg")) == "a, b, c, d, e and 2 more"
