@@ -22,8 +22,8 @@ from torch import nn
 import common
 import step as steps
 from contenders import Shape, stepper
+from loraloom.engine.flat_adamw import FlatAdamW
 from loraloom.lora.dropout import Dropped, masked
-from loraloom.train.flat import FlatAdamW
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

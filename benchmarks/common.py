@@ -67,7 +67,7 @@ def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> dict[str,
 def machine() -> dict[str, Any]:
     import torch
 
-    from loraloom.lora import products
+    from loraloom.lora import matmul
 
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -79,7 +79,7 @@ def machine() -> dict[str, Any]:
         "processor": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "bfloat16 in hardware": products.native("cpu", torch.bfloat16),
+        "bfloat16 in hardware": matmul.native("cpu", torch.bfloat16),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "transformers", "peft")},

@@ -16,10 +16,10 @@ import transformers
 from torch import Tensor, nn
 
 import loraloom
-from loraloom.config import TaskType
-from loraloom.train import recompute
-from loraloom.train.flat import FlatAdamW
-from loraloom.train.objective import Objective
+from loraloom.config.lora import TaskType
+from loraloom.engine.flat_adamw import FlatAdamW
+from loraloom.models import activation_checkpointing
+from loraloom.tasks.objective import Objective
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAMES = ("floor", "peft", "peft, adapters in the base's dtype", "loraloom")
@@ -86,7 +86,7 @@ def stepper(name: str, shape: Shape, device: str) -> Callable[[], Any]:
     if name == "loraloom":
         adapted: Any = loraloom.get_peft_model(model, loraloom.LoraConfig(**fields))
         if shape.checkpointing:
-            recompute.enable(adapted)
+            activation_checkpointing.enable(adapted)
         objective = Objective(adapted, TaskType.CAUSAL_LM)
         flat = FlatAdamW([(p, 1.0) for p in adapted.parameters() if p.requires_grad], 0.01)
 

@@ -162,10 +162,10 @@ def resident(pid: int) -> list[tuple[int, int]]:
 
 def prepared(model: Path, rows: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What training does before the model is loaded, and the first batches of an epoch."""
+    from loraloom.config.train import TrainOptions
     from loraloom.data.batches import bucketed
-    from loraloom.train.settings.options import TrainOptions
-    from loraloom.train.start.dataset import encode_run_rows, read_run_rows
-    from loraloom.train.start.load import load_tokenizer
+    from loraloom.models.load import load_tokenizer
+    from loraloom.train.dataset import encode_run_rows, read_run_rows
 
     settings = TrainOptions(
         model=str(model), data=str(rows), task=options.task, output="unused", eval_split=1000, max_length=512,

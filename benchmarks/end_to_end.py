@@ -26,10 +26,12 @@ import torch
 import common
 import docstrings
 import loraloom
-from loraloom.lora import products
-from loraloom.train.run import prepare, read_data, run
-from loraloom.train.settings.options import TASKS, TrainOptions
-from loraloom.train.start.load import load_base, load_tokenizer
+from loraloom.config.names import TASKS
+from loraloom.config.train import TrainOptions
+from loraloom.lora import matmul
+from loraloom.models.load import load_base, load_tokenizer
+from loraloom.train.dataset import read_data
+from loraloom.train.run import prepare, run
 
 BY_LENGTH, NO_DROPOUT = (
     "Trainer and peft, group_by_length",
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--dtype", default="bfloat16" if products.native("cpu", torch.bfloat16) else "float32")
+    parser.add_argument("--dtype", default="bfloat16" if matmul.native("cpu", torch.bfloat16) else "float32")
     parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES)
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--alone", help=argparse.SUPPRESS)

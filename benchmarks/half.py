@@ -18,7 +18,7 @@ import torch
 
 import common
 from contenders import Shape, stepper
-from loraloom.lora import products
+from loraloom.lora import matmul
 
 SHAPES = [Shape("float32", 256, 6, 1, 64), Shape("float32", 256, 6, 4, 64)]
 DTYPES = ("float32", "bfloat16")
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     shapes = [Shape("float32", 64, 2, 2, 16, vocabulary=128)] if options.tiny else SHAPES
-    native = products.native(options.device, torch.bfloat16)
+    native = matmul.native(options.device, torch.bfloat16)
     print(f"bfloat16 is {'' if native else 'not '}in hardware here")
     figures = [measure(shape, options) for shape in shapes]
     name = ("half" if options.device == "cpu" else "half-cuda") + ("" if native else "-without-instructions")

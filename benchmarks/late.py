@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
-from loraloom.train.settings.options import TrainOptions
-from loraloom.tune.options import TuneOptions
+from loraloom.config.train import TrainOptions
+from loraloom.tune.config import TuneOptions
 from loraloom.tune.search import SearchResult, search
 from loraloom.tune.space import Space
 

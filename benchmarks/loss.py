@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
-from loraloom.train.loss import linear_cross_entropy
+from loraloom.tasks.linear_cross_entropy import linear_cross_entropy
 from memory import Peak, _resident
 
 #: Of the logits of all tokens in float32.

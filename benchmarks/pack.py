@@ -22,8 +22,8 @@ import torch
 import common
 import loraloom
 from contenders import TARGETS, Shape
-from loraloom.train.flat import FlatAdamW
-from loraloom.train.pack import Pack
+from loraloom.engine.flat_adamw import FlatAdamW
+from loraloom.engine.pack import Pack
 
 #: a trial's shape → how many times PEFT's throughput a pack is to have
 CPU = [

@@ -32,13 +32,12 @@ import torch
 
 import common
 import docstrings
-from loraloom.data import collate, evaluation_batches
-from loraloom.data.batches import bucketed
-from loraloom.lora import products
-from loraloom.train.run import Loaded, load
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.start.load import load_base
-from loraloom.tune.options import TuneOptions
+from loraloom.config.train import TrainOptions
+from loraloom.data.batches import bucketed, collate, evaluation_batches
+from loraloom.lora import matmul
+from loraloom.models.load import load_base
+from loraloom.train.setup import Loaded, load
+from loraloom.tune.config import TuneOptions
 from loraloom.tune.search import search
 from loraloom.tune.space import Space
 
@@ -72,7 +71,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             max_steps=options.max_steps,
             batch_size=16,
             max_length=48,
-            dtype="bfloat16" if products.native("cpu", torch.bfloat16) else "float32",
+            dtype="bfloat16" if matmul.native("cpu", torch.bfloat16) else "float32",
         )
         settings = {name: getattr(options, name) for name in ("reduction", "min_share", "finalists", "seeds")}
         # In a slot each, what is tried does not depend on how fast the machine is at the moment.

@@ -28,18 +28,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import docstrings
 from loraloom import PeftModel, plan
-from loraloom.data import collate, evaluation_batches
+from loraloom.config.train import TrainOptions
+from loraloom.data.batches import collate, evaluation_batches
 from loraloom.errors import LoraloomError
-from loraloom.lora import products
+from loraloom.lora import matmul
 from loraloom.report.session import tune_run
 from loraloom.report.terminal import predictions
 from loraloom.report.tune import conclusion
-from loraloom.train.run import Loaded, Prepared, load, predict
-from loraloom.train.settings.options import TrainOptions
-from loraloom.tune.options import TuneOptions
+from loraloom.train.run import Prepared, predict
+from loraloom.train.setup import Loaded, load
+from loraloom.tune.config import TuneOptions
+from loraloom.tune.format import knobs
 from loraloom.tune.search import BEST_FILE, BEST_NAME, SearchResult
 from loraloom.tune.space import Space
-from loraloom.tune.words import knobs
 
 #: Small encoders take higher rates than the default space has, which is made for models of any size.
 SPACE = {
@@ -71,7 +72,7 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None, overw
         batch_size=16,
         max_length=48,
         # Half precision pays on a processor that multiplies it in hardware; on any other float32 is the faster.
-        dtype="bfloat16" if products.native("cpu", torch.bfloat16) else "float32",
+        dtype="bfloat16" if matmul.native("cpu", torch.bfloat16) else "float32",
         overwrite=overwrite,  # otherwise a stopped search resumes
     )
     loaded = load(options)

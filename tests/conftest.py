@@ -8,6 +8,7 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,3 +198,56 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": _sentence(source, word) + " now say :", "completion": f" {word}"} for word in words]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+# -- small adapters in float64 on real folders, and rows as the loop takes them
+
+LABELS = ["blame", "praise"]
+
+Maker = Callable[..., Any]
+
+
+def _maker(folder: Path, task: str) -> Maker:
+    from loraloom import LoraConfig, get_peft_model
+    from loraloom.config.names import TASKS
+    from loraloom.models.load import load_base
+
+    def make(dtype: str = "float64", seed: int = 0, **fields: object) -> Any:
+        torch.manual_seed(0)  # a new head's numbers
+        base, _ = load_base(str(folder), TASKS[task], dtype, LABELS)
+        fields = {"target_modules": "all-linear", "init_lora_weights": False, "r": 4, "lora_alpha": 4, **fields}
+        return get_peft_model(base, LoraConfig(task_type=TASKS[task], **fields), seed=seed)
+
+    return make
+
+
+@pytest.fixture
+def classifier(encoder_folder: Path) -> Maker:
+    return _maker(encoder_folder, "seq-cls")
+
+
+@pytest.fixture
+def decoder(decoder_folder: Path) -> Maker:
+    return _maker(decoder_folder, "causal-lm")
+
+
+def _examples(task: str, folder: Path, path: Path) -> list[Any]:
+    from loraloom.data.read.sources import read_rows
+    from loraloom.data.shape.shapes import recognise
+    from loraloom.data.tokenize.encode import encoder
+    from loraloom.models.load import load_tokenizer
+
+    rows = read_rows(path)
+    shape = recognise(rows, task)
+    made = encoder(task, load_tokenizer(str(folder)), max_length=64, labels=LABELS)
+    return [example for one in made.encode([(row, shape.read(row)) for row in rows]) for example in one.examples]
+
+
+@pytest.fixture(scope="session")
+def classes(encoder_folder: Path, reviews: Path) -> list[Any]:
+    return _examples("seq-cls", encoder_folder, reviews)
+
+
+@pytest.fixture(scope="session")
+def completions(decoder_folder: Path, chats: Path) -> list[Any]:
+    return _examples("causal-lm", decoder_folder, chats)

@@ -9,10 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loraloom.config import LoraConfig as LoraConfig
-    from loraloom.config import PeftConfig as PeftConfig
-    from loraloom.config import PeftType as PeftType
-    from loraloom.config import TaskType as TaskType
+    from loraloom.config.lora import LoraConfig as LoraConfig
+    from loraloom.config.lora import PeftConfig as PeftConfig
+    from loraloom.config.lora import PeftType as PeftType
+    from loraloom.config.lora import TaskType as TaskType
+    from loraloom.engine.pack import Pack as Pack
     from loraloom.errors import LoraloomError as LoraloomError
     from loraloom.lora.auto import AutoPeftModel as AutoPeftModel
     from loraloom.lora.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
@@ -41,13 +42,12 @@ if TYPE_CHECKING:
     from loraloom.lora.status import get_model_status as get_model_status
     from loraloom.lora.targets import Plan as Plan
     from loraloom.lora.targets import plan as plan
-    from loraloom.train.pack import Pack as Pack
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "LoraConfig": "loraloom.config",
-    "TaskType": "loraloom.config",
+    "LoraConfig": "loraloom.config.lora",
+    "TaskType": "loraloom.config.lora",
     "LoraloomError": "loraloom.errors",
     "LoadReport": "loraloom.lora.checkpoint",
     "PeftModel": "loraloom.lora.model",
@@ -57,8 +57,8 @@ _WHERE = {
     "set_peft_model_state_dict": "loraloom.lora.model",
     "get_layer_status": "loraloom.lora.status",
     "get_model_status": "loraloom.lora.status",
-    "PeftConfig": "loraloom.config",
-    "PeftType": "loraloom.config",
+    "PeftConfig": "loraloom.config.lora",
+    "PeftType": "loraloom.config.lora",
     "AutoPeftModel": "loraloom.lora.auto",
     "AutoPeftModelForCausalLM": "loraloom.lora.auto",
     "AutoPeftModelForFeatureExtraction": "loraloom.lora.auto",
@@ -76,7 +76,7 @@ _WHERE = {
     "PeftModelForSeq2SeqLM": "loraloom.lora.model",
     "PeftModelForSequenceClassification": "loraloom.lora.model",
     "PeftModelForTokenClassification": "loraloom.lora.model",
-    "Pack": "loraloom.train.pack",
+    "Pack": "loraloom.engine.pack",
     "Plan": "loraloom.lora.targets",
     "plan": "loraloom.lora.targets",
 }

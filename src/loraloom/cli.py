@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 import loraloom
-from loraloom.config import LoraConfig
+from loraloom.config.lora import LoraConfig
 from loraloom.errors import ConfigError, InputError, LoraloomError, TargetsWarning
 from loraloom.report.screen import Text, say
 
@@ -231,9 +231,9 @@ def train(
 
     Give a run file, or --model, --data, --task and --output.
     """
+    from loraloom.config import runfile
     from loraloom.report.session import train_run
-    from loraloom.train.settings import runfile
-    from loraloom.tune.options import check_unread
+    from loraloom.tune.config import check_unread
 
     found = runfile.read(run_file, settings or (), _given(context))
     check_unread(found)
@@ -279,7 +279,7 @@ def tune(
     it goes on where it was.
     """
     from loraloom.report.session import tune_run
-    from loraloom.tune.options import TuneOptions
+    from loraloom.tune.config import TuneOptions
 
     given = _given(context)
     for name in ("preset", "trials", "sampler", "metric", "slots", "memory", "workers", "ray_address"):
@@ -307,9 +307,9 @@ def data(
     rows: Annotated[int, typer.Option(help="Rows that are shown.")] = 3,
 ) -> None:
     """Show what a model will see: rows with trained tokens in colour, lengths, duplicates, time and memory."""
+    from loraloom.config import runfile
     from loraloom.report.session import data_run
-    from loraloom.train.settings import runfile
-    from loraloom.train.settings.starter import guess
+    from loraloom.train.init_template import guess
 
     given = _given(context)
     if source.lower().endswith((".yaml", ".yml")):
@@ -343,7 +343,7 @@ def init(
     chat_template: Template = None,
 ) -> None:
     """Write a run file for a model and data, with comments on every key."""
-    from loraloom.train.settings.starter import begin
+    from loraloom.train.init_template import begin
 
     names = ("eval_split", "format", "columns", "max_length", "overlong", "on_bad_row", "chat_template")
     given = {key.rpartition(".")[2]: value for key, value in _given(context).items()}
@@ -378,7 +378,7 @@ def plan(
 ) -> None:
     """Show what would be adapted and the memory that training needs. Reads the model's config alone."""
     from loraloom.report.terminal import memory_table
-    from loraloom.train.ahead.memory import forecast
+    from loraloom.train.preflight.memory import forecast
 
     config = _lora(locals())
     made, memory, length = forecast(
@@ -439,7 +439,7 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own: an unknown option, a number that is none
             return _fail(error.format_message() or "a command is missing; see loraloom --help", 2)
-        from loraloom.train.run import explain
+        from loraloom.train.failures import explain
 
         if os.environ.get("LORALOOM_TRACEBACK"):
             say(traceback.format_exc(), sys.stderr)
@@ -470,7 +470,7 @@ def _fail(message: str, code: int) -> int:
 
 def _given(context: typer.Context) -> dict[str, Any]:
     """The options that were given on the command line, by their keys in a run file."""
-    from loraloom.train.settings.runfile import KEYS, LORA_KEYS
+    from loraloom.config.runfile import KEYS, LORA_KEYS
 
     given = {}
     for name, value in context.params.items():
@@ -497,7 +497,7 @@ _LORA_OPTIONS = (
 
 def _field(name: str, value: Any) -> Any:
     """What the text of an option means for the field of ``LoraConfig`` with its name."""
-    from loraloom.train.settings.runfile import split_names
+    from loraloom.config.runfile import split_names
 
     if value is None:
         return None

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraloom.lora import products
+from loraloom.lora import matmul
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-HALF = "half" if products.native("cpu", torch.bfloat16) else "half-without-instructions"
+HALF = "half" if matmul.native("cpu", torch.bfloat16) else "half-without-instructions"
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from loraloom import PeftModel
+from loraloom.config.names import TASKS
 from loraloom.errors import AdapterError
-from loraloom.train.settings.options import TASKS
-from loraloom.train.start.load import load_base
+from loraloom.models.load import load_base
 
 WEIGHTS = "adapter_model.safetensors"
 

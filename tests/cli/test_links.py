@@ -60,7 +60,7 @@ def test_a_search_writes_through_no_link(call: Callable[..., Any], world: Any) -
 
 @pytest.mark.parametrize("kind", ["symbolic", "hard"])
 def test_the_lock_is_a_file_of_its_own(tmp_path: Path, kind: str) -> None:
-    from loraloom.train.course.lock import LOCK_NAME, held
+    from loraloom.files.lock import LOCK_NAME, held
 
     mine = tmp_path / "mine"
     mine.write_text("mine")
@@ -75,7 +75,7 @@ def test_a_journal_moves_nothing_through_a_linked_folder(tmp_path: Path) -> None
     import json
 
     from loraloom.errors import AdapterError
-    from loraloom.lora.atomic import JOURNAL, recover
+    from loraloom.files.atomic import JOURNAL, recover
 
     there, folder = tmp_path / "there", tmp_path / "folder"
     there.mkdir()

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from loraloom import LoraConfig, PeftModel
-from loraloom.train.run import RUN_NAME
-from loraloom.train.settings.options import TASKS
-from loraloom.train.start.load import load_base
+from loraloom.config.names import TASKS
+from loraloom.models.load import load_base
+from loraloom.train.run_record import RUN_NAME
 
 WEIGHTS = "adapter_model.safetensors"
 

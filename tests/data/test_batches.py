@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraloom.data.batches import bucketed, collate, evaluation_batches, join, padding_share
-from loraloom.data.tokens.encode import IGNORE, Example
+from loraloom.data.example import IGNORE, Example
 
 CALM = settings(max_examples=60, deadline=None)  # two cores are shared: a slow example is no failure
 PAD = 9

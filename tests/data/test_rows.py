@@ -13,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraloom.config import TaskType
+from loraloom.config.lora import TaskType
+from loraloom.config.names import as_task
 from loraloom.data.read.holdout import held_out
 from loraloom.data.read.readers import file_hash
 from loraloom.data.read.sources import read_rows
-from loraloom.data.rows import as_task, ordered_labels
+from loraloom.data.rows import ordered_labels
 from loraloom.errors import ConfigError, DataError
 
 CALM = settings(max_examples=60, deadline=None)  # two cores are shared: a slow example is no failure

@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 
 from loraloom import cli
-from loraloom.config import LoraConfig, _not_implemented
+from loraloom.config.lora import LoraConfig, _not_implemented
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
@@ -270,8 +270,9 @@ def test_the_page_on_the_command_line_names_every_option() -> None:
 def test_the_page_on_the_command_line_has_every_option_of_a_run_with_its_key_and_default() -> None:
     from dataclasses import MISSING, fields
 
-    from loraloom.train.settings.options import TASKS, TrainOptions
-    from loraloom.train.settings.runfile import KEYS
+    from loraloom.config.names import TASKS
+    from loraloom.config.runfile import KEYS
+    from loraloom.config.train import TrainOptions
 
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text_of("docs/train.md").splitlines()]
     said = {row[1].strip("`"): row for row in rows if len(row) == 4 and re.fullmatch(r"`[\w.]+`", row[1])}
@@ -298,8 +299,8 @@ def test_the_page_on_the_command_line_has_every_option_of_a_run_with_its_key_and
 
 
 def test_the_page_on_the_command_line_names_every_metric_and_schedule() -> None:
-    from loraloom.train.measure.metrics import DEFAULTS, MEASURES
-    from loraloom.train.settings.options import SCHEDULES
+    from loraloom.config.train import SCHEDULES
+    from loraloom.tasks.metrics.registry import DEFAULTS, MEASURES
 
     page = text_of("docs/train.md")
     words = {*SCHEDULES, *(name for kind in (*MEASURES.values(), *DEFAULTS.values()) for name in kind)}
@@ -307,9 +308,9 @@ def test_the_page_on_the_command_line_names_every_metric_and_schedule() -> None:
 
 
 def test_the_page_on_data_names_every_shape_in_order_and_shows_the_default_template() -> None:
+    from loraloom.config.names import TASKS
     from loraloom.data.shape.forms import SHAPES
-    from loraloom.data.tokens.templates import PLAIN_TEXT
-    from loraloom.train.settings.options import TASKS
+    from loraloom.data.tokenize.templates import PLAIN_TEXT
 
     page = text_of("docs/data.md")
     assert PLAIN_TEXT in {block.text.removesuffix("\n") for block in blocks("docs/data.md")}
@@ -330,8 +331,8 @@ def test_the_page_on_the_search_names_every_option_key_preset_and_advice() -> No
 
     import typer
 
-    from loraloom.tune import symptoms
-    from loraloom.tune.options import TuneOptions
+    from loraloom.tune import diagnostics
+    from loraloom.tune.config import TuneOptions
     from loraloom.tune.space import _VARY, PRESETS
 
     page = text_of("docs/tune.md")
@@ -339,7 +340,7 @@ def test_the_page_on_the_search_names_every_option_key_preset_and_advice() -> No
     words = {o for parameter in command.params for o in parameter.opts if o.startswith("-")}
     words |= {"preset", *(spec.name for spec in fields(TuneOptions) if spec.name != "train")}
     words |= {key.partition(".")[2] for key in _VARY}
-    for file in Path(symptoms.__file__).parent.glob("*.py"):
+    for file in Path(diagnostics.__file__).parent.glob("*.py"):
         words |= set(re.findall(r'Advice\(\s*"(\w+)"', file.read_text(encoding="utf-8")))
     missing = [word for word in sorted(words) if f"`{word}`" not in page]
     assert missing == []

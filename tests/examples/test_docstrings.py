@@ -12,7 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from loraloom.data import read_rows, recognise
+from loraloom.data.read.sources import read_rows
+from loraloom.data.shape.shapes import recognise
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "docstrings.py"
 

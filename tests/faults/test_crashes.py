@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from loraloom.lora.atomic import recover
-from loraloom.train.course.output import changed
+from loraloom.files.atomic import recover
+from loraloom.train.output import changed
 
 from .conftest import Case, Ended
 

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from loraloom import LoraConfig
+from loraloom.config import runfile
+from loraloom.config.train import TrainOptions
 from loraloom.errors import LoraloomError
-from loraloom.train.course import checkpoints
-from loraloom.train.course.course import Course
-from loraloom.train.run import RUN_FILE, Prepared, prepare, run
-from loraloom.train.settings import runfile
-from loraloom.train.settings.options import TrainOptions
+from loraloom.train.checkpointing import folders
+from loraloom.train.output import RUN_FILE
+from loraloom.train.run import Prepared, prepare, run
+from loraloom.train.trainer import Course
 
 from .mutations import mutated
 
@@ -184,8 +185,8 @@ def test_a_damaged_state_of_a_search_is_read_or_named(
 @pytest.fixture
 def call_search(prepared: Prepared, tmp_path: Path) -> Callable[[], tuple[Path, Callable[[], Any]]]:
     """Where a search stands, and what reads it."""
-    from loraloom.train.slot import Curve
-    from loraloom.tune.halving import Halving
+    from loraloom.engine.slot import Curve
+    from loraloom.tune.asha import Halving
     from loraloom.tune.state import STATE_NAME, State, load_state, save_state
     from loraloom.tune.trial import Trial
 
@@ -204,4 +205,4 @@ def call_search(prepared: Prepared, tmp_path: Path) -> Callable[[], tuple[Path, 
 
 def test_a_checkpoint_that_is_mutated_is_still_found_whole_here(prepared: Prepared) -> None:
     """The tests above put back what they damage."""
-    assert [path.name for path in checkpoints.listed(prepared.options.output)] == ["checkpoint-4", "checkpoint-2"]
+    assert [path.name for path in folders.listed(prepared.options.output)] == ["checkpoint-4", "checkpoint-2"]

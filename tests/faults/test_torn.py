@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraloom.lora.atomic import recover, write_files
-from loraloom.train.course import checkpoints
+from loraloom.files.atomic import recover, write_files
+from loraloom.train.checkpointing import folders
 
 Tree = dict[str, bytes | None]
 OLD = {"a": b"old a", "b/c": b"old c", "gone": b"old"}
@@ -116,7 +116,7 @@ def test_a_checkpoint_is_whole_or_absent_and_there_once_that_was_said(tmp_path: 
 
     def write(step: int) -> None:
         files = {"adapter_model.safetensors": b"weights %d" % step, "adapter_config.json": b"{}"}
-        checkpoints.write(root / "run", step, lambda to: write_files(to, files), {"a": torch.zeros(3)}, {})
+        folders.write(root / "run", step, lambda to: write_files(to, files), {"a": torch.zeros(3)}, {})
 
     root.mkdir()
     found: list[int | None] = []
@@ -127,11 +127,11 @@ def test_a_checkpoint_is_whole_or_absent_and_there_once_that_was_said(tmp_path: 
         write(4)
         after.append(len(disk.cuts))
         if limit:
-            checkpoints.rotate(root / "run", limit)
+            folders.rotate(root / "run", limit)
         disk.look()
     for number, tree in enumerate(disk.cuts):
         folder = put(tree, tmp_path / str(number)) / "run"
-        newest = checkpoints.newest(folder)
+        newest = folders.newest(folder)
         found.append(newest and newest.step)
     assert set(found[: after[0]]) <= {None, 2}
     assert set(found[after[0] : after[1]]) == {2, 4}

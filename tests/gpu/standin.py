@@ -183,7 +183,7 @@ def packed(base: Any, dropouts: tuple[float, ...] = (0.0, 0.1, 0.2), task: dict[
 
 
 def steps(waits: Waits, pack: Any, given: dict[str, dict[str, Tensor]], number: int = 2) -> list[Any]:
-    from loraloom.train.flat import FlatAdamW
+    from loraloom.engine.flat_adamw import FlatAdamW
 
     optimizers = [FlatAdamW([(p, 1.0) for p in pack.parameters_of(name).values()], 0.01) for name in given]
     for _ in range(number):
@@ -204,9 +204,9 @@ def a_pack(waits: Waits) -> None:
 @scenario()
 def a_slot_with_a_loss_scale(waits: Waits) -> None:
     from loraloom import LoraConfig, Pack
-    from loraloom.data.tokens.encode import Example
-    from loraloom.train.loop import advance
-    from loraloom.train.slot import Slot
+    from loraloom.data.example import Example
+    from loraloom.engine.loop import advance
+    from loraloom.engine.slot import Slot
 
     pack = Pack(llama(torch.float16), {"a": LoraConfig(lora_dropout=0.1, bias="none", **LM)})
     rows = [Example([1] * TOKENS, [1] * TOKENS) for _ in range(ROWS)]
@@ -227,12 +227,12 @@ def rows_in_any_order(waits: Waits) -> None:
 
 
 def _checkpointed(waits: Waits, kind: str) -> None:
-    from loraloom.train import recompute
+    from loraloom.models import activation_checkpointing
 
     base = llama(torch.float32)
     pack = packed(base)
     if kind == "own":
-        recompute.enable(pack.model)
+        activation_checkpointing.enable(pack.model)
     else:
         base.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
         base.enable_input_require_grads()
@@ -275,7 +275,7 @@ def an_encoder_and_a_decoder(waits: Waits) -> None:
 
 @scenario()
 def an_optimizer_that_goes_on(waits: Waits) -> None:
-    from loraloom.train.optimizers import build
+    from loraloom.engine.optimizers import build
 
     for name in ("adamw", "AdamW", "NAdam"):
         given = {"fused": True} if name == "AdamW" else {}
@@ -310,10 +310,10 @@ def _taken_for_real() -> Iterator[None]:
 
     Whether a model sees later tokens, no fake numbers can tell.
     """
+    from loraloom.engine import gradient_probe
     from loraloom.lora import layers
-    from loraloom.train.ahead import probe
 
-    ahead = probe._reads_ahead
+    ahead = gradient_probe._reads_ahead
 
     def kind(value: Any) -> type:
         return torch.nn.Parameter if type(value) is FakeTensor and hasattr(value, "_is_param") else type(value)
@@ -321,7 +321,7 @@ def _taken_for_real() -> Iterator[None]:
     def never(*args: Any) -> bool:
         return ahead(*args) and False
 
-    with mock.patch.object(layers, "type", kind, create=True), mock.patch.object(probe, "_reads_ahead", never):
+    with mock.patch.object(layers, "type", kind, create=True), mock.patch.object(gradient_probe, "_reads_ahead", never):
         yield
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from loraloom import LoraConfig, get_peft_model
-from loraloom.train import recompute
-from loraloom.train.flat import FlatAdamW
-from loraloom.train.pack import Pack
+from loraloom.engine.flat_adamw import FlatAdamW
+from loraloom.engine.pack import Pack
+from loraloom.models import activation_checkpointing
 
 pytestmark = pytest.mark.gpu
 Make, Batch = Callable[..., nn.Module], Callable[..., dict[str, Tensor]]
@@ -78,7 +78,7 @@ def test_gradients_with_checkpointing_are_those_without(llama: Make, batch: Batc
         model = llama(torch.float64)
         pack = Pack(model, CONFIGS, seeds=SEEDS)
         if checkpointing and kind == "loraloom's own":
-            recompute.enable(pack.model)
+            activation_checkpointing.enable(pack.model)
         elif checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
             model.enable_input_require_grads()

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from loraloom import LoraConfig, PeftModel, TaskType, get_peft_model
-from loraloom.data.tokens.encode import Example
+from loraloom.data.example import Example
+from loraloom.engine.loop import advance, train_pack
+from loraloom.engine.pack import Pack
+from loraloom.engine.slot import Slot
 from loraloom.lora.dropout import Dropped
-from loraloom.train.course import checkpoints, resume
-from loraloom.train.loop import advance, train_pack
-from loraloom.train.pack import Pack
-from loraloom.train.slot import Slot
+from loraloom.train.checkpointing import folders, resume
 
 pytestmark = pytest.mark.gpu
 Make, Batch = Callable[..., nn.Module], Callable[..., dict[str, Tensor]]
@@ -113,17 +113,18 @@ def test_a_slot_that_goes_on_from_a_checkpoint_comes_to_the_same_bits(llama: Mak
     trained(first, slot, 3)
     state = {"within": slot.within, "scale": slot.scale, "curve": vars(copy.deepcopy(slot.curve))}
     tensors = resume.tensors_of(slot, first.adapter_parameters("default"))
-    path = checkpoints.write(tmp_path, 3, first.save_pretrained, tensors, state)
+    path = folders.write(tmp_path, 3, first.save_pretrained, tensors, state)
     second, slot = fresh(2)
-    resume.restore(checkpoints.read(path), slot, second)
+    resume.restore(folders.read(path), slot, second)
     trained(second, slot, 6)
     assert same(numbers(second), numbers(whole))
     assert not same(numbers(first), numbers(whole))
 
 
 def test_a_whole_run_is_stopped_and_resumed(encoder_folder: Path, reviews: Path, device: str, tmp_path: Path) -> None:
-    from loraloom.train.run import Interrupted, prepare, run
-    from loraloom.train.settings.options import TrainOptions
+    from loraloom.config.train import TrainOptions
+    from loraloom.train.failures import Interrupted
+    from loraloom.train.run import prepare, run
 
     def options(output: str) -> TrainOptions:
         lora = LoraConfig(target_modules="all-linear", lora_dropout=0.1)

@@ -28,7 +28,7 @@ from loraloom import (
     set_peft_model_state_dict,
 )
 from loraloom.errors import AdapterError, ConfigError, SaveError
-from loraloom.lora.checkpoint import LoadReport
+from loraloom.lora.loadreport import LoadReport
 
 WEIGHTS = "adapter_model.safetensors"
 Q, V = (f"base_model.model.model.layers.0.self_attn.{name}_proj" for name in "qv")

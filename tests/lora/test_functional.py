@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraloom.lora import functional, products
+from loraloom.lora import functional, matmul
 from loraloom.lora.dropout import Dropped
 from loraloom.lora.functional import RANKS, Frozen, Lane, Update, lora_linear, row_norms
 
@@ -137,7 +137,7 @@ def test_half_precision_is_as_close_to_the_truth_as_the_plain_operations_are(
     native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over many draws: of one, with its dozens of numbers, either way may come out nearer by chance."""
-    monkeypatch.setattr(products, "native", lambda *_: native)
+    monkeypatch.setattr(matmul, "native", lambda *_: native)
     draw = torch.Generator().manual_seed(0)
 
     def errors(found: tuple[Tensor, ...] | list[Tensor], x: Tensor, projections: list[Projection]) -> Tensor:
@@ -172,7 +172,7 @@ def test_half_precision_is_as_close_to_the_truth_as_the_plain_operations_are(
 def test_a_processor_without_half_precision_draws_the_same_dropout_and_keeps_the_input_as_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products, "native", lambda *_: False)
+    monkeypatch.setattr(matmul, "native", lambda *_: False)
     ps = [p._replace(weight=p.weight.bfloat16()) for p in make(2, torch.float32, inside=64, bias=False)]
     x = torch.randn(16, 64).bfloat16().requires_grad_()
     kept: list[Tensor] = []
@@ -214,7 +214,7 @@ def test_a_frozen_input_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> No
     plain_mm = torch.mm
 
     def mm(a: Tensor, b: Tensor) -> Tensor:
-        products.append(tuple(b.shape))
+        matmul.append(tuple(b.shape))
         return plain_mm(a, b)
 
     monkeypatch.setattr(torch, "mm", mm)

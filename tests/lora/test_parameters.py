@@ -263,7 +263,7 @@ def test_a_folder_is_inspected_expert_by_expert(tmp_path: Path) -> None:
 
 
 def test_the_doctor_says_which_experts_stay_as_they_are_and_takes_wrappers_of_one_module_for_one_adapter() -> None:
-    from loraloom.train.ahead import doctor
+    from loraloom.train.preflight import doctor
 
     kinds = {found.kind for found in doctor.examine(get_peft_model(net(), config()))}
     assert not kinds & {"twice", "experts"}

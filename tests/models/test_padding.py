@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from loraloom import LoraConfig, TaskType, get_peft_model
-from loraloom.data import Example, collate
+from loraloom.data.batches import collate
+from loraloom.data.example import Example
 from loraloom.errors import ModelError
 from loraloom.models.configs import levels
-from loraloom.train.objective import Objective
-from loraloom.train.start.load import load_base, load_tokenizer
+from loraloom.models.load import load_base, load_tokenizer
+from loraloom.tasks.objective import Objective
 
 SMALL = {"vocab_size": 21, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "eos_token_id": 1}

@@ -17,10 +17,10 @@ from typing import Any
 
 #: PEFT's name → (module, name) of what it is here, where the two differ.
 NAMES = {
-    "AuxiliaryTrainingWrapper": ("loraloom.lora.saved", "SavedModule"),
+    "AuxiliaryTrainingWrapper": ("loraloom.lora.modules_to_save", "SavedModule"),
     "BaseTuner": ("loraloom.lora.adapters", "LoraModel"),
     "BaseTunerLayer": ("loraloom.lora.layers", "LoraLayer"),
-    "CONFIG_NAME": ("loraloom.config", "CONFIG_NAME"),
+    "CONFIG_NAME": ("loraloom.config.lora", "CONFIG_NAME"),
     "Conv1d": ("loraloom.lora.layers", "LoraConv"),
     "Conv2d": ("loraloom.lora.layers", "LoraConv"),
     "Conv3d": ("loraloom.lora.layers", "LoraConv"),
@@ -29,12 +29,12 @@ NAMES = {
     "Linear": ("loraloom.lora.layers", "LoraLinear"),
     "LoraLayer": ("loraloom.lora.layers", "LoraLayer"),
     "LoraModel": ("loraloom.lora.adapters", "LoraModel"),
-    "ModulesToSaveWrapper": ("loraloom.lora.saved", "SavedModule"),
+    "ModulesToSaveWrapper": ("loraloom.lora.modules_to_save", "SavedModule"),
     "NoMatchingPeftModuleError": ("loraloom.errors", "TargetError"),
     "ParamWrapper": ("loraloom.lora.parameters", "LoraParameter"),
     "PeftError": ("loraloom.errors", "LoraloomError"),
     "SAFETENSORS_WEIGHTS_NAME": ("loraloom.lora.checkpoint", "WEIGHTS_NAME"),
-    "TaskType": ("loraloom.config", "TaskType"),
+    "TaskType": ("loraloom.config.lora", "TaskType"),
     "WEIGHTS_NAME": ("loraloom.lora.checkpoint", "PICKLED_NAME"),
 }
 
@@ -65,7 +65,7 @@ def _values() -> dict[str, Any]:
     from torch import nn
 
     from loraloom import LoraConfig
-    from loraloom.config import PEFT_FORMAT
+    from loraloom.config.lora import PEFT_FORMAT
     from loraloom.lora.matching import in_layers, matches_any
     from loraloom.lora.presets import TARGET_MODULES
 

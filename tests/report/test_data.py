@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from loraloom.config.train import TrainOptions
 from loraloom.report.data import histogram
 from loraloom.report.session import data_run
-from loraloom.train.settings.options import TrainOptions
 
 
 @pytest.mark.parametrize("colours", [True, False])

@@ -13,13 +13,13 @@ from PIL import Image
 from rich.console import Console
 
 from loraloom import LoraConfig
+from loraloom.config import runfile
+from loraloom.config.train import TrainOptions
 from loraloom.errors import SaveError
 from loraloom.report import session
 from loraloom.report.session import data_run, train_run, tune_run
 from loraloom.report.tune import conclusion
-from loraloom.train.settings import runfile
-from loraloom.train.settings.options import TrainOptions
-from loraloom.tune.options import TuneOptions
+from loraloom.tune.config import TuneOptions
 from loraloom.tune.space import Space
 
 

@@ -14,6 +14,8 @@ from rich.console import Console, RenderableType
 from torch import nn
 
 from loraloom import LoraConfig, get_peft_model
+from loraloom.config.train import TrainOptions
+from loraloom.files.sizes import size
 from loraloom.lora.inspection import inspect
 from loraloom.report.session import train_run
 from loraloom.report.terminal import (
@@ -26,11 +28,10 @@ from loraloom.report.terminal import (
     overview,
     predictions,
 )
-from loraloom.train.ahead.doctor import Finding
-from loraloom.train.ahead.memory import Memory, size
-from loraloom.train.ahead.outlook import Outlook
+from loraloom.train.preflight.doctor import Finding
+from loraloom.train.preflight.estimate import Outlook
+from loraloom.train.preflight.memory import Memory
 from loraloom.train.run import prepare
-from loraloom.train.settings.options import TrainOptions
 
 
 def shown(what: RenderableType, width: int = 80) -> str:

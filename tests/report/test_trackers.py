@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from loraloom.config.train import TrainOptions
+from loraloom.engine.loop import Progress
+from loraloom.engine.slot import Curve
 from loraloom.errors import ConfigError
 from loraloom.report.session import train_run
 from loraloom.report.trackers import FOLDER, Trackers, check
-from loraloom.train.loop import Progress
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.slot import Curve
 
 
 def progress(steps: int, evaluated: int | None = None) -> Progress:

@@ -16,10 +16,10 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from loraloom import LoraConfig
+from loraloom.config.train import TrainOptions
+from loraloom.engine.slot import Curve
 from loraloom.report.tune import TuneMeter, conclusion, count, duration, figure, improvement, leaderboard
 from loraloom.report.tune_plot import plot_pareto, plot_search
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.slot import Curve
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import verdict
 

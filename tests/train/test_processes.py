@@ -13,10 +13,10 @@ import pytest
 from safetensors.torch import load_file
 
 from loraloom import PeftModel
+from loraloom.config.names import TASKS
 from loraloom.lora.checkpoint import WEIGHTS_NAME
-from loraloom.train.course.record import RUN_NAME
-from loraloom.train.settings.options import TASKS
-from loraloom.train.start.load import load_base
+from loraloom.models.load import load_base
+from loraloom.train.run_record import RUN_NAME
 
 OPTIONS = ["--max-steps", 7, "--batch-size", 5, "--gradient-accumulation-steps", 2, "--target-modules", "all-linear"]
 OPTIONS += ["--eval-steps", 3, "--save-steps", 3, "--device", "cpu", "--report-to", "none"]

@@ -20,13 +20,17 @@ import torch
 from safetensors.torch import load_file
 
 from loraloom import LoraConfig, PeftModel
-from loraloom.data import bucketed, padding_share
+from loraloom.config.names import TASKS
+from loraloom.config.train import TrainOptions
+from loraloom.data.batches import bucketed, padding_share
+from loraloom.engine.loop import Progress
 from loraloom.errors import ConfigError, DataError, LoraloomError, SaveError, TrainingError
-from loraloom.lora.route import BASE
-from loraloom.train.loop import Progress
-from loraloom.train.run import RUN_FILE, RUN_NAME, Interrupted, Prepared, examine, predict, prepare, run
-from loraloom.train.settings.options import TASKS, TrainOptions
-from loraloom.train.start.load import load_base
+from loraloom.lora.routing import BASE
+from loraloom.models.load import load_base
+from loraloom.train.failures import Interrupted
+from loraloom.train.output import RUN_FILE
+from loraloom.train.run import Prepared, examine, predict, prepare, run
+from loraloom.train.run_record import RUN_NAME
 
 WEIGHTS = "adapter_model.safetensors"
 Watch = Callable[[Progress], None]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from loraloom import LoraConfig
-from loraloom.train.settings.options import TrainOptions
-from loraloom.tune.options import TuneOptions
+from loraloom.config.train import TrainOptions
+from loraloom.tune.config import TuneOptions
 from loraloom.tune.space import Space
 
 Make = Callable[..., TuneOptions]

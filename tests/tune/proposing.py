@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.slot import Curve
-from loraloom.tune.options import TuneOptions
-from loraloom.tune.proposals import propose
+from loraloom.config.train import TrainOptions
+from loraloom.engine.slot import Curve
+from loraloom.tune.config import TuneOptions
+from loraloom.tune.sampler import propose
 from loraloom.tune.space import Space
 from loraloom.tune.trial import Trial
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from loraloom import LoraConfig, PeftModel
-from loraloom.train.measure.parts import PARTS, divide, error
-from loraloom.train.run import Loaded, load
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.slot import Curve
+from loraloom.config.train import TrainOptions
+from loraloom.engine.slot import Curve
+from loraloom.inference.jackknife import PARTS, divide, error
+from loraloom.train.setup import Loaded, load
 from loraloom.tune.bar import Bar, gain, learned, needed, set_bar
-from loraloom.tune.symptoms.nothing import nothing
+from loraloom.tune.diagnostics.nothing_learned import nothing
 from loraloom.tune.trial import Trial
 
 OPTIONS = TrainOptions(model="m", data="d", task="seq-cls", output="o", learning_rate=1e-5)

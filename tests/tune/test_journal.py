@@ -12,9 +12,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from loraloom.tune.config import TuneOptions
 from loraloom.tune.journal import ASIDE, Journal
-from loraloom.tune.options import TuneOptions
-from loraloom.tune.proposals import JOURNAL_NAME
+from loraloom.tune.sampler import JOURNAL_NAME
 from loraloom.tune.trial import Trial
 from tune.proposing import all_proposals, options, trial
 

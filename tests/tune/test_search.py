@@ -23,14 +23,17 @@ from optuna.storages.journal import JournalFileBackend
 
 from loraloom import LoraConfig, PeftModel
 from loraloom.cli import _run
+from loraloom.config.names import TASKS
+from loraloom.config.train import TrainOptions
 from loraloom.errors import ConfigError, DataError, TrainingError
-from loraloom.train.measure.evaluation import evaluate
-from loraloom.train.run import RUN_NAME, Interrupted, load
-from loraloom.train.settings.options import TASKS, TrainOptions
-from loraloom.train.start.load import load_base
-from loraloom.train.start.usage import USAGE_NAME
+from loraloom.inference.evaluation import evaluate
+from loraloom.models.load import load_base
+from loraloom.train.failures import Interrupted
+from loraloom.train.run_record import RUN_NAME
+from loraloom.train.setup import load
+from loraloom.train.usage import USAGE_NAME
 from loraloom.tune import worker
-from loraloom.tune.options import TuneOptions
+from loraloom.tune.config import TuneOptions
 from loraloom.tune.search import SearchResult, search
 from loraloom.tune.space import Space
 from loraloom.tune.state import STATE_NAME
@@ -218,7 +221,7 @@ def test_the_same_search_again_comes_to_the_same(classify: Make, tmp_path: Path)
 
 def test_all_trials_see_the_same_rows_in_the_same_order(classify: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[list[int]]] = {}
-    from loraloom.train.slot import Slot
+    from loraloom.engine.slot import Slot
 
     once = Slot.next_examples
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from loraloom import LoraConfig
+from loraloom.config.train import TrainOptions
 from loraloom.errors import ConfigError, TargetError
 from loraloom.lora.targets import plan
-from loraloom.train.settings.options import TrainOptions
-from loraloom.tune.space import PRESETS, SETS, Space, resolve_targets
+from loraloom.tune.space import PRESETS, Space
+from loraloom.tune.targets import SETS, resolve_targets
 
 
 def options(**changes: object) -> TrainOptions:

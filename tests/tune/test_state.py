@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraloom.config.runfile import with_values
+from loraloom.config.train import TrainOptions
+from loraloom.engine.slot import Curve
 from loraloom.errors import ConfigError, SaveError
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.settings.runfile import with_values
-from loraloom.train.slot import Curve
 from loraloom.tune import state as module
+from loraloom.tune.asha import Halving, Standing
 from loraloom.tune.bar import Bar
-from loraloom.tune.halving import Halving, Standing
-from loraloom.tune.proposals import JOURNAL_NAME
+from loraloom.tune.sampler import JOURNAL_NAME
 from loraloom.tune.state import (
     STATE_NAME,
     TRIALS,
@@ -144,7 +144,7 @@ def test_killed_before_the_file_counts_the_search_is_as_it_was_before(
 
     state.trials[0].step = 20
     with monkeypatch.context() as patch:
-        patch.setattr("loraloom.lora.atomic.os.replace", die)
+        patch.setattr("loraloom.files.atomic.os.replace", die)
         with pytest.raises(KeyboardInterrupt):
             save_state(tmp_path, state, {0: numbers(5)})
     found = load_state(tmp_path, state.fingerprint, build)

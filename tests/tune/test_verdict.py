@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraloom import LoraConfig
+from loraloom.config.train import TrainOptions
+from loraloom.engine.slot import Curve
 from loraloom.errors import TrainingError
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.slot import Curve
-from loraloom.tune.score import compare, goodness, greater_is_better
-from loraloom.tune.symptoms.evidence import Advice
+from loraloom.tasks.metrics.registry import greater_is_better
+from loraloom.tune.diagnostics.inputs import Advice
+from loraloom.tune.ranking import compare, goodness
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict, pareto, plain, record, verdict
 

@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from loraloom import PeftModel
-from loraloom.train.run import Loaded, load, prepare, run
-from loraloom.train.slot import Curve
-from loraloom.train.start.load import load_base
+from loraloom.engine.slot import Curve
+from loraloom.models.load import load_base
+from loraloom.train.run import prepare, run
+from loraloom.train.setup import Loaded, load
 from loraloom.tune import worker as module
-from loraloom.tune.options import TuneOptions
+from loraloom.tune.config import TuneOptions
+from loraloom.tune.state import TRIALS
 from loraloom.tune.trial import Trial
-from loraloom.tune.worker import SPAN, TRIALS, Report, Space, Worker, blown_up, name_of, rung_step
+from loraloom.tune.worker import SPAN, Report, Space, Worker, blown_up, name_of, rung_step
 
 Make = Callable[..., TuneOptions]
 #: All that trials of one search may differ in, at once.
@@ -188,7 +190,7 @@ def test_memory_is_planned_for_the_most_rows_that_a_trial_may_have(
 
 
 def test_an_adapter_that_came_to_its_end_is_saved_and_gives_what_was_measured(classify: Make, tmp_path: Path) -> None:
-    from loraloom.train.measure.evaluation import evaluate
+    from loraloom.inference.evaluation import evaluate
 
     options = classify(MIXED)
     worker, trials = begin(options)

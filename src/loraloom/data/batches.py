@@ -14,9 +14,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from loraloom.config import TaskType
-from loraloom.data.rows import as_task
-from loraloom.data.tokens.encode import IGNORE, Example
+from loraloom.config.lora import TaskType
+from loraloom.config.names import as_task
+from loraloom.data.example import IGNORE, Example
 
 #: Batches whose rows are sorted by length together. More means less padding, fewer means more shuffling.
 CHUNK = 50

@@ -21,9 +21,6 @@ IGNORE = -100
 #: Rows tokenized at a time: enough for the tokenizer's threads, few enough to keep its offsets out of memory.
 CHUNK = 1000
 
-#: What is done with a row of more than ``max_length`` tokens.
-OVERLONG = ("error", "truncate", "drop", "split")
-
 
 @dataclass(slots=True)
 class Example:

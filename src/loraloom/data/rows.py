@@ -13,17 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loraloom.config import TaskType
-from loraloom.errors import ConfigError, DataError, nearest
-
-#: The tasks that rows are read for, by their option.
-ROW_TASKS = {
-    "seq-cls": TaskType.SEQ_CLS,
-    "causal-lm": TaskType.CAUSAL_LM,
-    "token-cls": TaskType.TOKEN_CLS,
-    "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
-    "question-answering": TaskType.QUESTION_ANS,
-}
+from loraloom.errors import DataError
 
 WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]*")
 
@@ -89,22 +79,6 @@ def row_error(row: Row, reason: str, field: str = "") -> RowError:
     """The error that says ``reason`` of ``row``, with the row's columns as JSON beside it."""
     raw = json.dumps(row.fields, default=repr)
     return RowError(BadRow(row.file, row.line, reason, None, field, raw, row.unit))
-
-
-def as_task(task: TaskType | str) -> TaskType:
-    """``"seq-cls"``, ``"SEQ_CLS"`` or the enum itself as a ``TaskType`` that rows can be read for."""
-    if isinstance(task, str) and task in ROW_TASKS:
-        return ROW_TASKS[task]
-    name = (task.value if isinstance(task, TaskType) else str(task)).upper().replace("-", "_")
-    known = {kind.value: kind for kind in ROW_TASKS.values()}
-    if name not in known:
-        raise ConfigError(f"task: {task!r} is not one of {', '.join(ROW_TASKS)}{nearest(str(task), ROW_TASKS)}")
-    return known[name]
-
-
-def task_option(task: TaskType) -> str:
-    """The task by its option, as messages name it: ``"seq2seq-lm"``."""
-    return next(option for option, kind in ROW_TASKS.items() if kind is task)
 
 
 def shown(value: object) -> str:

@@ -1,0 +1,1 @@
+"""The method: layers, slots, routes, adapters, their files. Imports torch and safetensors alone."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.config import LoraConfig
+from loraloom.config.lora import LoraConfig
 from loraloom.errors import AdapterError, ConfigError, TargetsWarning, nearest
 from loraloom.lora import merge
 from loraloom.lora.biases import Biases
@@ -25,14 +25,14 @@ from loraloom.lora.dispatch import Plan as ForwardPlan
 from loraloom.lora.dispatch import Router
 from loraloom.lora.file_keys import factor_keys, file_key
 from loraloom.lora.initialize import factors, seed_of
+from loraloom.lora.injection import Places, strip
 from loraloom.lora.layers import HALF, LoraLayer, layer_class
 from loraloom.lora.matching import matches_any
+from loraloom.lora.modules_to_save import SavedModule
 from loraloom.lora.parameters import LoraParameter
-from loraloom.lora.route import BASE, Route
+from loraloom.lora.routing import BASE, Route
 from loraloom.lora.rows import Batch
-from loraloom.lora.saved import SavedModule
 from loraloom.lora.targets import Plan, base_modules, plan, plan_on
-from loraloom.lora.wrapping import Places, strip
 
 #: Rank up to which factors are made before a file's are looked at, however small the layer is.
 _LARGEST_MISSING = 1024

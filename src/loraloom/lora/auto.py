@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from loraloom.config import LoraConfig, TaskType
+from loraloom.config.lora import LoraConfig, TaskType
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.checkpoint import read_tensors

@@ -15,18 +15,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraloom.config import CONFIG_NAME, LoraConfig
+from loraloom.config.lora import CONFIG_NAME, LoraConfig
+from loraloom.config.peft_file import NOT_PEFT
 from loraloom.errors import AdapterError, SaveError, nearest
+from loraloom.files.atomic import Contents, recover, write_files
 from loraloom.lora import embeddings
 from loraloom.lora.adapters import LoraModel
-from loraloom.lora.atomic import Contents, recover, write_files
 from loraloom.lora.embeddings import dtype_name, overflows
 from loraloom.lora.file_keys import PREFIX, file_key
 from loraloom.lora.keys import follow_renamings, normalise
 from loraloom.lora.loadreport import LoadReport as LoadReport
 from loraloom.lora.targets import base_modules
 from loraloom.lora.unstacked import restack
-from loraloom.peftfile import NOT_PEFT
 
 #: In the header of the tensors' file: the dropout of an adapter whose config may not name one.
 DROPOUT = "lora_dropout"

@@ -22,9 +22,9 @@ from torch import Tensor
 from loraloom.errors import AdapterError
 from loraloom.lora.history import SeedBook, Timeline
 from loraloom.lora.initialize import seed_of
-from loraloom.lora.inputs import Groups, Lanes, Reading
-from loraloom.lora.route import Route
+from loraloom.lora.routing import Route
 from loraloom.lora.rows import Batch, RowProbe, Unproven
+from loraloom.lora.shared_inputs import Groups, Lanes, Reading
 
 #: Autograd nodes that a repetition may make after its last adapted layer.
 _AFTER = 64

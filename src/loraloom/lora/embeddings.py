@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.config import LoraConfig
+from loraloom.config.lora import LoraConfig
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.file_keys import file_key
 from loraloom.lora.layers import LoraLayer
-from loraloom.lora.saved import unwrap
+from loraloom.lora.modules_to_save import unwrap
 from loraloom.lora.targets import base_modules
 
 

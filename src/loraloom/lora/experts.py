@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from loraloom.config import LoraConfig
+from loraloom.config.lora import LoraConfig
 from loraloom.errors import TargetError
 from loraloom.lora.matching import matches_name, suffixes
 

@@ -11,9 +11,9 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 
-from loraloom.config import LoraConfig
+from loraloom.config.lora import LoraConfig
+from loraloom.config.peft_file import short
 from loraloom.errors import TargetError
-from loraloom.peftfile import short
 
 #: Seconds for all names of a model: what ends takes milliseconds.
 _SECONDS = 5.0

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraloom.lora import products
+from loraloom.lora import matmul
 from loraloom.lora.dropout import Dropped, masked, masks
 
 
@@ -107,7 +107,7 @@ def lora_projections(x: Tensor, frozen: Sequence[Frozen], lanes: Sequence[Lane])
     """
     factors = [factor for lane in lanes for slots in lane.updates for one in slots for factor in (one.a, one.b)]
     weights, biases = zip(*frozen, strict=True)
-    dtype = products.arithmetic(x, differentiated=torch.is_grad_enabled())
+    dtype = matmul.arithmetic(x, differentiated=torch.is_grad_enabled())
     out: tuple[Tensor, ...] = _Projections.apply(x, lanes, dtype, *weights, *biases, *factors)  # type: ignore[no-untyped-call]
     return out
 
@@ -122,7 +122,7 @@ class _Projections(torch.autograd.Function):
         wide = x.to(dtype)
         rows = _rows(wide)
         # What is returned is no view: a model may change it in place.
-        whole = [products.linear(wide, tensors[i], tensors[n + i]) for i in range(n)]
+        whole = [matmul.linear(wide, tensors[i], tensors[n + i]) for i in range(n)]
         out = [_rows(y) for y in whole]
         kept: list[Tensor] = []
         for lane in lanes:
@@ -156,7 +156,7 @@ class _Projections(torch.autograd.Function):
         if needed[0]:
             for dy, weight in zip(dys, weights, strict=True):
                 if dy is not None:
-                    dx = products.back(dy, weight, dx)
+                    dx = matmul.back(dy, weight, dx)
         factors: list[Tensor | None] = []
         for lane in ctx.lanes:
             places = _places(lane)

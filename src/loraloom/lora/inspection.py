@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraloom.config import LoraConfig
+from loraloom.config.lora import LoraConfig
 from loraloom.errors import AdapterError
 from loraloom.lora.checkpoint import read_tensors
 from loraloom.lora.expressions import check_expressions

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loraloom.guise import seen_as
+from loraloom.config.peft_compat import seen_as
 from loraloom.lora import functional
 from loraloom.lora.dispatch import Frame, Router
 from loraloom.lora.dropout import Dropped, dropout
 from loraloom.lora.kinds import conv1d, forward_of, is_map
-from loraloom.lora.route import Route
+from loraloom.lora.routing import Route
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -214,7 +214,7 @@ class LoraLayer(nn.Module):
         """What is adapted, as the model holds it now: frozen or merged."""
         return self.weight
 
-    # -- what others see: see loraloom.guise --------------------------------------------------------------------
+    # -- what others see: see config/peft_compat.py ------------------------------------------------------------------
 
     @property
     def __class__(self) -> type:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from loraloom.config import LoraConfig
+from loraloom.config.lora import LoraConfig
 
 
 def matches_name(pattern: str, name: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loraloom.errors import MergeError
 from loraloom.lora.layers import LoraEmbedding, LoraLayer
-from loraloom.lora.saved import SavedModule, unwrap
+from loraloom.lora.modules_to_save import SavedModule, unwrap
 
 
 def merge(layers: Mapping[str, LoraLayer], slots: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loraloom.errors import AdapterError
 from loraloom.lora.adapters import LoraModel, media_tokens
 from loraloom.lora.dispatch import Plan
-from loraloom.lora.route import Route
+from loraloom.lora.routing import Route
 from loraloom.lora.rows import Batch, RowProbe, Unproven, rows_of, tensors
 
 T = TypeVar("T")

@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loraloom.config import LoraConfig, PeftType, TaskType
+from loraloom.config.lora import LoraConfig, PeftType, TaskType
+from loraloom.config.peft_compat import seen_as
+from loraloom.config.peft_file import HARMLESS, HUB_ONLY
 from loraloom.errors import AdapterError, ConfigError, nearest
-from loraloom.guise import seen_as
-from loraloom.lora import checkpoint, guise, mixed, status
+from loraloom.lora import checkpoint, mixed, status, trainer_compat
 from loraloom.lora.adapters import EARLIER, LoraModel
-from loraloom.lora.checkpoint import LoadReport
 from loraloom.lora.file_keys import PREFIX, file_key
-from loraloom.lora.saved import unwrapped_state
+from loraloom.lora.loadreport import LoadReport
+from loraloom.lora.modules_to_save import unwrapped_state
 from loraloom.lora.status import TunerLayerStatus, TunerModelStatus
 from loraloom.lora.targets import ALL_LINEAR
-from loraloom.peftfile import HARMLESS, HUB_ONLY
 
 #: What PEFT's model has beside this.
 NOT_YET = (
@@ -107,7 +107,7 @@ class PeftModel(nn.Module):
         super().__init__()
         self.base_model = LoraModel(model)
         self.training = model.training
-        self.__class__ = guise.class_for(type(self), type(model))
+        self.__class__ = trainer_compat.class_for(type(self), type(model))
         if peft_config is None:
             return
         try:
@@ -128,7 +128,7 @@ class PeftModel(nn.Module):
         object.__dict__["__class__"].__set__(self, cls)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return (guise.blank, self.made_of, *super().__reduce_ex__(max(protocol, 2))[2:])
+        return (trainer_compat.blank, self.made_of, *super().__reduce_ex__(max(protocol, 2))[2:])
 
     def _get_name(self) -> str:
         return type(self.get_base_model()).__name__  # by which the Trainer knows whose labels to shift
@@ -374,7 +374,7 @@ class PeftModel(nn.Module):
             raise
         peft.set_adapter(adapter_name)
         if cls is PeftModel:  # which class it is the folder says
-            peft.__class__ = guise.class_for(class_for_task(peft.active_peft_config.task_type), type(model))
+            peft.__class__ = trainer_compat.class_for(class_for_task(peft.active_peft_config.task_type), type(model))
         object.__setattr__(peft, "load_report", report)
         return peft
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from loraloom.config import LoraConfig
+from loraloom.config.lora import LoraConfig
 from loraloom.errors import TargetError
 from loraloom.lora.experts import TYPES, parameter_names, translate
 from loraloom.lora.matching import in_layers, matches_any, matches_name, rank_and_alpha, suffixes

@@ -11,7 +11,7 @@ from torch import nn
 from loraloom.errors import ConfigError
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.layers import LoraConv, LoraConv1D, LoraLayer, LoraLinear
-from loraloom.lora.saved import SavedModule
+from loraloom.lora.modules_to_save import SavedModule
 
 Some = bool | Literal["irregular"]  # "irregular": it differs from part to part
 

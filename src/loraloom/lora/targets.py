@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from loraloom.config import TASK_HEADS, LoraConfig
+from loraloom.config.lora import TASK_HEADS, LoraConfig
 from loraloom.errors import TargetError, some
 from loraloom.lora.experts import TYPES, Experts, Translation, old_names, parameter_names, translate, unadapted
 from loraloom.lora.expressions import check_expressions
@@ -30,10 +30,10 @@ from loraloom.lora.matching import (
     rank_and_alpha,
     suffixes,
 )
+from loraloom.lora.modules_to_save import unwrap
 from loraloom.lora.parameters import LoraParameter, parameter_obstacle, parameter_shapes
 from loraloom.lora.peft_targets import Read, as_peft_reads, misread, refused
 from loraloom.lora.presets import found, preset, weight_is_read
-from loraloom.lora.saved import unwrap
 
 ALL_LINEAR = "all-linear"
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)

@@ -1,1 +1,1 @@
-"""What loraloom asks of a pretrained model beyond LoRA: its config, its limits, which part of it reads text."""
+"""Loading a pretrained model, questions to its config, activation checkpointing, sharding."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from loraloom.config import LoraConfig
+from loraloom.config.lora import LoraConfig
 from loraloom.lora.targets import plan
 from loraloom.models.configs import field, has_decoder_and_encoder, is_decoder, text_part
 

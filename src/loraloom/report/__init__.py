@@ -1,1 +1,1 @@
-"""Figures in, pictures and pages out."""
+"""Records in; terminal, pictures and trackers out."""

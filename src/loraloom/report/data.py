@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from rich.console import Group, RenderableType
 
-from loraloom.config import TaskType
-from loraloom.data.tokens.encode import IGNORE, Example
+from loraloom.config.lora import TaskType
+from loraloom.data.example import IGNORE, Example
 from loraloom.report.screen import Text
-from loraloom.train.start.dataset import Data, Part
+from loraloom.train.dataset import Data, Part
 
 #: How trained tokens look, and the others; and what stands around trained ones where there are no colours.
 TRAINED, SEEN = "bold green", "dim"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraloom.lora.atomic import write_files
+from loraloom.files.atomic import write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

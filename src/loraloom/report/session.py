@@ -12,6 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
+from loraloom.config.train import TrainOptions
+from loraloom.distributed.launch import rank
+from loraloom.engine.loop import Progress
 from loraloom.errors import ConfigError, SaveError
 from loraloom.report import trackers
 from loraloom.report.data import picture
@@ -20,13 +23,12 @@ from loraloom.report.screen import Text
 from loraloom.report.terminal import Meter, Reading, expectations, outcome, overview
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
-from loraloom.train.course.resume import Resume, find
-from loraloom.train.loop import Progress
-from loraloom.train.place import rank
-from loraloom.train.run import RUN_NAME, Interrupted, Prepared, RunResult, examine, outlook, prepare, run
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.start.dataset import BAD_ROWS
-from loraloom.tune.options import TuneOptions
+from loraloom.train.checkpointing.resume import Resume, find
+from loraloom.train.dataset import BAD_ROWS
+from loraloom.train.failures import Interrupted
+from loraloom.train.run import Prepared, RunResult, examine, outlook, prepare, run
+from loraloom.train.run_record import RUN_NAME
+from loraloom.tune.config import TuneOptions
 from loraloom.tune.search import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, search
 
 

@@ -14,17 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from loraloom.config import LoraConfig
+from loraloom.config.lora import LoraConfig
+from loraloom.files.sizes import size
 from loraloom.lora.inspection import ENERGY, Inspection
 from loraloom.report.screen import Text
-from loraloom.train.ahead.memory import size
-from loraloom.train.ahead.rates import HIGHEST, falls
+from loraloom.train.preflight.rates import HIGHEST, falls
 
 if TYPE_CHECKING:
-    from loraloom.train.ahead.doctor import Finding
-    from loraloom.train.ahead.memory import Memory
-    from loraloom.train.ahead.outlook import Outlook
-    from loraloom.train.loop import Progress
+    from loraloom.engine.loop import Progress
+    from loraloom.train.preflight.doctor import Finding
+    from loraloom.train.preflight.estimate import Outlook
+    from loraloom.train.preflight.memory import Memory
     from loraloom.train.run import Prepared, RunResult
 
 #: Characters of an example's text in the list of predictions.

@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from loraloom.errors import ConfigError, nearest
-from loraloom.lora.atomic import replace_links
+from loraloom.files.atomic import replace_links
 
 if TYPE_CHECKING:
-    from loraloom.train.loop import Progress
+    from loraloom.engine.loop import Progress
 
 #: The packages of those whose package has another name.
 _PACKAGES = {"comet_ml": "comet-ml", "tensorboard": "tensorboardX"}

@@ -13,13 +13,14 @@ from rich.live import Live
 from rich.padding import Padding
 from rich.table import Table
 
+from loraloom.files.sizes import size
 from loraloom.report.screen import Text
-from loraloom.train.ahead.memory import size
+from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.tune.bar import Gain
-from loraloom.tune.score import Score, greater_is_better, last_measured, measured, originals, ranking, scores, varying
+from loraloom.tune.format import knobs, label, shown
+from loraloom.tune.ranking import Score, last_measured, measured, originals, ranking, scores, varying
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict, difference
-from loraloom.tune.words import knobs, label, shown
 
 #: Characters of a knob's value in a table.
 WIDE = 12

@@ -9,10 +9,11 @@ from typing import Any
 
 from loraloom.report.plot import literal, write_picture
 from loraloom.report.tune import count
-from loraloom.tune.score import greater_is_better, last_measured, measured, originals, ranking, scores, varying
+from loraloom.tasks.metrics.registry import greater_is_better
+from loraloom.tune.format import knobs
+from loraloom.tune.ranking import last_measured, measured, originals, ranking, scores, varying
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict
-from loraloom.tune.words import knobs
 
 SEARCH_NAME = "search.png"
 PARETO_NAME = "pareto.png"

@@ -1,1 +1,1 @@
-"""ONE loop, for a pack of one or of many."""
+"""One run from options to a folder: checks, the loop, checkpoints, resume."""

@@ -11,33 +11,32 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraloom.config import TaskType
+from loraloom.config.lora import TaskType
+from loraloom.config.train import TrainOptions
 from loraloom.data.batches import collate
-from loraloom.data.table.survey import Watch
+from loraloom.data.table.scan import Watch
+from loraloom.distributed.launch import find as find_place
+from loraloom.distributed.launch import lonely
+from loraloom.engine.loop import Progress
+from loraloom.engine.pack import Pack
+from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, TargetError
+from loraloom.files import lock
+from loraloom.inference.evaluation import HeldOut
+from loraloom.inference.predictions import told
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, plan
-from loraloom.train import recompute
-from loraloom.train.ahead import doctor, machine
-from loraloom.train.ahead.doctor import Finding
-from loraloom.train.ahead.outlook import Outlook, look_ahead
-from loraloom.train.course import lock
-from loraloom.train.course.course import Course
-from loraloom.train.course.failures import Interrupted, explain
-from loraloom.train.course.output import RUN_FILE, check_output, described
-from loraloom.train.course.record import RUN_NAME
-from loraloom.train.course.resume import Resume, Say, date_of, goes_on
-from loraloom.train.course.signals import asked_to_stop
-from loraloom.train.loop import Progress
-from loraloom.train.measure.predict import predict
-from loraloom.train.pack import Pack
-from loraloom.train.place import find as find_place
-from loraloom.train.place import lonely
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.shard import shard
-from loraloom.train.slot import Slot
-from loraloom.train.start.dataset import Data, read_data, silent
-from loraloom.train.start.loaded import Loaded, load
+from loraloom.models import activation_checkpointing
+from loraloom.models.fsdp import shard
+from loraloom.train.checkpointing.resume import Resume, Say, date_of, goes_on
+from loraloom.train.dataset import Data, silent
+from loraloom.train.output import check_output, described
+from loraloom.train.preflight import doctor, machine
+from loraloom.train.preflight.doctor import Finding
+from loraloom.train.preflight.estimate import Outlook, look_ahead
+from loraloom.train.setup import Loaded, load
+from loraloom.train.signals import asked_to_stop
+from loraloom.train.trainer import Course
 
 ADAPTER = "default"
 
@@ -82,6 +81,28 @@ class Prepared:
         return self.loaded.new_modules
 
 
+def predict(prepared: Prepared, count: int, name: str = "default") -> list[dict[str, str]]:
+    """The first ``count`` held-out rows as ``{"input", "expected", "predicted"}``.
+
+    ``name`` is an adapter of the model, or ``"__base__"`` for the frozen model alone.
+    """
+    data, options = prepared.data, prepared.options
+    rows = data.evaluation_rows
+    count = min(count, len(rows))
+    numbers = [number for number, row in enumerate(rows.of.tolist()) if row < count]
+    held_out = HeldOut(
+        records=[(rows[row], rows.record(row)) for row in range(count)],
+        rows=[int(rows.of[number]) for number in numbers],
+        labels=data.names,
+        tokenizer=prepared.tokenizer,
+        max_length=options.max_length or 0,
+        stride=options.stride,
+        max_new_tokens=options.max_new_tokens,
+    )
+    examples = data.evaluation.examples.view(numbers)
+    return told(prepared.model, name, prepared.task, examples, held_out, options.eval_batch_size)
+
+
 def prepare(options: TrainOptions, resume: Resume = None, reading: Watch = silent) -> Prepared:
     """Read and check everything: options, output, data, tokenizer, model.
 
@@ -100,7 +121,7 @@ def prepare(options: TrainOptions, resume: Resume = None, reading: Watch = silen
     made = plan(loaded.base, config)
     model = get_peft_model(loaded.base, config, adapter_name=ADAPTER, seed=options.seed)
     if options.gradient_checkpointing:
-        recompute.enable(model)
+        activation_checkpointing.enable(model)
     if options.fsdp:
         shard(model, place)
     steps, per_epoch = loaded.steps(options)
@@ -219,20 +240,3 @@ def _run(prepared: Prepared, watch: Callable[[Progress], None], resume: Resume, 
         if record is None:
             course.end_early(ended, stop)
     return RunResult(record, model, predict(prepared, count=3))
-
-
-__all__ = [
-    "RUN_FILE",
-    "RUN_NAME",
-    "Interrupted",
-    "Loaded",
-    "Prepared",
-    "RunResult",
-    "check_output",
-    "explain",
-    "load",
-    "predict",
-    "prepare",
-    "read_data",
-    "run",
-]

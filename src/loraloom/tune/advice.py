@@ -5,8 +5,8 @@ The symptoms are in ``tune.symptoms``; the remedies are those of the literature:
 
 from __future__ import annotations
 
-from loraloom.tune.symptoms import curves, learnt, space
-from loraloom.tune.symptoms.evidence import Advice, Evidence
+from loraloom.tune.diagnostics import adapter, curves, space
+from loraloom.tune.diagnostics.inputs import Advice, Evidence
 
 
 def advise(evidence: Evidence) -> list[Advice]:
@@ -16,8 +16,8 @@ def advise(evidence: Evidence) -> list[Advice]:
         curves.spiky(evidence),
         curves.apart(evidence),
         curves.slow(evidence),
-        learnt.rank(evidence),
-        learnt.still(evidence),
+        adapter.rank(evidence),
+        adapter.still(evidence),
         *space.idle(evidence),
     ]
     return [advice for advice in found if advice is not None]

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist, fmean
 
-from loraloom.config import TaskType
+from loraloom.config.lora import TaskType
+from loraloom.inference.jackknife import Figures, error
 from loraloom.lora.model import PeftModel
-from loraloom.lora.route import BASE
-from loraloom.train.measure.metrics import greater_is_better
-from loraloom.train.measure.parts import Figures, error
-from loraloom.train.start.loaded import Loaded
+from loraloom.lora.routing import BASE
+from loraloom.tasks.metrics.registry import greater_is_better
+from loraloom.train.setup import Loaded
+from loraloom.tune.asha import taken_off
 from loraloom.tune.constant import constant, measure, training_loss
-from loraloom.tune.halving import taken_off
 from loraloom.tune.trial import Trial
 
 #: One chance in twenty that nothing but luck passes, over all configurations together.

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.config import TaskType
+from loraloom.config.lora import TaskType
 from loraloom.data.example import IGNORE, Example
-from loraloom.train.measure.evaluation import Said, predictions, prompt_and_target
-from loraloom.train.measure.metrics import Scores, total
-from loraloom.train.measure.parts import Figures, figures
-from loraloom.train.start.loaded import Loaded
+from loraloom.inference.evaluation import Said, predictions, prompt_and_target
+from loraloom.inference.jackknife import Figures, figures
+from loraloom.tasks.metrics.registry import Scores, total
+from loraloom.train.setup import Loaded
 
 #: Training rows that shares are counted in, and answers of which each is tried on the held-out rows.
 COUNTED, TRIED = 5000, 20

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraloom.errors import SaveError
-from loraloom.lora.atomic import write_files
-from loraloom.tune.options import TuneOptions
-from loraloom.tune.proposals import JOURNAL_NAME, frozen, quiet
-from loraloom.tune.score import goodness
+from loraloom.files.atomic import write_files
+from loraloom.tune.config import TuneOptions
+from loraloom.tune.ranking import goodness
+from loraloom.tune.sampler import JOURNAL_NAME, frozen, quiet
 from loraloom.tune.trial import Trial
 
 if TYPE_CHECKING:

@@ -21,24 +21,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import loraloom
-from loraloom.config import TaskType
+from loraloom.config import runfile
+from loraloom.config.lora import TaskType
+from loraloom.engine.slot import Curve
 from loraloom.errors import ConfigError, DataError, SaveError
-from loraloom.lora.atomic import replace_links, write_files
-from loraloom.train.ahead.doctor import amount
-from loraloom.train.course import lock
-from loraloom.train.course.signals import asked_to_stop
-from loraloom.train.measure.metrics import metric_name
-from loraloom.train.run import Interrupted, Loaded, check_output, load
-from loraloom.train.settings import runfile
-from loraloom.train.slot import Curve
-from loraloom.train.start.usage import usage
-from loraloom.tune import proposals, words
+from loraloom.files import lock
+from loraloom.files.atomic import replace_links, write_files
+from loraloom.tasks.metrics.registry import metric_name
+from loraloom.train.failures import Interrupted
+from loraloom.train.output import check_output
+from loraloom.train.preflight.doctor import amount
+from loraloom.train.setup import Loaded, load
+from loraloom.train.signals import asked_to_stop
+from loraloom.train.usage import usage
+from loraloom.tune import format
+from loraloom.tune.asha import Halving, Standing
 from loraloom.tune.bar import Bar, learned
-from loraloom.tune.crew import Alone, Crew, Silent, Watcher
-from loraloom.tune.halving import Halving, Standing
+from loraloom.tune.config import TuneOptions
+from loraloom.tune.executor import Alone, Crew, Silent, Watcher
 from loraloom.tune.journal import Journal
-from loraloom.tune.options import TuneOptions
-from loraloom.tune.score import goodness, originals
+from loraloom.tune.ranking import goodness, originals
+from loraloom.tune.sampler import JOURNAL_NAME, propose
 from loraloom.tune.state import (
     STATE_NAME,
     TRIALS,
@@ -87,14 +90,12 @@ def search(options: TuneOptions, watch: Watcher | None = None, sampler: BaseSamp
 
 
 def _search(options: TuneOptions, watch: Watcher, sampler: BaseSampler | None) -> SearchResult:
-    check_output(
-        options.train, files=(RESULT_NAME, BEST_FILE, STATE_NAME, proposals.JOURNAL_NAME, "search.png", "pareto.png")
-    )
+    check_output(options.train, files=(RESULT_NAME, BEST_FILE, STATE_NAME, JOURNAL_NAME, "search.png", "pareto.png"))
     folder = Path(options.train.output)
-    links = (BEST_NAME, TRIALS, proposals.JOURNAL_NAME)
+    links = (BEST_NAME, TRIALS, JOURNAL_NAME)
     replace_links(*(folder / name for name in links), *(folder / TRIALS).glob("trial-*"))
     if options.over_ray:
-        from loraloom.tune.ray_crew import need_ray
+        from loraloom.tune.ray_executor import need_ray
 
         need_ray()
     loaded = load(options.train, date=None if options.train.overwrite else date_of(folder))
@@ -180,7 +181,7 @@ class Search:
             return self.pressed.is_set()
 
         if self.options.over_ray:
-            from loraloom.tune.ray_crew import RayCrew
+            from loraloom.tune.ray_executor import RayCrew
 
             return RayCrew(self.options, list(self.loaded.data.hashes.values()), self._tell, stop)
         return Alone(Worker(self.options, self.loaded, self.space), self._tell, stop)
@@ -294,7 +295,7 @@ class Search:
             trial.step, trial.measure, trial.curve, numbers = 0, False, Curve(), {}
         if not numbers:
             names = list(trial.values)
-            self.watch.event(f"trial {trial.number} begins: {words.knobs(trial.values, names, between=', ')}")
+            self.watch.event(f"trial {trial.number} begins: {format.knobs(trial.values, names, between=', ')}")
         return numbers
 
     def _save(self, numbers: Mapping[int, Numbers]) -> None:
@@ -348,7 +349,7 @@ class Search:
             count = max((trials + 1) // 2, FIRST) if not originals else max(PROPOSALS, trials // 4)
         before = len(originals)
         for _ in range(min(count, trials - before)):
-            values = proposals.propose(self.options, self.trials, self.sampler)
+            values = propose(self.options, self.trials, self.sampler)
             if values is None:
                 self.exhausted = True
                 break

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from loraloom.config.runfile import KEYS, check_key, split_names, with_values
+from loraloom.config.train import TrainOptions
 from loraloom.errors import ConfigError, nearest
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.settings.runfile import KEYS, check_key, split_names, with_values
-from loraloom.tune.knobs import Choices, Range, label, read_range
+from loraloom.tune.params import Choices, Range, label, read_range
 from loraloom.tune.targets import SETS, resolve_targets
 
 if TYPE_CHECKING:

@@ -18,14 +18,14 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from loraloom.config.train import TrainOptions
 from loraloom.data.table.cache import file_hash, first_changed
+from loraloom.engine.slot import Curve
 from loraloom.errors import ConfigError, SaveError
-from loraloom.lora.atomic import recover, write_files
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.slot import Curve
+from loraloom.files.atomic import recover, write_files
+from loraloom.tune.asha import Halving
 from loraloom.tune.bar import Bar
-from loraloom.tune.halving import Halving
-from loraloom.tune.proposals import JOURNAL_NAME
+from loraloom.tune.sampler import JOURNAL_NAME
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import plain
 

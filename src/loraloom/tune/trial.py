@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.slot import Curve
+from loraloom.config.train import TrainOptions
+from loraloom.engine.slot import Curve
 
 #: waiting: not begun or held at a rung; running: in the pack; finished: trained to its last step; stopped: given up
 #: at a rung because others were better; failed: its loss was not finite or blew up.

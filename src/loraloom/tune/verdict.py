@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.errors import TrainingError
-from loraloom.train.measure.parts import error
+from loraloom.inference.jackknife import error
 from loraloom.tune.advice import advise
 from loraloom.tune.bar import Bar, Gain, gain, learned
-from loraloom.tune.score import (
+from loraloom.tune.diagnostics.inputs import FEW_STEPS, Advice, Evidence
+from loraloom.tune.diagnostics.nothing_learned import nothing
+from loraloom.tune.ranking import (
     COMPARED,
     Comparison,
     Score,
@@ -32,8 +34,6 @@ from loraloom.tune.score import (
     scores,
     varying,
 )
-from loraloom.tune.symptoms.evidence import FEW_STEPS, Advice, Evidence
-from loraloom.tune.symptoms.nothing import nothing
 from loraloom.tune.trial import Trial
 
 #: PED-ANOVA asks what the best trials have in common; Optuna's documentation wants at least five of them.

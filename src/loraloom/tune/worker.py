@@ -17,23 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.config import LoraConfig
+from loraloom.config.lora import LoraConfig
+from loraloom.config.train import TrainOptions
+from loraloom.engine.loop import advance
+from loraloom.engine.pack import Pack
+from loraloom.engine.slot import Slot
 from loraloom.errors import SaveError
-from loraloom.lora.atomic import write_files
+from loraloom.files.atomic import write_files
 from loraloom.lora.inspection import ENERGY, singular_values
 from loraloom.lora.model import PeftModel
 from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.targets import Plan, plan
-from loraloom.train import recompute
-from loraloom.train.loop import advance
-from loraloom.train.pack import Pack
-from loraloom.train.run import Loaded, explain
-from loraloom.train.settings.options import TrainOptions
-from loraloom.train.slot import Slot
-from loraloom.train.start.usage import usage_files
+from loraloom.models import activation_checkpointing
+from loraloom.train.failures import explain
+from loraloom.train.setup import Loaded
+from loraloom.train.usage import usage_files
 from loraloom.tune.bar import Bar
-from loraloom.tune.knobs import Range
-from loraloom.tune.options import TuneOptions
+from loraloom.tune.config import TuneOptions
+from loraloom.tune.params import Range
 from loraloom.tune.space import RANK, TARGETS
 from loraloom.tune.state import TRIALS
 from loraloom.tune.trial import Trial
@@ -116,7 +117,7 @@ class Worker:
         config = LoraConfig(r=1, target_modules=modules, target_parameters=parameters, task_type=loaded.task)
         self.model.add_adapter(SPAN, config)
         if options.train.gradient_checkpointing:
-            recompute.enable(self.model)
+            activation_checkpointing.enable(self.model)
         self.pack = Pack(self.model, task=loaded.task, pad_id=loaded.tokenizer.pad_token_id, pad_to_multiple_of=WIDTH)
         self.slots: dict[int, Slot] = {}
         self.trials: dict[int, Trial] = {}

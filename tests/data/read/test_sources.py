@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from loraloom.data.read import arrays, readers, tables
 from loraloom.data.read.holdout import held_out, weighted
 from loraloom.data.read.jsonfiles import other_form
-from loraloom.data.read.sources import Source, read_rows, resolve
+from loraloom.data.read.source import Source
+from loraloom.data.read.sources import read_rows, resolve
 from loraloom.data.rows import BadRow, RowError, shown
 from loraloom.errors import ConfigError, DataError
 

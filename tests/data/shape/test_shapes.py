@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraloom.config import TaskType
+from loraloom.config.lora import TaskType
 from loraloom.data.records import Asked, Chat, Labelled, Pair, Record, Tagged, Text, Translated
 from loraloom.data.rows import Row, RowError
-from loraloom.data.shape.shapes import SHAPES, Shape, recognise
+from loraloom.data.shape.forms import SHAPES
+from loraloom.data.shape.shapes import Shape, recognise
 from loraloom.errors import ConfigError, DataError
 
 CALM = settings(max_examples=60, deadline=None)  # two cores are shared: a slow example is no failure

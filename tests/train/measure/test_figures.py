@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraloom import TaskType
-from loraloom.train.measure.metrics import MEASURES, Scores, choose, kind_of
+from loraloom.tasks.metrics.registry import MEASURES, Scores, choose, kind_of
 
 CALM = settings(max_examples=40, deadline=None)
 Rows = Sequence[Any]

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loraloom.data.read import network
 from loraloom.data.read.source import Source
 from loraloom.data.read.tables import CHUNK, class_names, named, records
 from loraloom.data.rows import OnBad, Row
 from loraloom.errors import ConfigError, DataError, nearest
+from loraloom.files import network
 
 if TYPE_CHECKING:
     from datasets import Dataset

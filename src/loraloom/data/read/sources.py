@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loraloom.config.names import SOURCE_KEYS
 from loraloom.data.read.holdout import check_weight
 from loraloom.data.read.hub import DatasetSource
 from loraloom.data.read.readers import open_file
@@ -20,21 +21,18 @@ from loraloom.data.read.source import READERS, Source, suffix
 from loraloom.data.rows import Row
 from loraloom.errors import ConfigError, DataError, nearest
 
-__all__ = ["KEYS", "Source", "read_rows", "resolve"]
+__all__ = ["Source", "read_rows", "resolve"]
 
 KINDS = ".jsonl or .json (an object on each line, or one array), .csv, .tsv, .parquet or .txt"
 
 #: ``format`` for plain text, and what a row then is.
 TEXT_BY = {"text": "paragraph", "text-lines": "line", "text-file": "file"}
 
-#: What a source may be told beside its path.
-KEYS = ("path", "weight", "name", "split", "revision")
-
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.+-]+){0,2}")
 
 
 def resolve(spec: Any, *, format: str | None = None) -> list[Source]:
-    """The sources that ``spec`` names: a path, glob or name, a mapping of ``KEYS``, or a list of those.
+    """The sources that ``spec`` names: a path, glob or name, a mapping of ``SOURCE_KEYS``, or a list of those.
 
     A path is a data file, a folder of them (subfolders too; hidden files and what is no data are passed over), a
     glob, or a folder that ``save_to_disk`` of ``datasets`` wrote. A name that is none of these is a dataset of the
@@ -69,8 +67,8 @@ def _entry(entry: Any) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"data: a path, a mapping with 'path', or a list of them is needed, not {entry!r}")
     for key in entry:
-        if key not in KEYS:
-            raise ConfigError(f"data: {key!r} is not one of {', '.join(KEYS)}{nearest(str(key), KEYS)}")
+        if key not in SOURCE_KEYS:
+            raise ConfigError(f"data: {key!r} is not one of {', '.join(SOURCE_KEYS)}{nearest(str(key), SOURCE_KEYS)}")
     fields = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in entry.items()}
     for key in ("path", "name", "split", "revision"):
         value = fields.get(key)

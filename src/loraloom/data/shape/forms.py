@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loraloom.config import TaskType
+from loraloom.config.lora import TaskType
 from loraloom.data.records import Asked, Labelled, Record, Tagged, Text, Translated
 from loraloom.data.rows import Row, shown
 from loraloom.data.shape.conversations import read_alpaca, read_messages, read_prompt_completion, read_sharegpt

@@ -10,9 +10,10 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from loraloom.config import TaskType
+from loraloom.config.lora import TaskType
+from loraloom.config.names import as_task, task_option
 from loraloom.data.records import Record
-from loraloom.data.rows import Row, RowError, as_task, row_error, shown, task_option
+from loraloom.data.rows import Row, RowError, row_error, shown
 from loraloom.data.shape.fields import ABSENT, Fields, lookup
 from loraloom.data.shape.forms import SHAPES, Form, Labels, labels_of
 from loraloom.errors import ConfigError, DataError, nearest

@@ -1,1 +1,1 @@
-"""All rows of a run to a table of examples: read, tokenised by several processes, kept on disk."""
+"""All rows of a run as a table of examples: scanned, tokenised by several processes, kept on disk."""

@@ -21,10 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from loraloom.data.table import room
-from loraloom.data.table.room import MANIFEST, Gone
+from loraloom.data.table import eviction
+from loraloom.data.table.eviction import MANIFEST, Gone
 from loraloom.errors import SaveError
-from loraloom.lora.atomic import remove_tree
+from loraloom.files.atomic import remove_tree
 
 #: The folder of the cache, where it is to be another than the system's.
 VARIABLE = "LORALOOM_CACHE"
@@ -149,7 +149,7 @@ def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], say:
         ConfigError: the limit of the cache is none.
         SaveError: there is no room in the system's folder for temporary files either.
     """
-    root, limit = cache_folder() / kind, room.limit()
+    root, limit = cache_folder() / kind, eviction.limit()
     try:
         with _writing():
             root.mkdir(parents=True, exist_ok=True)
@@ -158,8 +158,8 @@ def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], say:
             if found is not None:
                 return found
             made = _built(root, key, build)
-        if gone := room.make(root.parent, limit):
-            say(f"deleted from the cache folder {root.parent}: {gone} (see {room.VARIABLE})")
+        if gone := eviction.make(root.parent, limit):
+            say(f"deleted from the cache folder {root.parent}: {gone} (see {eviction.VARIABLE})")
         return made
     except _Unwritable as failure:
         say(
@@ -189,10 +189,10 @@ def _built(root: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) ->
         with _writing():
             aside.mkdir()
         info = _make(aside, key, build)
-        use = room.use(aside / MANIFEST)  # before others can see it
+        use = eviction.use(aside / MANIFEST)  # before others can see it
         folder = _put(aside, root / key, key)
         with contextlib.suppress(Gone):
-            use = room.use(folder / MANIFEST) or use  # another process's may stand there
+            use = eviction.use(folder / MANIFEST) or use  # another process's may stand there
         return Entry(folder, info, True, use)
     finally:
         remove_tree(aside)  # it is no longer there where all went well
@@ -227,7 +227,7 @@ def _read(folder: Path, key: str, say: Say) -> Entry | None:
     if not folder.is_dir():
         return None
     try:
-        use = room.use(folder / MANIFEST)
+        use = eviction.use(folder / MANIFEST)
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest["format"] == FORMAT and manifest["key"] == key and _whole(folder, manifest["files"]):
             return Entry(folder, manifest["info"], False, use)

@@ -1,0 +1,261 @@
+"""The second pass over the rows: each is encoded, by several processes where there are many, and written as arrays.
+
+This file knows how a row goes from its source to a table of examples, and what is done with rows that cannot be
+encoded. It does not know which rows are for training: a table holds all of them, in the order of their numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loraloom.config.lora import TaskType
+from loraloom.data.example import CHUNK, Example
+from loraloom.data.records import Record
+from loraloom.data.rows import BadRow, Row, RowError, row_error
+from loraloom.data.shape.shapes import Shape
+from loraloom.data.table import cache
+from loraloom.data.table.scan import Survey, Watch, bad_line
+from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Memory, Packed, Table, Writer, pack
+from loraloom.data.table.workers import MOST, cores, mapped
+from loraloom.data.tokenize.encode import encoder
+from loraloom.errors import DataError
+
+#: From so many rows on, several processes pay: to begin, each needs a second or two.
+MANY = 20_000
+#: Characters of the rows that go to a worker together.
+CHARACTERS = 2 * 2**20
+KIND = "rows"
+BAD = "bad.jsonl"
+
+
+@dataclass
+class Encoded:
+    """A table of all rows. ``problems``: why some leave nothing to train on → how many do, and where the first is."""
+
+    table: Table
+    problems: dict[str, tuple[int, str]]
+    bad: int
+    bad_lines: Callable[[], Iterator[bytes]]
+    #: what the encoder has to say, once
+    notes: list[str]
+
+
+def encode_survey(
+    survey: Survey,
+    task: TaskType,
+    tokenizer: Any,
+    *,
+    skip: bool = False,
+    allow_untrained: bool = False,
+    workers: int | None = None,
+    say: cache.Say = lambda text: None,
+    watch: Watch = lambda what, done, total: None,
+    **settings: Any,
+) -> Encoded:
+    """Encode all rows of ``survey``; ``settings`` are those of ``encode.encoder``.
+
+    Args:
+        skip: rows that cannot be encoded or leave nothing to train on are noted and left out, instead of raised.
+        allow_untrained: rows that leave nothing to train on are left out and counted; they are not bad.
+        workers: processes; by default as many as there are cores, for many rows.
+
+    Raises:
+        InputError: a setting or a row is wrong; of rows that leave nothing to train on the first, with their number.
+        FailureError: a worker died.
+    """
+    settings = {"labels": survey.names, **settings}
+    encoder(task, tokenizer, **settings)  # what is wrong with a setting is said before the cache is asked
+    job = _Job(task, tokenizer, settings, survey.shapes, skip, allow_untrained)
+    small = survey.kept is not None
+    count = workers if workers is not None else min(cores(), MOST) if survey.rows >= MANY else 1
+
+    def build(folder: Any) -> dict[str, Any]:
+        return _build(folder, survey, job, count, say, watch)
+
+    if small:
+        memory = Memory()
+        info = build(memory)
+        lines = bytes(memory.files[BAD])
+        return Encoded(
+            Table.written(memory, info),
+            _problems(info),
+            info["bad"],
+            lambda: iter(lines.splitlines(True)),
+            info["notes"],
+        )
+    key = cache.key_of(
+        {
+            "code": cache.code_hash(),
+            "files": list(survey.hashes.items()),
+            "text": [source.text_by for source in survey.sources],
+            "shapes": [asdict(shape) | {"task": task.value} for shape in survey.shapes],
+            "tokenizer": tokenizer_hash(tokenizer),
+            "settings": settings,
+            "template": _template_hash(settings.get("chat_template")),
+            "skip": skip,
+            "allow_untrained": allow_untrained,
+        }
+    )
+    entry = cache.entry(KIND, key, build, say)
+
+    def read() -> Iterator[bytes]:
+        with open(entry.folder / BAD, "rb") as file:
+            yield from file
+
+    table = Table.opened(entry.folder, entry.info, entry)
+    return Encoded(table, _problems(entry.info), entry.info["bad"], read, entry.info["notes"])
+
+
+def _problems(info: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+    return {reason: (count, where) for reason, (count, where) in info["problems"].items()}
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """The hash of all that a tokenizer does to a text."""
+    inner = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # of the last call, and set anew by each
+        inner.pop(state, None)
+    outer = [
+        type(tokenizer).__name__,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        tokenizer.chat_template,
+        list(tokenizer.model_input_names),
+        str(getattr(tokenizer, "truncation_side", "")),
+    ]
+    return hashlib.sha256(json.dumps([inner, outer], sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _template_hash(given: str | None) -> str | None:
+    """Of a file its bytes count, not its name."""
+    return cache.file_hash(Path(given)) if given and os.path.isfile(given) else None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker needs to know; it goes there as it is."""
+
+    task: TaskType
+    tokenizer: Any
+    settings: dict[str, Any]
+    shapes: list[Shape]
+    skip: bool
+    allow_untrained: bool
+
+
+@dataclass
+class _Done:
+    packed: Packed
+    #: where a row stands, and why nothing of it can be trained on
+    problems: list[tuple[str, str]]
+    bad: list[BadRow]
+    #: what the encoder has to say by now
+    notes: list[str]
+
+
+def _worker(job: _Job) -> Callable[[tuple[int, list[Row]]], _Done]:
+    made = encoder(job.task, job.tokenizer, **job.settings)
+
+    def work(item: tuple[int, list[Row]]) -> _Done:
+        number, rows = item
+        records = list(_records(job.shapes[number], rows, job.skip))
+        examples: list[list[Example]] = []
+        flags: list[int] = []
+        done = _Done(pack([], [], []), [], [], [])
+        for (row, _), result in zip(records, made.encode(records), strict=True):
+            flag = OVERLONG * result.overlong | MERGED * result.merged | LEFT_OUT * result.left_out
+            if result.error:
+                if not job.skip:
+                    raise row_error(row, result.error)
+                done.bad.append(row_error(row, result.error).bad)
+            elif result.problem:
+                flag |= UNTRAINED
+                done.problems.append((row.where, result.problem))
+                if job.skip and not job.allow_untrained:
+                    done.bad.append(row_error(row, result.problem).bad)
+            examples.append([] if result.error or result.problem else result.examples)
+            flags.append(flag)
+        done.packed = pack([row for row, _ in records], examples, flags)
+        done.notes = list(made.notes)
+        return done
+
+    return work
+
+
+def _records(shape: Shape, rows: Iterable[Row], skip: bool) -> Iterator[tuple[Row, Record]]:
+    for row in rows:
+        try:
+            yield row, shape.read(row)
+        except RowError:  # known since the first pass
+            if not skip:
+                raise
+
+
+def _build(folder: Any, survey: Survey, job: _Job, workers: int, say: cache.Say, watch: Watch) -> dict[str, Any]:
+    problems: dict[str, tuple[int, str]] = {}
+    notes: dict[str, None] = {}
+    writer, lines, bad = Writer(folder), folder.file(BAD), 0
+    if workers > 1 and not _travels(job):
+        say("the tokenizer cannot be sent to other processes, so one process tokenises")
+        workers = 1
+    workers = min(workers, -(-survey.rows // CHUNK))
+    for done in mapped(_worker, (job,), _chunks(survey.read(job.skip)), workers):
+        for where, reason in done.problems:
+            count, first = problems.get(reason, (0, where))
+            problems[reason] = count + 1, first
+        for row in done.bad:
+            lines.write(bad_line(row))
+        bad += len(done.bad)
+        notes |= dict.fromkeys(done.notes)
+        writer.add(done.packed)
+        watch("rows tokenised", writer.rows, survey.rows)
+    if survey.kept is None:
+        survey.check_unchanged()
+    if writer.rows != survey.rows:
+        names = ", ".join(source.name for source in survey.sources)
+        raise DataError(f"{names}: changed while it was read; begin again once it is whole")
+    if problems and not job.skip and not job.allow_untrained:
+        reason, (count, first) = next(iter(problems.items()))
+        raise DataError(
+            f"{first}: {reason} (rows like this: {count}); with allow_untrained such rows are left out, and with "
+            "on_bad_row: skip they are also written to a file"
+        )
+    return {**writer.finish(), "problems": problems, "bad": bad, "notes": list(notes)}
+
+
+def _travels(job: _Job) -> bool:
+    try:
+        pickle.dumps(job)
+    except Exception:  # foreign code: whatever it raises
+        return False
+    return True
+
+
+def _chunks(rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, list[Row]]]:
+    """Rows of one source at a time: not too many, and not too much text."""
+    chunk: list[Row] = []
+    at, size = 0, 0
+    for number, row in rows:
+        if chunk and (number != at or len(chunk) == CHUNK or size > CHARACTERS):
+            yield at, chunk
+            chunk, size = [], 0
+        at = number
+        chunk.append(row)
+        size += _size(row.fields)
+    if chunk:
+        yield at, chunk
+
+
+def _size(value: Any) -> int:
+    """Characters of a row, roughly."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, Sequence) else 8

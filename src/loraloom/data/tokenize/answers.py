@@ -1,0 +1,141 @@
+"""Questions asked of texts: windows of the text beside the question, and the tokens of the answer in each.
+
+This file knows how a long context is cut into windows and where in the text each token stands, in both directions:
+from an answer to tokens for training, from tokens back to text for evaluation. It does not know files, batches or
+models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loraloom.data.example import CHUNK, Encoded1, Example, Settings, over_length
+from loraloom.data.records import Asked, Record
+from loraloom.data.tokenize import pairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from loraloom.data.rows import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One input: the question and a part of its context.
+
+    From place ``first`` on, ``ids`` are the context's from its token ``start`` on, as many as there are ``offsets``,
+    which are their characters in the context.
+    """
+
+    ids: list[int]
+    types: list[int] | None
+    first: int
+    start: int
+    offsets: list[tuple[int, int]]
+
+    def span(self, answer: tuple[int, int] | None) -> list[int]:
+        """[first, last] of an answer that is given in tokens of the context; [0, 0] when it is not all in here."""
+        if answer is None or answer[0] < self.start or answer[1] >= self.start + len(self.offsets):
+            return [0, 0]
+        return [place - self.start + self.first for place in answer]
+
+
+class AnswerEncoder:
+    """``Asked`` to windows of at most ``max_length`` tokens, with [first, last] token of the first of its answers.
+
+    [0, 0], where many models have their CLS token, stands for an answer that is not in this window, or in no text.
+    Windows of one context share ``stride`` tokens. Where rows over length are to be cut or split, that is how; no part
+    of a context is left out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self._gap = pairs.gap(tokenizer)
+        self.notes = [pairs.NOTE] if self._gap else []
+
+    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
+        asked = [record for _, record in records if isinstance(record, Asked)]
+        assert len(asked) == len(records)
+        return [self._encode(record, tokens) for record, tokens in zip(asked, self._tokens(asked), strict=True)]
+
+    def windows(self, records: Sequence[Asked]) -> list[list[Window]]:
+        """The windows of each record, those that its examples were made of, in their order."""
+        return [self._windows(tokens) for tokens in self._tokens(records)]
+
+    def _tokens(self, records: Sequence[Asked]) -> list[Any]:
+        found: list[Any] = []
+        for start in range(0, len(records), CHUNK):
+            part = records[start : start + CHUNK]
+            found += self.tokenizer(
+                [record.question + self._gap for record in part],
+                [record.context for record in part],
+                truncation=False,
+                padding=False,
+                verbose=False,
+            ).encodings
+        return found
+
+    def _encode(self, record: Asked, tokens: Any) -> Encoded1:
+        inside = [i for i, which in enumerate(tokens.sequence_ids) if which == 1]
+        if not inside:
+            return Encoded1(problem="the tokenizer finds no token in 'context'")
+        around, limit = len(tokens.ids) - len(inside), self.settings.max_length
+        if around >= limit:
+            return Encoded1(
+                error=f"the question takes {around} tokens with the special ones, which leaves no room for the context "
+                f"within max_length={limit}; raise max_length or shorten the question"
+            )
+        overlong = len(tokens.ids) > limit
+        if overlong and self.settings.overlong == "error":
+            return Encoded1(overlong=True, error=over_length(len(tokens.ids), self.settings))
+        if overlong and self.settings.overlong == "drop":
+            return Encoded1(overlong=True)
+        answer = None
+        if record.answers:
+            text, start = record.answers[0]
+            answer = _answer([tokens.offsets[i] for i in inside], start, start + len(text))
+            if answer is None:
+                return Encoded1(problem="the tokenizer finds no token in the answer")
+        windows = self._windows(tokens)
+        spans = [window.span(answer) for window in windows]
+        if answer is not None and all(span == [0, 0] for span in spans):
+            return Encoded1(
+                overlong=overlong,
+                problem="no window holds the whole answer, so that it would be taught that there is none; raise stride "
+                "or max_length",
+            )
+        return Encoded1([Example(w.ids, span, w.types) for w, span in zip(windows, spans, strict=True)], overlong)
+
+    def _windows(self, tokens: Any) -> list[Window]:
+        which: list[int | None] = tokens.sequence_ids
+        typed = "token_type_ids" in self.tokenizer.model_input_names and any(tokens.type_ids)
+        inside = [i for i, sequence in enumerate(which) if sequence == 1]
+        begin, end = inside[0], inside[-1] + 1
+        room = self.settings.max_length - len(which) + end - begin
+        # A question of many tokens leaves less room than the stride: then windows share half of what they hold.
+        step = room - min(self.settings.stride, room // 2)
+        windows = []
+        for start in range(begin, end, step):
+            stop = min(start + room, end)
+            places = [*range(begin), *range(start, stop), *range(end, len(which))]
+            windows.append(
+                Window(
+                    ids=[tokens.ids[i] for i in places],
+                    types=[tokens.type_ids[i] for i in places] if typed else None,
+                    first=begin,
+                    start=start - begin,
+                    offsets=list(tokens.offsets[start:stop]),
+                )
+            )
+            if stop == end:
+                break
+        return windows
+
+
+def _answer(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[int, int] | None:
+    """The first and the last token that touch the characters ``start:stop``."""
+    touching = [i for i, (begin, end) in enumerate(offsets) if begin < stop and end > start and begin < end]
+    return (touching[0], touching[-1]) if touching else None

@@ -1,0 +1,111 @@
+"""Causal language models: which tokens of a text, a prompt with its completion, or a chat carry the loss.
+
+This file knows boundaries in texts and windows of tokens; what a chat template writes is known to ``chat``. It
+does not know files, batches or models.
+
+A text is trained on in full, a pair on every token that starts in its completion. Both are tokenized as one
+text, so that the tokens are those the model would see, with the tokenizer's special tokens, and both end with
+the end-of-text token, which is added where the tokenizer has one and has not put it there itself.
+
+Over ``max_length``, with ``split``: a text becomes windows, each opening with the tokenizer's special tokens and
+with one token of the window before, which is not trained on again; so every token is trained on once, and from
+something that goes before it. A pair keeps its prompt in the first window only (repeated, it would be followed by
+words that do not follow it); each later window opens with up to half of ``max_length`` of what goes before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from loraloom.data.example import IGNORE, Encoded1, Settings, tokenize
+from loraloom.data.records import Chat, Pair, Record, Text
+from loraloom.data.tokenize.chat import ChatEncoder
+from loraloom.data.tokenize.templates import find_template
+from loraloom.data.tokenize.windows import fitted, windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from loraloom.data.rows import Row
+
+
+class CausalEncoder:
+    """``Text``, ``Pair`` and ``Chat`` to token ids and one label per token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self._chat: ChatEncoder | None = None
+        if settings.chat_template is not None:
+            find_template(tokenizer, settings.chat_template)  # one that is broken is told before any row is read
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be said of the chat template, once a conversation was met."""
+        return self._chat.notes if self._chat is not None else []
+
+    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
+        chats = [record for _, record in records if isinstance(record, Chat)]
+        if chats and self._chat is None:
+            self._chat = ChatEncoder(self.tokenizer, self.settings)
+        spoken = iter(self._chat.encode(chats) if self._chat is not None else [])
+        parts = [_parts(record) for _, record in records if not isinstance(record, Chat)]
+        texts = [prompt + completion for prompt, completion, _ in parts]
+        written = (
+            self._completed(tokens, len(prompt), column)
+            for (prompt, _, column), tokens in zip(parts, tokenize(self.tokenizer, texts), strict=True)
+        )
+        return [next(spoken if isinstance(record, Chat) else written) for _, record in records]
+
+    def _completed(self, tokens: Any, boundary: int, column: str) -> Encoded1:
+        ids, targets, front = _targets(tokens, boundary)
+        body = [span for span, special in zip(tokens.offsets, tokens.special_tokens_mask, strict=True) if not special]
+        merged = any(start < boundary < end for start, end in body)
+        if not any(start >= boundary for start, _ in body):
+            return Encoded1(
+                merged=merged,
+                problem=f"no token starts in {column!r}: the tokenizer knows none of its characters, or joins it "
+                f"to the end of the prompt; where a prompt ends in a space, move that space to the start of the "
+                f"completion",
+            )
+        end = self.tokenizer.eos_token_id
+        if end is not None and ids[-1:] != [end]:
+            ids.append(end)
+            targets.append(end)
+        limit = self.settings.max_length
+        if self.settings.overlong != "split" or len(ids) <= limit:
+            return fitted(ids, targets, self.settings, merged=merged, what=repr(column))
+        prompt = next(place for place, target in enumerate(targets) if target != IGNORE)
+        if prompt >= limit:
+            return Encoded1(
+                overlong=True,
+                merged=merged,
+                error=f"the prompt alone has {prompt} tokens, where max_length is {limit}, so the row cannot be "
+                f"split; raise max_length, or shorten the prompt",
+            )
+        context = (limit - front) // 2 if boundary else 1
+        return Encoded1(windows(ids, targets, limit, front, context), overlong=True, merged=merged)
+
+
+def _parts(record: Record) -> tuple[str, str, str]:
+    """(prompt, completion, the name of the completion in messages); the prompt of a plain text is empty."""
+    if isinstance(record, Pair):
+        return record.prompt, record.completion, "completion"
+    assert isinstance(record, Text)
+    return "", record.text, "text"
+
+
+def _targets(tokens: Any, boundary: int) -> tuple[list[int], list[int], int]:
+    """Ids; ids with ``IGNORE`` on each token before ``boundary`` and on the special tokens in front; their number."""
+    ids: list[int] = list(tokens.ids)
+    targets: list[int] = []
+    front = 0
+    in_front = True
+    for token, (start, _), special in zip(ids, tokens.offsets, tokens.special_tokens_mask, strict=True):
+        # Special tokens have no place in the text: in front they open the prompt, behind they end the row.
+        in_front = in_front and bool(special)
+        front += in_front
+        masked = in_front if special else start < boundary
+        targets.append(IGNORE if masked else token)
+    return ids, targets, front

@@ -1,0 +1,208 @@
+"""Conversations to token ids, with the loss on the assistant's tokens only.
+
+This file knows how the assistant's turns, which ``turns`` finds in the text of a conversation, become labels, and
+how a conversation is split. It does not know what any template writes.
+
+The text that the chat template writes is tokenized once and as a whole, without further special tokens, which is
+what transformers does when the model is used. The loss is on what the model will have to write: everything after
+the prompt for the assistant's turn (an empty ``<think></think>`` too, where the template writes one), tool calls
+as the template writes them, and the token that ends the turn. It is not on the heading of the turn, on white space
+after its end, on what tools answer, or on turns of weight 0. ``{% generation %}`` marks are not asked: most
+templates have none, and of those that do, some put the heading inside and some leave the end outside.
+
+Over ``max_length``, with ``split``: a conversation is split between exchanges (a message of the user, and all
+until the next one that follows an answer). Each part opens with the system message and has as many exchanges as
+fit; one exchange that does not fit is an error for that row. Exchanges of weight 0 go with others, as far as there
+is room, and make no part by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from loraloom.data.example import IGNORE, Encoded1, Settings, tokenize
+from loraloom.data.records import Chat, Message
+from loraloom.data.tokenize.assistant_spans import Spans, Turns
+from loraloom.data.tokenize.placeholders import silent
+from loraloom.data.tokenize.templates import find_template
+from loraloom.data.tokenize.windows import fitted
+from loraloom.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: What is trained on, in messages.
+WHAT = "what the assistant says"
+
+
+class ChatEncoder:
+    """``Chat`` to token ids and one label per token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.turns = Turns(find_template(tokenizer, settings.chat_template, settings.date))
+        self.notes = _notes(self.turns)
+
+    def encode(self, chats: Sequence[Chat]) -> list[Encoded1]:
+        """One ``Encoded1`` for each conversation, in order."""
+        return self._encode(chats, self.settings)
+
+    def _encode(self, chats: Sequence[Chat], settings: Settings) -> list[Encoded1]:
+        results: list[Encoded1 | None] = []
+        found: list[Spans] = []
+        for chat in chats:
+            if not any(message.get("role") == "assistant" for message in chat.messages):
+                results.append(Encoded1(problem="the assistant says nothing in the conversation"))
+                continue
+            try:
+                found.append(self._find(chat))
+                results.append(None)
+            except InputError as exc:
+                results.append(Encoded1(error=str(exc)))
+        texts = [spans.text for spans in found]
+        encodings = iter(list(zip(found, tokenize(self.tokenizer, texts, special=False), strict=True)))
+        return [
+            result if result is not None else self._labelled(chat, *next(encodings), settings)
+            for chat, result in zip(chats, results, strict=True)
+        ]
+
+    def _find(self, chat: Chat) -> Spans:
+        """The assistant's turns that are to be trained on: not those of weight 0, which no template is shown."""
+        for number, message in enumerate(chat.messages, start=1):
+            if silent(message) and message.get("weight", 1):
+                raise DataError(f"{self.turns.template.name} has nothing to write for message {number}: it is empty")
+        plain = [{key: value for key, value in message.items() if key != "weight"} for message in chat.messages]
+        spans = self.turns.find(Chat(plain, chat.tools))
+        said = [message for message in chat.messages if message.get("role") == "assistant" and not silent(message)]
+        weights = [message.get("weight", 1) for message in said]
+        return replace(spans, spans=[span for span, weight in zip(spans.spans, weights, strict=True) if weight])
+
+    def _labelled(self, chat: Chat, spans: Spans, tokens: Any, settings: Settings) -> Encoded1:
+        ids: list[int] = list(tokens.ids)
+        trained, merged = _trained(spans, tokens.offsets)
+        if not any(trained):
+            return Encoded1(
+                merged=merged,
+                problem=f"no token is of {WHAT} alone: the tokenizer knows none of its characters, or joins them to "
+                f"what the template writes around them",
+            )
+        if settings.overlong == "split" and len(ids) > settings.max_length:
+            return self._split(chat)
+        targets = [token if of else IGNORE for token, of in zip(ids, trained, strict=True)]
+        result = fitted(ids, targets, settings, merged=merged, what=WHAT)
+        result.left_out = spans.left_out
+        return result
+
+    def _split(self, chat: Chat) -> Encoded1:
+        opening, exchanges = _exchanges(chat.messages)
+        whole = replace(self.settings, overlong="error")
+        total = Encoded1(overlong=True)
+        part: list[list[Message]] = []
+        fits: Encoded1 | None = None
+
+        def tried() -> Encoded1:
+            messages = [message for one in [*part, exchange] for message in one]
+            return self._encode([Chat([*opening, *messages], chat.tools)], whole)[0]
+
+        for number, exchange in enumerate(exchanges):
+            if not any(message.get("role") == "assistant" for message in exchange):
+                total.left_out = True  # a question at the end that nobody answers
+                continue
+            longer = tried()
+            if longer.overlong and fits is not None:
+                _add(total, fits)
+                part, fits = [], None
+                longer = tried()
+            while longer.overlong and part:  # these have weight 0
+                part = part[1:]
+                longer = tried()
+            if _untrained(exchange) and fits is None and not longer.error:
+                part = [*part, exchange]
+                continue
+            if longer.overlong:
+                beside = " with the system message" if opening else ""
+                return Encoded1(
+                    overlong=True,
+                    error=f"exchange {number + 1} of the conversation{beside} is longer than max_length="
+                    f"{self.settings.max_length} by itself, so the row cannot be split; raise max_length, or "
+                    f"shorten it",
+                )
+            if longer.error or longer.problem:
+                return replace(longer, overlong=True, examples=[])
+            part, fits = [*part, exchange], longer
+        if fits is not None:
+            _add(total, fits)
+        return total
+
+
+def _notes(turns: Turns) -> list[str]:
+    """What should be said aloud of a template: that it is the default, and that it ends no turn."""
+    notes, template = [], turns.template
+    if template.plain:
+        notes.append(
+            f"the tokenizer has no chat template: conversations are written as {template.name!r}, with headings such "
+            f"as '### Assistant:'; the model must be used with the same one (chat_template: {template.name})"
+        )
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    try:
+        if turns.edges.open_end:
+            notes.append(
+                f"{template.name} writes nothing after the last of the assistant's turns, so the model learns to end "
+                f"only those that another message follows"
+            )
+        elif turns.find(Chat(talk)).endless:
+            notes.append(
+                f"{template.name} writes nothing after the assistant's turns, so the model does not learn to end them"
+            )
+    except InputError:
+        pass  # it is for other conversations than this; the rows will tell
+    return notes
+
+
+def _trained(spans: Spans, offsets: Sequence[tuple[int, int]]) -> tuple[list[bool], bool]:
+    """For each token whether it is trained on, and whether a token was left out since it joins both sides."""
+    text, trained, merged = spans.text, [], False
+    turns = iter([*spans.spans, (len(spans.text) + 1, len(spans.text) + 1)])
+    first, last = next(turns)
+    done = 0
+    for start, end in offsets:
+        # Some tokenizers do not count spaces as part of their token; they are what lies between two tokens.
+        if start > done and text[done:start].isspace():
+            start = done
+        if end > done:
+            done = end
+        while last <= start:
+            first, last = next(turns)
+        inside = first <= start and end <= last
+        if not inside and end > first:
+            outside = text[start : max(start, first)] + text[min(end, last) : end]
+            # A space before the first word is part of its token; a letter of the heading is not.
+            inside = not outside.strip()
+            merged = merged or not inside
+        trained.append(inside)
+    return trained, merged
+
+
+def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """The system messages in front, and the rest as exchanges."""
+    first = next((i for i, m in enumerate(messages) if m.get("role") not in ("system", "developer")), len(messages))
+    exchanges: list[list[Message]] = []
+    for message in messages[first:]:
+        if not exchanges or (message.get("role") == "user" and exchanges[-1][-1].get("role") != "user"):
+            exchanges.append([])
+        exchanges[-1].append(message)
+    return list(messages[:first]), exchanges
+
+
+def _untrained(exchange: Sequence[Message]) -> bool:
+    """All that the assistant says in it has weight 0."""
+    return not any(message.get("weight", 1) for message in exchange if message.get("role") == "assistant")
+
+
+def _add(total: Encoded1, part: Encoded1) -> None:
+    total.examples += part.examples
+    total.merged = total.merged or part.merged
+    total.left_out = total.left_out or part.left_out

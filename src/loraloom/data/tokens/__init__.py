@@ -1,1 +1,0 @@
-"""Records to token ids and labels, by task. Knows no files and no models."""

@@ -1,0 +1,106 @@
+"""Where a run takes place: its device, and the processes that share it, as torchrun, accelerate or MPI started them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from loraloom.distributed.process_group import ALONE, World
+from loraloom.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    device: torch.device
+    world: World
+
+
+def find(device: str | None) -> Place:
+    """The device of this process (``None``: an accelerator where there is one), and its world.
+
+    Started by ``torchrun``, ``accelerate launch`` or MPI, the processes find each other here, through accelerate.
+
+    Raises:
+        ConfigError: no such device, or processes that cannot come together. Begins with ``device``.
+    """
+    if device is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):  # accelerate launch --cpu
+        device = "cpu"
+    if (size := started()) > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise ConfigError(
+                f"device: MPI started {size} processes that do not know where to meet; set MASTER_ADDR to the "
+                "address of the first one's machine (127.0.0.1, where there is one machine)"
+            )
+        from accelerate import PartialState
+
+        wanted = _known(device) if device is not None else None
+        state = PartialState(cpu=(wanted is not None and wanted.type == "cpu") or not torch.cuda.is_available())
+        if wanted is not None and wanted.index is not None:
+            raise ConfigError(f"device: each process has one of its own, found {device!r}; give its kind, or nothing")
+        world = World.here()
+        if world.size != size:  # each would train by itself, into the same folder
+            raise ConfigError(
+                f"device: MPI started {size} processes, which come together on a CPU alone; give cpu, or start them "
+                "with torchrun"
+            )
+        return Place(torch.device("cpu") if state.device.type == "cpu" else state.device, world)
+    return Place(_known(device) if device is not None else _best(), ALONE)
+
+
+#: What torchrun calls it, and the kinds of MPI.
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def started() -> int:
+    """How many processes this one was started with."""
+    return _told(_SIZES, 1)
+
+
+def rank() -> int:
+    """Which of them this is, known before they have found each other."""
+    return _told(_RANKS, 0)
+
+
+def _told(names: tuple[str, ...], otherwise: int) -> int:
+    found = (os.environ.get(name, "") for name in names)
+    return next((int(value) for value in found if value.isdigit()), otherwise)
+
+
+def lonely() -> str:
+    """What to say where ``accelerate launch`` was asked for several processes and started one, as it does on a CPU.
+
+    It leaves an address for them to meet at, and no number of them.
+    """
+    alone = started() == 1 and "WORLD_SIZE" not in os.environ
+    if not alone or not {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return ""
+    return (
+        "accelerate launch started one process alone, as it does on a CPU whatever --num_processes says; for several "
+        "give it --multi_gpu, which works on a CPU too, or use torchrun --nproc-per-node"
+    )
+
+
+def _best() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def _known(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: must be cpu, cuda, cuda:1, mps or the like, found {name!r}") from None
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"device: {name} cannot be used here ({said[0]}); leave it out, or give cpu") from None
+    if device.type == "meta":
+        raise ConfigError("device: meta holds no numbers, so nothing can be trained on it; give cpu or cuda")
+    return device

@@ -1,0 +1,314 @@
+"""Many adapters in one forward and one backward of one frozen model, each with rows, loss and gradients of its own.
+
+A pack knows adapters and tensors. What rows they are, optimizers and schedules are others' business, so that it serves
+in anybody's loop; ``train.loop`` is ours.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from loraloom.config.lora import LoraConfig, TaskType
+from loraloom.data.example import IGNORE
+from loraloom.engine import gradient_probe
+from loraloom.engine.gradient_probe import Fault
+from loraloom.errors import AdapterError, ConfigError, TargetError, nearest
+from loraloom.lora import mixed
+from loraloom.lora.model import PeftModel, get_peft_model
+from loraloom.models import configs as model_configs
+from loraloom.models.activation_checkpointing import recomputed
+from loraloom.models.fsdp import sharded
+from loraloom.tasks.head_split import Split, Whole
+from loraloom.tasks.objective import Objective
+
+#: What fills up shorter rows, by the name of a model's argument; ids take the padding token.
+_FILLERS = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
+_IDS = {"input_ids", "decoder_input_ids"}
+#: Tasks whose labels are some numbers for each row, and not one for each token.
+_BY_ROWS = (TaskType.SEQ_CLS, TaskType.QUESTION_ANS)
+
+
+class Pack:
+    """Adapters that train side by side on ``model``, which is changed in place as by ``get_peft_model``.
+
+    Args:
+        configs: a name for each adapter. They may differ in everything: rank, targets, dropout, biases, heads.
+        task: what the loss is; by default the ``task_type`` of the configs.
+        seeds: adapter → the seed of its initialisation; by default it follows from the name.
+        pad_id: the token that fills up shorter rows; by default the model's own, or 0 where it has none.
+        pad_to_multiple_of: rows are filled up to a multiple of so many tokens.
+
+    An adapter's numbers depend on its own rows and seeds alone: not on the others, and not on its place among them. To
+    the last bit, on a CPU and in float32 or bfloat16, where two things hold: the same layers carry adapters, in use or
+    not; and the others change the length to which its rows are filled up by whole vector registers at most, as rows of
+    one length do, or ``pad_to_multiple_of=16``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        configs: Mapping[str, LoraConfig] | None = None,
+        *,
+        task: TaskType | str | None = None,
+        seeds: Mapping[str, int] | None = None,
+        pad_id: int | None = None,
+        pad_to_multiple_of: int = 1,
+    ) -> None:
+        configs, seeds = dict(configs or {}), dict(seeds or {})
+        if unknown := [name for name in seeds if name not in configs]:
+            raise ConfigError(f"seeds: {unknown[0]!r} is no adapter of this pack{nearest(unknown[0], configs)}")
+        if isinstance(model, PeftModel):
+            self.model = model
+        elif configs:
+            name, config = next(iter(configs.items()))
+            self.model = get_peft_model(model, config, adapter_name=name, seed=seeds.get(name))
+            del configs[name]
+        else:
+            raise ConfigError("configs: a pack on a plain model needs at least one adapter, found none")
+        for name, config in configs.items():
+            self.model.add_adapter(name, config, seed=seeds.get(name))
+        known = [config.task_type for config in self.model.peft_config.values() if config.task_type]
+        if task is None and not known:
+            raise ConfigError("task: not given, and no config has a task_type; give TaskType.CAUSAL_LM, for example")
+        self.task = TaskType(task or known[0])
+        if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+            raise ConfigError(f"pad_to_multiple_of: must be a whole number of at least 1, found {pad_to_multiple_of!r}")
+        self.pad_id, self._multiple = self._padding(pad_id), pad_to_multiple_of
+        self._objective = Objective(self.model, self.task)
+        self._learned: tuple[str, ...] = ()
+
+    @property
+    def way(self) -> Split | Whole | None:
+        """How a causal language model comes to its logits here."""
+        return self._objective.way
+
+    def _padding(self, given: int | None) -> int:
+        own = model_configs.token(getattr(self.model.get_base_model(), "config", None), "pad")
+        if given is not None and own not in (None, given) and self.task is TaskType.SEQ_CLS:
+            warnings.warn(
+                f"pad_id: a classifier may find the end of a row by its config's pad_token_id, which is {own}, found "
+                f"{given}; leave pad_id out, or set the config's",
+                stacklevel=3,
+            )
+        return (own or 0) if given is None else given
+
+    @property
+    def adapters(self) -> list[str]:
+        return list(self.model.peft_config)
+
+    def add(self, name: str, config: LoraConfig, *, seed: int | None = None) -> None:
+        """A further adapter, while the others go on."""
+        self.model.add_adapter(name, config, seed=seed)
+
+    def remove(self, name: str) -> None:
+        rest = [other for other in self.adapters if other != name]
+        if rest and self.model.active_adapters == [name]:  # which one is active has no say in a pack
+            self.model.set_adapter(rest[0])
+        self.model.delete_adapter(name)
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """What an optimizer of this adapter is to hold, by name."""
+        return self.model.adapter_parameters(name)
+
+    def backward(
+        self,
+        batches: Mapping[str, Mapping[str, Tensor]],
+        *,
+        dropout_seeds: Mapping[str, int] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """One forward and one backward for all named adapters: each gets the gradients of its own loss.
+
+        Args:
+            batches: adapter → the model's arguments for its rows, ``labels`` among them, each [rows, ...]. Rows may be
+                of different number and length.
+            dropout_seeds: adapter → the seed of its dropout masks; by default they follow torch's generator.
+            weights: adapter → what its loss is multiplied with, for gradients summed over several calls.
+
+        Returns:
+            Each adapter's loss. One that is not finite gives its adapter no gradients, and the others what they would
+            have without it.
+
+        Raises:
+            AdapterError: a name that is no adapter, or tensors that do not fit together.
+        """
+        self._prepare(batches)
+        names = sorted(batches, key=lambda name: self._place(name, batches[name]))
+        together = mixed.in_one_forward(
+            self.model.base_model,
+            names,
+            lambda: self._backward(names, batches, dropout_seeds, weights),
+            lambda site: self._prove(site, names, batches),
+        )
+        # The model's layers may not show whose rows they see.
+        parts = together or [self._backward([name], batches, dropout_seeds, weights) for name in names]
+        found = {name: loss for part in parts for name, loss in part.items()}
+        return {name: found[name] for name in batches}
+
+    def _backward(
+        self,
+        names: Sequence[str],
+        batches: Mapping[str, Mapping[str, Tensor]],
+        dropout_seeds: Mapping[str, int] | None,
+        weights: Mapping[str, float] | None,
+    ) -> dict[str, float]:
+        """``backward`` of some of the batches, in one forward."""
+        lora = self.model.base_model
+        inputs, rows = self._joined([(name, batches[name]) for name in names])
+        labels = inputs.pop("labels")
+        slots = [name for name, own in rows.items() for _ in range(own.start, own.stop)]
+        # The backward is inside: gradient checkpointing runs parts of the forward again, by the same kernels.
+        with (
+            lora.lora_routed(slots, dropout_seeds, inputs.values()),
+            self._objective.attention(inputs["input_ids"]),
+        ):
+            losses = self._objective.losses(self._objective.forward(inputs, labels), labels, rows)
+            values = torch.stack([loss.detach().double() for loss in losses.values()]).tolist()
+            found = dict(zip(losses, values, strict=True))
+            good = [
+                loss * (weights or {}).get(name, 1.0) for name, loss in losses.items() if math.isfinite(found[name])
+            ]
+            if good:
+                torch.stack(good).sum().backward()  # type: ignore[no-untyped-call]
+        return found
+
+    def _prove(self, site: str, names: Sequence[str], batches: Mapping[str, Mapping[str, Tensor]]) -> bool:
+        """Look whose rows are where in the layers' inputs; whether that is known at ``site`` now."""
+        inputs, rows = self._joined([(name, batches[name]) for name in names])
+        labels = inputs.pop("labels")
+
+        def forward(labels: Tensor, **inputs: Tensor) -> Tensor:
+            return self._objective.forward(inputs, labels)
+
+        count = max(own.stop for own in rows.values())
+        return mixed.prove(self.model.base_model, forward, (labels,), inputs, count, site)
+
+    def _place(self, name: str, batch: Mapping[str, Tensor]) -> tuple[int, bool, int]:
+        """Like stands beside like, which can be computed by one product: see ``lora.inputs``."""
+        config = self.model.peft_config[name]
+        return len(batch["input_ids"]), config.lora_dropout > 0, config.r
+
+    def _prepare(self, batches: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if not batches:
+            raise AdapterError("batches: found none, give one for each adapter that is to train")
+        for name, batch in batches.items():
+            if name not in self.model.peft_config:
+                raise AdapterError(f"batches: {name!r} is no adapter of this pack{nearest(name, self.adapters)}")
+            for key in ("input_ids", "labels"):
+                if key not in batch:
+                    raise AdapterError(f"batches: that of {name!r} has no {key}; found {', '.join(batch) or 'nothing'}")
+        if self.model.training or not all(layer.training for layer in self.model.base_model.lora_layers.values()):
+            train_adapters(self.model)
+        # A layer is wrapped for as long as an adapter is in it, so this is all that what is shared depends on.
+        if self._learned != tuple(self.adapters):
+            name, batch = next(iter(batches.items()))
+            self._warm_up(name, {key: value[:1] for key, value in batch.items()})
+            self._learned = tuple(self.adapters)
+            for fault in self.probe(batches):
+                if fault.stops:
+                    raise TargetError(fault.text)
+                warnings.warn(fault.text, stacklevel=3)
+
+    def probe(self, batches: Mapping[str, Mapping[str, Tensor]]) -> list[Fault]:
+        """What keeps adapters of ``batches`` from training, found on one row of each. An adapter is looked at once."""
+        names = [] if sharded(self.model) else gradient_probe.unseen(self.model, list(batches))
+        if names:
+            train_adapters(self.model)
+        found: list[Fault] = []
+        known: set[tuple[str, ...]] = set()
+        for name in names:
+            places = tuple(place for place, layer in self.model.base_model.lora_layers.items() if name in layer.slots)
+            if places in known:  # the same modules get the same gradients
+                continue
+            known.add(places)
+            batch = batches[name]
+            mask = batch.get("attention_mask", batch["input_ids"])
+            row = int(mask.ne(0).flatten(1).sum(1).argmax())  # the longest says the most
+            inputs, _ = self._joined([(name, {key: value[row : row + 1] for key, value in batch.items()})])
+            found += gradient_probe.probe(self.model, self._objective, name, inputs)
+        return found
+
+    def _warm_up(self, name: str, row: Mapping[str, Tensor]) -> None:
+        """Let the layers learn what they share, so that the first step adds up in the same order as all that follow."""
+        inputs, _ = self._joined([(name, row)])
+        labels = inputs.pop("labels")
+        with evaluating(self.model, torch.no_grad()), self.model.base_model.lora_routed([name]):
+            self._objective.forward(inputs, labels)
+
+    def _joined(self, parts: Sequence[tuple[str, Mapping[str, Tensor]]]) -> tuple[dict[str, Tensor], dict[str, slice]]:
+        """One batch of all rows, filled up on the right to the longest, and where each adapter's are."""
+        device = next(self.model.parameters()).device
+        rows: dict[str, slice] = {}
+        start = 0
+        for name, batch in parts:
+            rows[name] = slice(start, start + len(batch["input_ids"]))
+            start = rows[name].stop
+        keys = dict.fromkeys(key for _, batch in parts for key in batch)
+        widths = {batch["input_ids"].shape[1] for _, batch in parts}
+        if len(widths) > 1 or max(widths) % self._multiple:
+            keys["attention_mask"] = None
+        joined = {}
+        for key in keys:
+            found = [batch.get(key) for _, batch in parts]
+            if key == "attention_mask":
+                found = [torch.ones_like(b["input_ids"]) if f is None else f for f, (_, b) in zip(found, parts)]
+            if key == "token_type_ids":  # rows without a second segment are all of the first
+                found = [torch.zeros_like(b["input_ids"]) if f is None else f for f, (_, b) in zip(found, parts)]
+            tensors = [tensor.to(device) for tensor in found if tensor is not None]
+            if len(tensors) < len(found):
+                lacks = next(name for (name, _), tensor in zip(parts, found, strict=True) if tensor is None)
+                raise AdapterError(f"batches: that of {lacks!r} has no {key}, which others have")
+            joined[key] = self._cat(key, tensors)
+        return joined, rows
+
+    def _cat(self, key: str, tensors: Sequence[Tensor]) -> Tensor:
+        fillable = key in {*_IDS, *_FILLERS} and {tensor.dim() for tensor in tensors} == {2}
+        if key == "labels" and self.task in _BY_ROWS:
+            fillable = False
+        if len({tensor.shape[1:] for tensor in tensors}) > 1 or (fillable and tensors[0].shape[1] % self._multiple):
+            if not fillable:
+                shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+                raise AdapterError(f"batches: {key} of unlike shapes {shapes} cannot be joined")
+            filler, longest = _FILLERS.get(key, self.pad_id), max(tensor.shape[1] for tensor in tensors)
+            width = -(-longest // self._multiple) * self._multiple
+            tensors = [F.pad(tensor, (0, width - tensor.shape[1]), value=filler) for tensor in tensors]
+        return torch.cat(list(tensors))
+
+
+def train_adapters(model: PeftModel) -> None:
+    """The adapters' own dropout is on; the frozen model runs as it does in use.
+
+    Its dropout, and that of heads, would be drawn for all slots together, so that one slot's training would depend on
+    the others'; and its running statistics would change.
+    """
+    model.eval()
+    for layer in model.base_model.lora_layers.values():
+        layer.training = True
+        layer.lora_dropout.train()
+    for wrapper in model.base_model.lora_saved_modules.values():
+        for module in wrapper.modules_to_save.modules():
+            module.training = not isinstance(module, _DropoutNd)
+    for module in recomputed(model):
+        module.training = True
+
+
+@contextmanager
+def evaluating(model: PeftModel, mode: AbstractContextManager[Any]) -> Iterator[None]:
+    """In use and in ``mode``; every module's own mode is as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with mode:
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

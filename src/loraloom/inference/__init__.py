@@ -1,0 +1,1 @@
+"""An adapter at work on rows: losses, predictions, generated texts."""

@@ -1,0 +1,158 @@
+"""A module that a slot trains in full (``modules_to_save``): each slot has its own copy, the original stays."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.config.peft_compat import seen_as
+from loraloom.errors import AdapterError
+from loraloom.lora.dispatch import Router
+from loraloom.lora.layers import LoraLayer
+from loraloom.lora.rows import leading
+
+
+class SavedModule(nn.Module):
+    """Calls the copy of the slot that the route names, or the original for slots without one.
+
+    A copy of a half-precision module is kept in float32: its optimizer needs the digits. Inputs are cast to it,
+    outputs back to the original's dtype. Names in memory are PEFT's.
+    """
+
+    def __init__(self, original: nn.Module, router: Router, name: str = "") -> None:
+        super().__init__()
+        self.lora_name = name
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict()
+        self.lora_router = router
+        self.training = self.modules_to_save.training = original.training
+
+    @property
+    def __class__(self) -> type:
+        return seen_as(type(self), "peft.utils.other", "ModulesToSaveWrapper")
+
+    @__class__.setter
+    def __class__(self, cls: type) -> None:
+        object.__dict__["__class__"].__set__(self, cls)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return object.__new__, (type(self),), vars(self)  # pickle's own way asks for the class that others see
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """For peft's own functions, which accelerate calls: of this module's tensors those of one adapter's copy."""
+        return {key: state_dict[name] for key, name in self.adapter_state_dict_load_map(adapter_name).items()}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """For the same: names in a file → names here."""
+        there = self.modules_to_save[adapter_name] if adapter_name in self.modules_to_save else nn.Module()
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in there.state_dict()}
+
+    def new_copy(self, dtype: torch.dtype | None) -> nn.Module:
+        """A trainable copy of the original without adapters, floating tensors in ``dtype`` (None: as they are)."""
+        module = copy.deepcopy(unwrap(self.original_module))
+        for parent in module.modules():
+            for key, child in parent._modules.items():
+                if child is not None:
+                    parent._modules[key] = unwrap(child)
+        module.requires_grad_(True)
+        return module if dtype is None else module.to(dtype)
+
+    def own_dtypes(self, slot: str) -> Iterator[tuple[Tensor, torch.dtype]]:
+        """Every floating tensor of the slot's copy with the dtype that it has in the original."""
+        original = unwrapped_state(self.original_module)
+        for key, tensor in self.modules_to_save[slot].state_dict(keep_vars=True).items():
+            if tensor.is_floating_point() and key in original:
+                yield tensor, original[key].dtype
+
+    def in_place_of_original(self) -> nn.Module:
+        """The module in use, for a model without wrappers: a copy in the dtypes of the original, which callers expect.
+
+        Tensors stay the same objects, so copies that share one still share it.
+        """
+        module = self.current()
+        for slot, copied in self.modules_to_save.items():
+            if copied is module:
+                for tensor, dtype in self.own_dtypes(slot):
+                    tensor.data = tensor.data.to(dtype)
+        return module
+
+    def current(self) -> nn.Module:
+        copies = [slot for slot in self.lora_router.route.active if slot in self.modules_to_save]
+        if len(copies) > 1:
+            raise AdapterError(
+                f"set_adapter: {' and '.join(map(repr, copies))} each train their own copy of this module, "
+                "so they cannot be active together; set one of them, or route rows by adapter_names"
+            )
+        return self.modules_to_save[copies[0]] if copies else self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self.lora_router.frame.plan
+        route = plan.route
+        if plan.probe is not None and (args or kwargs):
+            plan.probe.look(self.lora_name, args[0] if args else next(iter(kwargs.values())))
+        if not route.blocks:
+            return self._call(self.current(), *args, **kwargs)
+        if not any(block.slot in self.modules_to_save for block in route.blocks):
+            return self.original_module(*args, **kwargs)
+        key = "" if args else next(iter(kwargs))  # the rows come by place or by name
+        x = args[0] if args else kwargs[key]
+
+        def one(slot: str, rows: Tensor, where: slice | Tensor) -> Tensor:
+            module = self.modules_to_save[slot] if slot in self.modules_to_save else self.original_module  # noqa: SIM401
+            placed, named = ((rows, *args[1:]), kwargs) if args else ((), {**kwargs, key: rows})
+            with self.lora_router.using(route.alone(slot)):  # for the layers inside
+                out: Tensor = self._call(module, *placed, **named)
+            return out
+
+        return route.apply(x, self.lora_router.places(self.lora_name, x, leading(x)), one)
+
+    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inside, outside = _dtypes(module), _dtypes(self.original_module)
+        if module is self.original_module or inside == outside:
+            return module(*args, **kwargs)
+        out = module(*(_cast(a, inside[0]) for a in args), **{k: _cast(v, inside[0]) for k, v in kwargs.items()})
+        return _cast(out, outside[-1])  # what computes last gives the output its dtype
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(self.current(), name)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module under LoRA wrappers, itself where there are none."""
+    while isinstance(module, LoraLayer | SavedModule):
+        module = module.base_layer if isinstance(module, LoraLayer) else module.original_module
+    return module
+
+
+def unwrapped_state(module: nn.Module, persistent: bool = False) -> dict[str, Tensor]:
+    """The tensors of ``module`` as it was before any adapter, by their names then.
+
+    ``persistent``: without the buffers that a state dict leaves out.
+    """
+    module = unwrap(module)
+    named = [*module._parameters.items(), *module._buffers.items()]
+    hidden = module._non_persistent_buffers_set if persistent else ()
+    out = {key: tensor for key, tensor in named if tensor is not None and key not in hidden}
+    for name, child in module._modules.items():
+        if child is not None:
+            out.update({f"{name}.{key}": tensor for key, tensor in unwrapped_state(child, persistent).items()})
+    return out
+
+
+def _dtypes(module: nn.Module) -> list[torch.dtype]:
+    return [tensor.dtype for tensor in unwrapped_state(module).values() if tensor.is_floating_point()]
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return value

@@ -1,0 +1,372 @@
+"""From a folder or name to a model and its tokenizer, and which of its modules came without weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from loraloom.config.lora import TaskType
+from loraloom.config.names import task_option
+from loraloom.errors import ConfigError, ModelError, some
+from loraloom.files import network
+from loraloom.models.configs import ask, field, has_decoder_and_encoder, set_token, token, tokens_at_most
+from loraloom.models.labels import SHOWN, in_order, known_labels
+from loraloom.models.parts import auto_class, one_way, reads, reads_both_ways, why_none
+
+Say = Callable[[str], None]
+
+#: Task → the class of transformers that has a model for it.
+AUTO = {
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+}
+#: Tasks whose head is new in most folders, and is trained in full.
+HEADED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a folder or name, with a padding token.
+
+    Raises:
+        ModelError: no such folder, no tokenizer in it, or one that cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    _check_folder(name, revision)
+    try:
+        with network.looking(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, **_revision(revision))
+    except Exception as error:
+        raise ModelError(f"{_where(name)}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # What transformers makes up for a folder without a tokenizer: every text would be unknown tokens.
+        raise ModelError(f"{name}: holds no tokenizer, only special tokens; copy tokenizer.json into it")
+    if tokenizer.pad_token_id is None:
+        # Padding is masked out, so any token does; the end token is there in every model that lacks a pad token.
+        if tokenizer.eos_token is None:
+            raise ModelError(f"{name}: its tokenizer has neither a pad nor an end-of-text token; set pad_token in it")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(name: str, revision: str | None = None) -> Any:
+    """The config of a folder or name.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    _check_folder(name, revision)
+    try:
+        with network.looking(name):
+            return AutoConfig.from_pretrained(name, **_revision(revision))
+    except Exception as error:
+        raise ModelError(f"{_where(name)}: its config cannot be read ({_first_line(error)})") from None
+
+
+def load_limit(name: str, revision: str | None = None) -> int | None:
+    """``tokens_at_most`` of a folder or name, from its config alone."""
+    return tokens_at_most(load_config(name, revision))
+
+
+def length_within(limit: int | None, wanted: int | None, name: str) -> int:
+    """``max_length`` for a model that reads ``limit`` tokens: ``wanted``, or by default at most 512.
+
+    Raises:
+        ConfigError: more are wanted than the model reads.
+    """
+    if wanted is None:
+        return min(512, limit or 512)
+    if limit is not None and wanted > limit:
+        raise ConfigError(f"max_length: {name} reads at most {limit} tokens, found {wanted}")
+    return wanted
+
+
+def load_base(
+    name: str,
+    task: TaskType,
+    dtype: str,
+    labels: Sequence[str] = (),
+    problem_type: str | None = None,
+    *,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    tokenizer: Any = None,
+    say: Say = lambda text: None,
+) -> tuple[nn.Module, list[str]]:
+    """The model for ``task`` in ``dtype``, and the modules whose weights the folder lacks (a new head, say).
+
+    Args:
+        labels: the classes or tags by number, none for regression. A head that the folder has for the same names in
+            the same order is kept, one for others makes way for a new one.
+        problem_type: what a label of seq-cls is, by default one class.
+        tokenizer: whose padding token becomes the config's; by default it is loaded where the task needs it.
+        say: receives what was changed and the user should know.
+
+    Raises:
+        ModelError: no such folder, no model in it, a damaged file, or no architecture for the task.
+    """
+    from transformers.utils import logging
+
+    _check_folder(name, revision)
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # a head for other labels makes way for a new one; see _check_new
+        **_revision(revision),
+        **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+        **_head(task, labels, problem_type),
+    }
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with network.looking(name):
+            config = load_config(name, revision)
+            _check_direction(name, config, task)
+            options |= _renamed(config, task)
+            model, info = _auto(name, config, task).from_pretrained(name, **options)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _unloadable(name, task, error) from None
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    new = {*info["missing_keys"], *mismatched}
+    _check_new(name, model, task, new, mismatched)
+    if task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+        new |= _own_head(name, model, config, labels, new, mismatched, say)
+    if task is TaskType.CAUSAL_LM and one_way(model):
+        say(f"{config.model_type} reads the text beside an image in both directions; here text is read in one")
+    if tokenizer is None and task is TaskType.SEQ_CLS and not reads_both_ways(config):
+        tokenizer = load_tokenizer(name, revision)
+    if tokenizer is not None:
+        _same_ends(name, model, task, tokenizer, say)
+    return model, sorted({key.rpartition(".")[0] for key in new})
+
+
+def _auto(name: str, config: Any, task: TaskType) -> Any:
+    """The class of transformers that loads a model with this config for ``task``.
+
+    Raises:
+        ModelError: there is none.
+    """
+    import transformers
+
+    found = auto_class(config, AUTO[task])
+    if found is None:
+        raise ModelError(f"{_where(name)}: {why_none(config, task_option(task))}")
+    return getattr(transformers, found)
+
+
+def _same_ends(name: str, model: nn.Module, task: TaskType, tokenizer: Any, say: Say) -> None:
+    """Let the model's config have the tokenizer's padding token, by which a decoder finds a text's last token.
+
+    Models with encoder and decoder find it by the end token.
+    """
+    config: Any = model.config
+    both = has_decoder_and_encoder(config)
+    if both and ask(config, "decoder_start_token_id") is None:
+        start = field(field(model, "generation_config"), "decoder_start_token_id")
+        config.decoder_start_token_id = tokenizer.pad_token_id if start is None else start  # T5's, where none is named
+    by_end = both and task is TaskType.SEQ_CLS and "gemma" not in config.model_type
+    if by_end and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ModelError(
+            f"{name}: its tokenizer pads with the end token ({tokenizer.eos_token!r}), by which {config.model_type} "
+            "finds where a text ends; set another pad_token in it"
+        )
+    for which in ("pad", "eos") if by_end else ("pad",):
+        mine, theirs = getattr(tokenizer, f"{which}_token_id"), token(config, which)
+        if mine is None or not set_token(config, which, mine) or theirs is None or task is not TaskType.SEQ_CLS:
+            continue
+        if theirs != mine and not reads_both_ways(config):
+            what = "pads with" if which == "pad" else "ends a text with"
+            say(
+                f"the config of {name} {what} token {theirs}, its tokenizer with {mine} "
+                f"({getattr(tokenizer, f'{which}_token')!r}); the tokenizer's is used"
+            )
+
+
+def _own_head(
+    name: str, model: Any, config: Any, labels: Sequence[str], new: set[str], mismatched: set[str], say: Say
+) -> set[str]:
+    """Reinitialise what the number of classes shapes, if the folder's head is for other classes. Returns the names."""
+    inside = f"{model.base_model_prefix}."
+    there = {key for key, _ in model.named_parameters() if not key.startswith(inside)} - new
+    if not labels or in_order(labels, config) or not (there or mismatched):
+        return set()
+    found = there & set(_by_labels(model)) if there else set()
+    for key in found:
+        parameter = model.get_parameter(key)
+        with torch.no_grad():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, float(ask(config, "initializer_range", 0.02)))
+            else:
+                parameter.zero_()
+    if found or mismatched:
+        classes = some(known_labels(config), SHOWN)
+        say(f"{name} has a head for other classes ({classes}): a new one is trained in its place")
+    return found
+
+
+def _by_labels(model: Any) -> list[str]:
+    """The parameters whose shape follows from the number of classes."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = model.config.num_labels + 1
+    with torch.device("meta"):
+        other = type(model)(config)
+    shapes = {key: parameter.shape for key, parameter in other.named_parameters()}
+    return [key for key, parameter in model.named_parameters() if shapes.get(key, parameter.shape) != parameter.shape]
+
+
+def _head(task: TaskType, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
+    """What the config is to say of a classifier's outputs."""
+    if task is TaskType.QUESTION_ANS:
+        return {"num_labels": 2}  # first and last token, whatever the folder's head was for
+    if task not in HEADED:
+        return {}
+    if problem_type == "regression":
+        return {"num_labels": 1, "problem_type": problem_type}
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if task is TaskType.TOKEN_CLS:
+        return {"num_labels": len(labels), **names}
+    return {"num_labels": len(labels), "problem_type": problem_type or "single_label_classification", **names}
+
+
+def _renamed(config: Any, task: TaskType) -> dict[str, Any]:
+    """Of Llama's kin, the model for answers names its body otherwise than the models whose weights are published."""
+    if task is not TaskType.QUESTION_ANS:
+        return {}
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
+
+    wanted, given = (
+        getattr(mapping.get(type(config), None), "base_model_prefix", "")
+        for mapping in (MODEL_FOR_QUESTION_ANSWERING_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    )
+    return {"key_mapping": {rf"^{given}\.": f"{wanted}."}} if given and wanted and given != wanted else {}
+
+
+def _revision(revision: str | None) -> dict[str, str]:
+    return {"revision": revision} if revision else {}
+
+
+def _check_new(name: str, model: Any, task: TaskType, new: set[str], mismatched: set[str]) -> None:
+    """A new head is what fine-tuning is for. Anything else without weights is a folder that is not whole."""
+    inside = f"{model.base_model_prefix}."
+    head = {key for key in new if task in HEADED and not key.startswith(inside)}
+    # Many encoders are published without their pooler, which only a classifier reads.
+    head |= {key for key in new - mismatched if task is TaskType.SEQ_CLS and ".pooler." in key}
+    lost = sorted(new - head)
+    if lost:
+        what = "are of another size in its file" if lost[0] in mismatched else "are not in its file"
+        raise ModelError(
+            f"{name}: {len(lost)} weights {what}, such as {lost[0]}; is the folder copied whole, and does its "
+            "config.json belong to its weights?"
+        )
+
+
+def _check_direction(name: str, config: Any, task: TaskType) -> None:
+    both = has_decoder_and_encoder(config)
+    if both and reads(config) != "text":
+        raise ModelError(f"{name}: {why_none(config, task_option(task))}")
+    if task is TaskType.SEQ_2_SEQ_LM and not both:
+        instead = "seq-cls or token-cls" if reads_both_ways(config) else "causal-lm"
+        raise ModelError(
+            f"{name}: {config.model_type} has no encoder and decoder, which seq2seq-lm needs; choose a model such as "
+            f"T5 or BART, or the task {instead}"
+        )
+    # Some of them load as their decoder alone, which has learnt to read what their encoder says.
+    if task is TaskType.CAUSAL_LM and both:
+        raise ModelError(
+            f"{name}: {config.model_type} has an encoder and a decoder, so it cannot learn causal-lm; choose a decoder "
+            "such as Llama or GPT-2, or the task seq2seq-lm with source and target"
+        )
+    # An encoder's language head would see the tokens that it is to predict.
+    if task is TaskType.CAUSAL_LM and reads_both_ways(config):
+        raise ModelError(
+            f"{name}: {config.model_type} reads a text in both directions, so it cannot learn causal-lm; "
+            "choose a decoder, or the task seq-cls"
+        )
+
+
+def build_empty(
+    name: str, task: TaskType, labels: int = 2, problem_type: str | None = None, *, revision: str | None = None
+) -> nn.Module:
+    """The model without its weights (on the meta device), for planning: needs the folder's config alone."""
+    from transformers.utils import logging
+
+    config = load_config(name, revision)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        _check_direction(name, config, task)
+        if task in HEADED:
+            config.num_labels = 2 if task is TaskType.QUESTION_ANS else 1 if problem_type == "regression" else labels
+            if token(config, "pad") is None:
+                set_token(config, "pad", 0)  # decoders find the last real token by it
+        with torch.device("meta"):
+            model: nn.Module = _auto(name, config, task).from_config(config)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{_where(name)}: its config gives no model for {task_option(task)} ({_first_line(error)})"
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    return model
+
+
+def _check_folder(name: str, revision: str | None) -> None:
+    """Say what is wrong with a local path before a library takes it for a hub name."""
+    path = Path(name)
+    if not name.strip():
+        raise ConfigError(f"model: must be a path or a name, found {name!r}")
+    if revision is not None and path.is_dir():
+        raise ConfigError(f"revision: {name} is a folder, which has no revisions, found {revision!r}; leave it out")
+    if path.is_file():
+        raise ModelError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            adapter = (path / "adapter_config.json").is_file()
+            hint = "; it is an adapter: give the model that it was trained on" if adapter else ""
+            raise ModelError(f"{name}: holds no config.json, so it is no model{hint}")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name}: no such folder")
+
+
+def _unloadable(name: str, task: TaskType, error: Exception) -> ModelError:
+    for path in sorted(Path(name).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as damage:
+            return ModelError(f"{path}: cut off or damaged ({_first_line(damage)}); copy it again")
+    return ModelError(f"{_where(name)}: cannot be loaded as a model for {task_option(task)} ({_first_line(error)})")
+
+
+def _where(name: str) -> str:
+    if Path(name).exists():
+        return name
+    away = network.unreachable()
+    return f"{name} (no folder of this name is here, so it was looked for on the hub{f', but {away}' if away else ''})"
+
+
+def _first_line(error: Exception) -> str:
+    if str(error).startswith("We couldn't connect to"):
+        return "nor is it in the hub's cache; check the name, and the network"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,1 +1,0 @@
-"""What a training will need and what would go wrong, before its first step."""

@@ -1,0 +1,1 @@
+"""Checkpoint folders, and resuming from them."""

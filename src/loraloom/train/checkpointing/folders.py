@@ -1,0 +1,280 @@
+"""Checkpoints on disk: ``OUTPUT/checkpoint-STEP`` is whole or absent, and says by hashes that it is whole.
+
+    checkpoint-40/
+      adapter_model.safetensors, adapter_config.json   the adapter, as PEFT writes it
+      state.safetensors                                 the optimizer's state, and what else are tensors
+      state.json                                        where the run stands
+      manifest.json                                     size and sha256 of each file above
+
+This file knows folders and hashes. What the tensors and the state mean is ``resume``'s business. No pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loraloom.config.lora import CONFIG_NAME
+from loraloom.data.table.cache import file_hash
+from loraloom.errors import ConfigError, SaveError
+from loraloom.files.atomic import make_folder, remove_tree, sync, write_files
+from loraloom.lora.checkpoint import WEIGHTS_NAME, write_tensors
+
+TENSORS_NAME = "state.safetensors"
+STATE_NAME = "state.json"
+MANIFEST_NAME = "manifest.json"
+#: The layout of the folder and the meaning of the state; another number is not read.
+FORMAT = 1
+
+#: What reading JSON of another shape than was written raises, deep nesting and huge numbers included.
+DAMAGED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)
+
+_FILES = (WEIGHTS_NAME, CONFIG_NAME, TENSORS_NAME, STATE_NAME)
+_NAME = re.compile(r"checkpoint-(\d+)")
+#: What a run that was killed leaves behind: a checkpoint half written, or half deleted.
+_ASIDE = re.compile(r"\.checkpoint-\d+\.[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole one: every file is there and has its hash."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    def adapter(self) -> dict[str, Tensor]:
+        """The adapter's tensors under PEFT's keys."""
+        return _tensors(self.path / WEIGHTS_NAME)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What ``write`` was given."""
+        return _tensors(self.path / TENSORS_NAME)
+
+
+def write(
+    folder: str | Path,
+    step: int,
+    adapter: Callable[[Path], None],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write ``folder/checkpoint-STEP`` and return it. One that is there already is replaced.
+
+    All is written aside in ``folder``, synced to the disk and renamed. Killed at any moment, or out of space, it leaves
+    nothing under that name but what is whole.
+
+    Args:
+        adapter: writes the adapter's files into the folder that it is given.
+        tensors: anything; they come back as they are.
+        state: plain JSON, in which numbers that are not finite come back as they are.
+
+    Raises:
+        SaveError: the disk is full or the folder cannot be written. Checkpoints that were there are as they were.
+    """
+    folder = Path(folder)
+    place, aside = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.{secrets.token_hex(4)}"
+    try:
+        make_folder(aside)
+        adapter(aside)
+        # Not sorted: the first metric of an evaluation is the one that is watched.
+        text = json.dumps({**limits_as_text(state), "format": FORMAT, "step": step}, indent=1)
+        write_files(aside, {TENSORS_NAME: partial(write_tensors, tensors), STATE_NAME: text.encode()})
+        manifest = {
+            name: {"bytes": (aside / name).stat().st_size, "sha256": file_hash(aside / name)} for name in _FILES
+        }
+        write_files(aside, {MANIFEST_NAME: json.dumps(manifest, indent=1, sort_keys=True).encode()})
+        if os.path.lexists(place):
+            _remove(place)
+        os.rename(aside, place)
+        sync(folder)
+    except (OSError, SaveError) as error:
+        cause = error.__cause__ if isinstance(error, SaveError) else error
+        said = cause.strerror or str(cause) if isinstance(cause, OSError) else str(error)
+        raise SaveError(
+            f"{place}: the checkpoint cannot be written ({said}); those that were there are unchanged"
+        ) from error
+    finally:
+        remove_tree(aside)  # it was renamed, unless something went wrong
+    return place
+
+
+def read(path: str | Path) -> Checkpoint:
+    """The checkpoint in the folder ``path``, after every file was compared with its hash.
+
+    Raises:
+        ConfigError: it is not a whole checkpoint; the message says what is wrong with it.
+    """
+    path = Path(path)
+    if problem := _problem(path):
+        raise ConfigError(f"{path} is no whole checkpoint: {problem}")
+    try:
+        state = text_as_limits(json.loads((path / STATE_NAME).read_bytes()))
+        return Checkpoint(path, int(state["step"]), state)
+    except (OSError, *DAMAGED):  # since it was looked at
+        raise ConfigError(f"{path} is no whole checkpoint: {STATE_NAME} cannot be read") from None
+
+
+def newest(
+    folder: str | Path,
+    note: Callable[[str], None] = lambda text: None,
+    fits: Callable[[Checkpoint], str] = lambda checkpoint: "",
+) -> Checkpoint | None:
+    """The whole checkpoint in ``folder`` with the most steps; None where there is none.
+
+    Args:
+        note: told of each that is damaged, and therefore passed over.
+        fits: what speaks against one that is whole, or nothing.
+    """
+    for path in listed(folder):
+        try:
+            found = read(path)
+        except ConfigError as error:
+            note(f"{error}; it is passed over")
+            continue
+        if not (against := fits(found)):
+            return found
+        note(f"{path} is passed over: {against}")
+    return None
+
+
+def is_whole(path: str | Path) -> bool:
+    return not _problem(Path(path))
+
+
+def listed(folder: str | Path) -> list[Path]:
+    """The checkpoints in ``folder`` by name, whole or not, the most steps first."""
+    with contextlib.suppress(OSError):
+        return sorted((p for p in Path(folder).iterdir() if p.is_dir() and _NAME.fullmatch(p.name)), key=_step)[::-1]
+    return []
+
+
+def rotate(folder: str | Path, limit: int, keep: Collection[int] = ()) -> None:
+    """Delete old checkpoints, so that at most ``limit`` remain; those of the steps ``keep`` and the newest stay anyway.
+
+    One that cannot be deleted stays: that is no reason to stop a training.
+    """
+    paths = listed(folder)
+    stay = {path for path in paths if _step(path) in keep} | set(paths[:1])
+    for path in paths:
+        if len(stay) < limit:
+            stay.add(path)
+    for path in paths:
+        if path not in stay:
+            with contextlib.suppress(OSError):
+                _remove(path)
+
+
+def clean(folder: str | Path) -> None:
+    """Delete what runs that were killed left in ``folder``, half written or half deleted."""
+    with contextlib.suppress(OSError):
+        for path in list(Path(folder).iterdir()):
+            if _ASIDE.fullmatch(path.name):
+                remove_tree(path)
+
+
+def forget(folder: str | Path) -> None:
+    """Delete all checkpoints in ``folder``.
+
+    Raises:
+        SaveError: one cannot be deleted.
+    """
+    for path in listed(folder)[::-1]:
+        try:
+            _remove(path)
+        except OSError as error:
+            raise SaveError(f"{path}: cannot be deleted ({error.strerror}); choose another folder") from None
+
+
+def copy(checkpoint: Checkpoint, folder: str | Path) -> Path:
+    """The same checkpoint in another folder, whole or absent there too."""
+    names = (WEIGHTS_NAME, CONFIG_NAME)
+
+    def adapter(to: Path) -> None:
+        write_files(to, {name: (checkpoint.path / name).read_bytes() for name in names})
+
+    return write(folder, checkpoint.step, adapter, checkpoint.tensors(), checkpoint.state)
+
+
+# -- one folder -------------------------------------------------------------------------------------------------------
+
+
+def _problem(path: Path) -> str:
+    """Why ``path`` is not a whole checkpoint, or nothing."""
+    if not path.is_dir():
+        return "there is no such folder" if not path.exists() else "it is no folder"
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_bytes())
+        for name in _FILES:
+            size, wanted = manifest[name]["bytes"], manifest[name]["sha256"]
+            if (found := (path / name).stat().st_size) != size:
+                return f"{name} has {found:,} bytes and had {size:,} when it was written"
+            if file_hash(path / name) != wanted:
+                return f"{name} is damaged (its sha256 is not the one in {MANIFEST_NAME})"
+        state = json.loads((path / STATE_NAME).read_bytes())
+        if state["format"] != FORMAT:
+            return f"it is of format {state['format']}, and this version of loraloom reads {FORMAT}"
+        if not isinstance(state["step"], int):
+            raise TypeError
+    except FileNotFoundError as error:
+        return f"it has no {Path(error.filename).name}"
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+    except DAMAGED:
+        return f"{MANIFEST_NAME} or {STATE_NAME} is not what loraloom writes"
+    return ""
+
+
+def _step(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    assert found is not None
+    return int(found[1])
+
+
+def _remove(path: Path) -> None:
+    """Under another name first: half a checkpoint is never to be seen under its own."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    os.rename(path, aside)
+    remove_tree(aside)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        found: dict[str, Tensor] = load_file(path)
+        return found
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be read ({error})") from None
+
+
+# -- JSON that knows NaN ----------------------------------------------------------------------------------------------
+
+
+def limits_as_text(value: Any) -> Any:
+    """JSON has no NaN and no infinity: ``{"number": "nan"}`` stands for them."""
+    if isinstance(value, Mapping):
+        return {str(key): limits_as_text(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [limits_as_text(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return {"number": str(value)}
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def text_as_limits(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"number"} and isinstance(value["number"], str):
+            return float(value["number"])
+        return {key: text_as_limits(item) for key, item in value.items()}
+    return [text_as_limits(item) for item in value] if isinstance(value, list) else value

@@ -1,1 +1,0 @@
-"""A run on its way: checkpoints, going on from them, signals, what is written in the end."""

@@ -1,0 +1,42 @@
+"""A learning rate and a number of epochs to begin with, and whether a run should have gone further.
+
+The rules are of others, and a start: a search finds better values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loraloom.config.lora import TaskType
+
+#: Ten times the rate of full fine-tuning at a width of 2000, falling with the width (Schulman et al. 2025, "LoRA
+#: Without Regret", on Llama); half as much again for runs under 100 steps.
+RATE, WIDTH, POWER, SHORT = 5e-4, 2000, 0.775, 1.5
+LOWEST, HIGHEST = 5e-5, 5e-3
+#: Steps that a new head and an adapter want at least, and those after which a generating model repeats its rows.
+STEPS = {True: 300, False: 100}
+MOST = {True: 15, False: 5}
+#: A loss that fell by this share in the last part of a run would fall further.
+FALLS = 0.02
+
+
+def start(hidden: int | None, task: TaskType, rows: int, batch_size: int) -> tuple[float, int]:
+    """Peak learning rate and epochs for a model of width ``hidden`` on ``rows`` rows."""
+    classifies = task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+    steps = max(1, math.ceil(rows / batch_size))
+    epochs = min(MOST[classifies], max(2 if rows > 20_000 else 3, math.ceil(STEPS[classifies] / steps)))
+    rate = RATE * (WIDTH / (hidden or WIDTH)) ** POWER * (SHORT if steps * epochs < 100 else 1)
+    rate = min(HIGHEST, max(LOWEST, rate))
+    digits = 1 - math.floor(math.log10(rate))
+    return round(rate, digits), epochs
+
+
+def falls(evaluations: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """The last two held-out losses of a run whose loss was still falling at its end; None where it was not."""
+    losses = [float(entry["loss"]) for entry in evaluations if entry.get("loss") is not None]
+    if len(losses) < 2 or not all(map(math.isfinite, losses[-2:])) or losses[-1] != min(losses):
+        return None
+    before, last = losses[-2:]
+    return (before, last) if before - last > FALLS * abs(before) else None

@@ -1,0 +1,144 @@
+"""``run.json``: what a run was told, what it did, what came out. Knows no more than what it is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import loraloom
+from loraloom.engine.slot import Slot
+from loraloom.errors import ConfigError
+from loraloom.train import early_stopping
+
+if TYPE_CHECKING:
+    from loraloom.train.run import Prepared
+
+RUN_NAME = "run.json"
+#: ``run.json``'s hash of its own contents without this key.
+_OWN_HASH = "record_sha256"
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "loraloom": loraloom.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def machine() -> dict[str, Any]:
+    return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+
+
+def record(
+    prepared: Prepared,
+    slot: Slot,
+    *,
+    state: str,
+    tokens: int,
+    seconds: float,
+    identity: Mapping[str, Any],
+    resumed_at: list[int],
+    adapter_step: int | None = None,
+) -> dict[str, Any]:
+    """What ``run.json`` holds.
+
+    Args:
+        state: ``finished``, ``interrupted`` or ``failed``.
+        identity: hashes by which a later run knows whether it is the same.
+        resumed_at: the steps at which the run was gone on with.
+        adapter_step: the step of the adapter in the folder, where it is not the last one.
+    """
+    data, evaluations = prepared.data, slot.curve.evaluations
+    adapter_step = slot.step if adapter_step is None else adapter_step
+    result = next((one for one in reversed(evaluations) if one["step"] <= adapter_step), {})
+    metric = early_stopping.watched(result, None) if result else prepared.loaded.metrics.first
+    found = early_stopping.best(evaluations, prepared.options.metric_for_best_model)
+    return {
+        "state": state,
+        "steps": slot.step,
+        "adapter_step": adapter_step,
+        "ended_early": slot.enough or None,
+        "resumed_at": resumed_at,
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "metric": metric,
+        "result": {key: value for key, value in result.items() if key != "step"},
+        "best": None if found is None else {"step": found[0], "metric": found[1], "value": found[2]},
+        "options": prepared.options.to_dict(),
+        "identity": {key: identity[key] for key in ("data", "examples", "base")},
+        "trainable_parameters": prepared.plan.parameters,
+        "base_parameters": prepared.plan.base_parameters,
+        "unadapted_experts": str(prepared.plan.experts) if prepared.plan.experts.weights else None,
+        "trained_in_full": [extra.name for extra in prepared.plan.saved],
+        "data": {
+            "sha256": data.hashes,
+            "rows": len(data.train.examples),
+            "evaluation_rows": len(data.evaluation.examples),
+            "truncated": data.train.truncated,
+            "labels": data.names,
+            "padding_share": data.padding,
+        },
+        "versions": versions(),
+        "machine": machine(),
+        "curve": asdict(slot.curve),
+    }
+
+
+def as_json(found: Mapping[str, Any]) -> bytes:
+    """What ``run.json`` holds of ``found``, with its own hash."""
+    plain = {key: value for key, value in _finite(found).items() if key != _OWN_HASH}
+    return _text(plain | {_OWN_HASH: _hash(plain)})
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The record in ``path``; None where there is none. One without a hash of its own is of an earlier version.
+
+    Raises:
+        ConfigError: it is damaged, or not what loraloom writes.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        parts = [found, *(found[key] for key in ("options", "identity", "versions", "machine"))]
+        parts += [found["options"]["lora"], found.get("files", {})]
+        whole = all(isinstance(part, dict) for part in parts) and isinstance(found["steps"], int)
+        plain = {key: value for key, value in found.items() if key != _OWN_HASH}
+        early = _OWN_HASH not in found and "files" not in found  # earlier versions knew no hashes
+        if whole and (early or found[_OWN_HASH] == _hash(plain)):
+            return found  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ConfigError(f"{path}: damaged, or not what loraloom writes")
+
+
+def _text(plain: Mapping[str, Any]) -> bytes:
+    return json.dumps(plain, indent=2, sort_keys=True, allow_nan=False).encode()
+
+
+def _hash(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_text(plain)).hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list) else value

@@ -1,1 +1,0 @@
-"""What a run is told: options, and the file that holds them."""

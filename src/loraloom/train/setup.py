@@ -1,0 +1,230 @@
+"""What all adapters of a run or a search share: rows, tokenizer, frozen model, and how each of them is measured."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from loraloom.config.lora import TASK_HEADS, LoraConfig, TaskType
+from loraloom.config.names import TASKS
+from loraloom.config.train import TrainOptions
+from loraloom.data.records import Record
+from loraloom.data.rows import Row
+from loraloom.data.table.scan import Watch
+from loraloom.distributed import launch
+from loraloom.distributed.launch import Place
+from loraloom.engine import optimizers
+from loraloom.engine.slot import Slot
+from loraloom.errors import ConfigError, ModelError, some
+from loraloom.inference.evaluation import HeldOut, evaluate
+from loraloom.inference.jackknife import Figures, divide, evaluate_parts
+from loraloom.lora.matching import matches_name
+from loraloom.lora.model import PeftModel
+from loraloom.models.configs import tokens_at_most
+from loraloom.models.labels import SHOWN, as_the_model
+from loraloom.models.load import build_empty, length_within, load_base, load_config, load_tokenizer
+from loraloom.models.parts import text_only
+from loraloom.tasks.metrics.registry import Metrics, choose
+from loraloom.train import early_stopping
+from loraloom.train.dataset import Data, encode_run_rows, read_run_rows, silent, with_date
+from loraloom.train.dataset import HeldOut as HeldOutRows
+
+#: Numbers of each tensor that are looked at to tell models apart.
+SAMPLE = 256
+
+
+@dataclass
+class Loaded:
+    """``options`` have nothing left open."""
+
+    options: TrainOptions
+    data: Data
+    tokenizer: Any
+    base: nn.Module
+    task: TaskType
+    #: modules without weights in the model's folder, which are therefore trained in full
+    new_modules: list[str]
+    metrics: Metrics
+    place: Place
+    #: a hash by which the frozen model is known again
+    weights: str
+
+    def config(self, options: TrainOptions) -> LoraConfig:
+        """The adapter of ``options`` on this model: its new modules train with it."""
+        given = list(options.lora.modules_to_save or ())
+        known = [*given, *TASK_HEADS.get(self.task, ())]
+        new = [n for n in self.new_modules if not any(matches_name(k, n) or f".{k}." in f".{n}." for k in known)]
+        return text_only(self.base, options.lora.copy(modules_to_save=[*given, *new] or None))
+
+    def empty(self) -> nn.Module:
+        """The model without its weights, for counting."""
+        options = self.options
+        return build_empty(
+            options.model, self.task, max(len(self.data.names), 1), self.data.problem, revision=options.revision
+        )
+
+    def steps(self, options: TrainOptions) -> tuple[int, int]:
+        """Optimizer steps of a whole training, and of once through the rows."""
+        rows = options.batch_size * options.gradient_accumulation_steps
+        per_epoch = math.ceil(len(self.data.train.examples) / rows)
+        return options.max_steps or max(1, round(per_epoch * options.epochs)), per_epoch
+
+    def slot(self, name: str, model: PeftModel, options: TrainOptions, steps: int) -> Slot:
+        return Slot(
+            name,
+            model.adapter_parameters(name),
+            self.data.train.examples,
+            steps=steps,
+            batch_size=options.batch_size,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            learning_rate=options.learning_rate,
+            loraplus_lr_ratio=options.loraplus_lr_ratio,
+            lr_scheduler_type=options.lr_scheduler_type,
+            weight_decay=options.weight_decay,
+            warmup_ratio=options.warmup_ratio,
+            warmup_steps=options.warmup_steps,
+            decay_ratio=options.decay_ratio,
+            optim=options.optim,
+            optim_args=options.optim_args,
+            max_grad_norm=options.max_grad_norm,
+            seed=options.seed,
+            task=self.task,
+            scaled=options.dtype == "float16",
+            world=self.place.world,
+        )
+
+    def evaluate(self, model: PeftModel, name: str, rows: Sequence[int] | None = None) -> dict[str, float]:
+        """The metrics of one adapter over the held-out examples, or over those at ``rows``."""
+        examples = self.data.evaluation.examples if rows is None else self.data.evaluation.examples.view(rows)
+        pad_id, size = self.tokenizer.pad_token_id, self.options.eval_batch_size
+        return evaluate(model, name, self.task, examples, pad_id, size, self.held_out(rows), self.place.world)
+
+    def evaluate_parts(self, model: PeftModel, name: str) -> Figures:
+        """The same over all held-out examples, each figure with those of all but each part: see ``measure.parts``."""
+        pad_id, size, world = self.tokenizer.pad_token_id, self.options.eval_batch_size, self.place.world
+        examples, held_out = self.data.evaluation.examples, self.held_out()
+        return evaluate_parts(model, name, self.task, examples, pad_id, size, held_out, self.parts, world)
+
+    @property
+    def parts(self) -> list[list[int]]:
+        """The held-out examples in parts, for the error of figures."""
+        return divide(self.data.evaluation_rows.of.tolist())
+
+    def held_out(self, rows: Sequence[int] | None = None) -> HeldOut:
+        """What metrics need to know of the held-out examples, or of those at ``rows``."""
+        data, options, of = self.data, self.options, self.data.evaluation_rows.of
+        return HeldOut(
+            metrics=self.metrics,
+            records=_Records(data.evaluation_rows) if self.metrics.needs_predictions else (),
+            rows=(of if rows is None else of[list(rows)]).tolist(),
+            labels=data.names,
+            tokenizer=self.tokenizer,
+            max_length=options.max_length or 0,
+            stride=options.stride,
+            max_new_tokens=options.max_new_tokens,
+        )
+
+
+class _Records(Sequence[tuple[Row, Record]]):
+    """The held-out rows with what they hold, read as far as they are asked for."""
+
+    def __init__(self, rows: HeldOutRows) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[tuple[Row, Record]]:
+        return (self[number] for number in range(len(self)))
+
+    @overload
+    def __getitem__(self, number: int) -> tuple[Row, Record]: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[tuple[Row, Record]]: ...
+    def __getitem__(self, number: int | slice) -> Any:
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        return self._rows[number], self._rows.record(number)
+
+
+def hash_of_weights(model: nn.Module) -> str:
+    """Of the shapes of all tensors and of some numbers of each: another model is noticed, in no time."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].cpu()
+        found.update(some.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def load(options: TrainOptions, where: Place | None = None, reading: Watch = silent, date: str | None = None) -> Loaded:
+    """Read and check rows, tokenizer and model, in the order in which it costs. ``reading`` is told how far rows are.
+
+    ``date`` is that of the run that is resumed, for a chat template that writes one: see ``TrainOptions.date``.
+
+    Raises:
+        InputError: anything wrong with what the user gave.
+    """
+    task = TASKS[options.task]
+    where = where or launch.find(options.device)
+    if options.fsdp and where.world.size == 1:
+        raise ConfigError(
+            f"fsdp: needs several processes; {launch.lonely() or 'start them with torchrun or accelerate launch'}"
+        )
+    if options.optim != "adamw":
+        optimizers.find(options.optim, options.weight_decay, options.optim_args)
+    if options.problem_type or task is not TaskType.SEQ_CLS:
+        choose(task, options.problem_type, options.metrics)  # before anything is read
+    rows = read_run_rows(options, reading)
+    config = load_config(options.model, options.revision)
+    limit = tokens_at_most(config)
+    options = replace(options, max_length=length_within(limit, options.max_length, options.model))
+    if rows.names and (names := as_the_model(rows.names, config)) and names != rows.names:
+        rows = replace(rows, names=names)
+        rows.notes.append(f"classes are numbered as {options.model} numbers them: {some(names, SHOWN)}")
+    tokenizer = load_tokenizer(options.model, options.revision)
+    day = where.world.gather(today())[0]  # the same in all processes, also at midnight
+    options = with_date(rows, options, tokenizer, date or day)
+    data = encode_run_rows(rows, options, tokenizer, reading)
+    metrics = choose(task, data.problem, options.metrics).of_labels(data.names)
+    if options.metric_for_best_model and not metrics.own:  # what a function returns is not known before
+        early_stopping.watched(dict.fromkeys(["loss", *metrics.names], 0.0), options.metric_for_best_model)
+    torch.manual_seed(options.seed)  # the new head's numbers
+    base, new = load_base(
+        options.model,
+        task,
+        options.dtype,
+        data.names,
+        data.problem,
+        revision=options.revision,
+        attn_implementation=options.attn_implementation,
+        tokenizer=tokenizer,
+        say=data.notes.append,
+    )
+    weights = hash_of_weights(base)
+    if not options.fsdp:  # else its parts go there one by one
+        base.to(where.device)
+    _check_vocabulary(base, data, options.model)
+    return Loaded(options, data, tokenizer, base, task, new, metrics, where, weights)
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def _check_vocabulary(model: nn.Module, data: Data, name: str) -> None:
+    known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    largest = max(data.train.largest, data.evaluation.largest)
+    if largest >= known:
+        raise ModelError(
+            f"{name}: its tokenizer gives token {largest}, and the model has {known} (numbered from 0), so they do "
+            "not belong together; resize the model's embeddings (resize_token_embeddings) or copy the right tokenizer"
+        )

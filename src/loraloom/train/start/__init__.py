@@ -1,1 +1,0 @@
-"""What a run begins from: rows, tokenizer, frozen model."""

@@ -1,0 +1,1 @@
+"""One diagnosis each: what shows it, what to do."""

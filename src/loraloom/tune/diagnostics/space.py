@@ -1,0 +1,155 @@
+"""What the trials together say about the space: its edges, its failures, and knobs that made no difference.
+
+Every function looks at one symptom and answers None when its figures do not support a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any
+
+from loraloom.tune.diagnostics.inputs import FEW_STEPS, Advice, Evidence
+from loraloom.tune.format import label, shown
+from loraloom.tune.ranking import same, varying
+from loraloom.tune.trial import Trial
+
+#: A trend: a trial nearer the edge beats one farther away in this share of all pairs. Chance alone gives 0.5, and
+#: 0.75 with eight trials on each side about once in twenty.
+TREND = 0.75
+#: A trend needs so many trials on each side.
+TREND_TRIALS = 3
+#: A rate is too high when at least this share of the trials at or above it failed.
+FAILED = 2 / 3
+#: A knob did not matter below this share of the importance, where chance gives as much, and no value's trials beat
+#: another's in more than this share of pairs.
+IDLE = 0.1
+IDLE_PAIRS = 0.7
+#: and so many trials were compared.
+IDLE_TRIALS = 12
+
+
+def failures(evidence: Evidence) -> Advice | None:
+    """Rates from which on most trials failed, where lower ones held."""
+    rates = {trial.number: trial.options.learning_rate for trial in evidence.trials}
+    failed = {trial.number for trial in evidence.trials if trial.state == "failed"}
+    for bound in sorted({rates[number] for number in failed}):
+        above = [number for number, rate in rates.items() if rate >= bound]
+        held = [rate for number, rate in rates.items() if rate < bound and number not in failed]
+        count = len(failed.intersection(above))
+        if held and count >= FAILED * len(above):
+            what = f"{count} of {len(above)} trials from rate {shown(bound)} on"
+            if len(above) == 1:
+                what = f"the trial with rate {shown(bound)}"
+            return Advice(
+                "failures",
+                f"{what} diverged; {shown(max(held))} held: make it the upper bound of the rate",
+                {"failed": count, "trials": len(above), "rate": bound, "held": max(held)},
+            )
+    return None
+
+
+def edge(evidence: Evidence) -> Iterator[Advice]:
+    """The best lies at an edge of the space, and trials nearer that edge did better."""
+    if evidence.comparison.steps < FEW_STEPS:
+        return
+    for knob, side in evidence.edges.items():
+        at = evidence.place(evidence.best, knob)
+        # A trend of a knob that hardly counts is borrowed from others that happened to vary with it.
+        borrowed = evidence.importance.get(knob, 1.0) < IDLE and knob not in evidence.mattered
+        if at is None or borrowed:
+            continue
+        lower, upper = _halves(evidence, knob)
+        if min(len(lower), len(upper)) < TREND_TRIALS:
+            continue
+        near, far = (upper, lower) if side == "high" else (lower, upper)
+        share = _beats([evidence.comparison.good(n) for n in near], [evidence.comparison.good(n) for n in far])
+        if share < TREND or _failed_beyond(evidence, knob, at, side):
+            continue
+        values = evidence.comparison.values
+        means = {"near": median(values[n] for n in near), "far": median(values[n] for n in far)}
+        words = ("upper", "lower") if side == "high" else ("lower", "upper")
+        yield Advice(
+            "edge",
+            f"the best {label(knob)}, {shown(evidence.best.values[knob])}, is at the {words[0]} edge of the space: "
+            f"widen it there. The {words[0]} half of the trials has a median {evidence.comparison.metric} of "
+            f"{means['near']:.3g}{evidence.when}, the {words[1]} half {means['far']:.3g}",
+            {"knob": knob, "side": side, "value": evidence.best.values[knob], **means, "pairs": share},
+        )
+
+
+def _failed_beyond(evidence: Evidence, knob: str, at: float, side: str) -> bool:
+    places = [evidence.place(trial, knob) for trial in evidence.trials if trial.state == "failed"]
+    return any(place is not None and (place >= at if side == "high" else place <= at) for place in places)
+
+
+def _halves(evidence: Evidence, knob: str) -> tuple[list[int], list[int]]:
+    """Trials with low and with high values of ``knob``; equal values stay together."""
+    places = {
+        trial.number: place
+        for trial in evidence.trials
+        if trial.number in evidence.comparison.values and (place := evidence.place(trial, knob)) is not None
+    }
+    ordered = sorted(places.values())
+    if not ordered or ordered[0] == ordered[-1]:
+        return [], []
+    # The cut between two neighbouring values that divides most evenly.
+    cuts = [low for low, high in pairwise(ordered) if low < high]
+    cut = min(cuts, key=lambda c: abs(2 * sum(v <= c for v in ordered) - len(ordered)))
+    return [n for n, v in places.items() if v <= cut], [n for n, v in places.items() if v > cut]
+
+
+def _beats(ones: Sequence[float], others: Sequence[float]) -> float:
+    """The share of pairs in which the one is greater; a draw is half. It cares for no scale and no outlier."""
+    return fmean(1.0 if one > other else 0.5 if one == other else 0.0 for one in ones for other in others)
+
+
+def idle(evidence: Evidence) -> Iterator[Advice]:
+    """Knobs that made no difference: fix them where the adapter is smallest."""
+    compared = [trial for trial in evidence.trials if trial.number in evidence.comparison.values]
+    if len(compared) < IDLE_TRIALS or evidence.comparison.steps < FEW_STEPS:
+        return
+    for knob in varying(compared):
+        share = evidence.importance.get(knob, 1.0)
+        groups = _groups(evidence, compared, knob)
+        if share >= IDLE or knob in evidence.mattered or len(groups) < 2 or min(map(len, groups)) < TREND_TRIALS:
+            continue
+        goods = [[evidence.comparison.good(trial.number) for trial in group] for group in groups]
+        if max(_beats(one, other) for one in goods for other in goods if one is not other) > IDLE_PAIRS:
+            continue
+        medians = [median(evidence.comparison.values[trial.number] for trial in group) for group in groups]
+        value = _cheapest(compared, evidence.best, knob)
+        yield Advice(
+            "idle",
+            f"{label(knob)} made no difference ({share:.0%} of the importance, median {evidence.comparison.metric} "
+            f"{min(medians):.3g} to {max(medians):.3g}{evidence.when}): fix it at "
+            f"{shown(value)} and spend the trials elsewhere",
+            {"knob": knob, "share": share, "lowest": min(medians), "highest": max(medians), "value": value},
+        )
+
+
+def _groups(evidence: Evidence, trials: Sequence[Trial], knob: str) -> list[list[Trial]]:
+    """Trials by their value; by halves where nearly each has a value of its own."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if knob in trial.values:
+            groups.setdefault(same(trial.values[knob]), []).append(trial)
+    if min(map(len, groups.values())) >= TREND_TRIALS:
+        return list(groups.values())
+    by_number = {trial.number: trial for trial in trials}
+    return [[by_number[n] for n in half] for half in _halves(evidence, knob) if half]
+
+
+def _cheapest(trials: Sequence[Trial], best: Trial, knob: str) -> Any:
+    """The value with the fewest parameters, or the least to compute; the best's own where all cost the same."""
+    values = {same(trial.values[knob]): trial.values[knob] for trial in trials if knob in trial.values}
+    if knob.endswith((".r", "lora_dropout")):
+        return min(values.values())
+    if not knob.endswith(("target_modules", "modules_to_save")):
+        return best.values[knob]
+    sizes: dict[str, list[float]] = {text: [] for text in values}
+    for trial in trials:
+        if knob in trial.values:
+            sizes[same(trial.values[knob])].append(trial.parameters / trial.options.lora.r)
+    return values[min(sizes, key=lambda text: (median(sizes[text]), text))]

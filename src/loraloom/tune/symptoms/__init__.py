@@ -1,1 +1,0 @@
-"""One symptom of a search each: its figures, and what to do about it."""

@@ -1,0 +1,201 @@
+"""Promises of the loop: a pack of many is each one alone, a loss that is not finite changes nothing, all is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraloom import LoraConfig, PeftModel, TaskType
+from loraloom.data.example import Example
+from loraloom.engine.loop import Progress, train_pack
+from loraloom.engine.slot import Slot
+from loraloom.errors import TrainingError
+from loraloom.inference.evaluation import evaluate
+
+CLASSES, LM = TaskType.SEQ_CLS, TaskType.CAUSAL_LM
+Maker = Callable[..., PeftModel]
+
+#: Two that differ in all that slots can differ in: r, targets, scale, start, rows, rates, how long they train.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "default": {"r": 4, "target_modules": "all-linear", "lora_alpha": 4, "init_lora_weights": False},
+    "other": {"r": 7, "target_modules": ["q_proj", "down_proj", "query", "value"], "use_rslora": True},
+}
+SLOTS: dict[str, dict[str, Any]] = {
+    "default": {"steps": 7, "batch_size": 5, "learning_rate": 1e-2, "seed": 1, "weight_decay": 0.1},
+    "other": {"steps": 4, "batch_size": 3, "learning_rate": 3e-2, "seed": 2, "warmup_ratio": 0.5, "max_grad_norm": 0.2},
+}
+
+
+def two(make: Maker) -> PeftModel:
+    """A model that carries both adapters, each with its own seed."""
+    model = make(seed=11, **ADAPTERS["default"])
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = [name for name in ADAPTERS["other"]["target_modules"] if name in known]
+    other = LoraConfig(
+        task_type=model.peft_config["default"].task_type, **{**ADAPTERS["other"], "target_modules": targets}
+    )
+    model.add_adapter("other", other, seed=12)
+    return model
+
+
+def train(
+    model: PeftModel, task: TaskType, examples: list[Example], *names: str, **options: Any
+) -> tuple[dict[str, Slot], int]:
+    slots = {name: Slot(name, model.adapter_parameters(name), examples, **SLOTS[name]) for name in names}
+    options = {"evaluate_every": 3, "evaluate": lambda slot: {"loss": 0.0}, **options}
+    return slots, train_pack(model, list(slots.values()), task, 0, **options)
+
+
+def weights(model: PeftModel, name: str) -> dict[str, Tensor]:
+    return {key: p.detach().clone() for key, p in model.adapter_parameters(name).items()}
+
+
+@pytest.fixture(params=["seq-cls", "causal-lm"])
+def pack(request: pytest.FixtureRequest) -> tuple[Maker, TaskType, list[Example]]:
+    if request.param == "seq-cls":
+        return request.getfixturevalue("classifier"), CLASSES, request.getfixturevalue("classes")
+    return request.getfixturevalue("decoder"), LM, request.getfixturevalue("completions")
+
+
+# One and many ---------------------------------------------------------------------------------------------
+
+
+def test_a_pack_of_two_is_each_of_them_alone(pack: tuple[Maker, TaskType, list[Example]]) -> None:
+    make, task, examples = pack
+    together = two(make)
+    start = {name: weights(together, name) for name in ADAPTERS}
+    both, _ = train(together, task, examples, "default", "other")
+    for name in ADAPTERS:
+        # The other adapter lies on the same base and is not trained: only what is in the loop differs.
+        alone = two(make)
+        one, _ = train(alone, task, examples, name)
+        assert both[name].step == SLOTS[name]["steps"]
+        assert both[name].curve.learning_rate == one[name].curve.learning_rate
+        close = 1e-5 if task is LM else 1e-9  # a Llama's norms compute in float32, whose rounding follows the batch
+        assert both[name].curve.loss == pytest.approx(one[name].curve.loss, rel=close)
+        found, wanted = weights(together, name), weights(alone, name)
+        assert max((found[key] - start[name][key]).abs().max() for key in found) > 1e-3
+        for key in found:
+            torch.testing.assert_close(found[key], wanted[key], rtol=close, atol=close)
+
+
+def test_what_is_not_in_the_loop_is_not_touched(decoder: Maker, completions: list[Example]) -> None:
+    model = two(decoder)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    train(model, LM, completions, "other")
+    mine = {id(p) for p in model.adapter_parameters("other").values()}
+    for key, p in model.named_parameters():
+        assert torch.equal(p, before[key]) != (id(p) in mine), key
+        assert p.grad is None, key
+
+
+# Figures --------------------------------------------------------------------------------------------------
+
+
+def test_each_step_is_seen_with_its_loss_and_the_tokens_so_far(decoder: Maker, completions: list[Example]) -> None:
+    model, seen = decoder(), []
+
+    def watch(progress: Progress) -> None:
+        assert progress.seconds > 0
+        seen.append((progress.slot.step, len(progress.slot.curve.loss), progress.tokens))
+
+    slot = Slot(
+        "default", model.adapter_parameters("default"), completions[:9], steps=4, batch_size=4, learning_rate=1e-3
+    )
+    tokens = train_pack(model, [slot], LM, 0, evaluate_every=9, evaluate=lambda slot: {}, watch=watch)
+    assert [step for step, *_ in seen] == [losses for _, losses, _ in seen] == [1, 2, 3, 4]
+    epoch = sum(len(e.input_ids) for e in completions[:9])  # three batches; padding is not counted
+    assert seen[2][2] == epoch
+    assert tokens == seen[3][2] > epoch
+
+
+def test_an_evaluation_is_made_every_so_often_and_once_at_the_end(decoder: Maker, completions: list[Example]) -> None:
+    model = two(decoder)
+    slots, _ = train(model, LM, completions, "default", "other", evaluate_every=2)
+    assert [e["step"] for e in slots["default"].curve.evaluations] == [2, 4, 6, 7]
+    assert [e["step"] for e in slots["other"].curve.evaluations] == [2, 4]
+
+
+def test_the_loop_can_be_stopped_between_steps(decoder: Maker, completions: list[Example]) -> None:
+    steps: list[int] = []
+    slots, _ = train(
+        decoder(),
+        LM,
+        completions,
+        "default",
+        watch=lambda p: steps.append(p.slot.step),
+        stopped=lambda: len(steps) == 3,
+    )
+    assert steps == [1, 2, 3]
+    assert slots["default"].step == 3
+    assert not slots["default"].done
+
+
+def test_an_evaluation_changes_neither_mode_nor_weights_nor_the_active_adapter(
+    decoder: Maker, completions: list[Example]
+) -> None:
+    model = two(decoder)
+    before, active = weights(model, "other"), model.active_adapters
+    for training in (True, False):
+        model.train(training)
+        figures = [evaluate(model, name, LM, completions[:8], 0, 3) for name in ADAPTERS]
+        assert model.training is training
+        assert model.active_adapters == active
+        assert figures[0] != figures[1]
+    assert all(torch.equal(p, before[key]) for key, p in model.adapter_parameters("other").items())
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation(classifier: Maker, classes: list[Example]) -> None:
+    model = classifier(lora_dropout=0.5)
+    figures = {evaluate(model, "default", CLASSES, classes[:8], 0, 4)["loss"] for _ in range(3)}
+    assert len(figures) == 1
+    losses = set()
+    for seed in range(3):
+        # One batch of all rows: the seed is that of the dropout alone.
+        slot = Slot(
+            "default",
+            model.adapter_parameters("default"),
+            classes[:8],
+            steps=1,
+            batch_size=8,
+            learning_rate=1e-30,
+            seed=seed,
+        )
+        train_pack(model, [slot], CLASSES, 0, evaluate_every=1, evaluate=lambda slot: {})
+        losses.add(slot.curve.loss[0])
+    assert len(losses) == 3
+
+
+# A loss that is not finite --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_its_slot_as_it_was_before_and_the_others_go_on(
+    decoder: Maker, completions: list[Example], number: float
+) -> None:
+    model = two(decoder)
+    left: dict[str, dict[str, Tensor]] = {}
+
+    def spoil(progress: Progress) -> None:
+        if progress.slot.name == "other" and progress.slot.step == 2:  # the last to be updated in a step
+            next(iter(model.adapter_parameters("other").values())).data[0, 0] = number
+            left.update({name: weights(model, name) for name in ADAPTERS})
+
+    slots, _ = train(model, LM, completions, "default", "other", watch=spoil)
+    assert slots["other"].failure == "step 3: the loss is nan"
+    for key, p in model.adapter_parameters("other").items():
+        assert torch.equal(p.nan_to_num(), left["other"][key].nan_to_num()), key
+    alone = two(decoder)
+    one, _ = train(alone, LM, completions, "default")
+    assert slots["default"].curve.loss == pytest.approx(one["default"].curve.loss, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_of_one(decoder: Maker, completions: list[Example]) -> None:
+    model = decoder()
+    next(iter(model.adapter_parameters("default").values())).data[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="step 1: the loss is nan, so training cannot go on; lower the learning"):
+        train(model, LM, completions, "default")
