@@ -35,8 +35,7 @@ from loraloom.lora import matmul
 from loraloom.report.session import tune_run
 from loraloom.report.terminal import predictions
 from loraloom.report.tune import conclusion
-from loraloom.train.run import Prepared, predict
-from loraloom.train.setup import Loaded, load
+from loraloom.train.setup import Loaded, Prepared, load, predict
 from loraloom.tune.config import TuneOptions
 from loraloom.tune.format import knobs
 from loraloom.tune.search import BEST_FILE, BEST_NAME, SearchResult

@@ -21,7 +21,8 @@ from loraloom.config.train import TrainOptions
 from loraloom.errors import LoraloomError
 from loraloom.train.checkpointing import folders
 from loraloom.train.output import RUN_FILE
-from loraloom.train.run import Prepared, prepare, run
+from loraloom.train.run import prepare, run
+from loraloom.train.setup import Prepared
 from loraloom.train.trainer import Course
 
 from .mutations import mutated

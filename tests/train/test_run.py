@@ -29,8 +29,9 @@ from loraloom.lora.routing import BASE
 from loraloom.models.load import load_base
 from loraloom.train.failures import Interrupted
 from loraloom.train.output import RUN_FILE
-from loraloom.train.run import Prepared, examine, predict, prepare, run
+from loraloom.train.run import examine, prepare, run
 from loraloom.train.run_record import RUN_NAME
+from loraloom.train.setup import Prepared, predict
 
 WEIGHTS = "adapter_model.safetensors"
 Watch = Callable[[Progress], None]

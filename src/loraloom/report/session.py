@@ -26,8 +26,9 @@ from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plo
 from loraloom.train.checkpointing.resume import Resume, find
 from loraloom.train.dataset import BAD_ROWS
 from loraloom.train.failures import Interrupted
-from loraloom.train.run import Prepared, RunResult, examine, outlook, prepare, run
+from loraloom.train.run import RunResult, examine, outlook, prepare, run
 from loraloom.train.run_record import RUN_NAME
+from loraloom.train.setup import Prepared
 from loraloom.tune.config import TuneOptions
 from loraloom.tune.search import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, search
 

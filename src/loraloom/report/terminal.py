@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from loraloom.train.preflight.doctor import Finding
     from loraloom.train.preflight.estimate import Outlook
     from loraloom.train.preflight.memory import Memory
-    from loraloom.train.run import Prepared, RunResult
+    from loraloom.train.run import RunResult
+    from loraloom.train.setup import Prepared
 
 #: Characters of an example's text in the list of predictions.
 SHOWN = 100

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraloom.config.lora import TaskType
 from loraloom.config.train import TrainOptions
 from loraloom.data.batches import collate
 from loraloom.data.table.scan import Watch
@@ -22,19 +21,17 @@ from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, TargetError
 from loraloom.files import lock
-from loraloom.inference.evaluation import HeldOut
-from loraloom.inference.predictions import told
 from loraloom.lora.model import PeftModel, get_peft_model
-from loraloom.lora.targets import Plan, plan
+from loraloom.lora.targets import plan
 from loraloom.models import activation_checkpointing
 from loraloom.models.fsdp import shard
 from loraloom.train.checkpointing.resume import Resume, Say, date_of, goes_on
-from loraloom.train.dataset import Data, silent
+from loraloom.train.dataset import silent
 from loraloom.train.output import check_output, described
 from loraloom.train.preflight import doctor, machine
 from loraloom.train.preflight.doctor import Finding
 from loraloom.train.preflight.estimate import Outlook, look_ahead
-from loraloom.train.setup import Loaded, load
+from loraloom.train.setup import Prepared, load, predict
 from loraloom.train.signals import asked_to_stop
 from loraloom.train.trainer import Course
 
@@ -48,59 +45,6 @@ class RunResult:
     record: dict[str, Any]
     model: PeftModel
     predictions: list[dict[str, str]] = field(default_factory=list)
-
-
-@dataclass
-class Prepared:
-    """Everything that training needs, loaded and checked; ``plan`` says what will train."""
-
-    loaded: Loaded
-    model: PeftModel
-    plan: Plan
-    steps: int
-    steps_per_epoch: int
-
-    @property
-    def options(self) -> TrainOptions:
-        return self.loaded.options
-
-    @property
-    def data(self) -> Data:
-        return self.loaded.data
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.loaded.tokenizer
-
-    @property
-    def task(self) -> TaskType:
-        return self.loaded.task
-
-    @property
-    def new_modules(self) -> list[str]:
-        return self.loaded.new_modules
-
-
-def predict(prepared: Prepared, count: int, name: str = "default") -> list[dict[str, str]]:
-    """The first ``count`` held-out rows as ``{"input", "expected", "predicted"}``.
-
-    ``name`` is an adapter of the model, or ``"__base__"`` for the frozen model alone.
-    """
-    data, options = prepared.data, prepared.options
-    rows = data.evaluation_rows
-    count = min(count, len(rows))
-    numbers = [number for number, row in enumerate(rows.of.tolist()) if row < count]
-    held_out = HeldOut(
-        records=[(rows[row], rows.record(row)) for row in range(count)],
-        rows=[int(rows.of[number]) for number in numbers],
-        labels=data.names,
-        tokenizer=prepared.tokenizer,
-        max_length=options.max_length or 0,
-        stride=options.stride,
-        max_new_tokens=options.max_new_tokens,
-    )
-    examples = data.evaluation.examples.view(numbers)
-    return told(prepared.model, name, prepared.task, examples, held_out, options.eval_batch_size)
 
 
 def prepare(options: TrainOptions, resume: Resume = None, reading: Watch = silent) -> Prepared:

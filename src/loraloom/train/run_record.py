@@ -19,7 +19,7 @@ from loraloom.errors import ConfigError
 from loraloom.train import early_stopping
 
 if TYPE_CHECKING:
-    from loraloom.train.run import Prepared
+    from loraloom.train.setup import Prepared
 
 RUN_NAME = "run.json"
 #: ``run.json``'s hash of its own contents without this key.

@@ -25,8 +25,10 @@ from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, ModelError, some
 from loraloom.inference.evaluation import HeldOut, evaluate
 from loraloom.inference.jackknife import Figures, divide, evaluate_parts
+from loraloom.inference.predictions import told
 from loraloom.lora.matching import matches_name
 from loraloom.lora.model import PeftModel
+from loraloom.lora.targets import Plan
 from loraloom.models.configs import tokens_at_most
 from loraloom.models.labels import SHOWN, as_the_model
 from loraloom.models.load import build_empty, length_within, load_base, load_config, load_tokenizer
@@ -130,6 +132,59 @@ class Loaded:
             stride=options.stride,
             max_new_tokens=options.max_new_tokens,
         )
+
+
+@dataclass
+class Prepared:
+    """Everything that training needs, loaded and checked; ``plan`` says what will train."""
+
+    loaded: Loaded
+    model: PeftModel
+    plan: Plan
+    steps: int
+    steps_per_epoch: int
+
+    @property
+    def options(self) -> TrainOptions:
+        return self.loaded.options
+
+    @property
+    def data(self) -> Data:
+        return self.loaded.data
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
+
+    @property
+    def task(self) -> TaskType:
+        return self.loaded.task
+
+    @property
+    def new_modules(self) -> list[str]:
+        return self.loaded.new_modules
+
+
+def predict(prepared: Prepared, count: int, name: str = "default") -> list[dict[str, str]]:
+    """The first ``count`` held-out rows as ``{"input", "expected", "predicted"}``.
+
+    ``name`` is an adapter of the model, or ``"__base__"`` for the frozen model alone.
+    """
+    data, options = prepared.data, prepared.options
+    rows = data.evaluation_rows
+    count = min(count, len(rows))
+    numbers = [number for number, row in enumerate(rows.of.tolist()) if row < count]
+    held_out = HeldOut(
+        records=[(rows[row], rows.record(row)) for row in range(count)],
+        rows=[int(rows.of[number]) for number in numbers],
+        labels=data.names,
+        tokenizer=prepared.tokenizer,
+        max_length=options.max_length or 0,
+        stride=options.stride,
+        max_new_tokens=options.max_new_tokens,
+    )
+    examples = data.evaluation.examples.view(numbers)
+    return told(prepared.model, name, prepared.task, examples, held_out, options.eval_batch_size)
 
 
 class _Records(Sequence[tuple[Row, Record]]):

@@ -28,7 +28,7 @@ from loraloom.train.signals import Stop
 from loraloom.train.usage import usage_files
 
 if TYPE_CHECKING:
-    from loraloom.train.run import Prepared
+    from loraloom.train.setup import Prepared
 
 
 class Course:

@@ -33,7 +33,7 @@ from loraloom.train.run_record import RUN_NAME, machine, versions
 from loraloom.train.run_record import read as read_record
 
 if TYPE_CHECKING:
-    from loraloom.train.run import Prepared
+    from loraloom.train.setup import Prepared
 
 #: Options that say nothing about what is learnt, or whose contents are compared instead: the model's weights, the
 #: bytes of the data.
