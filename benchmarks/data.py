@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.alone:
-        print(json.dumps(prepared(Path(options.alone[0]), Path(options.alone[1]), options)))
+        print(json.dumps(job(Path(options.alone[0]), Path(options.alone[1]), options)))
         return {}
 
     with tempfile.TemporaryDirectory(prefix="loraloom-benchmark-") as name:
@@ -160,14 +160,14 @@ def resident(pid: int) -> list[tuple[int, int]]:
     return found
 
 
-def prepared(model: Path, rows: Path, options: argparse.Namespace) -> dict[str, Any]:
+def job(model: Path, rows: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What training does before the model is loaded, and the first batches of an epoch."""
-    from loraloom.config.train import TrainOptions
+    from loraloom.config.train import TrainConfig
     from loraloom.data.batches import bucketed
     from loraloom.models.load import load_tokenizer
     from loraloom.train.dataset import encode_run_rows, read_run_rows
 
-    settings = TrainOptions(
+    settings = TrainConfig(
         model=str(model), data=str(rows), task=options.task, output="unused", eval_split=1000, max_length=512,
         data_workers=options.workers,
     )  # fmt: skip

@@ -27,7 +27,7 @@ import common
 import docstrings
 import loraloom
 from loraloom.config.names import TASKS
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.lora import matmul
 from loraloom.models.load import load_base, load_tokenizer
 from loraloom.train.dataset import read_data
@@ -90,7 +90,7 @@ def alone(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as scratch:
         train, held_out = docstrings.write(Path(scratch) / "data")
-        settings = TrainOptions(
+        settings = TrainConfig(
             model=str(MODEL_DIR),
             data=str(train),
             eval_split=str(held_out),
@@ -106,16 +106,16 @@ def alone(name: str, options: argparse.Namespace) -> dict[str, Any]:
             eval_steps=10**9,
         )
         if name == "loraloom":
-            prepared = prepare(settings)
-            result = run(prepared)
-            rows = prepared.steps * options.batch_size
+            job = prepare(settings)
+            result = run(job)
+            rows = job.steps * options.batch_size
             seconds = result.record["seconds"]
             return {"rows_per_second": rows / seconds, "seconds": seconds, "rows": rows,
                     "accuracy": result.record["result"]["accuracy"]}  # fmt: skip
         return trainer(settings, grouped=name in (BY_LENGTH, NO_DROPOUT), dropout=name != NO_DROPOUT)
 
 
-def trainer(settings: TrainOptions, grouped: bool, dropout: bool) -> dict[str, Any]:
+def trainer(settings: TrainConfig, grouped: bool, dropout: bool) -> dict[str, Any]:
     import peft
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 

@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
-from loraloom.config.train import TrainOptions
-from loraloom.tune.config import TuneOptions
+from loraloom.config.train import TrainConfig
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.search import SearchResult, search
 from loraloom.tune.space import Space
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return record
 
 
-def compare(wanted: TuneOptions) -> dict[str, Any]:
+def compare(wanted: TuneConfig) -> dict[str, Any]:
     started = time.perf_counter()
     result = search(wanted)
     seconds = time.perf_counter() - started
@@ -96,18 +96,18 @@ def tokenizer(folder: Path, words: Sequence[str], template: str) -> int:
     return len(vocabulary)
 
 
-def tuning(folder: Path, seed: int, task: str, space: dict[str, Any]) -> TuneOptions:
-    train = TrainOptions(
+def tuning(folder: Path, seed: int, task: str, space: dict[str, Any]) -> TuneConfig:
+    train = TrainConfig(
         model=str(folder / "model"),
         data=str(folder / "rows.jsonl"),
         task=task,
         output=str(folder / "search"),
         seed=seed,
     )
-    return TuneOptions(train=train, space=Space.parse({"lora.r": RANKS, **space}, train), trials=8, slots=8)
+    return TuneConfig(train=train, space=Space.parse({"lora.r": RANKS, **space}, train), trials=8, slots=8)
 
 
-def late(folder: Path, seed: int, space: dict[str, Any], shuffle: bool = False) -> TuneOptions:
+def late(folder: Path, seed: int, space: dict[str, Any], shuffle: bool = False) -> TuneConfig:
     size = tokenizer(folder / "model", [*FILL, *(key for keys in KEYS.values() for key in keys)], "[CLS] $A [SEP]")
     torch.manual_seed(seed)
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -127,7 +127,7 @@ def late(folder: Path, seed: int, space: dict[str, Any], shuffle: bool = False) 
     return tuning(folder, seed, "seq-cls", space)
 
 
-def smooth(folder: Path, seed: int) -> TuneOptions:
+def smooth(folder: Path, seed: int) -> TuneConfig:
     size = tokenizer(folder / "model", FILL, "[CLS] $A")
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -32,12 +32,12 @@ import torch
 
 import common
 import docstrings
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.data.batches import bucketed, collate, evaluation_batches
 from loraloom.lora import matmul
 from loraloom.models.load import load_base
-from loraloom.train.setup import Loaded, load
-from loraloom.tune.config import TuneOptions
+from loraloom.train.setup import Setup, load
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.search import search
 from loraloom.tune.space import Space
 
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as scratch:
         train, held_out = docstrings.write(Path(scratch) / "data")
-        base = TrainOptions(
+        base = TrainConfig(
             model=str(MODEL_DIR),
             data=str(train),
             eval_split=str(held_out),
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         settings = {name: getattr(options, name) for name in ("reduction", "min_share", "finalists", "seeds")}
         # In a slot each, what is tried does not depend on how fast the machine is at the moment.
         space = Space.default(base, "quick")
-        wanted = TuneOptions(train=base, space=space, trials=TRIALS, slots=TRIALS, **settings)
+        wanted = TuneConfig(train=base, space=space, trials=TRIALS, slots=TRIALS, **settings)
         if options.full:
             record = json.loads((options.results / "sweep.json").read_text())
             tried = [entry["values"] for entry in record["search"]["configurations"]]
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return record
 
 
-def compare(wanted: TuneOptions, peft_steps: int) -> dict[str, Any]:
+def compare(wanted: TuneConfig, peft_steps: int) -> dict[str, Any]:
     started = time.perf_counter()
     result = search(wanted)
     seconds = time.perf_counter() - started
@@ -107,13 +107,13 @@ def compare(wanted: TuneOptions, peft_steps: int) -> dict[str, Any]:
         "steps": sum(trial.step for trial in trials),
     }
     print(f"search: {chosen}", flush=True)
-    loaded = load(wanted.train)
-    runs = [one_run(loaded, trial.options, peft_steps) for trial in trials]
+    setup = load(wanted.train)
+    runs = [one_run(setup, trial.options, peft_steps) for trial in trials]
     sequential = sum(run["seconds"] for run in runs)
     print(f"peft: {sequential:.0f} s", flush=True)
     speedup = sequential / seconds
     print(f"the search is {speedup:.2f} times as fast (goal {GOAL:g})")
-    steps, _ = loaded.steps(loaded.options)
+    steps, _ = setup.steps(setup.options)
     settings = {"dtype": wanted.train.dtype, "steps of a full trial": steps, "batch_size": wanted.train.batch_size}
     return {
         "settings": settings,
@@ -131,11 +131,11 @@ def known(record: dict[str, Any], path: Path) -> dict[str, Any] | None:
     return before["full"] if same and before["settings"] == record["settings"] else None
 
 
-def one_run(loaded: Loaded, options: TrainOptions, steps: int) -> dict[str, float]:
+def one_run(setup: Setup, options: TrainConfig, steps: int) -> dict[str, float]:
     """What a run like that of ``options`` takes PEFT: measured on ``steps`` steps and one evaluation."""
-    total, _ = loaded.steps(loaded.options)
+    total, _ = setup.steps(setup.options)
     started = time.perf_counter()
-    base, _ = load_base(loaded.options.model, loaded.task, loaded.options.dtype, loaded.data.names)
+    base, _ = load_base(setup.options.model, setup.task, setup.options.dtype, setup.data.names)
     lora = options.lora
     config = peft.LoraConfig(
         r=lora.r,
@@ -151,13 +151,13 @@ def one_run(loaded: Loaded, options: TrainOptions, steps: int) -> dict[str, floa
     set_up = time.perf_counter() - started
 
     def inputs(rows: list[int], part: Any) -> dict[str, torch.Tensor]:
-        return collate([part.examples[row] for row in rows], loaded.tokenizer.pad_token_id, loaded.task)
+        return collate([part.examples[row] for row in rows], setup.tokenizer.pad_token_id, setup.task)
 
-    order = bucketed(loaded.data.train.lengths, loaded.options.batch_size, 0, 0)[: steps + 3]
+    order = bucketed(setup.data.train.lengths, setup.options.batch_size, 0, 0)[: steps + 3]
     for number, rows in enumerate(order):
         if number == 3:
             started = time.perf_counter()
-        model(**inputs(rows, loaded.data.train)).loss.backward()
+        model(**inputs(rows, setup.data.train)).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -165,8 +165,8 @@ def one_run(loaded: Loaded, options: TrainOptions, steps: int) -> dict[str, floa
     started = time.perf_counter()
     model.eval()
     with torch.inference_mode():
-        for rows in evaluation_batches(loaded.data.evaluation.lengths, 64):
-            model(**inputs(rows, loaded.data.evaluation)).logits.argmax(-1)
+        for rows in evaluation_batches(setup.data.evaluation.lengths, 64):
+            model(**inputs(rows, setup.data.evaluation)).logits.argmax(-1)
     evaluation = time.perf_counter() - started
     each = {"set_up": set_up, "step": step, "evaluation": evaluation}
     return each | {"seconds": set_up + total * step + evaluation}
@@ -188,9 +188,7 @@ class Given(optuna.samplers.BaseSampler):
         return self.configurations[trial.number][param_name]
 
 
-def everything(
-    wanted: TuneOptions, configurations: Sequence[dict[str, Any]], folder: Path, best: int
-) -> dict[str, Any]:
+def everything(wanted: TuneConfig, configurations: Sequence[dict[str, Any]], folder: Path, best: int) -> dict[str, Any]:
     """The same 16 configurations, each to its end."""
     values = replace(wanted, train=replace(wanted.train, output=str(folder)), min_share=1.0, seeds=0)
     result = search(values, sampler=Given(configurations))

@@ -28,15 +28,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import docstrings
 from loraloom import PeftModel, plan
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.data.batches import collate, evaluation_batches
 from loraloom.errors import LoraloomError
 from loraloom.lora import matmul
 from loraloom.report.session import tune_run
 from loraloom.report.terminal import predictions
 from loraloom.report.tune import conclusion
-from loraloom.train.setup import Loaded, Prepared, load, predict
-from loraloom.tune.config import TuneOptions
+from loraloom.train.setup import Setup, TrainJob, load, predict
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.format import knobs
 from loraloom.tune.search import BEST_FILE, BEST_NAME, SearchResult
 from loraloom.tune.space import Space
@@ -60,7 +60,7 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None, overw
     train, held_out = docstrings.write(out / "data")
     thin(train, min(rows or ROWS, ROWS))
     thin(held_out, min(rows or HELD_OUT, HELD_OUT))
-    options = TrainOptions(
+    options = TrainConfig(
         model=str(MODEL_DIR),
         data=str(train),
         eval_split=str(held_out),
@@ -74,25 +74,25 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None, overw
         dtype="bfloat16" if matmul.native("cpu", torch.bfloat16) else "float32",
         overwrite=overwrite,  # otherwise a stopped search resumes
     )
-    loaded = load(options)
-    data, names = loaded.data, loaded.data.names
+    setup = load(options)
+    data, names = setup.data, setup.data.names
     console.print(
         f"{len(data.train.examples):,} docstrings to learn from, {len(data.evaluation.examples)} never seen, "
-        f"{len(names)} areas; a trial that goes to its end takes {loaded.steps(options)[0]} steps of 16 rows\n",
+        f"{len(names)} areas; a trial that goes to its end takes {setup.steps(options)[0]} steps of 16 rows\n",
         highlight=False,
     )
-    head, head_seconds, head_parameters = head_alone(loaded)
+    head, head_seconds, head_parameters = head_alone(setup)
     space = Space.parse(SPACE, options)
-    search = TuneOptions(train=options, space=space, trials=8, finalists=2, seeds=0)
+    search = TuneConfig(train=options, space=space, trials=8, finalists=2, seeds=0)
     result = tune_run(search, console)
     found = result.verdict
     best = found.scores[found.best.number]
 
     if found.learned:
-        adapted = PeftModel.from_pretrained(loaded.base, result.folder / BEST_NAME)
-        config = loaded.config(found.best.options)
+        adapted = PeftModel.from_pretrained(setup.base, result.folder / BEST_NAME)
+        config = setup.config(found.best.options)
         console.print()
-        console.print(predictions(predict(Prepared(loaded, adapted, plan(loaded.base, config), 0, 0), 3)))
+        console.print(predictions(predict(TrainJob(setup, adapted, plan(setup.base, config), 0, 0), 3)))
     table = Table(
         title=f"which of {len(names)} areas? accuracy on {len(data.evaluation.examples)} docstrings never seen"
     )
@@ -167,15 +167,15 @@ def thin(path: Path, rows: int) -> None:
         path.write_bytes(b"".join(lines[i * len(lines) // rows] for i in range(rows)))
 
 
-def head_alone(loaded: Loaded) -> tuple[float, float, int]:
+def head_alone(setup: Setup) -> tuple[float, float, int]:
     """A linear head on the frozen encoder's mean-pooled output: (held-out accuracy, seconds, parameters).
 
     The encoder does not change, so each text goes through it once; the head then trains on what came out.
     """
     started = time.perf_counter()
-    data = loaded.data
-    torch.manual_seed(loaded.options.seed)
-    x, y = features(loaded, data.train.examples)
+    data = setup.data
+    torch.manual_seed(setup.options.seed)
+    x, y = features(setup, data.train.examples)
     mean, deviation = x.mean(0), x.std(0)
     head = torch.nn.Linear(x.shape[1], len(data.names))
     x = (x - mean) / deviation
@@ -185,20 +185,20 @@ def head_alone(loaded: Loaded) -> tuple[float, float, int]:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(head(x), y).backward()
         optimizer.step()
-    x, y = features(loaded, data.evaluation.examples)
+    x, y = features(setup, data.evaluation.examples)
     with torch.no_grad():
         right = (head((x - mean) / deviation).argmax(-1) == y).float().mean()
     return float(right), time.perf_counter() - started, sum(p.numel() for p in head.parameters())
 
 
-def features(loaded: Loaded, examples: Any) -> tuple[Tensor, Tensor]:
+def features(setup: Setup, examples: Any) -> tuple[Tensor, Tensor]:
     """Mean-pooled outputs [rows, hidden] of the frozen encoder, and labels [rows]."""
-    encoder = loaded.base.eval().bert
+    encoder = setup.base.eval().bert
     out: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.inference_mode():
         for rows in evaluation_batches([len(e.input_ids) for e in examples], 64):
-            inputs = collate([examples[row] for row in rows], loaded.tokenizer.pad_token_id, loaded.task)
+            inputs = collate([examples[row] for row in rows], setup.tokenizer.pad_token_id, setup.task)
             labels.append(inputs.pop("labels"))
             hidden = encoder(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"].unsqueeze(-1)

@@ -19,7 +19,7 @@ from rich.console import Console
 import loraloom
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import ConfigError, InputError, LoraloomError, TargetsWarning
-from loraloom.report.screen import Text, say
+from loraloom.report.screen import Text, log
 
 app = typer.Typer(
     help="Fine-tune LoRA adapters on a frozen model.",
@@ -279,13 +279,13 @@ def tune(
     it goes on where it was.
     """
     from loraloom.report.session import tune_run
-    from loraloom.tune.config import TuneOptions
+    from loraloom.tune.config import TuneConfig
 
     given = _given(context)
     for name in ("preset", "trials", "sampler", "metric", "slots", "memory", "workers", "ray_address"):
         if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE":
             given[f"tune.{name}"] = context.params[name]
-    tune_run(TuneOptions.read(run_file, settings or (), given))
+    tune_run(TuneConfig.read(run_file, settings or (), given))
 
 
 @app.command()
@@ -349,7 +349,7 @@ def init(
     given = {key.rpartition(".")[2]: value for key, value in _given(context).items()}
     rows = {name: given[shown] for name in names if (shown := {"eval_split": "validation"}.get(name, name)) in given}
     found = begin(model, data, path, task=task, output=output, overwrite=overwrite, **rows)
-    say(f"{path}: {found}; next: loraloom train {path} --dry-run")
+    log(f"{path}: {found}; next: loraloom train {path} --dry-run")
 
 
 @app.command()
@@ -391,11 +391,11 @@ def plan(
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
     )
-    say(str(made))
-    say(f"memory of a training step with {batch_size} rows of {length} tokens in {dtype}:")
-    say(memory_table(memory))
+    log(str(made))
+    log(f"memory of a training step with {batch_size} rows of {length} tokens in {dtype}:")
+    log(memory_table(memory))
     if memory.logits:
-        say(memory.logits)
+        log(memory.logits)
 
 
 @app.command()
@@ -414,7 +414,7 @@ def inspect(
         fields = asdict(found) | {"config": found.config.to_dict(), "notes": found.config.notes}
         print(json.dumps(fields, indent=2, sort_keys=True))
     else:
-        say(inspection(folder, found))
+        log(inspection(folder, found))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -432,7 +432,7 @@ def _run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except LoraloomError as error:
         if os.environ.get("LORALOOM_TRACEBACK"):
-            say(traceback.format_exc(), sys.stderr)
+            log(traceback.format_exc(), sys.stderr)
         return _fail(str(error), 2 if isinstance(error, InputError) else 1)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped", 1)
@@ -442,7 +442,7 @@ def _run(arguments: list[str]) -> int:
         from loraloom.train.failures import explain
 
         if os.environ.get("LORALOOM_TRACEBACK"):
-            say(traceback.format_exc(), sys.stderr)
+            log(traceback.format_exc(), sys.stderr)
         if isinstance(error, OSError) and error.filename and error.strerror:
             place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
             return _fail(

@@ -80,7 +80,7 @@ def refused(
 
 
 @dataclass
-class World:
+class ProcessGroup:
     """What the rows of the table are made from. Everything they write lies in ``tmp``."""
 
     tmp: Path
@@ -175,5 +175,5 @@ def world(
     reviews: Path,
     chats: Path,
     trained: Path,
-) -> World:
-    return World(tmp_path, encoder_folder, decoder_folder, reviews, chats, trained, translator_folder)
+) -> ProcessGroup:
+    return ProcessGroup(tmp_path, encoder_folder, decoder_folder, reviews, chats, trained, translator_folder)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loraloom import LoraConfig
 from loraloom.config.names import TASKS
 from loraloom.config.runfile import KEYS, LORA_KEYS, read, split_names, with_values, write
-from loraloom.config.train import DTYPES, SCHEDULES, TrainOptions
+from loraloom.config.train import DTYPES, SCHEDULES, TrainConfig
 from loraloom.errors import ConfigError
 
 BASE = """\
@@ -23,9 +23,9 @@ output: runs/mine
 """
 
 
-def options(**changes: object) -> TrainOptions:
+def options(**changes: object) -> TrainConfig:
     given = {"model": "my-model", "data": "rows.jsonl", "task": "seq-cls", "output": "runs/mine", **changes}
-    return TrainOptions(**given)
+    return TrainConfig(**given)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_file_says_what_the_options_say(file: Path) -> None:
         "overwrite: true\n"
     )
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 4})
-    assert read(file).options == TrainOptions(
+    assert read(file).options == TrainConfig(
         task="causal-lm", model="m", dtype="bfloat16", data="d.csv", eval_split="e.csv", max_length=99, lora=lora,
         learning_rate=2e-4, batch_size=4, epochs=1.5, lr_scheduler_type="cosine", seed=7, output="o", overwrite=True,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def test_the_section_of_a_search_is_kept_as_it_stands(file: Path) -> None:
 
 
 def test_every_option_has_a_key() -> None:
-    assert set(KEYS) == {spec.name for spec in fields(TrainOptions)} - {"lora"}
+    assert set(KEYS) == {spec.name for spec in fields(TrainConfig)} - {"lora"}
     assert set(LORA_KEYS) == {spec.name for spec in fields(LoraConfig)} - {"task_type", "runtime_config"}
     assert len({*KEYS.values(), *LORA_KEYS.values()}) == len(KEYS) + len(LORA_KEYS)
 
@@ -269,7 +269,7 @@ LORAS = st.builds(
     revision=st.none() | WORDS,
 )
 RUNS = st.builds(
-    TrainOptions,
+    TrainConfig,
     model=WORDS,
     data=WORDS,
     task=st.sampled_from([*TASKS]),
@@ -295,7 +295,7 @@ RUNS = st.builds(
 
 
 @given(RUNS, st.text(st.characters(exclude_categories=["Cs", "Cc"])))
-def test_what_is_written_is_read_as_equal_options(run: TrainOptions, title: str) -> None:
+def test_what_is_written_is_read_as_equal_options(run: TrainConfig, title: str) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:

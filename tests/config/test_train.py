@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from loraloom import LoraConfig, TaskType
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError
 
 
-def options(**changes: object) -> TrainOptions:
-    return TrainOptions(**{"model": "m", "data": "d.csv", "task": "seq-cls", "output": "o", **changes})
+def options(**changes: object) -> TrainConfig:
+    return TrainConfig(**{"model": "m", "data": "d.csv", "task": "seq-cls", "output": "o", **changes})
 
 
 def test_an_unknown_option_is_refused_with_the_nearest() -> None:

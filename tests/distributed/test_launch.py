@@ -32,15 +32,15 @@ def test_how_many_processes_there_are_and_which_this_is_is_what_the_launcher_say
 def test_one_process_alone_is_said_where_accelerate_left_an_address_for_several(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert launch.lonely() == ""
+    assert launch.single_process_warning() == ""
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
-    assert "--multi_gpu" in launch.lonely()
+    assert "--multi_gpu" in launch.single_process_warning()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert launch.lonely() == ""
+    assert launch.single_process_warning() == ""
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("MASTER_ADDR")
-    assert launch.lonely() == ""
+    assert launch.single_process_warning() == ""
 
 
 def test_accelerates_cpu_is_heard_and_a_device_that_is_given_wins(monkeypatch: pytest.MonkeyPatch) -> None:

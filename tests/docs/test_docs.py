@@ -272,13 +272,13 @@ def test_the_page_on_the_command_line_has_every_option_of_a_run_with_its_key_and
 
     from loraloom.config.names import TASKS
     from loraloom.config.runfile import KEYS
-    from loraloom.config.train import TrainOptions
+    from loraloom.config.train import TrainConfig
 
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text_of("docs/train.md").splitlines()]
     said = {row[1].strip("`"): row for row in rows if len(row) == 4 and re.fullmatch(r"`[\w.]+`", row[1])}
     assert said.keys() == set(KEYS.values())
     decided = {**dict.fromkeys(("optim_args", "columns"), "none"), "report_to": "tensorboard"}
-    for spec in fields(TrainOptions):
+    for spec in fields(TrainConfig):
         if spec.name == "lora":
             continue
         option, _, default, meaning = said[KEYS[spec.name]]
@@ -332,13 +332,13 @@ def test_the_page_on_the_search_names_every_option_key_preset_and_advice() -> No
     import typer
 
     from loraloom.tune import diagnostics
-    from loraloom.tune.config import TuneOptions
+    from loraloom.tune.config import TuneConfig
     from loraloom.tune.space import _VARY, PRESETS
 
     page = text_of("docs/tune.md")
     command = typer.main.get_command(cli.app).commands["tune"]
     words = {o for parameter in command.params for o in parameter.opts if o.startswith("-")}
-    words |= {"preset", *(spec.name for spec in fields(TuneOptions) if spec.name != "train")}
+    words |= {"preset", *(spec.name for spec in fields(TuneConfig) if spec.name != "train")}
     words |= {key.partition(".")[2] for key in _VARY}
     for file in Path(diagnostics.__file__).parent.glob("*.py"):
         words |= set(re.findall(r'Advice\(\s*"(\w+)"', file.read_text(encoding="utf-8")))

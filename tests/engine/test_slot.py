@@ -10,7 +10,7 @@ from torch import nn
 
 from loraloom.data.batches import bucketed
 from loraloom.data.example import Example
-from loraloom.distributed.process_group import World
+from loraloom.distributed.process_group import ProcessGroup
 from loraloom.engine.slot import GROWS_AFTER, Slot
 
 ROWS = [Example([1] * (1 + i % 5), i) for i in range(10)]
@@ -164,7 +164,9 @@ def test_a_scale_that_went_well_for_long_grows() -> None:
 def test_processes_share_a_batch_and_its_weights_add_up_to_one() -> None:
     rows = [Example([1] * n, [-100] + [1] * (n - 1)) for n in (2, 3, 5, 9, 4)]
     whole = Slot("s", {}, rows, steps=2, batch_size=3, learning_rate=1.0)
-    parts = [Slot("s", {}, rows, steps=2, batch_size=3, learning_rate=1.0, world=World(rank, 2)) for rank in range(2)]
+    parts = [
+        Slot("s", {}, rows, steps=2, batch_size=3, learning_rate=1.0, world=ProcessGroup(rank, 2)) for rank in range(2)
+    ]
     seen = [one.next_examples() for one in parts]
     assert sorted(len(e.input_ids) for examples, _ in seen for e in examples) == sorted(
         len(e.input_ids) for e in whole.next_examples()[0]
@@ -173,12 +175,12 @@ def test_processes_share_a_batch_and_its_weights_add_up_to_one() -> None:
 
 
 def test_processes_draw_masks_of_their_own() -> None:
-    ones = [slot(world=World(rank, 3)) for rank in range(3)]
+    ones = [slot(world=ProcessGroup(rank, 3)) for rank in range(3)]
     assert len({one.dropout_seed for one in ones}) == 3
     assert ones[0].dropout_seed == slot().dropout_seed
 
 
 def test_a_process_without_a_row_takes_one_that_counts_nothing() -> None:
-    one = Slot("s", {}, [Example([1], 0)], steps=1, batch_size=1, learning_rate=1.0, world=World(1, 2))
+    one = Slot("s", {}, [Example([1], 0)], steps=1, batch_size=1, learning_rate=1.0, world=ProcessGroup(1, 2))
     examples, weight = one.next_examples()
     assert (len(examples), weight) == (1, 0.0)

@@ -17,13 +17,13 @@ import pytest
 
 from loraloom import LoraConfig
 from loraloom.config import runfile
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.errors import LoraloomError
 from loraloom.train.checkpointing import folders
 from loraloom.train.output import RUN_FILE
 from loraloom.train.run import prepare, run
-from loraloom.train.setup import Prepared
-from loraloom.train.trainer import Course
+from loraloom.train.setup import TrainJob
+from loraloom.train.trainer import Trainer
 
 from .mutations import mutated
 
@@ -32,9 +32,9 @@ COUNTS = [pytest.param(60, id="some"), pytest.param(600, id="many", marks=[pytes
 
 
 @pytest.fixture(scope="module")
-def prepared(encoder_folder: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def job(encoder_folder: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
     """A run that has come to its end, with two checkpoints."""
-    options = TrainOptions(
+    options = TrainConfig(
         model=encoder_folder, data=few, task="seq-cls", max_steps=4, save_steps=2, eval_split=8, batch_size=4,
         output=tmp_path_factory.mktemp("damage") / "run", lora=LoraConfig(r=2, lora_dropout=0.1),
     )  # fmt: skip
@@ -43,27 +43,27 @@ def prepared(encoder_folder: Path, few: Path, tmp_path_factory: pytest.TempPathF
     return found
 
 
-def begun(prepared: Prepared, said: list[str]) -> tuple[Course, dict[str, Any] | None]:
+def begun(job: TrainJob, said: list[str]) -> tuple[Trainer, dict[str, Any] | None]:
     """Where a resumed run begins."""
-    slot = prepared.loaded.slot("default", prepared.model, prepared.options, prepared.steps)
-    course = Course(prepared, slot, lambda slot: {}, lambda progress: None, said.append)
-    return course, course.begin(True)
+    slot = job.setup.slot("default", job.model, job.options, job.steps)
+    trainer = Trainer(job, slot, lambda slot: {}, lambda progress: None, said.append)
+    return trainer, trainer.begin(True)
 
 
-def stands(course: Course, finished: dict[str, Any] | None) -> Any:
+def stands(trainer: Trainer, finished: dict[str, Any] | None) -> Any:
     if finished:
         return finished
-    tensors = course.model.base_model.tensors_of("default")
+    tensors = trainer.model.base_model.tensors_of("default")
     weights = hashlib.sha256(b"".join(tensors[key].detach().numpy().tobytes() for key in sorted(tensors)))
-    return course.slot.step, str(course.slot.curve), weights.hexdigest()
+    return trainer.slot.step, str(trainer.slot.curve), weights.hexdigest()
 
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "stopped"])
 def test_a_damaged_run_is_gone_on_with_the_same_or_the_file_is_named(
-    prepared: Prepared, count: int, finished: bool, tmp_path: Path
+    job: TrainJob, count: int, finished: bool, tmp_path: Path
 ) -> None:
-    folder, draw = Path(prepared.options.output), random.Random(f"run {finished} {count}")
+    folder, draw = Path(job.options.output), random.Random(f"run {finished} {count}")
     whole = shutil.copytree(folder, tmp_path / "whole")
     names = ["run.json", WEIGHTS, "adapter_config.json"]
     if not finished:
@@ -76,7 +76,7 @@ def test_a_damaged_run_is_gone_on_with_the_same_or_the_file_is_named(
         shutil.copytree(whole, folder)
 
     reset()
-    wanted = stands(*begun(prepared, []))
+    wanted = stands(*begun(job, []))
     found = []
     for number in range(count):
         reset()
@@ -86,7 +86,7 @@ def test_a_damaged_run_is_gone_on_with_the_same_or_the_file_is_named(
         (folder / name).write_bytes(after)
         said: list[str] = []
         try:
-            same = stands(*begun(prepared, said)) == wanted
+            same = stands(*begun(job, said)) == wanted
         except LoraloomError as error:
             said.append(str(error))
             same = False
@@ -103,10 +103,10 @@ def test_a_damaged_run_is_gone_on_with_the_same_or_the_file_is_named(
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_checkpoint_whose_hashes_are_right_and_contents_wrong_is_named(
-    prepared: Prepared, count: int, tmp_path: Path
+    job: TrainJob, count: int, tmp_path: Path
 ) -> None:
     """Somebody made the manifest fit. What the values mean nobody can know; that they have another shape is said."""
-    folder, draw = Path(prepared.options.output), random.Random(f"manifest {count}")
+    folder, draw = Path(job.options.output), random.Random(f"manifest {count}")
     whole, path = shutil.copytree(folder, tmp_path / "whole"), folder / "checkpoint-4"
     for name in ("run.json", WEIGHTS):
         (folder / name).unlink(missing_ok=True)
@@ -121,7 +121,7 @@ def test_a_checkpoint_whose_hashes_are_right_and_contents_wrong_is_named(
         (path / "manifest.json").write_text(json.dumps(manifest))
         said: list[str] = []
         try:
-            begun(prepared, said)
+            begun(job, said)
         except LoraloomError as error:
             if str(path) not in str(error):
                 found.append(f"{number}, {name}: the error names no file: {error}")
@@ -133,8 +133,8 @@ def test_a_checkpoint_whose_hashes_are_right_and_contents_wrong_is_named(
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_damaged_run_file_is_read_or_named(prepared: Prepared, count: int, tmp_path: Path) -> None:
-    whole = (Path(prepared.options.output) / RUN_FILE).read_bytes()
+def test_a_damaged_run_file_is_read_or_named(job: TrainJob, count: int, tmp_path: Path) -> None:
+    whole = (Path(job.options.output) / RUN_FILE).read_bytes()
     draw, found, path = random.Random(f"run file {count}"), [], tmp_path / RUN_FILE
     values = [
         "null",
@@ -184,26 +184,26 @@ def test_a_damaged_state_of_a_search_is_read_or_named(
 
 
 @pytest.fixture
-def call_search(prepared: Prepared, tmp_path: Path) -> Callable[[], tuple[Path, Callable[[], Any]]]:
+def call_search(job: TrainJob, tmp_path: Path) -> Callable[[], tuple[Path, Callable[[], Any]]]:
     """Where a search stands, and what reads it."""
     from loraloom.engine.slot import Curve
-    from loraloom.tune.asha import Halving
+    from loraloom.tune.asha import SuccessiveHalving
     from loraloom.tune.state import STATE_NAME, State, load_state, save_state
     from loraloom.tune.trial import Trial
 
     def make() -> tuple[Path, Callable[[], Any]]:
         evaluations = [{"step": 2.0, "loss": 0.5, "accuracy": 0.75}]
         trials = [
-            Trial(n, {"lora.r": 2 + n}, prepared.options, 4, curve=Curve([0.5, 0.4], [1e-3, 1e-3], evaluations))
+            Trial(n, {"lora.r": 2 + n}, job.options, 4, curve=Curve([0.5, 0.4], [1e-3, 1e-3], evaluations))
             for n in range(3)
         ]
-        state = State("mark", 2, Halving(2, 3, 1), trials=trials)
+        state = State("mark", 2, SuccessiveHalving(2, 3, 1), trials=trials)
         save_state(tmp_path, state, {})
-        return tmp_path / STATE_NAME, lambda: load_state(tmp_path, "mark", lambda values, seed: prepared.options)
+        return tmp_path / STATE_NAME, lambda: load_state(tmp_path, "mark", lambda values, seed: job.options)
 
     return make
 
 
-def test_a_checkpoint_that_is_mutated_is_still_found_whole_here(prepared: Prepared) -> None:
+def test_a_checkpoint_that_is_mutated_is_still_found_whole_here(job: TrainJob) -> None:
     """The tests above put back what they damage."""
-    assert [path.name for path in folders.listed(prepared.options.output)] == ["checkpoint-4", "checkpoint-2"]
+    assert [path.name for path in folders.listed(job.options.output)] == ["checkpoint-4", "checkpoint-2"]

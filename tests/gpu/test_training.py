@@ -94,11 +94,11 @@ def test_an_adapter_that_is_saved_and_loaded_gives_the_same_bits(
     model = adapted(llama(dtype))
     trained(model, slot_of(model, 3), 3)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(llama(dtype), tmp_path)
-    assert {p.device.type for p in loaded.parameters()} == {torch.device(device).type}
+    setup = PeftModel.from_pretrained(llama(dtype), tmp_path)
+    assert {p.device.type for p in setup.parameters()} == {torch.device(device).type}
     ids = batch(1)["input_ids"]
     with torch.no_grad():
-        assert torch.equal(model.eval()(ids).logits, loaded.eval()(ids).logits)
+        assert torch.equal(model.eval()(ids).logits, setup.eval()(ids).logits)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "AdamW", "NAdam", "SGD"])
@@ -122,13 +122,13 @@ def test_a_slot_that_goes_on_from_a_checkpoint_comes_to_the_same_bits(llama: Mak
 
 
 def test_a_whole_run_is_stopped_and_resumed(encoder_folder: Path, reviews: Path, device: str, tmp_path: Path) -> None:
-    from loraloom.config.train import TrainOptions
+    from loraloom.config.train import TrainConfig
     from loraloom.train.failures import Interrupted
     from loraloom.train.run import prepare, run
 
-    def options(output: str) -> TrainOptions:
+    def options(output: str) -> TrainConfig:
         lora = LoraConfig(target_modules="all-linear", lora_dropout=0.1)
-        return TrainOptions(model=encoder_folder, data=reviews, task="seq-cls", max_steps=6, output=tmp_path / output,
+        return TrainConfig(model=encoder_folder, data=reviews, task="seq-cls", max_steps=6, output=tmp_path / output,
                             save_steps=2, learning_rate=1e-2, lora=lora, eval_split=20, device=device)  # fmt: skip
 
     def stop(progress: Any) -> None:

@@ -45,7 +45,7 @@ def test_a_row_is_evaluated_in_a_batch_as_alone_also_where_a_model_sees_padding(
 
 
 def test_texts_are_written_in_a_batch_as_alone_also_without_a_mask() -> None:
-    class Numbers:
+    class TensorState:
         pad_token_id, eos_token_id = 0, 1
 
         def batch_decode(self, ids: Tensor, skip_special_tokens: bool) -> list[str]:
@@ -53,8 +53,8 @@ def test_texts_are_written_in_a_batch_as_alone_also_without_a_mask() -> None:
 
     model = adapted("CausalLM", "rwkv", TaskType.CAUSAL_LM, attention_hidden_size=16, context_length=64)
     prompts = rows(3, 11, 6)  # of two as long, transformers' own cache for RWKV takes one for the other
-    together = generate(model, "default", Numbers(), prompts, 6, 8)
-    assert together == [generate(model, "default", Numbers(), [prompt], 6, 8)[0] for prompt in prompts]
+    together = generate(model, "default", TensorState(), prompts, 6, 8)
+    assert together == [generate(model, "default", TensorState(), [prompt], 6, 8)[0] for prompt in prompts]
 
 
 def test_a_model_is_tried_once_and_only_where_there_is_padding() -> None:

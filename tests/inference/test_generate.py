@@ -153,7 +153,7 @@ def in_parts(tokenizer_folder: str, folder: Path) -> None:
         texts = [generate(model, "a", tokenizer, shares[place.world.rank], 10, 2) for shares in SHARES]
         found = {"texts": texts, "loss": step(model)}
         (folder / f"{family}-{place.world.rank}.json").write_text(json.dumps(found))
-        place.world.wait()
+        place.world.barrier()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loraloom import LoraConfig
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.lora.routing import BASE
 from loraloom.train.run import prepare, run
 from loraloom.train.setup import predict
@@ -71,32 +71,32 @@ RUNS: dict[str, tuple[str, str, Callable[[int], dict[str, Any]], list[str]]] = {
 
 
 @pytest.fixture(params=RUNS)
-def options(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., TrainOptions]:
+def options(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., TrainConfig]:
     task, folder, row, _ = RUNS[request.param]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(96)))
     model = str(request.getfixturevalue(folder))
 
-    def make(**changes: Any) -> TrainOptions:
+    def make(**changes: Any) -> TrainConfig:
         given: dict[str, Any] = {
             "model": model, "data": str(path), "task": task, "output": str(tmp_path / "out"), "max_steps": 60,
             "learning_rate": 3e-3, "eval_split": 0.2, "report_to": [],
             "lora": LoraConfig(target_modules="all-linear", r=8, lora_alpha=16),
         }  # fmt: skip
-        return TrainOptions(**given | changes)
+        return TrainConfig(**given | changes)
 
     make.name = request.param  # type: ignore[attr-defined]
     return make
 
 
 def test_every_task_learns_and_is_measured_and_shows_three_rows_in_words(options: Any) -> None:
-    prepared = prepare(options())
-    result = run(prepared)
+    job = prepare(options())
+    result = run(job)
     evaluations = result.record["curve"]["evaluations"]
     names = RUNS[options.name][3]
     assert list(evaluations[-1]) == ["step", "loss", *names]
     assert result.record["result"].keys() == {"loss", *names}
-    before = prepared.loaded.evaluate(result.model, BASE)
+    before = job.setup.evaluate(result.model, BASE)
     assert evaluations[-1]["loss"] < before["loss"]
     if options.name in ("pairs", "tags", "answers"):
         assert evaluations[-1][names[0]] > max(0.6, before[names[0]])
@@ -104,7 +104,7 @@ def test_every_task_learns_and_is_measured_and_shows_three_rows_in_words(options
     for said in result.predictions:
         assert set(said) == {"input", "expected", "predicted"}
         assert all(isinstance(text, str) and text for text in (said["input"], said["expected"]))
-    for base, said in zip(predict(prepared, 3, BASE), result.predictions, strict=True):
+    for base, said in zip(predict(job, 3, BASE), result.predictions, strict=True):
         assert (base["input"], base["expected"]) == (said["input"], said["expected"])
     again = json.loads(json.dumps(result.record))
     assert again["metric"] == names[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraloom.lora import functional, matmul
 from loraloom.lora.dropout import Dropped
-from loraloom.lora.functional import RANKS, Frozen, Lane, Update, lora_linear, row_norms
+from loraloom.lora.functional import RANKS, Frozen, SlotGroup, Update, lora_linear, row_norms
 
 CALM = settings(max_examples=40, deadline=None)  # two cores are shared: a slow example is no failure
 
@@ -30,7 +30,7 @@ class Projection(NamedTuple):
 
 def lora_projections(x: Tensor, projections: list[Projection], dropped: Dropped | None = None) -> tuple[Tensor, ...]:
     """Of one slot, which has all rows."""
-    lane = Lane(0, None, (dropped,), tuple((Update(p.a, p.b, p.scale),) for p in projections))
+    lane = SlotGroup(0, None, (dropped,), tuple((Update(p.a, p.b, p.scale),) for p in projections))
     return functional.lora_projections(x, [Frozen(p.weight, p.bias) for p in projections], [lane])
 
 
@@ -287,14 +287,16 @@ def test_slots_side_by_side_are_as_each_alone(
         for k, (ranks, _) in enumerate(slots)
     ]
     dropped = [None if p is None else Dropped(p, seed + k) for k, (_, p) in enumerate(slots)]
-    lanes: list[Lane] = []
+    lanes: list[SlotGroup] = []
     for k, mine in enumerate(updates):
         before = lanes[-1] if lanes else None
         if before and [bool(u) for u in before.updates] == [u is not None for u in mine]:
             both = tuple((*u, one) if one else () for u, one in zip(before.updates, mine, strict=True))
-            lanes[-1] = Lane(before.start, (k + 1) * rows, (*before.dropped, dropped[k]), both)
+            lanes[-1] = SlotGroup(before.start, (k + 1) * rows, (*before.dropped, dropped[k]), both)
         else:
-            lanes.append(Lane(k * rows, (k + 1) * rows, (dropped[k],), tuple((one,) if one else () for one in mine)))
+            lanes.append(
+                SlotGroup(k * rows, (k + 1) * rows, (dropped[k],), tuple((one,) if one else () for one in mine))
+            )
 
     found = functional.lora_projections(x, frozen, lanes)
     wanted = []
@@ -328,7 +330,7 @@ def test_a_slot_has_the_same_bits_alone_and_beside_others_that_are_no_numbers(dt
     def run(slots: list[int]) -> list[Tensor]:
         updates = [Update(a[i].clone().requires_grad_(), b[i].clone().requires_grad_(), 0.7 + i) for i in slots]
         rows = torch.cat([x[2 * i : 2 * i + 2] for i in slots]).requires_grad_()
-        lane = Lane(0, len(rows), tuple(dropped[i] for i in slots), (tuple(updates),))
+        lane = SlotGroup(0, len(rows), tuple(dropped[i] for i in slots), (tuple(updates),))
         (y,) = functional.lora_projections(rows, [Frozen(weight, None)], [lane])
         y.float().square().sum().backward()
         assert rows.grad is not None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loraloom import LoraConfig, PeftModel, get_base_model_state_dict, get_peft_model
 from loraloom.errors import AdapterError, MergeError
-from loraloom.lora.modules_to_save import SavedModule, unwrap
+from loraloom.lora.modules_to_save import ModulesToSaveWrapper, unwrap
 
 
 class Net(nn.Module):
@@ -46,9 +46,9 @@ def made(dtype: torch.dtype = torch.float32, **fields: object) -> PeftModel:
     return model
 
 
-def head(model: PeftModel) -> SavedModule:
+def head(model: PeftModel) -> ModulesToSaveWrapper:
     found = model.get_base_model().head
-    assert isinstance(found, SavedModule)
+    assert isinstance(found, ModulesToSaveWrapper)
     return found
 
 
@@ -232,7 +232,7 @@ def test_unwrap_looks_through_both_kinds_of_wrapper() -> None:
     model = get_peft_model(net, config(target_modules=["other"], modules_to_save=None), adapter_name="lora")
     model.add_adapter("full", config(modules_to_save=["other"]))
     outer = model.get_base_model().other
-    assert isinstance(outer, SavedModule)
+    assert isinstance(outer, ModulesToSaveWrapper)
     assert unwrap(outer) is other
     assert unwrap(body) is body
 

@@ -54,7 +54,7 @@ def test_a_head_for_other_labels_makes_way_for_a_new_one(encoder_folder: Path, t
     assert torch.equal(same.classifier.weight, first.classifier.weight)  # type: ignore[union-attr, arg-type]
     for labels in (["x", "y", "z"], ["c", "b", "a"], ["0", "1", "2"]):
         said: list[str] = []
-        fresh, new = load_base(str(tmp_path), CLASSES, "float32", labels, say=said.append)
+        fresh, new = load_base(str(tmp_path), CLASSES, "float32", labels, log=said.append)
         assert new == ["classifier"]
         assert not torch.equal(fresh.classifier.weight, first.classifier.weight)  # type: ignore[union-attr, arg-type]
         assert f"{tmp_path} has a head for other classes (a, b, c): a new one is trained" in said[0]

@@ -51,7 +51,7 @@ def folder(kind: str, tokenizer: Path, to: Path) -> tuple[str, Any]:
 def test_a_row_is_classified_in_a_batch_as_alone(kind: str, decoder_folder: Path, tmp_path: Path) -> None:
     name, tokenizer = folder(kind, decoder_folder, tmp_path)
     said: list[str] = []
-    base, _ = load_base(name, TaskType.SEQ_CLS, "float32", ["a", "b"], tokenizer=tokenizer, say=said.append)
+    base, _ = load_base(name, TaskType.SEQ_CLS, "float32", ["a", "b"], tokenizer=tokenizer, log=said.append)
     assert all(one.pad_token_id == tokenizer.pad_token_id for one in levels(base.config) if hasattr(one, "vocab_size"))
     assert any("the tokenizer's is used" in text for text in said) is (kind != "t5gemma")
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear")).eval()

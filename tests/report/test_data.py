@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.report.data import histogram
 from loraloom.report.session import data_run
 
@@ -22,7 +22,7 @@ def test_what_is_trained_on_is_marked_where_there_are_no_colours_and_the_default
     talk = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "the cat"}]
     rows = tmp_path / "rows.jsonl"
     rows.write_text(f"{json.dumps({'messages': talk})}\n" * 3)
-    options = TrainOptions(model=str(decoder_folder), data=str(rows), task="causal-lm", output="-")
+    options = TrainConfig(model=str(decoder_folder), data=str(rows), task="causal-lm", output="-")
     out = io.StringIO()
     data_run(options, Console(file=out, force_terminal=colours, color_system="standard" if colours else None))
     assert ("⟦the cat" in out.getvalue()) is not colours
@@ -33,7 +33,7 @@ def test_what_is_trained_on_is_marked_where_there_are_no_colours_and_the_default
 def test_bad_rows_that_are_skipped_are_shown_and_nothing_is_left_behind(decoder_folder: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "the cat"}\n{"text": "the film"}\n{"text": 7}\n')
-    options = TrainOptions(model=str(decoder_folder), data=str(rows), task="causal-lm", output="-", on_bad_row="skip")
+    options = TrainConfig(model=str(decoder_folder), data=str(rows), task="causal-lm", output="-", on_bad_row="skip")
     out = io.StringIO()
     data_run(options, Console(file=out, width=200))
     assert "1 row cannot be used and is left out; see below" in out.getvalue()
@@ -43,7 +43,7 @@ def test_bad_rows_that_are_skipped_are_shown_and_nothing_is_left_behind(decoder_
 def test_every_word_that_is_trained_on_has_its_tag_the_first_class_too(decoder_folder: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"tokens": ["the", "film", "was", "good"], "tags": ["A", "B", "A", "C"]}\n' * 2)
-    options = TrainOptions(model=str(decoder_folder), data=str(rows), task="token-cls", output="-")
+    options = TrainConfig(model=str(decoder_folder), data=str(rows), task="token-cls", output="-")
     out = io.StringIO()
     data_run(options, Console(file=out, width=200))
     assert "the[A] film[B] was[A] good[C]" in out.getvalue()

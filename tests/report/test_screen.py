@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import loraloom
-from loraloom.report.screen import Text, say
+from loraloom.report.screen import Text, log
 
 EVIL = "\x1b[31mred\x1b]0;t\x07 \x9b2J \u202eback\u202c"
 SEEN = r"\x1b[31mred\x1b]0;t\x07 \x9b2J \u202eback\u202c"
@@ -20,7 +20,7 @@ RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
 def test_text_and_plain_lines_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(file=io.StringIO(), width=200)
     console.print(Text(EVIL).append(EVIL, "bold"), Text("\n").join([Text(EVIL)]))
-    say(EVIL)
+    log(EVIL)
     printed = console.file.getvalue() + capsys.readouterr().out  # type: ignore[attr-defined]
     assert not RAW.search(printed)
     assert printed.count(SEEN) == 4

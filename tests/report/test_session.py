@@ -14,23 +14,23 @@ from rich.console import Console
 
 from loraloom import LoraConfig
 from loraloom.config import runfile
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.errors import SaveError
 from loraloom.report import session
 from loraloom.report.session import data_run, train_run, tune_run
 from loraloom.report.tune import conclusion
-from loraloom.tune.config import TuneOptions
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.space import Space
 
 
-def options(model: Path, data: Path, output: Path, **changes: Any) -> TuneOptions:
+def options(model: Path, data: Path, output: Path, **changes: Any) -> TuneConfig:
     lora = LoraConfig(target_modules="all-linear")
-    train = TrainOptions(
+    train = TrainConfig(
         model=model, data=data, task="seq-cls", output=output, max_steps=72, batch_size=16, eval_split=40, lora=lora,
         **changes,
     )  # fmt: skip
     space = Space.parse({"lora.r": [2, 4], "train.learning_rate": [1e-2, 1.5e-2]}, train)
-    return TuneOptions(train=train, space=space, trials=4, finalists=2, seeds=1, slots=2)
+    return TuneConfig(train=train, space=space, trials=4, finalists=2, seeds=1, slots=2)
 
 
 def terminal() -> Console:
@@ -42,14 +42,14 @@ def text(console: Console) -> str:
 
 
 @pytest.fixture
-def searched(encoder_folder: Path, reviews: Path, tmp_path: Path) -> tuple[TuneOptions, session.SearchResult, str]:
+def searched(encoder_folder: Path, reviews: Path, tmp_path: Path) -> tuple[TuneConfig, session.SearchResult, str]:
     given = options(encoder_folder, reviews, tmp_path / "a search")
     console = terminal()
     return given, tune_run(given, console), text(console)
 
 
 def test_the_terminal_shows_events_the_leaderboard_and_the_recommendation(
-    searched: tuple[TuneOptions, session.SearchResult, str],
+    searched: tuple[TuneConfig, session.SearchResult, str],
 ) -> None:
     _, result, said = searched
     for event in ("slots: 2 trials train together (2 as given)", "trial 3 begins", "again with 1 more seed each"):
@@ -62,7 +62,7 @@ def test_the_terminal_shows_events_the_leaderboard_and_the_recommendation(
 
 
 def test_the_terminal_names_what_was_written_and_the_command_that_uses_it(
-    searched: tuple[TuneOptions, session.SearchResult, str],
+    searched: tuple[TuneConfig, session.SearchResult, str],
 ) -> None:
     given, result, said = searched
     folder = Path(given.train.output)
@@ -81,7 +81,7 @@ def test_the_terminal_names_what_was_written_and_the_command_that_uses_it(
 def test_the_kept_run_file_gives_the_same_run_again_and_a_dry_run_trains_nothing(
     dtype: str, encoder_folder: Path, reviews: Path, tmp_path: Path
 ) -> None:
-    given = TrainOptions(
+    given = TrainConfig(
         model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "a", max_steps=4, dtype=dtype,
         lora=LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear"), lr_scheduler_type="cosine",
         learning_rate=0.01, warmup_steps=1, eval_steps=2, save_steps=2, report_to=[], overwrite=True,
@@ -103,7 +103,7 @@ def test_the_kept_run_file_gives_the_same_run_again_and_a_dry_run_trains_nothing
 def test_data_is_shown_as_the_model_sees_it_and_nothing_is_written(
     decoder_folder: Path, chats: Path, tmp_path: Path
 ) -> None:
-    given = TrainOptions(model=decoder_folder, data=chats, task="causal-lm", output=tmp_path / "o")
+    given = TrainConfig(model=decoder_folder, data=chats, task="causal-lm", output=tmp_path / "o")
     console = terminal()
     data_run(given, console, rows=2)
     said = text(console)
@@ -113,7 +113,7 @@ def test_data_is_shown_as_the_model_sees_it_and_nothing_is_written(
 
 
 def test_a_finished_search_is_said_again_and_pictures_that_were_deleted_are_drawn_again(
-    searched: tuple[TuneOptions, session.SearchResult, str],
+    searched: tuple[TuneConfig, session.SearchResult, str],
 ) -> None:
     given, result, said = searched
     folder = Path(given.train.output)

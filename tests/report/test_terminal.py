@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from torch import nn
 
 from loraloom import LoraConfig, get_peft_model
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.files.sizes import size
 from loraloom.lora.inspection import inspect
 from loraloom.report.session import train_run
@@ -29,7 +29,7 @@ from loraloom.report.terminal import (
     predictions,
 )
 from loraloom.train.preflight.doctor import Finding
-from loraloom.train.preflight.estimate import Outlook
+from loraloom.train.preflight.estimate import ResourceEstimate
 from loraloom.train.preflight.memory import Memory
 from loraloom.train.run import prepare
 
@@ -51,40 +51,44 @@ def progress(step: int, loss: float, evaluations: list[dict[str, float]], tokens
 def test_the_overview_counts_rows_parameters_steps_and_padding(
     encoder_folder: Path, reviews: Path, tmp_path: Path
 ) -> None:
-    options = TrainOptions(model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "o", eval_split=50)
-    prepared = prepare(options)
-    text = shown(overview(prepared), width=200)
-    trained = sum(p.numel() for p in prepared.model.adapter_parameters("default").values())
-    total = trained + prepared.plan.base_parameters
-    tokens = sum(prepared.data.train.lengths)
+    options = TrainConfig(model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "o", eval_split=50)
+    job = prepare(options)
+    text = shown(overview(job), width=200)
+    trained = sum(p.numel() for p in job.model.adapter_parameters("default").values())
+    total = trained + job.plan.base_parameters
+    tokens = sum(job.data.train.lengths)
     assert "150 rows to train on, 50 held out" in text
-    assert f"{tokens:,} tokens an epoch, padding {prepared.data.padding:.1%}" in text
+    assert f"{tokens:,} tokens an epoch, padding {job.data.padding:.1%}" in text
     assert f"{trained:,} of {total:,} parameters train: LoRA in 4 modules, in full classifier" in text
     assert "30 steps, 10 an epoch" in text
     assert f"{reviews}: text-label" in text
     assert [line for line in text.splitlines() if "warning" in line] == [
-        f"warning: {warning}" for warning in prepared.data.warnings
+        f"warning: {warning}" for warning in job.data.warnings
     ]
 
 
 def test_what_training_takes_and_what_the_doctor_says_is_told() -> None:
     memory = Memory(base=2**20, adapter=2**10, gradients=2**10, optimizer=2**11, activations=2**20)
     findings = [Finding("rate", "a rate of 1 is high")]
-    text = shown(expectations(findings, Outlook(memory, free=2**30, seconds=5000, logits="logits in parts")), width=200)
+    text = shown(
+        expectations(findings, ResourceEstimate(memory, free=2**30, seconds=5000, logits="logits in parts")), width=200
+    )
     assert "memory 2.0 MiB (the frozen model 1.0 MiB, and 1.0 MiB more, of 1.00 GiB free), time about 83 min" in text
     assert "warning: a rate of 1 is high" in text
     assert "more than there is" not in text
-    assert "more than there is: lower batch_size" in shown(expectations([], Outlook(memory, 2**10, 30)), width=400)
+    assert "more than there is: lower batch_size" in shown(
+        expectations([], ResourceEstimate(memory, 2**10, 30)), width=400
+    )
 
 
 def test_rows_that_were_cut_are_counted_aloud(encoder_folder: Path, reviews: Path, tmp_path: Path) -> None:
-    options = TrainOptions(
+    options = TrainConfig(
         model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "o", max_length=6, eval_split=50
     )
-    prepared = prepare(options)
-    cut = prepared.data.train.truncated
+    job = prepare(options)
+    cut = job.data.train.truncated
     assert cut > 0
-    assert f"warning: {cut} training rows are over max_length=6 tokens and cut" in shown(overview(prepared), width=400)
+    assert f"warning: {cut} training rows are over max_length=6 tokens and cut" in shown(overview(job), width=400)
 
 
 def test_reading_many_rows_says_how_far_it_is_now_and_then() -> None:
@@ -150,7 +154,7 @@ def test_a_wide_terminal_has_the_rate_and_the_memory_as_well() -> None:
 def test_a_run_as_a_function_says_what_it_did_and_where_it_is(
     encoder_folder: Path, reviews: Path, tmp_path: Path
 ) -> None:
-    options = TrainOptions(model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "run", max_steps=2)
+    options = TrainConfig(model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "run", max_steps=2)
     console = Console(file=io.StringIO(), width=60)
     result = train_run(options, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -208,7 +212,7 @@ def test_an_adapter_shows_whole_names_aligned_and_only_what_is_not_the_default(
     encoder_folder: Path, reviews: Path, tmp_path: Path
 ) -> None:
     lora = LoraConfig(r=3, use_rslora=True, init_lora_weights=False, target_modules="all-linear")
-    options = TrainOptions(
+    options = TrainConfig(
         model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "run", max_steps=1, lora=lora
     )
     train_run(options, Console(file=io.StringIO()))

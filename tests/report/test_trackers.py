@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.engine.loop import Progress
 from loraloom.engine.slot import Curve
 from loraloom.errors import ConfigError
@@ -206,7 +206,7 @@ def test_a_tracker_that_fails_on_the_way_is_said_once_and_the_others_are_told_on
 def test_a_folder_that_tensorboard_cannot_write_is_said_and_nothing_ends(tmp_path: Path) -> None:
     said = list[str]()
     (tmp_path / FOLDER).write_text("a file")
-    with Trackers(["tensorboard"], tmp_path, say=said.append) as tell:
+    with Trackers(["tensorboard"], tmp_path, log=said.append) as tell:
         tell(progress(1))
         tell(progress(2))
     assert [text.startswith("report_to: tensorboard does not start (") for text in said] == [True]
@@ -232,10 +232,10 @@ def test_mlflow_is_given_names_that_it_takes(fake: Callable[..., type[Fake]], tm
 def test_a_training_goes_on_without_a_tracker_that_fails_and_does_not_begin_with_one_that_does_not_start(
     fake: Callable[..., type[Fake]], decoder_folder: Path, chats: Path, tmp_path: Path
 ) -> None:
-    def options(tracker: str) -> TrainOptions:
+    def options(tracker: str) -> TrainConfig:
         output = str(tmp_path / tracker)
         given = {"model": str(decoder_folder), "data": str(chats), "task": "causal-lm", "output": output}
-        return TrainOptions(**given, max_steps=2, report_to=[tracker])
+        return TrainConfig(**given, max_steps=2, report_to=[tracker])
 
     fails, good, kind = fake("wandb", "log"), fake("trackio"), fake("mlflow", "start")
     with pytest.raises(ConfigError, match=r"report_to: mlflow does not start \(OSError: no start\)"):

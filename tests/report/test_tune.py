@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from loraloom import LoraConfig
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Curve
 from loraloom.report.tune import TuneMeter, conclusion, count, duration, figure, improvement, leaderboard
 from loraloom.report.tune_plot import plot_pareto, plot_search
@@ -36,7 +36,7 @@ def trial(
 ) -> Trial:
     rate, r = 1.234567e-4 * (number % 7 + 1), 2 ** (number % 7 + 1)
     lora = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.05 * (number % 4))
-    options = TrainOptions(model="m", data="d", task="seq-cls", output="o", learning_rate=rate, seed=seed, lora=lora)
+    options = TrainConfig(model="m", data="d", task="seq-cls", output="o", learning_rate=rate, seed=seed, lora=lora)
     values = {
         "lora.r": r,
         "lora.lora_alpha": "2r" if number else "rslora",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.data.example import IGNORE
 from loraloom.data.records import Pair
 from loraloom.data.table import cache, scan, tokenize
@@ -31,11 +31,11 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize, "CHUNK", 16)
 
 
-def options(model: Path, data: Any, task: str = "causal-lm", **changes: object) -> TrainOptions:
-    return TrainOptions(**{"model": model, "data": data, "task": task, "output": "unused", **changes})
+def options(model: Path, data: Any, task: str = "causal-lm", **changes: object) -> TrainConfig:
+    return TrainConfig(**{"model": model, "data": data, "task": task, "output": "unused", **changes})
 
 
-def load(given: TrainOptions) -> Data:
+def load(given: TrainConfig) -> Data:
     return read_data(given, load_tokenizer(given.model))
 
 

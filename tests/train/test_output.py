@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loraloom import LoraConfig
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError
 from loraloom.models.load import load_tokenizer
 from loraloom.train.dataset import TEMPLATE_NAME
@@ -30,7 +30,7 @@ def talks(tmp_path: Path) -> Path:
 
 def train(model: Path, data: Path, output: Path, **changes: Any) -> list[str]:
     """Train two steps. Returns what was said of the data."""
-    options = TrainOptions(
+    options = TrainConfig(
         model=model,
         data=data,
         task="causal-lm",
@@ -39,9 +39,9 @@ def train(model: Path, data: Path, output: Path, **changes: Any) -> list[str]:
         lora=LoraConfig(target_modules="all-linear"),
         **changes,
     )
-    prepared = prepare(options)
-    run(prepared)
-    return prepared.data.notes
+    job = prepare(options)
+    run(job)
+    return job.data.notes
 
 
 def test_the_plain_template_is_kept_and_a_tokenizer_with_it_writes_the_same(
@@ -104,7 +104,7 @@ def test_a_folder_where_a_file_will_be_is_said_before_training(
 
 
 def test_the_classes_lie_beside_the_adapter(encoder_folder: Path, reviews: Path, tmp_path: Path) -> None:
-    options = TrainOptions(model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "out", max_steps=1)
+    options = TrainConfig(model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "out", max_steps=1)
     run(prepare(options))
     found = json.loads((tmp_path / "out" / "usage.json").read_bytes())
     assert found["id2label"] == {"0": "blame", "1": "praise"}

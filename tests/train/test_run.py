@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from loraloom import LoraConfig, PeftModel
 from loraloom.config.names import TASKS
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.data.batches import bucketed, padding_share
 from loraloom.engine.loop import Progress
 from loraloom.errors import ConfigError, DataError, LoraloomError, SaveError, TrainingError
@@ -31,15 +31,15 @@ from loraloom.train.failures import Interrupted
 from loraloom.train.output import RUN_FILE
 from loraloom.train.run import examine, prepare, run
 from loraloom.train.run_record import RUN_NAME
-from loraloom.train.setup import Prepared, predict
+from loraloom.train.setup import TrainJob, predict
 
 WEIGHTS = "adapter_model.safetensors"
 Watch = Callable[[Progress], None]
 
 
 @pytest.fixture
-def classify(encoder_folder: Path, reviews: Path, tmp_path: Path) -> Callable[..., TrainOptions]:
-    def make(**changes: Any) -> TrainOptions:
+def classify(encoder_folder: Path, reviews: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    def make(**changes: Any) -> TrainConfig:
         lora = LoraConfig(**{"target_modules": "all-linear", **changes.pop("lora", {})})
         given = {
             "model": encoder_folder,
@@ -48,14 +48,14 @@ def classify(encoder_folder: Path, reviews: Path, tmp_path: Path) -> Callable[..
             "output": tmp_path / "run",
             "max_steps": 3,
         }
-        return TrainOptions(**{**given, "learning_rate": 1e-2, "lora": lora, **changes})
+        return TrainConfig(**{**given, "learning_rate": 1e-2, "lora": lora, **changes})
 
     return make
 
 
 @pytest.fixture
-def complete(decoder_folder: Path, chats: Path, tmp_path: Path) -> Callable[..., TrainOptions]:
-    def make(**changes: Any) -> TrainOptions:
+def complete(decoder_folder: Path, chats: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    def make(**changes: Any) -> TrainConfig:
         lora = LoraConfig(**{"target_modules": "all-linear", **changes.pop("lora", {})})
         given = {
             "model": decoder_folder,
@@ -64,7 +64,7 @@ def complete(decoder_folder: Path, chats: Path, tmp_path: Path) -> Callable[...,
             "output": tmp_path / "run",
             "max_steps": 3,
         }
-        return TrainOptions(**{**given, "learning_rate": 1e-2, "lora": lora, **changes})
+        return TrainConfig(**{**given, "learning_rate": 1e-2, "lora": lora, **changes})
 
     return make
 
@@ -124,30 +124,30 @@ def hashes(model: PeftModel) -> dict[str, str]:
     "more", [{}, {"bias": "all", "modules_to_save": ["LayerNorm"]}, {"target_modules": ["word_embeddings"]}]
 )
 def test_the_base_has_the_same_bytes_after_training(
-    classify: Callable[..., TrainOptions], init: Any, dtype: str, more: dict[str, Any]
+    classify: Callable[..., TrainConfig], init: Any, dtype: str, more: dict[str, Any]
 ) -> None:
-    prepared = prepare(classify(dtype=dtype, lora={"init_lora_weights": init, "lora_alpha": 1, **more}))
-    base = prepared.model.get_base_model()
-    before = hashes(prepared.model)
-    weights = {key: p.detach().clone() for key, p in prepared.model.adapter_parameters("default").items()}
-    run(prepared)
+    job = prepare(classify(dtype=dtype, lora={"init_lora_weights": init, "lora_alpha": 1, **more}))
+    base = job.model.get_base_model()
+    before = hashes(job.model)
+    weights = {key: p.detach().clone() for key, p in job.model.adapter_parameters("default").items()}
+    run(job)
     assert len(before) > 20
-    assert hashes(prepared.model) == before
-    moved = [not torch.equal(p, weights[key]) for key, p in prepared.model.adapter_parameters("default").items()]
+    assert hashes(job.model) == before
+    moved = [not torch.equal(p, weights[key]) for key, p in job.model.adapter_parameters("default").items()]
     assert sum(moved) > len(moved) / 2
     # And taking the adapter away gives back the very model that was in the folder.
-    plain = prepared.model.unload()
+    plain = job.model.unload()
     assert plain is base
     with torch.no_grad():
-        loaded, _ = load_base(str(prepared.options.model), prepared.task, dtype, prepared.data.names)
-    theirs = dict(loaded.named_parameters())
+        setup, _ = load_base(str(job.options.model), job.task, dtype, job.data.names)
+    theirs = dict(setup.named_parameters())
     for name, p in plain.named_parameters():
         if "classifier" not in name:  # a new head starts at random
             assert torch.equal(p, theirs[name]), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_same_seed_gives_the_same_adapter_to_the_byte(classify: Callable[..., TrainOptions], dtype: str) -> None:
+def test_the_same_seed_gives_the_same_adapter_to_the_byte(classify: Callable[..., TrainConfig], dtype: str) -> None:
     files = []
     for attempt, seed in enumerate((7, 7, 8)):
         random.seed(attempt)
@@ -160,7 +160,7 @@ def test_the_same_seed_gives_the_same_adapter_to_the_byte(classify: Callable[...
     assert files[0] != files[2]
 
 
-def test_one_record_and_another_differ_in_nothing_but_the_clock(complete: Callable[..., TrainOptions]) -> None:
+def test_one_record_and_another_differ_in_nothing_but_the_clock(complete: Callable[..., TrainConfig]) -> None:
     records = [run(prepare(complete(overwrite=True))).record for _ in range(2)]
     for record in records:
         assert record.pop("seconds") > 0
@@ -172,11 +172,11 @@ def test_one_record_and_another_differ_in_nothing_but_the_clock(complete: Callab
 # What is told ---------------------------------------------------------------------------------------------
 
 
-def test_the_record_is_what_happened(complete: Callable[..., TrainOptions]) -> None:
+def test_the_record_is_what_happened(complete: Callable[..., TrainConfig]) -> None:
     seen: list[tuple[int, float]] = []
     options = complete(batch_size=8, epochs=1.5, max_steps=None, eval_split=20)
-    prepared = prepare(options)
-    result = run(prepared, lambda progress: seen.append((progress.slot.step, progress.slot.curve.loss[-1])))
+    job = prepare(options)
+    result = run(job, lambda progress: seen.append((progress.slot.step, progress.slot.curve.loss[-1])))
     record = record_in(options.output)
     assert record == json.loads(json.dumps(result.record))
     assert record["state"] == "finished"
@@ -185,20 +185,18 @@ def test_the_record_is_what_happened(complete: Callable[..., TrainOptions]) -> N
     assert record["steps"] == len(seen) == 15  # one and a half times ten batches
     assert [e["step"] for e in record["curve"]["evaluations"]] == [10, 15]
     assert record["result"] == {k: v for k, v in record["curve"]["evaluations"][-1].items() if k != "step"}
-    assert record["trainable_parameters"] == sum(
-        p.numel() for p in prepared.model.adapter_parameters("default").values()
-    )
-    assert record["base_parameters"] == prepared.plan.base_parameters
-    lengths = prepared.data.train.lengths
+    assert record["trainable_parameters"] == sum(p.numel() for p in job.model.adapter_parameters("default").values())
+    assert record["base_parameters"] == job.plan.base_parameters
+    lengths = job.data.train.lengths
     batches = bucketed(lengths, 8, 0, 0)
     assert record["data"]["padding_share"] == padding_share(lengths, batches)
     epoch = sum(lengths)
     assert record["tokens"] == epoch + sum(lengths[row] for batch in bucketed(lengths, 8, 0, 1)[:5] for row in batch)
 
 
-def test_the_padding_share_is_that_of_the_batches_the_model_sees(classify: Callable[..., TrainOptions]) -> None:
-    prepared = prepare(classify(batch_size=8, epochs=1, max_steps=None))
-    examine(prepared)  # else a row of the first step is looked at once more
+def test_the_padding_share_is_that_of_the_batches_the_model_sees(classify: Callable[..., TrainConfig]) -> None:
+    job = prepare(classify(batch_size=8, epochs=1, max_steps=None))
+    examine(job)  # else a row of the first step is looked at once more
     places = tokens = 0
 
     def look(module: Any, args: Any, given: dict[str, Any]) -> None:
@@ -207,32 +205,32 @@ def test_the_padding_share_is_that_of_the_batches_the_model_sees(classify: Calla
             places += given["attention_mask"].numel()
             tokens += int(given["attention_mask"].sum())
 
-    prepared.model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
-    run(prepared)
-    assert tokens == sum(prepared.data.train.lengths)
-    assert prepared.data.padding == pytest.approx(1 - tokens / places)
-    assert prepared.data.padding > 0
+    job.model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
+    run(job)
+    assert tokens == sum(job.data.train.lengths)
+    assert job.data.padding == pytest.approx(1 - tokens / places)
+    assert job.data.padding > 0
 
 
-def test_three_predictions_are_the_adapters_own(classify: Callable[..., TrainOptions]) -> None:
-    prepared = prepare(classify(max_steps=40))
-    result = run(prepared)
+def test_three_predictions_are_the_adapters_own(classify: Callable[..., TrainConfig]) -> None:
+    job = prepare(classify(max_steps=40))
+    result = run(job)
     assert len(result.predictions) == 3
-    rows = prepared.data.evaluation_rows
+    rows = job.data.evaluation_rows
     for said, row in zip(result.predictions, rows, strict=False):
         assert (said["input"], said["expected"]) == (row.fields["text"], row.fields["label"])
         with torch.no_grad():
-            inputs = prepared.tokenizer(row.fields["text"], return_tensors="pt")
-            shares = prepared.model.eval()(**inputs).logits[0].softmax(-1)
-        assert said["predicted"] == f"{prepared.data.names[int(shares.argmax())]} ({float(shares.max()):.0%})"
-    assert predict(prepared, 3, BASE) != result.predictions
+            inputs = job.tokenizer(row.fields["text"], return_tensors="pt")
+            shares = job.model.eval()(**inputs).logits[0].softmax(-1)
+        assert said["predicted"] == f"{job.data.names[int(shares.argmax())]} ({float(shares.max()):.0%})"
+    assert predict(job, 3, BASE) != result.predictions
 
 
-def test_a_completion_is_what_the_adapter_generates(complete: Callable[..., TrainOptions]) -> None:
-    prepared = prepare(complete(max_steps=60, learning_rate=2e-2, lora={"lora_alpha": 32}))
-    result = run(prepared)
-    words = {row.fields["completion"].strip() for row in prepared.data.evaluation_rows}
-    for said, row in zip(result.predictions, prepared.data.evaluation_rows, strict=False):
+def test_a_completion_is_what_the_adapter_generates(complete: Callable[..., TrainConfig]) -> None:
+    job = prepare(complete(max_steps=60, learning_rate=2e-2, lora={"lora_alpha": 32}))
+    result = run(job)
+    words = {row.fields["completion"].strip() for row in job.data.evaluation_rows}
+    for said, row in zip(result.predictions, job.data.evaluation_rows, strict=False):
         assert (said["input"], said["expected"]) == (row.fields["prompt"], row.fields["completion"].strip())
         assert set(said["predicted"].split()) <= words | {
             "good",
@@ -247,7 +245,7 @@ def test_a_completion_is_what_the_adapter_generates(complete: Callable[..., Trai
         assert said["predicted"]
 
 
-def test_fewer_rows_held_out_than_three_give_as_many_predictions(classify: Callable[..., TrainOptions]) -> None:
+def test_fewer_rows_held_out_than_three_give_as_many_predictions(classify: Callable[..., TrainConfig]) -> None:
     assert len(run(prepare(classify(eval_split=2, max_steps=1))).predictions) == 2
 
 
@@ -255,27 +253,27 @@ def test_fewer_rows_held_out_than_three_give_as_many_predictions(classify: Calla
 
 
 def test_modules_that_came_without_weights_are_trained_saved_and_loaded(
-    classify: Callable[..., TrainOptions], encoder_folder: Path, tmp_path: Path
+    classify: Callable[..., TrainConfig], encoder_folder: Path, tmp_path: Path
 ) -> None:
     from transformers import BertModel
 
     folder = shutil.copytree(encoder_folder, tmp_path / "model")
     BertModel.from_pretrained(encoder_folder, add_pooling_layer=False).save_pretrained(folder)
-    prepared = prepare(classify(model=folder))
-    result = run(prepared)
+    job = prepare(classify(model=folder))
+    result = run(job)
     assert sorted(result.record["trained_in_full"]) == ["bert.pooler.dense", "classifier"]
     ids = torch.tensor([[2, 5, 6, 3]])
     with torch.no_grad():
         wanted = result.model.eval()(input_ids=ids).logits
     torch.manual_seed(123)
-    base, _ = load_base(str(folder), TASKS["seq-cls"], "float32", prepared.data.names)
+    base, _ = load_base(str(folder), TASKS["seq-cls"], "float32", job.data.names)
     again = PeftModel.from_pretrained(base, tmp_path / "run").eval()
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, wanted)
 
 
 def test_validation_rows_can_be_a_file_of_their_own(
-    classify: Callable[..., TrainOptions], tmp_path: Path, reviews: Path
+    classify: Callable[..., TrainConfig], tmp_path: Path, reviews: Path
 ) -> None:
     held_out = tmp_path / "held-out.csv"
     held_out.write_text("text,label\nthe good film,praise\nthe weak book,blame\n")
@@ -288,66 +286,66 @@ def test_validation_rows_can_be_a_file_of_their_own(
 # Nothing is lost ------------------------------------------------------------------------------------------
 
 
-def saved(folder: str | Path, prepared: Prepared) -> bool:
+def saved(folder: str | Path, job: TrainJob) -> bool:
     """Is the adapter in ``folder`` the one in memory, to the bit?"""
-    live = prepared.model.base_model.tensors_of("default")
+    live = job.model.base_model.tensors_of("default")
     found = load_file(Path(folder) / WEIGHTS)
     return set(found) == set(live) and all(torch.equal(found[key], live[key]) for key in found)
 
 
 def test_ctrl_c_ends_after_its_step_and_saves_the_adapter_with_its_figures(
-    classify: Callable[..., TrainOptions], capsys: pytest.CaptureFixture[str]
+    classify: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepared = prepare(classify(max_steps=10))
+    job = prepare(classify(max_steps=10))
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(
         Interrupted, match="stopped at step 4 of 10; the adapter as it was after step 4 is saved"
     ) as error:
-        run(prepared, at(4, ctrl_c))
+        run(job, at(4, ctrl_c))
     assert signal.getsignal(signal.SIGINT) is before
     assert "press Ctrl-C again to end at once" in capsys.readouterr().err
-    record = record_in(prepared.options.output)
+    record = record_in(job.options.output)
     hashes = {record.pop(name) is not None for name in ("files", "record_sha256")}  # of what is written alone
     assert hashes == {True}
     assert record == json.loads(json.dumps(error.value.record))
     assert (record["state"], record["steps"]) == ("interrupted", 4)
     assert record["curve"]["evaluations"][-1]["step"] == 4
     assert {"loss", "accuracy"} <= record["result"].keys()
-    assert saved(prepared.options.output, prepared)
+    assert saved(job.options.output, job)
 
 
-def test_a_second_ctrl_c_ends_at_once_and_still_saves(classify: Callable[..., TrainOptions]) -> None:
-    prepared = prepare(classify(max_steps=10))
+def test_a_second_ctrl_c_ends_at_once_and_still_saves(classify: Callable[..., TrainConfig]) -> None:
+    job = prepare(classify(max_steps=10))
     with pytest.raises(Interrupted, match="stopped at step 4 of 10; the adapter as it was after step 4 is saved"):
-        run(prepared, at(4, ctrl_c, ctrl_c))
-    assert record_in(prepared.options.output)["curve"]["evaluations"] == []
-    assert saved(prepared.options.output, prepared)
+        run(job, at(4, ctrl_c, ctrl_c))
+    assert record_in(job.options.output)["curve"]["evaluations"] == []
+    assert saved(job.options.output, job)
 
 
-def test_ctrl_c_in_the_evaluation_that_follows_a_ctrl_c_loses_nothing(classify: Callable[..., TrainOptions]) -> None:
-    prepared = prepare(classify(max_steps=10))
+def test_ctrl_c_in_the_evaluation_that_follows_a_ctrl_c_loses_nothing(classify: Callable[..., TrainConfig]) -> None:
+    job = prepare(classify(max_steps=10))
     evaluating: list[bool] = []
 
     def look(*_: Any) -> None:
-        evaluating.append((Path(prepared.options.output) / WEIGHTS).exists())
+        evaluating.append((Path(job.options.output) / WEIGHTS).exists())
         ctrl_c()
 
     def listen() -> None:
-        prepared.model.get_base_model().register_forward_pre_hook(look)
+        job.model.get_base_model().register_forward_pre_hook(look)
 
     with pytest.raises(Interrupted, match="after step 4 is saved"):
-        run(prepared, at(4, ctrl_c, listen))
+        run(job, at(4, ctrl_c, listen))
     assert evaluating == [True]
-    assert saved(prepared.options.output, prepared)
+    assert saved(job.options.output, job)
 
 
-def test_ctrl_c_before_the_first_step_leaves_the_run_file_alone(classify: Callable[..., TrainOptions]) -> None:
-    prepared = prepare(classify())
-    prepared.model.get_base_model().register_forward_pre_hook(lambda *_: at_once())
+def test_ctrl_c_before_the_first_step_leaves_the_run_file_alone(classify: Callable[..., TrainConfig]) -> None:
+    job = prepare(classify())
+    job.model.get_base_model().register_forward_pre_hook(lambda *_: at_once())
     with pytest.raises(Interrupted, match="stopped before the first step; nothing was trained") as error:
-        run(prepared)
+        run(job)
     assert error.value.record is None
-    assert os.listdir(prepared.options.output) == [RUN_FILE]
+    assert os.listdir(job.options.output) == [RUN_FILE]
 
 
 @pytest.mark.parametrize(
@@ -366,66 +364,66 @@ def test_ctrl_c_before_the_first_step_leaves_the_run_file_alone(classify: Callab
     ],
 )
 def test_an_error_in_the_middle_is_told_and_the_adapter_saved(
-    classify: Callable[..., TrainOptions], raised: Exception, said: str
+    classify: Callable[..., TrainConfig], raised: Exception, said: str
 ) -> None:
-    prepared = prepare(classify(max_steps=10))
+    job = prepare(classify(max_steps=10))
     with pytest.raises(TrainingError) as error:
-        run(prepared, at(2, fail(raised)))
+        run(job, at(2, fail(raised)))
     assert re.sub(r"[0-9.]+ [KM]iB", "SIZE", str(error.value)).startswith(said)
     assert error.value.__cause__ is raised
-    assert record_in(prepared.options.output)["state"] == "failed"
-    assert saved(prepared.options.output, prepared)
+    assert record_in(job.options.output)["state"] == "failed"
+    assert saved(job.options.output, job)
 
 
-def test_an_error_before_the_first_step_is_itself(classify: Callable[..., TrainOptions]) -> None:
-    prepared = prepare(classify())
-    prepared.model.get_base_model().register_forward_pre_hook(lambda *_: fail(MemoryError())())
+def test_an_error_before_the_first_step_is_itself(classify: Callable[..., TrainConfig]) -> None:
+    job = prepare(classify())
+    job.model.get_base_model().register_forward_pre_hook(lambda *_: fail(MemoryError())())
     with pytest.raises(MemoryError):
-        run(prepared)
-    assert os.listdir(prepared.options.output) == [RUN_FILE]
+        run(job)
+    assert os.listdir(job.options.output) == [RUN_FILE]
 
 
-def test_an_exit_that_passes_through_saves_on_its_way(classify: Callable[..., TrainOptions]) -> None:
-    prepared = prepare(classify(max_steps=10))
+def test_an_exit_that_passes_through_saves_on_its_way(classify: Callable[..., TrainConfig]) -> None:
+    job = prepare(classify(max_steps=10))
     with pytest.raises(SystemExit):  # what a closed terminal becomes
-        run(prepared, at(2, fail(SystemExit(1))))
-    assert saved(prepared.options.output, prepared)
+        run(job, at(2, fail(SystemExit(1))))
+    assert saved(job.options.output, job)
 
 
-def test_a_run_that_diverges_leaves_json_that_every_parser_reads(classify: Callable[..., TrainOptions]) -> None:
-    prepared = prepare(classify(learning_rate=1e30, warmup_ratio=0, eval_steps=1, max_steps=50))
+def test_a_run_that_diverges_leaves_json_that_every_parser_reads(classify: Callable[..., TrainConfig]) -> None:
+    job = prepare(classify(learning_rate=1e30, warmup_ratio=0, eval_steps=1, max_steps=50))
     with pytest.raises(TrainingError, match=r"^step \d+: the loss is"):
-        run(prepared)
-    record = record_in(prepared.options.output)
+        run(job)
+    record = record_in(job.options.output)
     assert record["curve"]["evaluations"][-1]["loss"] is None
 
 
 def test_a_folder_that_is_lost_sends_the_adapter_to_another(
-    classify: Callable[..., TrainOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classify: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    prepared = prepare(classify())
-    folder = Path(prepared.options.output)
+    job = prepare(classify())
+    folder = Path(job.options.output)
     with pytest.raises(SaveError) as error:
-        run(prepared, at(1, lambda: shutil.rmtree(folder), lambda: folder.write_text("in the way")))
+        run(job, at(1, lambda: shutil.rmtree(folder), lambda: folder.write_text("in the way")))
     (rescued,) = scratch.iterdir()
     assert f"The trained adapter is saved in {rescued} instead" in str(error.value)
-    assert saved(rescued, prepared)
+    assert saved(rescued, job)
     assert record_in(rescued)["state"] == "finished"
 
 
 def test_no_room_anywhere_is_said_and_leaves_no_rubbish(
-    classify: Callable[..., TrainOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classify: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    prepared = prepare(classify())
+    job = prepare(classify())
     monkeypatch.setattr("loraloom.lora.checkpoint.save_file", fail_with_no_space)
     with pytest.raises(SaveError, match=f"No space left.*could not be saved in {scratch} either"):
-        run(prepared)
+        run(job)
     assert list(scratch.iterdir()) == []
 
 
@@ -433,7 +431,7 @@ def fail_with_no_space(*_: Any, **__: Any) -> NoReturn:
     raise OSError(28, "No space left on device")
 
 
-def test_a_run_outside_the_main_thread_needs_no_signals(classify: Callable[..., TrainOptions]) -> None:
+def test_a_run_outside_the_main_thread_needs_no_signals(classify: Callable[..., TrainConfig]) -> None:
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(run(prepare(classify()))))
     thread.start()
@@ -453,7 +451,7 @@ def test_a_run_outside_the_main_thread_needs_no_signals(classify: Callable[..., 
     ],
 )
 def test_a_run_that_cannot_start_leaves_no_folder_behind(
-    classify: Callable[..., TrainOptions], tmp_path: Path, changes: dict[str, Any], error: type[LoraloomError]
+    classify: Callable[..., TrainConfig], tmp_path: Path, changes: dict[str, Any], error: type[LoraloomError]
 ) -> None:
     with pytest.raises(error):
         prepare(classify(output=tmp_path / "a" / "b" / "c", **changes))
@@ -461,7 +459,7 @@ def test_a_run_that_cannot_start_leaves_no_folder_behind(
 
 
 def test_preparing_leaves_a_folder_that_was_there_as_it_was(
-    classify: Callable[..., TrainOptions], tmp_path: Path
+    classify: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

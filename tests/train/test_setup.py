@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loraloom import LoraConfig, get_peft_model
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.train.setup import load
 
 
@@ -39,13 +39,13 @@ def test_a_new_head_trains_whatever_it_is_called(
     path = tmp_path / "rows.jsonl"
     row = {"question": "was it", "context": "the good film", "answers": {"text": ["good"], "answer_start": [4]}}
     path.write_text(f"{json.dumps(row)}\n" * 8)
-    options = TrainOptions(
+    options = TrainConfig(
         model=str(request.getfixturevalue(model)), data=str(path), task="question-answering",
         output=str(tmp_path / "out"), lora=LoraConfig(target_modules="all-linear"),
     )  # fmt: skip
-    loaded = load(options)
-    assert loaded.new_modules == [head]
-    adapted = get_peft_model(loaded.base, loaded.config(loaded.options))
+    setup = load(options)
+    assert setup.new_modules == [head]
+    adapted = get_peft_model(setup.base, setup.config(setup.options))
     assert any(f".{head}." in f".{name}." for name in adapted.adapter_parameters("default"))
 
 
@@ -66,7 +66,7 @@ def test_a_ready_head_is_kept_under_its_own_numbers_or_replaced(
     AutoTokenizer.from_pretrained(encoder_folder).save_pretrained(tmp_path / "model")
     rows = [{"text1": "the cat was bad", "text2": "it was a film", "label": label} for label in NLI * 10]
     (tmp_path / "nli.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = load(TrainOptions(model=tmp_path / "model", data=tmp_path / "nli.jsonl", task="seq-cls", output=tmp_path))
+    found = load(TrainConfig(model=tmp_path / "model", data=tmp_path / "nli.jsonl", task="seq-cls", output=tmp_path))
     weight = found.base.get_parameter("classifier.weight")
     assert found.data.names == (NLI if kept else sorted(NLI))
     assert torch.equal(weight, ready.classifier.weight) is kept

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 
 from loraloom import LoraConfig
-from loraloom.config.train import TrainOptions
-from loraloom.tune.config import TuneOptions
+from loraloom.config.train import TrainConfig
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.space import Space
 
-Make = Callable[..., TuneOptions]
+Make = Callable[..., TuneConfig]
 
 
-def make(train: Mapping[str, Any], space: Mapping[str, Any], changes: dict[str, Any]) -> TuneOptions:
+def make(train: Mapping[str, Any], space: Mapping[str, Any], changes: dict[str, Any]) -> TuneConfig:
     """``changes`` with ``train`` and ``lora`` in it are those of the trials."""
     lora = LoraConfig(**{"r": 4, "target_modules": "all-linear", **changes.pop("lora", {})})
-    options = TrainOptions(**{**train, "lora": lora, **changes.pop("train", {})})
+    options = TrainConfig(**{**train, "lora": lora, **changes.pop("train", {})})
     given = {"trials": 4, "finalists": 1, "seeds": 0, "slots": 4, "sampler": "random", **changes}
-    return TuneOptions(train=options, space=Space.parse(space, options), **given)
+    return TuneConfig(train=options, space=Space.parse(space, options), **given)
 
 
 def searches(**train: Any) -> Callable[[Path], Make]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraloom.tune.asha import Halving, Standing, taken_off
+from loraloom.tune.asha import Standing, SuccessiveHalving, taken_off
 
 NOISE = [0.01 * math.sin(step * 1.7) for step in range(200)]
 
@@ -32,23 +32,23 @@ def test_a_trial_takes_off_when_its_last_losses_lie_clearly_below_the_constant_a
 
 @pytest.mark.parametrize(("count", "least", "quota"), [(16, 3, 8), (7, 3, 4), (4, 3, 3), (2, 3, 2), (2, 1, 1)])
 def test_half_train_on_and_at_least_as_many_as_there_are_finalists(count: int, least: int, quota: int) -> None:
-    assert Halving(1, 2, least).quota(count) == quota
+    assert SuccessiveHalving(1, 2, least).quota(count) == quota
 
 
 def test_those_that_have_taken_off_come_first_then_the_lower_loss_then_the_first() -> None:
-    halving = Halving(1, 2)
+    halving = SuccessiveHalving(1, 2)
     stands = {0: (False, 0.5), 1: (True, 0.9), 2: (True, 0.8), 3: (False, 0.4), 4: (True, 0.8), 5: (True, math.nan)}
     assert halving.decide({n: Standing(off, loss, 0.0) for n, (off, loss) in stands.items()}) == [1, 2, 4]
 
 
 def test_the_best_by_the_metric_trains_on_as_well() -> None:
-    halving = Halving(1, 2)
+    halving = SuccessiveHalving(1, 2)
     goods = {0: 0.5, 1: 0.6, 2: 0.7, 3: math.nan}
     assert halving.decide({n: Standing(True, float(n), good) for n, good in goods.items()}) == [0, 1, 2]
 
 
 def test_suspended_trials_come_back_from_the_furthest_rung_first_and_once() -> None:
-    halving = Halving(2, 2)
+    halving = SuccessiveHalving(2, 2)
     halving.decide({n: Standing(True, float(n), -n) for n in range(4)})
     halving.decide({n: Standing(True, float(n), -n) for n in (0, 1)})
     assert halving.suspended(range(4)) == {1: 1, 2: 0, 3: 0}
@@ -64,8 +64,8 @@ def test_decisions_are_the_same_in_whatever_order_trials_stand_there(
     table = {(n, rung): Standing(source.random() < 0.5, source.random(), source.random()) for n in range(count)
              for rung in range(rungs)}  # fmt: skip
 
-    def play(shuffled: bool) -> Halving:
-        halving = Halving(rungs, reduction, least)
+    def play(shuffled: bool) -> SuccessiveHalving:
+        halving = SuccessiveHalving(rungs, reduction, least)
         while halving.open < rungs:
             members = halving.members(halving.open, range(count))
             if shuffled:

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from loraloom import LoraConfig, PeftModel
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Curve
 from loraloom.inference.jackknife import PARTS, divide, error
-from loraloom.train.setup import Loaded, load
+from loraloom.train.setup import Setup, load
 from loraloom.tune.bar import Bar, gain, learned, needed, set_bar
 from loraloom.tune.diagnostics.nothing_learned import nothing
 from loraloom.tune.trial import Trial
 
-OPTIONS = TrainOptions(model="m", data="d", task="seq-cls", output="o", learning_rate=1e-5)
+OPTIONS = TrainConfig(model="m", data="d", task="seq-cls", output="o", learning_rate=1e-5)
 
 
 def hits(count: int, rows: int = 60) -> list[float]:
@@ -94,17 +94,17 @@ def test_advice_says_what_to_change_for_each_reason() -> None:
 # -- every task -------------------------------------------------------------------------------------------------------
 
 
-def loaded_rows(rows: list[dict[str, Any]], task: str, model: Path, folder: Path, **more: Any) -> Loaded:
+def loaded_rows(rows: list[dict[str, Any]], task: str, model: Path, folder: Path, **more: Any) -> Setup:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = TrainOptions(model=str(model), data=str(path), task=task, output=str(folder / "o"), eval_split=20, **more)
+    options = TrainConfig(model=str(model), data=str(path), task=task, output=str(folder / "o"), eval_split=20, **more)
     return load(options)
 
 
-def bar_of(loaded: Loaded) -> Bar:
-    model = PeftModel(loaded.base)
-    model.add_adapter("span", LoraConfig(r=1, target_modules="all-linear", task_type=loaded.task))
-    return set_bar(loaded, model)
+def bar_of(setup: Setup) -> Bar:
+    model = PeftModel(setup.base)
+    model.add_adapter("span", LoraConfig(r=1, target_modules="all-linear", task_type=setup.task))
+    return set_bar(setup, model)
 
 
 def entropy(*shares: float) -> float:

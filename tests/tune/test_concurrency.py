@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from loraloom import LoraConfig, PeftModel
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.engine.pack import Pack
 from loraloom.errors import ConfigError
-from loraloom.train.setup import Loaded, load
+from loraloom.train.setup import Setup, load
 from loraloom.tune import concurrency
 from loraloom.tune.concurrency import measured, one_slot, plan_slots
 
@@ -84,23 +84,23 @@ def test_one_slot_that_memory_does_not_hold_and_other_errors_are_raised() -> Non
 
 
 @pytest.fixture
-def loaded(encoder_folder: Path, reviews: Path, tmp_path: Path) -> Loaded:
-    return load(TrainOptions(model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path, max_steps=4))
+def setup(encoder_folder: Path, reviews: Path, tmp_path: Path) -> Setup:
+    return load(TrainConfig(model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path, max_steps=4))
 
 
 @pytest.fixture
-def pack(loaded: Loaded) -> Pack:
-    model = PeftModel(loaded.base)
+def pack(setup: Setup) -> Pack:
+    model = PeftModel(setup.base)
     model.add_adapter("span", LoraConfig(r=1, target_modules=["query", "value"], task_type="SEQ_CLS"))
-    return Pack(model, task=loaded.task, pad_id=0)
+    return Pack(model, task=setup.task, pad_id=0)
 
 
 def test_the_largest_number_that_is_about_as_fast_as_the_best_is_taken_and_the_figures_said(
-    pack: Pack, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    pack: Pack, setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {1: 1000.0, 2: 1900.0, 4: 2010.0, 8: 1900.0}
-    monkeypatch.setattr(concurrency, "_rate", lambda pack, loaded, config, count: found[count])
-    slots = plan_slots(pack, loaded, ONE, 16, None, None)
+    monkeypatch.setattr(concurrency, "_rate", lambda pack, setup, config, count: found[count])
+    slots = plan_slots(pack, setup, ONE, 16, None, None)
     # 8 is below 4 by more than a twentieth.
     assert slots.count == 4
     assert slots.why == (
@@ -108,52 +108,52 @@ def test_the_largest_number_that_is_about_as_fast_as_the_best_is_taken_and_the_f
     )
 
 
-def test_what_is_measured_is_real_and_leaves_nothing_in_the_pack(pack: Pack, loaded: Loaded) -> None:
+def test_what_is_measured_is_real_and_leaves_nothing_in_the_pack(pack: Pack, setup: Setup) -> None:
     before = pack.adapters
-    slots = plan_slots(pack, loaded, ONE, 2, None, None)
+    slots = plan_slots(pack, setup, ONE, 2, None, None)
     assert slots.count in (1, 2)
     assert pack.adapters == before
 
 
-def test_no_more_slots_than_fit_into_the_memory(pack: Pack, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    need = one_slot(loaded, ONE)
+def test_no_more_slots_than_fit_into_the_memory(pack: Pack, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = one_slot(setup, ONE)
     each = int(concurrency.MARGIN * (need.total - need.base))
-    monkeypatch.setattr(concurrency, "_rate", lambda pack, loaded, config, count: float(count))
-    slots = plan_slots(pack, loaded, ONE, 16, need.base + 3 * each + 5, None)
+    monkeypatch.setattr(concurrency, "_rate", lambda pack, setup, config, count: float(count))
+    slots = plan_slots(pack, setup, ONE, 16, need.base + 3 * each + 5, None)
     assert slots.count == 3
     assert "no more than 3 fit" in slots.why
     monkeypatch.setattr(concurrency, "free_memory", lambda: int((5 * each + 5) / concurrency.SHARE))
-    assert plan_slots(pack, loaded, ONE, 16, None, None).count == 5
+    assert plan_slots(pack, setup, ONE, 16, None, None).count == 5
 
 
-def test_one_slot_that_does_not_fit_is_refused_with_what_to_lower(pack: Pack, loaded: Loaded) -> None:
-    need = one_slot(loaded, ONE)
+def test_one_slot_that_does_not_fit_is_refused_with_what_to_lower(pack: Pack, setup: Setup) -> None:
+    need = one_slot(setup, ONE)
     for memory in (1000, need.base, need.total):
         with pytest.raises(ConfigError, match="^memory: a trial needs .* beside the model of .*lower batch_size, max"):
-            plan_slots(pack, loaded, ONE, 4, memory, None)
+            plan_slots(pack, setup, ONE, 4, memory, None)
 
 
 def test_a_number_that_is_given_is_not_measured_but_clipped_and_that_is_said(
-    pack: Pack, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    pack: Pack, setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: Any) -> float:
         raise AssertionError("measured")
 
     monkeypatch.setattr(concurrency, "_rate", never)
-    need = one_slot(loaded, ONE)
+    need = one_slot(setup, ONE)
     each = int(concurrency.MARGIN * (need.total - need.base))
-    assert plan_slots(pack, loaded, ONE, 16, None, 3) == concurrency.Slots(3, "3 as given")
-    clipped = plan_slots(pack, loaded, ONE, 16, need.base + 2 * each + 5, 3)
+    assert plan_slots(pack, setup, ONE, 16, None, 3) == concurrency.Slots(3, "3 as given")
+    clipped = plan_slots(pack, setup, ONE, 16, need.base + 2 * each + 5, 3)
     assert clipped.count == 2
     assert clipped.why.startswith("2 of the 3 given: ")
-    fewer = plan_slots(pack, loaded, ONE, 2, None, 3)
+    fewer = plan_slots(pack, setup, ONE, 2, None, 3)
     assert fewer.count == 2
     assert fewer.why == "2 of the 3 given: there are no more trials"
 
 
-def test_a_larger_adapter_and_more_rows_need_more(loaded: Loaded) -> None:
+def test_a_larger_adapter_and_more_rows_need_more(setup: Setup) -> None:
     from dataclasses import replace
 
-    one = one_slot(loaded, ONE).total
-    assert one_slot(loaded, ONE.copy(r=32)).total > one
-    assert one_slot(replace(loaded, options=replace(loaded.options, batch_size=32)), ONE).total > one
+    one = one_slot(setup, ONE).total
+    assert one_slot(setup, ONE.copy(r=32)).total > one
+    assert one_slot(replace(setup, options=replace(setup.options, batch_size=32)), ONE).total > one

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from loraloom import LoraConfig
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError
-from loraloom.tune.config import TuneOptions, read_bytes
+from loraloom.tune.config import TuneConfig, read_bytes
 from loraloom.tune.space import PRESETS, Space
 
 BASE = """\
@@ -24,14 +24,14 @@ output: runs/search
 """
 
 
-def base(**changes: object) -> TrainOptions:
+def base(**changes: object) -> TrainConfig:
     given = {"model": "my-model", "data": "rows.jsonl", "task": "seq-cls", "output": "runs/search", "max_steps": 30}
-    return TrainOptions(**{**given, **changes})
+    return TrainConfig(**{**given, **changes})
 
 
-def options(**changes: Any) -> TuneOptions:
+def options(**changes: Any) -> TuneConfig:
     train = changes.pop("train", None) or base()
-    return TuneOptions(**{"train": train, "space": Space.default(train), **changes})
+    return TuneConfig(**{"train": train, "space": Space.default(train), **changes})
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def file(tmp_path: Path) -> Path:
 )
 def test_a_value_out_of_range_names_its_option_and_what_was_found(name: str, value: object, said: str) -> None:
     with pytest.raises(ConfigError) as error:
-        TuneOptions(**{"train": base(), "space": Space.default(base()), name: value})
+        TuneConfig(**{"train": base(), "space": Space.default(base()), name: value})
     assert str(error.value).startswith(f"{name}: ")
     assert said in str(error.value)
 
@@ -126,14 +126,14 @@ def test_a_grid_over_a_continuous_range_is_refused() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_gives_space_trials_finalists_and_seeds(file: Path, preset: str) -> None:
     wanted = PRESETS[preset]
-    found = TuneOptions.read(file, [f"tune.preset={preset}"])
+    found = TuneConfig.read(file, [f"tune.preset={preset}"])
     assert (found.trials, found.finalists, found.seeds) == (wanted.trials, wanted.finalists, wanted.seeds)
     assert found.space == Space.parse(wanted.space, base())
     assert found.train == base()
 
 
 def test_a_file_without_a_section_is_the_standard_search(file: Path) -> None:
-    assert TuneOptions.read(file) == options()
+    assert TuneConfig.read(file) == options()
 
 
 def test_the_file_wins_over_the_preset(file: Path) -> None:
@@ -144,28 +144,28 @@ def test_the_file_wins_over_the_preset(file: Path) -> None:
     )
     train = base(lora=LoraConfig(r=4))
     raw = {"lora.lora_alpha": ["r", "2r"], "train.learning_rate": {"log": [1e-4, 1e-3]}}
-    assert TuneOptions.read(file) == TuneOptions(
+    assert TuneConfig.read(file) == TuneConfig(
         train=train, space=Space.parse(raw, train), trials=4, finalists=2, seeds=0, metric="loss", memory=2 * 2**30,
         slots=2, reduction=2, min_share=0.5, sampler="random",
     )  # fmt: skip
 
 
 def test_what_is_set_and_a_commands_options_win(file: Path) -> None:
-    found = TuneOptions.read(file, ["tune.trials=4", "tune.seeds=1", "train.seed=3"], {"tune.trials": 5, "output": "x"})
+    found = TuneConfig.read(file, ["tune.trials=4", "tune.seeds=1", "train.seed=3"], {"tune.trials": 5, "output": "x"})
     assert (found.trials, found.seeds, found.train.seed, found.train.output) == (5, 1, 3, "x")
 
 
 def test_what_the_preset_says_is_lowered_to_what_a_small_space_has(file: Path) -> None:
     file.write_text(BASE + "tune: {space: {lora.r: [4, 8]}}\n")
-    found = TuneOptions.read(file)
+    found = TuneConfig.read(file)
     assert (found.trials, found.finalists) == (2, 2)
-    assert TuneOptions.read(file, ["tune.trials=1"]).finalists == 1
+    assert TuneConfig.read(file, ["tune.trials=1"]).finalists == 1
 
 
 def test_a_grid_takes_all_of_the_space_unless_told_otherwise(file: Path) -> None:
     file.write_text(BASE + "tune: {sampler: grid, space: {lora.r: {range: [1, 32]}}}\n")
-    assert TuneOptions.read(file).trials == 32
-    assert TuneOptions.read(file, ["tune.trials=4"]).trials == 4
+    assert TuneConfig.read(file).trials == 32
+    assert TuneConfig.read(file, ["tune.trials=4"]).trials == 4
 
 
 @pytest.mark.parametrize(
@@ -191,15 +191,15 @@ def test_a_grid_takes_all_of_the_space_unless_told_otherwise(file: Path) -> None
 def test_an_error_names_the_file_the_line_and_the_key(file: Path, text: str, said: str) -> None:
     file.write_text(BASE + text + "\n")
     with pytest.raises(ConfigError) as error:
-        TuneOptions.read(file)
+        TuneConfig.read(file)
     assert str(error.value).startswith(f"{file}:{said}")
 
 
 def test_an_error_of_a_commands_option_names_the_option_alone(file: Path) -> None:
     with pytest.raises(ConfigError, match="^trials: must be a whole number of at least 1, found 0$"):
-        TuneOptions.read(file, (), {"tune.trials": 0})
+        TuneConfig.read(file, (), {"tune.trials": 0})
     with pytest.raises(ConfigError, match="^--set tune.trials: tune.trials: must be a whole number"):
-        TuneOptions.read(file, ["tune.trials=0"])
+        TuneConfig.read(file, ["tune.trials=0"])
 
 
 # -- known again ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from loraloom.tune.config import TuneOptions
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.journal import ASIDE, Journal
 from loraloom.tune.sampler import JOURNAL_NAME
 from loraloom.tune.trial import Trial
@@ -25,7 +25,7 @@ def opened(folder: Path) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name="loraloom", storage=storage).trials
 
 
-def ended(given: TuneOptions) -> list[Trial]:
+def ended(given: TuneConfig) -> list[Trial]:
     points = list(all_proposals(given, 5))
     failed = trial(2, points[2], "failed", math.nan, reason="step 3: the loss is nan")
     return [

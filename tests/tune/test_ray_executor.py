@@ -21,12 +21,12 @@ from loraloom.models.load import load_base
 from loraloom.train.failures import Interrupted
 from loraloom.train.setup import load
 from loraloom.tune import ray_executor, search
-from loraloom.tune.config import TuneOptions
-from loraloom.tune.ray_executor import DEATHS, RayCrew
+from loraloom.tune.config import TuneConfig
+from loraloom.tune.ray_executor import DEATHS, RayExecutor
 from loraloom.tune.trial import Trial
-from loraloom.tune.worker import Numbers, Report, Space, Worker
+from loraloom.tune.worker import Report, Space, TensorState, Worker
 
-Make = Callable[..., TuneOptions]
+Make = Callable[..., TuneConfig]
 VALUES = {"lora.r": 4, "train.learning_rate": 3e-3}
 GRID = {"lora.r": [2, 4, 8], "train.learning_rate": [1e-3, 5e-3]}
 
@@ -51,11 +51,11 @@ def ray() -> Iterator[None]:
 
 
 @pytest.fixture
-def crews(monkeypatch: pytest.MonkeyPatch) -> list[RayCrew]:
+def crews(monkeypatch: pytest.MonkeyPatch) -> list[RayExecutor]:
     """The crews that searches made."""
-    made: list[RayCrew] = []
+    made: list[RayExecutor] = []
 
-    class Seen(RayCrew):
+    class Seen(RayExecutor):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             made.append(self)
@@ -64,17 +64,17 @@ def crews(monkeypatch: pytest.MonkeyPatch) -> list[RayCrew]:
     return made
 
 
-def begin(options: TuneOptions, steps: int) -> tuple[Worker, Trial, list[str]]:
+def begin(options: TuneConfig, steps: int) -> tuple[Worker, Trial, list[str]]:
     """A worker in this process, and a trial for it."""
     options = replace(options, train=replace(options.train, max_steps=steps))
-    loaded = load(options.train)
-    options = replace(options, train=loaded.options)
-    space = Space(options, loaded)
+    setup = load(options.train)
+    options = replace(options, train=setup.options)
+    space = Space(options, setup)
     trial = Trial(0, VALUES, space.trial_options(VALUES, 0), steps, state="running")
-    return Worker(options, loaded, space), trial, list(loaded.data.hashes.values())
+    return Worker(options, setup, space), trial, list(setup.data.hashes.values())
 
 
-def finish(go_on: Callable[[list[tuple[Trial, Numbers]]], Report], trial: Trial) -> Report:
+def finish(go_on: Callable[[list[tuple[Trial, TensorState]]], Report], trial: Trial) -> Report:
     report = go_on([(trial, {})])
     while report.trials[0].state == "running":
         report = go_on([])
@@ -118,7 +118,7 @@ def test_a_trial_is_the_same_to_the_bit_elsewhere_also_when_its_worker_is_killed
     here, trial, hashes = begin(options, steps=400)
     expected = finish(lambda enter: here.run(enter, []), trial)
 
-    crew = RayCrew(here.options, hashes, lambda trials, rate: None, lambda: False)
+    crew = RayExecutor(here.options, hashes, lambda trials, rate: None, lambda: False)
     try:
         _, trial, _ = begin(options, steps=400)
         trial.goal = 8
@@ -130,7 +130,7 @@ def test_a_trial_is_the_same_to_the_bit_elsewhere_also_when_its_worker_is_killed
         os.kill(crew.places[0].pid, signal.SIGKILL)
         assert crew.wait() == (0, None)
         # From what it handed over, a fresh one goes on.
-        enter: list[tuple[Trial, Numbers]] = [(report.trials[0], report.numbers[0])]
+        enter: list[tuple[Trial, TensorState]] = [(report.trials[0], report.numbers[0])]
         while report.trials[0].state == "running":
             crew.start(0, enter, [])
             _, report = crew.wait()
@@ -147,7 +147,7 @@ def test_a_trial_is_the_same_to_the_bit_elsewhere_also_when_its_worker_is_killed
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray")
-def test_two_workers_share_one_search_and_come_to_a_verdict(classify: Make, crews: list[RayCrew]) -> None:
+def test_two_workers_share_one_search_and_come_to_a_verdict(classify: Make, crews: list[RayExecutor]) -> None:
     options, watch = classify(GRID, trials=6, finalists=2, seeds=1, slots=2, workers=2), Watch()
     result = search.search(options, watch)
     trials = result.record["trials"]
@@ -165,17 +165,17 @@ def test_two_workers_share_one_search_and_come_to_a_verdict(classify: Make, crew
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray")
 def test_a_search_goes_on_when_a_worker_is_killed(
-    classify: Make, crews: list[RayCrew], monkeypatch: pytest.MonkeyPatch
+    classify: Make, crews: list[RayExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits, wait = [], RayCrew.wait
+    waits, wait = [], RayExecutor.wait
 
-    def kill(crew: RayCrew) -> tuple[int, Report | None]:
+    def kill(crew: RayExecutor) -> tuple[int, Report | None]:
         waits.append(None)
         if len(waits) == 3:
             os.kill(crew.places[1].pid, signal.SIGKILL)
         return wait(crew)
 
-    monkeypatch.setattr(RayCrew, "wait", kill)
+    monkeypatch.setattr(RayExecutor, "wait", kill)
     watch = Watch()
     result = search.search(classify(GRID, trials=6, finalists=2, seeds=1, slots=2, workers=2), watch)
     assert any(event.startswith("worker 1 died") for event in watch.events)
@@ -188,37 +188,37 @@ def test_a_search_goes_on_when_a_worker_is_killed(
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray")
 def test_ctrl_c_saves_what_all_workers_have_and_a_worker_that_only_dies_ends_the_search(
-    classify: Make, crews: list[RayCrew], monkeypatch: pytest.MonkeyPatch
+    classify: Make, crews: list[RayExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = classify(GRID, trials=6, finalists=2, seeds=0, slots=2, workers=2)
     options = replace(options, train=replace(options.train, max_steps=3000))
-    pressed, wait = [], RayCrew.wait
+    pressed, wait = [], RayExecutor.wait
 
-    def press(crew: RayCrew) -> tuple[int, Report | None]:
+    def press(crew: RayExecutor) -> tuple[int, Report | None]:
         if not pressed:
             pressed.append(crew)
             os.kill(os.getpid(), signal.SIGINT)
         return wait(crew)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RayCrew, "wait", press)
+        patch.setattr(RayExecutor, "wait", press)
         with pytest.raises(Interrupted, match="the same command goes on"):
             search.search(options)
     under_way = list((Path(options.train.output) / "under-way").iterdir())
     assert len(under_way) == 4  # those of both workers
 
-    def hire(crew: RayCrew) -> Any:
+    def hire(crew: RayExecutor) -> Any:
         class Dies:
-            def open(self) -> ray_executor.Place:
-                return ray_executor.Place("here", "here", os.getpid())
+            def open(self) -> ray_executor.Placement:
+                return ray_executor.Placement("here", "here", os.getpid())
 
             def run(self, *args: Any) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         return crew._ray.remote(num_cpus=1)(Dies).remote()
 
-    monkeypatch.setattr(RayCrew, "_hire", hire)
-    monkeypatch.setattr(RayCrew, "_look", lambda crew: None)
+    monkeypatch.setattr(RayExecutor, "_hire", hire)
+    monkeypatch.setattr(RayExecutor, "_look", lambda crew: None)
     with pytest.raises(TrainingError, match=f"died {DEATHS} times in a row"):
         search.search(options)
     assert len(list((Path(options.train.output) / "under-way").iterdir())) == 4

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 import pytest
 
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.tune.sampler import propose
 from loraloom.tune.trial import Trial
 from tune.proposing import BASE, SMALL, WIDE, all_proposals, options, trial
@@ -28,7 +28,7 @@ def test_the_same_seed_and_trials_propose_the_same(sampler: str) -> None:
 
 
 def test_another_seed_proposes_others() -> None:
-    other = TrainOptions(**{**vars(BASE), "seed": 1})
+    other = TrainConfig(**{**vars(BASE), "seed": 1})
     assert list(all_proposals(options(sampler="random"), 5)) != list(
         all_proposals(options(sampler="random", train=other), 5)
     )

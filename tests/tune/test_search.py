@@ -24,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from loraloom import LoraConfig, PeftModel
 from loraloom.cli import _run
 from loraloom.config.names import TASKS
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, DataError, TrainingError
 from loraloom.inference.evaluation import evaluate
 from loraloom.models.load import load_base
@@ -33,13 +33,13 @@ from loraloom.train.run_record import RUN_NAME
 from loraloom.train.setup import load
 from loraloom.train.usage import USAGE_NAME
 from loraloom.tune import worker
-from loraloom.tune.config import TuneOptions
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.search import SearchResult, search
 from loraloom.tune.space import Space
 from loraloom.tune.state import STATE_NAME
 from loraloom.tune.trial import Trial
 
-Make = Callable[..., TuneOptions]
+Make = Callable[..., TuneConfig]
 RATES = {"train.learning_rate": [1e-3, 3e-3, 1e-2, 3e-2]}
 MIXED = {
     "lora.r": [2, 4, 8],
@@ -98,7 +98,7 @@ def result_in(folder: str | Path) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=[("classifying", 16), ("completing", 8)], ids=["classify", "complete"])
 def found(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[TuneOptions, SearchResult, Watch]:
+) -> tuple[TuneConfig, SearchResult, Watch]:
     """A search that learns; the tests train no more than it did."""
     name, size = request.param
     make = request.getfixturevalue(name)(tmp_path_factory.mktemp("found") / "search")
@@ -108,7 +108,7 @@ def found(
     return options, search(options, watch), watch
 
 
-def test_the_record_has_all_that_was_promised(found: tuple[TuneOptions, SearchResult, Watch]) -> None:
+def test_the_record_has_all_that_was_promised(found: tuple[TuneConfig, SearchResult, Watch]) -> None:
     options, result, watch = found
     record = result_in(options.train.output)
     assert record == json.loads(json.dumps(result.record))
@@ -136,7 +136,9 @@ def test_the_record_has_all_that_was_promised(found: tuple[TuneOptions, SearchRe
     assert all(told[0] <= told[1] == 3 and told[2] > 0 for told in watch.updates)
 
 
-def test_the_finalists_are_trained_again_with_a_further_seed(found: tuple[TuneOptions, SearchResult, Watch]) -> None:
+def test_the_finalists_are_trained_again_with_a_further_seed(
+    found: tuple[TuneConfig, SearchResult, Watch],
+) -> None:
     options, result, watch = found
     first, repeats = result.record["trials"][:6], result.record["trials"][6:]
     assert all(trial["repeats"] is None and trial["seed"] == 0 for trial in first)
@@ -152,15 +154,17 @@ def test_the_finalists_are_trained_again_with_a_further_seed(found: tuple[TuneOp
     assert any("again with 1 more seed each" in event for event in watch.events)
 
 
-def test_the_best_adapter_gives_the_metric_that_was_reported(found: tuple[TuneOptions, SearchResult, Watch]) -> None:
+def test_the_best_adapter_gives_the_metric_that_was_reported(
+    found: tuple[TuneConfig, SearchResult, Watch],
+) -> None:
     options, result, _ = found
     adapter = result.record["best"]["adapter"]
     assert adapter == str(Path(options.train.output) / "best")
-    loaded = load(options.train)
+    setup = load(options.train)
     reported = result.record["trials"][result.record["best"]["number"]]["metric"]
-    model = PeftModel.from_pretrained(loaded.base, adapter)
-    pad, rows = loaded.tokenizer.pad_token_id, loaded.data.evaluation.examples
-    measured = evaluate(model, "default", loaded.task, rows, pad, 64)
+    model = PeftModel.from_pretrained(setup.base, adapter)
+    pad, rows = setup.tokenizer.pad_token_id, setup.data.evaluation.examples
+    measured = evaluate(model, "default", setup.task, rows, pad, 64)
     assert measured[options.metric] == pytest.approx(reported, rel=1e-4)
     # What its outputs mean is beside it, and in the record.
     usage = json.loads((Path(adapter) / USAGE_NAME).read_text())
@@ -169,14 +173,14 @@ def test_the_best_adapter_gives_the_metric_that_was_reported(found: tuple[TuneOp
     assert usage.get("id2label") == ({"0": "blame", "1": "praise"} if options.train.task == "seq-cls" else None)
     # And peft reads it, with the same logits.
     peft = pytest.importorskip("peft")
-    base, _ = load_base(options.train.model, TASKS[options.train.task], "float32", loaded.data.names)
+    base, _ = load_base(options.train.model, TASKS[options.train.task], "float32", setup.data.names)
     theirs = peft.PeftModel.from_pretrained(base, adapter).eval()
     ids = torch.tensor([rows[0].input_ids])
     with torch.no_grad():
         torch.testing.assert_close(theirs(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
-def test_the_best_file_trains_the_best_trial_again(found: tuple[TuneOptions, SearchResult, Watch]) -> None:
+def test_the_best_file_trains_the_best_trial_again(found: tuple[TuneConfig, SearchResult, Watch]) -> None:
     options, result, _ = found
     assert _run(["train", str(Path(options.train.output) / "best.yaml")]) == 0
     record = json.loads((Path(options.train.output) / "full" / RUN_NAME).read_text())
@@ -185,7 +189,9 @@ def test_the_best_file_trains_the_best_trial_again(found: tuple[TuneOptions, Sea
     assert record["curve"]["loss"] == pytest.approx(best["curve"]["loss"], rel=1e-3, abs=1e-3)
 
 
-def test_optuna_opens_the_journal_with_every_configuration_once(found: tuple[TuneOptions, SearchResult, Watch]) -> None:
+def test_optuna_opens_the_journal_with_every_configuration_once(
+    found: tuple[TuneConfig, SearchResult, Watch],
+) -> None:
     options, result, _ = found
     storage = JournalStorage(JournalFileBackend(str(Path(options.train.output) / "study.log")))
     trials = optuna.load_study(study_name="loraloom", storage=storage).trials
@@ -195,7 +201,7 @@ def test_optuna_opens_the_journal_with_every_configuration_once(found: tuple[Tun
 
 
 def test_run_again_it_trains_nothing_and_says_the_verdict_again(
-    found: tuple[TuneOptions, SearchResult, Watch], monkeypatch: pytest.MonkeyPatch
+    found: tuple[TuneConfig, SearchResult, Watch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options, result, _ = found
 
@@ -252,7 +258,7 @@ def test_a_users_sampler_proposes(classify: Make) -> None:
 
 
 def test_nobody_is_stopped_before_one_has_taken_off_and_the_search_ends_with_one_that_learned(
-    found: tuple[TuneOptions, SearchResult, Watch],
+    found: tuple[TuneConfig, SearchResult, Watch],
 ) -> None:
     _, result, watch = found
     waited = [event for event in watch.events if "no trial has taken off yet" in event]
@@ -295,7 +301,7 @@ def test_where_nothing_can_be_learned_that_is_said_and_what_to_change(
 
 
 def test_an_adapter_that_is_damaged_before_the_verdict_gives_way_and_that_is_noted(
-    found: tuple[TuneOptions, SearchResult, Watch], tmp_path: Path
+    found: tuple[TuneConfig, SearchResult, Watch], tmp_path: Path
 ) -> None:
     options, result, _ = found
     folder, number = tmp_path / "search", result.verdict.best.number
@@ -353,7 +359,7 @@ def test_a_search_of_which_every_trial_fails_says_so_and_what_to_do(classify: Ma
 def test_stopped_after_every_few_steps_it_comes_to_the_same_verdict(classify: Make, tmp_path: Path) -> None:
     space = {**MIXED, "train.gradient_accumulation_steps": [1, 2]}
 
-    def options(name: str) -> TuneOptions:
+    def options(name: str) -> TuneConfig:
         return classify(
             space, trials=5, finalists=2, seeds=1, sampler="tpe", slots=2, train={"output": tmp_path / name}
         )
@@ -405,7 +411,7 @@ def test_a_search_that_is_done_leaves_nothing_of_the_way(classify: Make, tmp_pat
 
 
 def test_a_search_that_learned_leaves_the_best_and_nothing_of_the_way(
-    found: tuple[TuneOptions, SearchResult, Watch],
+    found: tuple[TuneConfig, SearchResult, Watch],
 ) -> None:
     left = {path.name for path in Path(found[0].train.output).iterdir()} - {"full"}
     assert left == {"best", "best.yaml", "result.json", STATE_NAME, "study.log", "trials"}
@@ -497,7 +503,7 @@ def test_held_out_rows_of_one_class_are_refused(classify: Make, tmp_path: Path) 
 # -- killed -----------------------------------------------------------------------------------------------------------
 
 
-def tune_command(options: TuneOptions, output: Path) -> list[str]:
+def tune_command(options: TuneConfig, output: Path) -> list[str]:
     file = output.with_suffix(".yaml")
     train = options.train
     file.write_text(
@@ -590,11 +596,11 @@ def test_every_task_can_be_searched_by_its_own_metric(
     task, folder, row, metric = TASK_ROWS[name]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for _ in range(24)))
-    train = TrainOptions(
+    train = TrainConfig(
         model=str(request.getfixturevalue(folder)), data=str(path), task=task, output=str(tmp_path / "search"),
         max_steps=4, batch_size=4, eval_split=6, lora=LoraConfig(r=4, target_modules="all-linear"),
     )  # fmt: skip
-    options = TuneOptions(
+    options = TuneConfig(
         train=train, space=Space.parse(RATES, train), trials=4, finalists=1, seeds=0, slots=4, sampler="random"
     )
     result = search(options)

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from loraloom import LoraConfig
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, TargetError
 from loraloom.lora.targets import plan
 from loraloom.tune.space import PRESETS, Space
 from loraloom.tune.targets import SETS, resolve_targets
 
 
-def options(**changes: object) -> TrainOptions:
-    return TrainOptions(**{"model": "m", "data": "d.csv", "task": "causal-lm", "output": "o", **changes})
+def options(**changes: object) -> TrainConfig:
+    return TrainConfig(**{"model": "m", "data": "d.csv", "task": "causal-lm", "output": "o", **changes})
 
 
 def space(raw: Mapping[str, Any], **changes: object) -> Space:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from loraloom.config.runfile import with_values
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Curve
 from loraloom.errors import ConfigError, SaveError
 from loraloom.tune import state as module
-from loraloom.tune.asha import Halving, Standing
+from loraloom.tune.asha import Standing, SuccessiveHalving
 from loraloom.tune.bar import Bar
 from loraloom.tune.sampler import JOURNAL_NAME
 from loraloom.tune.state import (
@@ -34,10 +34,10 @@ from loraloom.tune.state import (
 )
 from loraloom.tune.trial import Trial
 
-BASE = TrainOptions(model="m", data="d.csv", task="seq-cls", output="o", max_steps=30)
+BASE = TrainConfig(model="m", data="d.csv", task="seq-cls", output="o", max_steps=30)
 
 
-def build(values: Mapping[str, Any], seed: int) -> TrainOptions:
+def build(values: Mapping[str, Any], seed: int) -> TrainConfig:
     return with_values(BASE, {**values, "train.seed": seed})
 
 
@@ -51,7 +51,7 @@ def state() -> State:
     odd = Curve(
         [1 / 3, math.nan, math.inf], [1e-3, 1e-4 / 3, 0.0], [{"step": 10, "loss": -math.inf, "accuracy": math.nan}]
     )
-    halving = Halving(2, 3, least=1)
+    halving = SuccessiveHalving(2, 3, least=1)
     halving.decide({0: Standing(True, 1 / 3, 0.1 + 0.2), 1: Standing(False, 1.0, math.nan)})
     halving.resume([0, 1])
     trials = [

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraloom import LoraConfig
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Curve
 from loraloom.errors import TrainingError
 from loraloom.tasks.metrics.registry import greater_is_better
@@ -49,7 +49,7 @@ def trial(
     held_out = [0.9, 0.7, 0.6] if held_out is None else held_out
     at = [step * (i + 1) // len(held_out) for i in range(len(held_out))]
     evaluations = [{"step": s, "loss": loss, metric: score} for s, loss in zip(at, held_out, strict=True)]
-    options = TrainOptions(
+    options = TrainConfig(
         model="m", data="d", task="seq-cls", output="o", learning_rate=rate, seed=seed, lora=LoraConfig(**lora)
     )
     values = {"train.learning_rate": rate} if values is None else values

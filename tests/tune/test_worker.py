@@ -16,14 +16,14 @@ from loraloom import PeftModel
 from loraloom.engine.slot import Curve
 from loraloom.models.load import load_base
 from loraloom.train.run import prepare, run
-from loraloom.train.setup import Loaded, load
+from loraloom.train.setup import Setup, load
 from loraloom.tune import worker as module
-from loraloom.tune.config import TuneOptions
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.state import TRIALS
 from loraloom.tune.trial import Trial
 from loraloom.tune.worker import SPAN, Report, Space, Worker, blown_up, name_of, rung_step
 
-Make = Callable[..., TuneOptions]
+Make = Callable[..., TuneConfig]
 #: All that trials of one search may differ in, at once.
 MIXED = {
     "lora.r": [2, 4, 8],
@@ -42,15 +42,15 @@ POINTS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def begin(options: TuneOptions, numbers: list[int] | None = None, seeds: bool = True) -> tuple[Worker, list[Trial]]:
+def begin(options: TuneConfig, numbers: list[int] | None = None, seeds: bool = True) -> tuple[Worker, list[Trial]]:
     """Trials with seeds of their own, or the search's own seed, which also chooses the held-out rows."""
-    loaded = load(options.train)
-    space = Space(options, loaded)
-    worker = Worker(options, loaded, space)
+    setup = load(options.train)
+    space = Space(options, setup)
+    worker = Worker(options, setup, space)
     trials = []
     for number in [0, 1, 2, 3] if numbers is None else numbers:
         made = space.trial_options(POINTS[number], number if seeds else options.train.seed)
-        trials.append(Trial(number, POINTS[number], made, loaded.steps(made)[0], state="running"))
+        trials.append(Trial(number, POINTS[number], made, setup.steps(made)[0], state="running"))
     return worker, trials
 
 
@@ -199,9 +199,9 @@ def test_an_adapter_that_came_to_its_end_is_saved_and_gives_what_was_measured(cl
         assert trial.state == "finished"
         assert trial.used
         assert all(0 <= used <= r == trial.options.lora.r for r, used, _ in trial.used.values())
-        base, _ = load_base(trial.options.model, worker.loaded.task, "float32", worker.loaded.data.names)
+        base, _ = load_base(trial.options.model, worker.setup.task, "float32", worker.setup.data.names)
         model = PeftModel.from_pretrained(base, tmp_path / "search" / TRIALS / name_of(trial.number))
-        found = evaluate(model, "default", worker.loaded.task, worker.loaded.data.evaluation.examples, 0, 64)
+        found = evaluate(model, "default", worker.setup.task, worker.setup.data.evaluation.examples, 0, 64)
         last = {key: value for key, value in trial.curve.evaluations[-1].items() if key != "step"}
         assert found == pytest.approx(last, rel=1e-5)
 
@@ -234,9 +234,9 @@ def test_out_of_memory_is_a_report_and_the_worker_starts_again_with_fewer(
 
     with monkeypatch.context() as patch:
         if place == "enter":
-            patch.setattr(worker.loaded.__class__, "slot", fail)
+            patch.setattr(worker.setup.__class__, "slot", fail)
         else:
-            patch.setattr(*((module, "advance") if place == "step" else (Loaded, "evaluate_parts")), fail)
+            patch.setattr(*((module, "advance") if place == "step" else (Setup, "evaluate_parts")), fail)
         report = worker.run([(trial, {}) for trial in trials], [])
     assert report == Report([], [], seconds=report.seconds, out_of_memory=True)
     assert worker.pack.adapters == [SPAN]
@@ -258,7 +258,7 @@ def test_another_error_is_raised(classify: Make, monkeypatch: pytest.MonkeyPatch
 def test_a_trial_whose_held_out_loss_is_not_finite_fails_though_its_accuracy_is(
     classify: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Loaded, "evaluate", lambda *_: {"loss": math.nan, "accuracy": 0.5})
+    monkeypatch.setattr(Setup, "evaluate", lambda *_: {"loss": math.nan, "accuracy": 0.5})
     worker, trials = begin(classify(MIXED), [1])
     worker.run([(trials[0], {})], [])
     assert (trials[0].state, trials[0].reason) == ("failed", "step 6: the held-out loss is nan")

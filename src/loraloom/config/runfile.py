@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from loraloom.config import yamltext
 from loraloom.config.lora import LoraConfig
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, nearest
 
 _ELSEWHERE = {
@@ -53,7 +53,7 @@ _ELSEWHERE = {
     },
 }
 #: A field of TrainOptions → its key, such as ``"learning_rate"`` → ``"train.learning_rate"``; ``lora`` is a section.
-KEYS = {s.name: _ELSEWHERE.get(s.name, f"train.{s.name}") for s in fields(TrainOptions) if s.name != "lora"}
+KEYS = {s.name: _ELSEWHERE.get(s.name, f"train.{s.name}") for s in fields(TrainConfig) if s.name != "lora"}
 #: A field of LoraConfig → its key. Without those that a run sets itself.
 LORA_KEYS = {s.name: f"lora.{s.name}" for s in fields(LoraConfig) if s.name not in ("task_type", "runtime_config")}
 _FIELDS = {key: name for name, key in (*KEYS.items(), *LORA_KEYS.items())}
@@ -81,7 +81,7 @@ _HABITS = {
 class RunFile:
     """What a run file and what was set beside it say. ``tune`` is that section as it was read, unchecked."""
 
-    options: TrainOptions
+    options: TrainConfig
     tune: dict[str, Any] = field(default_factory=dict)
     #: dotted key → where it was given: ``"run.yaml:7"``, ``"--set lora.r"``, or ``""`` for a command's own option
     places: dict[str, str] = field(default_factory=dict)
@@ -140,7 +140,7 @@ def read(
         raise _placed(error, {key: f"{place}: " for key, place in places.items() if place}) from None
 
 
-def with_values(options: TrainOptions, values: Mapping[str, Any]) -> TrainOptions:
+def with_values(options: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     """``options`` with the dotted keys of ``values`` replaced, checked as a whole.
 
     Raises:
@@ -277,11 +277,11 @@ def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return lora, {_FIELDS[key]: value for key, value in values.items() if not key.startswith("lora.")}
 
 
-def _build(values: Mapping[str, Any]) -> TrainOptions:
+def _build(values: Mapping[str, Any]) -> TrainConfig:
     lora, rest = _split(values)
-    options = TrainOptions(lora=LoraConfig(**lora), **rest)
+    options = TrainConfig(lora=LoraConfig(**lora), **rest)
     # Not in TrainOptions itself: of a search's trials one may have another schedule than the others.
-    if options.lr_scheduler_type != "warmup_stable_decay" and options.decay_ratio != TrainOptions.decay_ratio:
+    if options.lr_scheduler_type != "warmup_stable_decay" and options.decay_ratio != TrainConfig.decay_ratio:
         raise ConfigError(
             f"decay_ratio: does nothing with lr_scheduler_type={options.lr_scheduler_type}; it is of "
             "warmup_stable_decay; leave it out"
@@ -317,7 +317,7 @@ _COMMENTS = {
 _SHOWN = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 
 
-def write(options: TrainOptions, path: str | Path, title: str = "") -> None:
+def write(options: TrainConfig, path: str | Path, title: str = "") -> None:
     """Write ``options`` as a run file that ``read`` gives back as equal options, with comments for people.
 
     ``title`` opens it: lines about where the values come from.
@@ -341,7 +341,7 @@ def write(options: TrainOptions, path: str | Path, title: str = "") -> None:
     write_files(path.parent, {path.name: ("\n".join(lines) + "\n").encode()})
 
 
-def _written(options: TrainOptions) -> Iterable[tuple[str, Any]]:
+def _written(options: TrainConfig) -> Iterable[tuple[str, Any]]:
     """Keys and values, section by section: every option that is not None, and the adapter's that say something."""
     train = {key: getattr(options, name) for name, key in KEYS.items()}
     lora = {}

@@ -33,7 +33,7 @@ _CHOICES = {
 
 
 @dataclass(kw_only=True)
-class TrainOptions:
+class TrainConfig:
     """One run. ``lora`` holds the adapter's fields; its ``task_type`` follows from ``task``.
 
     Raises:
@@ -140,7 +140,7 @@ class TrainOptions:
     #: Trackers by accelerate's names: tensorboard, wandb, mlflow, trackio ...
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> TrainOptions:
+    def __new__(cls, *args: Any, **kwargs: Any) -> TrainConfig:
         known = [spec.name for spec in fields(cls)]
         for name in kwargs:
             if name not in known:
@@ -315,7 +315,7 @@ class TrainOptions:
         }
 
 
-_DEFAULTS = {spec.name: spec.default for spec in fields(TrainOptions)}
+_DEFAULTS = {spec.name: spec.default for spec in fields(TrainConfig)}
 #: Options of some tasks alone, and what they are.
 _OF_TASKS = {
     "stride": (("question-answering",), "how much the windows of a long context share"),

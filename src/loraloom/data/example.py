@@ -38,7 +38,7 @@ class Example:
 
 
 @dataclass(slots=True)
-class Encoded1:
+class EncodedRow:
     """One row, encoded: its examples (none, one, or several where it was split), and what was done to it.
 
     ``problem`` says why there is nothing to train on, in the same words for every row of the kind; ``error`` says
@@ -79,8 +79,8 @@ class Encoder(Protocol):
     def notes(self) -> list[str]:
         """What the user should be told once, before training."""
 
-    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
-        """One ``Encoded1`` for each record, in order; rows are tokenized together, so give them in chunks."""
+    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
+        """One ``EncodedRow`` for each record, in order; rows are tokenized together, so give them in chunks."""
 
 
 def tokenize(

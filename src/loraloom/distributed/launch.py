@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from loraloom.distributed.process_group import ALONE, World
+from loraloom.distributed.process_group import SINGLE, ProcessGroup
 from loraloom.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     device: torch.device
-    world: World
+    world: ProcessGroup
 
 
-def find(device: str | None) -> Place:
+def find(device: str | None) -> Placement:
     """The device of this process (``None``: an accelerator where there is one), and its world.
 
     Started by ``torchrun``, ``accelerate launch`` or MPI, the processes find each other here, through accelerate.
@@ -39,14 +39,14 @@ def find(device: str | None) -> Place:
         state = PartialState(cpu=(wanted is not None and wanted.type == "cpu") or not torch.cuda.is_available())
         if wanted is not None and wanted.index is not None:
             raise ConfigError(f"device: each process has one of its own, found {device!r}; give its kind, or nothing")
-        world = World.here()
+        world = ProcessGroup.here()
         if world.size != size:  # each would train by itself, into the same folder
             raise ConfigError(
                 f"device: MPI started {size} processes, which come together on a CPU alone; give cpu, or start them "
                 "with torchrun"
             )
-        return Place(torch.device("cpu") if state.device.type == "cpu" else state.device, world)
-    return Place(_known(device) if device is not None else _best(), ALONE)
+        return Placement(torch.device("cpu") if state.device.type == "cpu" else state.device, world)
+    return Placement(_known(device) if device is not None else _best(), SINGLE)
 
 
 #: What torchrun calls it, and the kinds of MPI.
@@ -69,7 +69,7 @@ def _told(names: tuple[str, ...], otherwise: int) -> int:
     return next((int(value) for value in found if value.isdigit()), otherwise)
 
 
-def lonely() -> str:
+def single_process_warning() -> str:
     """What to say where ``accelerate launch`` was asked for several processes and started one, as it does on a CPU.
 
     It leaves an address for them to meet at, and no number of them.

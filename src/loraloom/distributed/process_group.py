@@ -20,14 +20,14 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessGroup:
     """``size`` processes, this one being ``rank``. Every method is called by all of them, in the same order."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
-    def here(cls) -> World:
+    def here(cls) -> ProcessGroup:
         """That of torch.distributed, where it was initialised; else this process alone."""
         distributed = torch.distributed
         if not distributed.is_available() or not distributed.is_initialized():
@@ -35,11 +35,11 @@ class World:
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that writes files and talks."""
         return self.rank == 0
 
-    def share(self, rows: Sequence[T]) -> list[T]:
+    def shard(self, rows: Sequence[T]) -> list[T]:
         """The rows of this process."""
         return list(rows[self.rank :: self.size])
 
@@ -62,16 +62,16 @@ class World:
 
     def agree(self, flag: bool) -> bool:
         """What the first process says, whose clock counts."""
-        return flag if self.size == 1 else self.total(float(flag and self.first)) > 0
+        return flag if self.size == 1 else self.total(float(flag and self.is_main_process)) > 0
 
-    def agreed(self, act: Callable[[], object]) -> None:
+    def main_process_first(self, act: Callable[[], object]) -> None:
         """Let the first process ``act`` for all. What it raises, ends all of them.
 
         Raises:
             InputError: the first process did.
         """
         problem: InputError | None = None
-        if self.first:
+        if self.is_main_process:
             try:
                 act()
             except InputError as error:
@@ -87,7 +87,7 @@ class World:
         torch.distributed.all_gather_object(everyone, found)
         return everyone
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """For all others to come here."""
         if self.size > 1:
             torch.distributed.barrier()
@@ -99,4 +99,4 @@ class World:
 
 
 #: The usual one.
-ALONE = World()
+SINGLE = ProcessGroup()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from loraloom.config.lora import TaskType
 from loraloom.data.batches import collate
-from loraloom.distributed.process_group import ALONE
+from loraloom.distributed.process_group import SINGLE
 from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import TrainingError
@@ -119,7 +119,7 @@ def train_pack(
             return False
         return world.any(stopped())
 
-    pack, world = Pack(model, task=task, pad_id=pad_id), slots[0].world if slots else ALONE
+    pack, world = Pack(model, task=task, pad_id=pad_id), slots[0].world if slots else SINGLE
     for slot in slots:
         if slot.step and not slot.within[0]:
             look(slot, every.at(slot.step))

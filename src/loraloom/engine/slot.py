@@ -16,7 +16,7 @@ from loraloom.config.lora import TaskType
 from loraloom.data.batches import bucketed
 from loraloom.data.example import IGNORE, Example
 from loraloom.data.table.store import lengths_of
-from loraloom.distributed.process_group import ALONE, World
+from loraloom.distributed.process_group import SINGLE, ProcessGroup
 from loraloom.engine import optimizers
 from loraloom.engine.lr_schedule import Schedule
 from loraloom.lora.initialize import seed_of
@@ -75,7 +75,7 @@ class Slot:
         seed: int = 0,
         task: TaskType = TaskType.CAUSAL_LM,
         scaled: bool = False,
-        world: World | None = None,
+        world: ProcessGroup | None = None,
     ) -> None:
         self.name, self.seed, self._task = name, seed, task
         self.steps, self.step = steps, 0
@@ -83,7 +83,7 @@ class Slot:
         warmup = math.ceil(warmup_ratio * steps) if warmup_steps is None else warmup_steps
         self._schedule = Schedule(learning_rate, steps, warmup, lr_scheduler_type, math.ceil(decay_ratio * steps))
         self.max_grad_norm = max_grad_norm
-        self.world = world or ALONE
+        self.world = world or SINGLE
         #: what losses are multiplied with, and for how many steps that went well
         self.scale: tuple[float, int] = (SCALE if scaled else 1.0, 0)
         self._scaled = scaled
@@ -126,7 +126,7 @@ class Slot:
             batches = [self._batch(number) for number in range(first, first + self.accumulation)]
             labels = sum(self._labels(batch) for batch in batches)
             for batch in batches:
-                mine = self.world.share(batch)
+                mine = self.world.shard(batch)
                 self._waiting.append((mine or batch[:1], self._labels(mine) / max(labels, 1)))
         rows, share = self._waiting[0]
         return [self._examples[row] for row in rows], share * self.scale[0]

@@ -20,7 +20,7 @@ from loraloom.data.example import IGNORE, Example, Settings
 from loraloom.data.records import Asked, Pair, Record, Translated
 from loraloom.data.rows import Row
 from loraloom.data.tokenize.answers import AnswerEncoder, Window
-from loraloom.distributed.process_group import ALONE, World
+from loraloom.distributed.process_group import SINGLE, ProcessGroup
 from loraloom.engine.pack import evaluating
 from loraloom.inference import batching
 from loraloom.inference.generate import generate
@@ -55,7 +55,7 @@ class HeldOut:
 
 
 @dataclass
-class Said:
+class Predictions:
     """What was predicted and what is right, and whose example each is of (the first, of a row with several)."""
 
     predictions: list[Any] = field(default_factory=list)
@@ -71,7 +71,7 @@ def evaluate(
     pad_id: int,
     batch_size: int,
     held_out: HeldOut | None = None,
-    world: World | None = None,
+    world: ProcessGroup | None = None,
 ) -> dict[str, float]:
     """``{"loss", metric, ...}`` of one adapter over all ``examples``. The model's mode is as it was afterwards.
 
@@ -84,9 +84,9 @@ def evaluate(
     metrics = (held_out.metrics or choose(task, problem_of(examples))).of_labels(held_out.labels)
     if metrics.needs_predictions and not _known(task, held_out):
         metrics = Metrics(task, metrics.kind, ())
-    world, keep = world or ALONE, metrics.needs_predictions
+    world, keep = world or SINGLE, metrics.needs_predictions
     scores, outputs = run(model, name, task, examples, pad_id, batch_size, keep=keep, world=world)
-    said = predictions(model, name, task, examples, outputs, batch_size, held_out, world) if keep else Said()
+    said = predictions(model, name, task, examples, outputs, batch_size, held_out, world) if keep else Predictions()
     return metrics.measure(scores, said.predictions, said.references)
 
 
@@ -116,7 +116,7 @@ def run(
     batch_size: int,
     *,
     keep: bool = True,
-    world: World = ALONE,
+    world: ProcessGroup = SINGLE,
 ) -> tuple[Scores, list[Tensor | None]]:
     """The loss over all examples, and with ``keep`` each one's outputs, padding left out, in the order of the examples.
 
@@ -149,7 +149,7 @@ def run(
     with evaluating(model, torch.no_grad() if sharded(model) else torch.inference_mode()):
         alike = not sharded(model) and batching.is_seen(model.get_base_model(), task.value, lengths, answer)
         batches = evaluation_batches(lengths, batch_size, alike=alike)
-        mine = world.share(batches)
+        mine = world.shard(batches)
         # A sharded model is gathered by all processes together, so that each goes through it as often as the others.
         extra = batches[:1] * (-(-len(batches) // world.size) - len(mine))
         for number, rows in enumerate([*mine, *extra]):
@@ -180,8 +180,8 @@ def predictions(
     outputs: Sequence[Tensor | None],
     batch_size: int,
     held_out: HeldOut,
-    world: World = ALONE,
-) -> Said:
+    world: ProcessGroup = SINGLE,
+) -> Predictions:
     """Classes by name, numbers, tags by word, answers or texts; ``outputs`` are those of ``run``.
 
     Where these are NaN, ``NOTHING`` is predicted.
@@ -195,8 +195,8 @@ def predictions(
     return _texts(model, name, task, examples, batch_size, held_out, world)
 
 
-def _classes(examples: Sequence[Example], outputs: Sequence[Tensor | None], labels: Sequence[str]) -> Said:
-    said = Said(examples=list(range(len(examples))))
+def _classes(examples: Sequence[Example], outputs: Sequence[Tensor | None], labels: Sequence[str]) -> Predictions:
+    said = Predictions(examples=list(range(len(examples))))
 
     def named(number: int) -> str:
         return labels[number] if labels else str(number)
@@ -226,9 +226,9 @@ def _by_row(count: int, rows: Sequence[int] | None) -> dict[int, list[int]]:
     return found
 
 
-def _tags(examples: Sequence[Example], outputs: Sequence[Tensor | None], held_out: HeldOut) -> Said:
+def _tags(examples: Sequence[Example], outputs: Sequence[Tensor | None], held_out: HeldOut) -> Predictions:
     """The words of a row whose examples are parts of it are put together again."""
-    said = Said()
+    said = Predictions()
     names = held_out.labels
     for parts in _by_row(len(examples), held_out.rows).values():
         found: list[str | float] = []
@@ -247,11 +247,11 @@ def _tags(examples: Sequence[Example], outputs: Sequence[Tensor | None], held_ou
     return said
 
 
-def _answers(examples: Sequence[Example], outputs: Sequence[Tensor | None], held_out: HeldOut) -> Said:
+def _answers(examples: Sequence[Example], outputs: Sequence[Tensor | None], held_out: HeldOut) -> Predictions:
     encoder = AnswerEncoder(held_out.tokenizer, Settings(held_out.max_length, stride=held_out.stride))
     asked = [record for _, record in held_out.records if isinstance(record, Asked)]
     empty = any(not record.answers for record in asked)
-    said = Said()
+    said = Predictions()
     for row, parts in _by_row(len(examples), held_out.rows).items():
         record = asked[row]
         # By their tokens: where a few examples are looked at, some of a row's windows may not be there.
@@ -295,10 +295,10 @@ def _texts(
     examples: Sequence[Example],
     batch_size: int,
     held_out: HeldOut,
-    world: World,
-) -> Said:
+    world: ProcessGroup,
+) -> Predictions:
     """Texts that the adapter writes: of a conversation, the last thing that it is trained to say."""
-    said = Said(examples=list(range(len(examples))))
+    said = Predictions(examples=list(range(len(examples))))
     prompts = []
     once = held_out.rows is None or len({int(row) for row in held_out.rows}) == len(examples)
     for number, example in enumerate(examples):
@@ -310,7 +310,7 @@ def _texts(
             said.references.append(record.completion if isinstance(record, Pair) else record.target)
         else:
             said.references.append(held_out.tokenizer.decode(target, skip_special_tokens=True))
-    mine = world.share(prompts)  # of which there may be none; a model in parts still needs this process
+    mine = world.shard(prompts)  # of which there may be none; a model in parts still needs this process
     everyone = world.gather(generate(model, name, held_out.tokenizer, mine, held_out.max_new_tokens, batch_size))
     said.predictions = [everyone[number % world.size][number // world.size] for number in range(len(prompts))]
     return said

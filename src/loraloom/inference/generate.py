@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraloom.data.batches import evaluation_batches
-from loraloom.distributed.process_group import World
+from loraloom.distributed.process_group import ProcessGroup
 from loraloom.engine.pack import evaluating
 from loraloom.inference import batching
 from loraloom.lora.model import PeftModel
@@ -112,7 +112,7 @@ class _Company:
     """
 
     def __init__(self, model: PeftModel, name: str) -> None:
-        self._model, self._name, self._world = model, name, World.here()
+        self._model, self._name, self._world = model, name, ProcessGroup.here()
         self._base: Any = model.get_base_model()
         both = has_decoder_and_encoder(self._base.config)
         token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)

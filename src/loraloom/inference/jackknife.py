@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from loraloom.config.lora import TaskType
 from loraloom.data.table.store import Examples
-from loraloom.distributed.process_group import ALONE, World
-from loraloom.inference.evaluation import HeldOut, Said, predictions, run
+from loraloom.distributed.process_group import SINGLE, ProcessGroup
+from loraloom.inference.evaluation import HeldOut, Predictions, predictions, run
 from loraloom.tasks.metrics.registry import Metrics, Scores, total
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def divide(rows: Sequence[int]) -> list[list[int]]:
     return parts
 
 
-def figures(metrics: Metrics, scores: Sequence[Scores], said: Said, parts: Sequence[Sequence[int]]) -> Figures:
+def figures(metrics: Metrics, scores: Sequence[Scores], said: Predictions, parts: Sequence[Sequence[int]]) -> Figures:
     """The figures of what was said. ``scores`` are the losses of each part."""
     part_of = {number: place for place, part in enumerate(parts) for number in part}
     found: Figures = {}
@@ -66,7 +66,7 @@ def evaluate_parts(
     batch_size: int,
     held_out: HeldOut,
     parts: Sequence[Sequence[int]],
-    world: World = ALONE,
+    world: ProcessGroup = SINGLE,
 ) -> Figures:
     """The figures of one adapter, as ``evaluation.evaluate`` has them, with those of all but each part."""
     metrics = held_out.metrics
@@ -79,7 +79,7 @@ def evaluate_parts(
         scores.append(score)
         for number, output in zip(part, found, strict=True):
             outputs[number] = output
-    said = predictions(model, name, task, examples, outputs, batch_size, held_out, world) if keep else Said()
+    said = predictions(model, name, task, examples, outputs, batch_size, held_out, world) if keep else Predictions()
     return figures(metrics, scores, said, parts)
 
 

@@ -25,10 +25,10 @@ from loraloom.lora.dispatch import Plan as ForwardPlan
 from loraloom.lora.dispatch import Router
 from loraloom.lora.file_keys import factor_keys, file_key
 from loraloom.lora.initialize import factors, seed_of
-from loraloom.lora.injection import Places, strip
+from loraloom.lora.injection import ModuleLocator, strip
 from loraloom.lora.layers import HALF, LoraLayer, layer_class
 from loraloom.lora.matching import matches_any
-from loraloom.lora.modules_to_save import SavedModule
+from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.routing import BASE, Route
 from loraloom.lora.rows import Batch
@@ -53,7 +53,7 @@ class LoraModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if any(isinstance(module, LoraLayer | SavedModule | LoraModel) for module in model.modules()):
+        if any(isinstance(module, LoraLayer | ModulesToSaveWrapper | LoraModel) for module in model.modules()):
             raise ConfigError(
                 "model: it carries adapters already; use add_adapter or load_adapter on the PeftModel that you have, "
                 "or unload() it first"
@@ -66,7 +66,7 @@ class LoraModel(nn.Module):
         self.lora_router = Router()
         self.training = model.training
         self._layers: dict[str, LoraLayer] = {}
-        self._saved: dict[str, SavedModule] = {}
+        self._saved: dict[str, ModulesToSaveWrapper] = {}
         vars(self)["_biases"] = Biases()  # a child while there are some
         self._active: tuple[str, ...] = ()
         self._merged: tuple[str, ...] = ()
@@ -154,7 +154,7 @@ class LoraModel(nn.Module):
         tensors: Mapping[str, Tensor] | None,
     ) -> None:
         self.lora_router.forget()
-        places = Places(self.model)
+        places = ModuleLocator(self.model)
         keys = factor_keys([(target.name, target.kind) for target in made.targets])
         for target in made.targets:
             layer = self._layers.get(target.name)
@@ -207,14 +207,14 @@ class LoraModel(nn.Module):
         slot: str,
         names: Iterable[str],
         modules: dict[str, nn.Module],
-        places: Places,
+        places: ModuleLocator,
         autocast: bool,
     ) -> None:
         twins: dict[int, nn.Parameter] = {}
         for name in names:
             wrapper = self._saved.get(name)
             if wrapper is None:
-                wrapper = SavedModule(modules[name], self.lora_router, name)
+                wrapper = ModulesToSaveWrapper(modules[name], self.lora_router, name)
                 places.replace(modules[name], wrapper)
                 self._saved[name] = wrapper
             half = any(p.dtype in HALF for p in modules[name].parameters())
@@ -503,7 +503,7 @@ class LoraModel(nn.Module):
         return self._layers
 
     @property
-    def lora_saved_modules(self) -> Mapping[str, SavedModule]:
+    def lora_saved_modules(self) -> Mapping[str, ModulesToSaveWrapper]:
         """The modules that adapters train in full, by the name of the module that they stand for."""
         return self._saved
 

@@ -78,7 +78,7 @@ class Update(NamedTuple):
     scale: float
 
 
-class Lane(NamedTuple):
+class SlotGroup(NamedTuple):
     """Slots whose rows lie one after another, equally many each, so that one batched product serves all of them.
 
     ``start:stop`` are their rows together, of the first dimension of ``x``; None is all of it. ``dropped`` has the
@@ -97,7 +97,7 @@ class Lane(NamedTuple):
 RANKS = 16
 
 
-def lora_projections(x: Tensor, frozen: Sequence[Frozen], lanes: Sequence[Lane]) -> tuple[Tensor, ...]:
+def lora_projections(x: Tensor, frozen: Sequence[Frozen], lanes: Sequence[SlotGroup]) -> tuple[Tensor, ...]:
     """``x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ`` for several projections of one ``x``: [..., in] → [..., out] each.
 
     Each row's update is that of its slot in ``lanes``; rows of different slots never meet in a product, and rows in no
@@ -117,7 +117,9 @@ class _Projections(torch.autograd.Function):
     # slot its tensors are matrices, else batches of them.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lanes: Sequence[Lane], dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, lanes: Sequence[SlotGroup], dtype: torch.dtype, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         n = (len(tensors) - 2 * sum(len(slots) for lane in lanes for slots in lane.updates)) // 2
         wide = x.to(dtype)
         rows = _rows(wide)
@@ -201,7 +203,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _part(rows: Tensor, lane: Lane, count: int | None = None) -> Tensor:
+def _part(rows: Tensor, lane: SlotGroup, count: int | None = None) -> Tensor:
     """The lane's rows of a matrix that has equally many for each of ``count``, or of one that holds no others.
 
     A view, [rows, ·] or [slots, rows, ·].
@@ -213,7 +215,7 @@ def _part(rows: Tensor, lane: Lane, count: int | None = None) -> Tensor:
     return rows if slots == 1 else rows.view(slots, rows.shape[0] // slots, rows.shape[1])
 
 
-def _places(lane: Lane) -> list[tuple[int, slice]]:
+def _places(lane: SlotGroup) -> list[tuple[int, slice]]:
     """The projections that a lane adapts, and which of the ranks that it has in all are theirs."""
     found, start = [], 0
     for i, slots in enumerate(lane.updates):
@@ -228,7 +230,7 @@ def _width(ranks: Iterable[int]) -> int:
     return -(-max(ranks) // RANKS) * RANKS
 
 
-def _all_a(lane: Lane, places: Sequence[tuple[int, slice]], dtype: torch.dtype) -> Tensor:
+def _all_a(lane: SlotGroup, places: Sequence[tuple[int, slice]], dtype: torch.dtype) -> Tensor:
     """A of all projections, one below the other with zeros between: [ranks, in], or [slots, ranks, in]."""
     parts = []
     for slot in range(len(lane.dropped)):
@@ -255,7 +257,7 @@ def _all_b(slots: Sequence[Update], width: int, scale: float | Tensor) -> Tensor
     return torch.cat(parts, 1).view(-1, len(slots), width).transpose(0, 1) * scale
 
 
-def _each_a(gradient: Tensor | None, lane: Lane, places: Sequence[tuple[int, slice]]) -> list[list[Tensor | None]]:
+def _each_a(gradient: Tensor | None, lane: SlotGroup, places: Sequence[tuple[int, slice]]) -> list[list[Tensor | None]]:
     """Projection → slot → its own part of the gradient of ``_all_a``."""
     count = len(lane.dropped)
     if gradient is None:
@@ -279,7 +281,7 @@ def _first(rows: Tensor, count: int) -> Tensor:
     return rows if rows.shape[0] == count else rows[:count]
 
 
-def _scales(lane: Lane, i: int, like: Tensor) -> float | Tensor:
+def _scales(lane: SlotGroup, i: int, like: Tensor) -> float | Tensor:
     """Each slot's scale, and what its dropout asks for, as one number or [slots, 1, 1]."""
     scales = [
         one.scale if dropped is None else one.scale * dropped.gain
@@ -297,7 +299,7 @@ def _column(scales: tuple[float, ...], dtype: torch.dtype, device: torch.device)
         return torch.tensor(scales, dtype=dtype, device=device).view(-1, 1, 1)
 
 
-def _mask(x: Tensor, lane: Lane) -> Tensor:
+def _mask(x: Tensor, lane: SlotGroup) -> Tensor:
     return masks(x[lane.start : lane.stop], lane.dropped)
 
 

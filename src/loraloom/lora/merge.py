@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loraloom.errors import MergeError
 from loraloom.lora.layers import LoraEmbedding, LoraLayer
-from loraloom.lora.modules_to_save import SavedModule, unwrap
+from loraloom.lora.modules_to_save import ModulesToSaveWrapper, unwrap
 
 
 def merge(layers: Mapping[str, LoraLayer], slots: Sequence[str]) -> None:
@@ -53,7 +53,7 @@ def _merged(name: str, layer: LoraLayer, slots: tuple[str, ...]) -> Tensor:
     return merged.contiguous()
 
 
-def check_copies(wrappers: Mapping[str, SavedModule], slots: Sequence[str]) -> None:
+def check_copies(wrappers: Mapping[str, ModulesToSaveWrapper], slots: Sequence[str]) -> None:
     """Whether the copies of ``slots`` are finite in the dtypes of the modules whose place they are to take.
 
     Raises:
@@ -76,7 +76,9 @@ def unmerge(layers: Mapping[str, LoraLayer]) -> None:
 
 def untied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> bool:
     """Whether modules that share a weight in the base hold two different ones once the adapters are folded in."""
-    copies = [w for w in model.modules() if isinstance(w, SavedModule) and w.current() is not w.original_module]
+    copies = [
+        w for w in model.modules() if isinstance(w, ModulesToSaveWrapper) and w.current() is not w.original_module
+    ]
     left = {id(module) for wrapper in copies for module in wrapper.original_module.modules()}
     pairs = [(layer.frozen_weight, layer.live_weight) for layer in layers.values() if id(layer.base_layer) not in left]
     left |= {id(layer.base_layer) for layer in layers.values()}

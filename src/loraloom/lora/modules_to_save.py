@@ -16,7 +16,7 @@ from loraloom.lora.layers import LoraLayer
 from loraloom.lora.rows import leading
 
 
-class SavedModule(nn.Module):
+class ModulesToSaveWrapper(nn.Module):
     """Calls the copy of the slot that the route names, or the original for slots without one.
 
     A copy of a half-precision module is kept in float32: its optimizer needs the digits. Inputs are cast to it,
@@ -128,7 +128,7 @@ class SavedModule(nn.Module):
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module under LoRA wrappers, itself where there are none."""
-    while isinstance(module, LoraLayer | SavedModule):
+    while isinstance(module, LoraLayer | ModulesToSaveWrapper):
         module = module.base_layer if isinstance(module, LoraLayer) else module.original_module
     return module
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loraloom.lora.dropout import Dropped
-from loraloom.lora.functional import RANKS, Frozen, Lane, Update, lora_projections
+from loraloom.lora.functional import RANKS, Frozen, SlotGroup, Update, lora_projections
 from loraloom.lora.routing import Route
 
 #: Zeros that a slot may be filled up with to be computed beside others of greater rank, times its tokens. A product of
@@ -149,7 +149,7 @@ class Lanes:
     def __init__(self) -> None:
         self._places: dict[Any, list[tuple[int, int | None, list[str]]]] = {}
 
-    def of(self, frame: Any, layers: Sequence[Projection], x: Tensor) -> list[Lane]:
+    def of(self, frame: Any, layers: Sequence[Projection], x: Tensor) -> list[SlotGroup]:
         route: Route = frame.plan.route
         if not route.blocks:
             places: Sequence[tuple[int, int | None, list[str]]] = [(0, None, [slot]) for slot in route.active]
@@ -163,7 +163,7 @@ class Lanes:
             places = found
         times = route.times(x)
         return [
-            Lane(start, stop, tuple([owners[0].dropped(slot, times, frame) for slot in slots]), updates)
+            SlotGroup(start, stop, tuple([owners[0].dropped(slot, times, frame) for slot in slots]), updates)
             for start, stop, slots in places
             if (owners := [one for one in layers if slots[0] in one.r])
             and (updates := tuple(tuple([one.update_of(s) for s in slots]) if one in owners else () for one in layers))

@@ -11,7 +11,7 @@ from torch import nn
 from loraloom.errors import ConfigError
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.layers import LoraConv, LoraConv1D, LoraLayer, LoraLinear
-from loraloom.lora.modules_to_save import SavedModule
+from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 
 Some = bool | Literal["irregular"]  # "irregular": it differs from part to part
 
@@ -64,7 +64,7 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
     for name, module in around.named_modules():
         if isinstance(module, LoraLayer):
             slots = {slot: list(module.factors(slot)) for slot in module.slots}
-        elif isinstance(module, SavedModule):
+        elif isinstance(module, ModulesToSaveWrapper):
             slots = {slot: list(copy.parameters()) for slot, copy in module.modules_to_save.items()}
         else:
             continue
@@ -125,7 +125,7 @@ def _some(values: Iterable[Some]) -> Some:
 
 def _type(module: nn.Module, lora: LoraModel) -> str:
     """PEFT's name for it."""
-    if isinstance(module, SavedModule):
+    if isinstance(module, ModulesToSaveWrapper):
         return "ModulesToSaveWrapper"
     assert isinstance(module, LoraLayer)
     if isinstance(module, LoraConv):

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraloom.distributed.launch import Place
+from loraloom.distributed.launch import Placement
 from loraloom.lora.model import PeftModel
 from loraloom.models.activation_checkpointing import repeated
 
 
-def shard(model: PeftModel, place: Place) -> None:
+def shard(model: PeftModel, place: Placement) -> None:
     """Spread the frozen tensors of ``model`` over the processes of ``place``; adapters go to its device.
 
     All processes hold the whole model on the CPU before, and come here together.

@@ -19,7 +19,7 @@ from loraloom.models.configs import ask, field, has_decoder_and_encoder, set_tok
 from loraloom.models.labels import SHOWN, in_order, known_labels
 from loraloom.models.parts import auto_class, one_way, reads, reads_both_ways, why_none
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 #: Task → the class of transformers that has a model for it.
 AUTO = {
@@ -102,7 +102,7 @@ def load_base(
     revision: str | None = None,
     attn_implementation: str | None = None,
     tokenizer: Any = None,
-    say: Say = lambda text: None,
+    log: Log = lambda text: None,
 ) -> tuple[nn.Module, list[str]]:
     """The model for ``task`` in ``dtype``, and the modules whose weights the folder lacks (a new head, say).
 
@@ -148,13 +148,13 @@ def load_base(
     new = {*info["missing_keys"], *mismatched}
     _check_new(name, model, task, new, mismatched)
     if task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
-        new |= _own_head(name, model, config, labels, new, mismatched, say)
+        new |= _own_head(name, model, config, labels, new, mismatched, log)
     if task is TaskType.CAUSAL_LM and one_way(model):
-        say(f"{config.model_type} reads the text beside an image in both directions; here text is read in one")
+        log(f"{config.model_type} reads the text beside an image in both directions; here text is read in one")
     if tokenizer is None and task is TaskType.SEQ_CLS and not reads_both_ways(config):
         tokenizer = load_tokenizer(name, revision)
     if tokenizer is not None:
-        _same_ends(name, model, task, tokenizer, say)
+        _same_ends(name, model, task, tokenizer, log)
     return model, sorted({key.rpartition(".")[0] for key in new})
 
 
@@ -172,7 +172,7 @@ def _auto(name: str, config: Any, task: TaskType) -> Any:
     return getattr(transformers, found)
 
 
-def _same_ends(name: str, model: nn.Module, task: TaskType, tokenizer: Any, say: Say) -> None:
+def _same_ends(name: str, model: nn.Module, task: TaskType, tokenizer: Any, log: Log) -> None:
     """Let the model's config have the tokenizer's padding token, by which a decoder finds a text's last token.
 
     Models with encoder and decoder find it by the end token.
@@ -194,14 +194,14 @@ def _same_ends(name: str, model: nn.Module, task: TaskType, tokenizer: Any, say:
             continue
         if theirs != mine and not reads_both_ways(config):
             what = "pads with" if which == "pad" else "ends a text with"
-            say(
+            log(
                 f"the config of {name} {what} token {theirs}, its tokenizer with {mine} "
                 f"({getattr(tokenizer, f'{which}_token')!r}); the tokenizer's is used"
             )
 
 
 def _own_head(
-    name: str, model: Any, config: Any, labels: Sequence[str], new: set[str], mismatched: set[str], say: Say
+    name: str, model: Any, config: Any, labels: Sequence[str], new: set[str], mismatched: set[str], log: Log
 ) -> set[str]:
     """Reinitialise what the number of classes shapes, if the folder's head is for other classes. Returns the names."""
     inside = f"{model.base_model_prefix}."
@@ -218,7 +218,7 @@ def _own_head(
                 parameter.zero_()
     if found or mismatched:
         classes = some(known_labels(config), SHOWN)
-        say(f"{name} has a head for other classes ({classes}): a new one is trained in its place")
+        log(f"{name} has a head for other classes ({classes}): a new one is trained in its place")
     return found
 
 

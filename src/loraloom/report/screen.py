@@ -1,6 +1,6 @@
 """What is printed for people passes here: a text of the user's, or of a file from elsewhere, commands no terminal.
 
-``Text`` is rich's, and ``say`` prints plain text; in both, control characters are written visibly (``errors.visible``).
+``Text`` is rich's, and ``log`` prints plain text; in both, control characters are written visibly (``errors.visible``).
 rich by itself drops some of them without a word and lets escape sequences through.
 """
 
@@ -25,6 +25,6 @@ class Text(rich.text.Text):
         return self
 
 
-def say(text: str, file: TextIO | None = None) -> None:
+def log(text: str, file: TextIO | None = None) -> None:
     """Print ``text`` as it is, never wrapped."""
     print(visible(text), file=file or sys.stdout)

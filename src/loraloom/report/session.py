@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.distributed.launch import rank
 from loraloom.engine.loop import Progress
 from loraloom.errors import ConfigError, SaveError
@@ -28,13 +28,13 @@ from loraloom.train.dataset import BAD_ROWS
 from loraloom.train.failures import Interrupted
 from loraloom.train.run import RunResult, examine, outlook, prepare, run
 from loraloom.train.run_record import RUN_NAME
-from loraloom.train.setup import Prepared
-from loraloom.tune.config import TuneOptions
+from loraloom.train.setup import TrainJob
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.search import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, search
 
 
 def train_run(
-    options: TrainOptions, console: Console | None = None, *, resume: Resume = None, dry_run: bool = False
+    options: TrainConfig, console: Console | None = None, *, resume: Resume = None, dry_run: bool = False
 ) -> RunResult | None:
     """Train as ``options`` say, and tell ``console`` (by default the terminal) about it.
 
@@ -52,25 +52,25 @@ def train_run(
     trackers.check(options.report_to)
     console = console or Console(quiet=rank() > 0)
     with Reading(console) as reading:
-        prepared = prepare(options, resume, reading)
-    first = prepared.loaded.place.world.first
-    console.print(overview(prepared), soft_wrap=True)
-    console.print(expectations(examine(prepared), outlook(prepared)), soft_wrap=True)
+        job = prepare(options, resume, reading)
+    first = job.setup.place.world.is_main_process
+    console.print(overview(job), soft_wrap=True)
+    console.print(expectations(examine(job), outlook(job)), soft_wrap=True)
     if dry_run:
         console.print("nothing was trained (--dry-run)", highlight=False)
         return None
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         console.print(Text(text), soft_wrap=True)
 
     try:
-        with _tracked(prepared, resume, say) as tell, Meter(console, prepared.steps) as meter:
+        with _tracked(job, resume, log) as tell, Meter(console, job.steps) as meter:
 
             def watch(progress: Progress) -> None:
                 meter(progress)
                 tell(progress)
 
-            result = run(prepared, watch, resume, say)
+            result = run(job, watch, resume, log)
     except Interrupted as error:
         if error.record and first:
             _draw(error.record, options.output)
@@ -82,17 +82,17 @@ def train_run(
 
 
 @contextlib.contextmanager
-def _tracked(prepared: Prepared, resume: Resume, say: Callable[[str], None]) -> Iterator[Callable[[Progress], None]]:
+def _tracked(job: TrainJob, resume: Resume, log: Callable[[str], None]) -> Iterator[Callable[[Progress], None]]:
     """Trackers that the first process tells of each step; a run that has come to its end before needs none."""
-    options, world = prepared.options, prepared.loaded.place.world
+    options, world = job.options, job.setup.place.world
     names = [] if find(options, resume).finished else options.report_to
-    told = trackers.Trackers(names, options.output, options.to_dict(), say)
+    told = trackers.Trackers(names, options.output, options.to_dict(), log)
     with contextlib.ExitStack() as stack:
-        world.agreed(lambda: stack.enter_context(told))
-        yield told if world.first else lambda progress: None
+        world.main_process_first(lambda: stack.enter_context(told))
+        yield told if world.is_main_process else lambda progress: None
 
 
-def data_run(options: TrainOptions, console: Console | None = None, *, rows: int = 3) -> None:
+def data_run(options: TrainConfig, console: Console | None = None, *, rows: int = 3) -> None:
     """Show ``console`` what the model of ``options`` will see of the data, and what training on it will take.
 
     Raises:
@@ -104,18 +104,18 @@ def data_run(options: TrainOptions, console: Console | None = None, *, rows: int
     with tempfile.TemporaryDirectory() as folder:
         with Reading(console) as reading:
             nowhere = replace(options, output=str(Path(folder) / "nothing"), overwrite=True)
-            prepared = prepare(nowhere, reading=reading)
+            job = prepare(nowhere, reading=reading)
         bad = Path(nowhere.output) / BAD_ROWS
-        prepared.data.warnings = [text.replace(str(bad), "below") for text in prepared.data.warnings]
-        length, marks = prepared.options.max_length, console.color_system is None
-        console.print(picture(prepared.data, prepared.tokenizer, prepared.task, rows, length, marks))
+        job.data.warnings = [text.replace(str(bad), "below") for text in job.data.warnings]
+        length, marks = job.options.max_length, console.color_system is None
+        console.print(picture(job.data, job.tokenizer, job.task, rows, length, marks))
         if bad.exists():
             console.print(Text(f"\nbad rows:\n{bad.read_text()[:4000].rstrip()}"), soft_wrap=True)
         console.print()
-        console.print(expectations([], outlook(prepared)), soft_wrap=True)
+        console.print(expectations([], outlook(job)), soft_wrap=True)
 
 
-def tune_run(options: TuneOptions, console: Console | None = None) -> SearchResult:
+def tune_run(options: TuneConfig, console: Console | None = None) -> SearchResult:
     """Search as ``options`` say, or go on with the search in their folder, and tell ``console`` about it.
 
     The output folder gets the best adapter, ``best.yaml``, ``result.json`` and two pictures.

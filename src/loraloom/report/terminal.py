@@ -23,10 +23,10 @@ from loraloom.train.preflight.rates import HIGHEST, falls
 if TYPE_CHECKING:
     from loraloom.engine.loop import Progress
     from loraloom.train.preflight.doctor import Finding
-    from loraloom.train.preflight.estimate import Outlook
+    from loraloom.train.preflight.estimate import ResourceEstimate
     from loraloom.train.preflight.memory import Memory
     from loraloom.train.run import RunResult
-    from loraloom.train.setup import Prepared
+    from loraloom.train.setup import TrainJob
 
 #: Characters of an example's text in the list of predictions.
 SHOWN = 100
@@ -36,22 +36,22 @@ TELL = 15.0
 WIDE = 100
 
 
-def overview(prepared: Prepared) -> RenderableType:
+def overview(job: TrainJob) -> RenderableType:
     """What will be trained on what, and what was done to the rows."""
-    data, made = prepared.data, prepared.plan
+    data, made = job.data, job.plan
     lines = [
         f"{len(data.train.examples):,} rows to train on, {len(data.evaluation.examples):,} held out; "
         f"{data.train.tokens:,} tokens an epoch, padding {data.padding:.1%}",
         f"{made.parameters:,} of {made.base_parameters + made.parameters:,} parameters train: "
         f"LoRA in {len(made.targets)} modules"
         + (f", in full {', '.join(extra.name for extra in made.saved)}" if made.saved else ""),
-        f"{_count(prepared.steps, 'step')}, {prepared.steps_per_epoch:,} an epoch",
+        f"{_count(job.steps, 'step')}, {job.steps_per_epoch:,} an epoch",
     ]
     notes = [Text(note) for note in (*data.notes, *made.notes)]
     return Text("\n").join([*notes, *map(Text, lines), *(Text(f"warning: {w}", "yellow") for w in data.warnings)])
 
 
-def expectations(findings: Sequence[Finding], ahead: Outlook) -> RenderableType:
+def expectations(findings: Sequence[Finding], ahead: ResourceEstimate) -> RenderableType:
     """What training will take, and what the doctor has to say."""
     memory = ahead.memory
     more = memory.total - memory.base

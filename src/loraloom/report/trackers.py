@@ -73,9 +73,9 @@ class Trackers:
         names: Sequence[str],
         folder: str | Path,
         options: Mapping[str, Any] | None = None,
-        say: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._names, self._folder, self._options, self._say = list(names), Path(folder), _flat(options or {}), say
+        self._names, self._folder, self._options, self._log = list(names), Path(folder), _flat(options or {}), log
         self._trackers: list[Any] = []
         self._began = False
         check(names)
@@ -124,7 +124,7 @@ class Trackers:
             try:
                 self._trackers.append(_start(_TENSORBOARD, self._folder, step))
             except Exception as error:
-                self._say(
+                self._log(
                     f"report_to: {_TENSORBOARD} does not start ({_brief(error)}); the training goes on without it"
                 )
         if found := _evaluated(evaluations, step):
@@ -151,7 +151,7 @@ class Trackers:
             if drop:
                 self._trackers.remove(tracker)
                 without = "; the training does without it"
-            self._say(f"report_to: {tracker.name} {what} ({_brief(error)}){without}")
+            self._log(f"report_to: {tracker.name} {what} ({_brief(error)}){without}")
 
 
 def _start(name: str, folder: Path, step: int = 0) -> Any:

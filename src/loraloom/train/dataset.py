@@ -21,13 +21,13 @@ import numpy.typing as npt
 
 from loraloom.config.lora import TaskType
 from loraloom.config.names import TASKS
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.data.batches import bucketed, padding_share
 from loraloom.data.read.holdout import held_out, weighted
 from loraloom.data.read.sources import resolve
 from loraloom.data.records import Chat, Record
 from loraloom.data.rows import Row, RowError
-from loraloom.data.table.scan import Survey, Watch, survey
+from loraloom.data.table.scan import OnProgress, Survey, survey
 from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Examples, Table, unpicked
 from loraloom.data.table.tokenize import Encoded, encode_survey
 from loraloom.data.tokenize.templates import find_template
@@ -152,7 +152,7 @@ class HeldOut(Sequence[Row]):
         return self._survey.record(self._wanted[number], self[number])
 
 
-def read_data(options: TrainOptions, tokenizer: Any, watch: Watch = silent) -> Data:
+def read_data(options: TrainConfig, tokenizer: Any, watch: OnProgress = silent) -> Data:
     """The rows of a run, checked, split and tokenised.
 
     Raises:
@@ -161,7 +161,7 @@ def read_data(options: TrainOptions, tokenizer: Any, watch: Watch = silent) -> D
     return encode_run_rows(read_run_rows(options, watch), options, tokenizer, watch)
 
 
-def read_run_rows(options: TrainOptions, watch: Watch = silent) -> Rows:
+def read_run_rows(options: TrainConfig, watch: OnProgress = silent) -> Rows:
     """Read and check all rows, and choose those to evaluate on.
 
     Raises:
@@ -195,7 +195,7 @@ def read_run_rows(options: TrainOptions, watch: Watch = silent) -> Rows:
     return Rows(train, evaluation, rows, held, train.names, {**train.hashes, **evaluation.hashes}, notes)
 
 
-def encode_run_rows(rows: Rows, options: TrainOptions, tokenizer: Any, watch: Watch = silent) -> Data:
+def encode_run_rows(rows: Rows, options: TrainConfig, tokenizer: Any, watch: OnProgress = silent) -> Data:
     """Tokenise what was read. Bad rows that are skipped are written to the output folder.
 
     Raises:
@@ -256,7 +256,7 @@ def encode_run_rows(rows: Rows, options: TrainOptions, tokenizer: Any, watch: Wa
     )
 
 
-def with_date(rows: Rows, options: TrainOptions, tokenizer: Any, date: str) -> TrainOptions:
+def with_date(rows: Rows, options: TrainConfig, tokenizer: Any, date: str) -> TrainConfig:
     """The options with ``date``, if none is set, where a chat template writes the date.
 
     Raises:
@@ -290,7 +290,7 @@ def _part(table: Table, numbers: Array, flags: Array, overlong: str) -> Part:
     return Part(examples, len(flags), truncated, int(np.count_nonzero(flags & MERGED)))
 
 
-def _said(what: str, flags: Array, options: TrainOptions, length: int) -> list[str]:
+def _said(what: str, flags: Array, options: TrainConfig, length: int) -> list[str]:
     """What was done to the rows, in sentences."""
     done = {"truncate": "cut", "drop": "left out", "split": "split into several"}
     if TASKS[options.task] is TaskType.QUESTION_ANS:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from loraloom.config.lora import TaskType
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.data.example import Example
 from loraloom.engine.loop import CALMER
 from loraloom.engine.slot import Slot
@@ -29,7 +29,7 @@ class Interrupted(FailureError):
 
 def explain(
     error: BaseException,
-    options: TrainOptions | None = None,
+    options: TrainConfig | None = None,
     *,
     evaluating: bool = False,
     needs: Callable[[list[int]], Mapping[int, int]] | None = None,
@@ -44,7 +44,7 @@ def explain(
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _less(options: TrainOptions | None, evaluating: bool) -> str:
+def _less(options: TrainConfig | None, evaluating: bool) -> str:
     """What takes less memory, what costs least first."""
     if options is None:
         return "lower batch_size or max_length, or use dtype bfloat16"
@@ -63,7 +63,7 @@ def _less(options: TrainOptions | None, evaluating: bool) -> str:
     return ways if options.gradient_checkpointing else f"set gradient_checkpointing, with which it can go on, or {ways}"
 
 
-def _counted(options: TrainOptions | None, needs: Callable[[list[int]], Mapping[int, int]] | None) -> str:
+def _counted(options: TrainConfig | None, needs: Callable[[list[int]], Mapping[int, int]] | None) -> str:
     if options is None or needs is None or options.batch_size == 1:
         return ""
     sizes = [options.batch_size >> shift for shift in range(4) if options.batch_size >> shift]
@@ -93,7 +93,9 @@ def not_finite(failure: str, failed: Sequence[int], guilty: Sequence[int], where
     return f"{failure} on {which} ({rows}), so training cannot go on; {CALMER}" if rows else f"{failure}; {CALMER}"
 
 
-def spoilt(model: PeftModel, slot: Slot, examples: Sequence[Example], task: TaskType, pad_id: int) -> list[int]:
+def nonfinite_examples(
+    model: PeftModel, slot: Slot, examples: Sequence[Example], task: TaskType, pad_id: int
+) -> list[int]:
     """Of the examples that ``slot`` failed on, those whose loss is not finite by themselves, as numbers."""
 
     def loss(number: int) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from loraloom.config import yamltext
 from loraloom.config.lora import LoraConfig
 from loraloom.config.names import TASKS
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.data.read.sources import resolve
 from loraloom.data.shape.shapes import Shape, proposals, recognise
 from loraloom.errors import ConfigError, DataError, nearest
@@ -81,7 +81,7 @@ def begin(
     """Write a commented run file to ``path`` for ``model`` and ``data``. Returns the task.
 
     Args:
-        rows: options of the data that are given, by their names in ``TrainOptions``: ``columns``, ``format``, ...
+        rows: options of the data that are given, by their names in ``TrainConfig``: ``columns``, ``format``, ...
 
     Raises:
         ConfigError: there is a file already.
@@ -99,15 +99,15 @@ def begin(
     build_empty(model, TASKS[found])  # one that is for another task is said now
     name = output or f"runs/{path.stem}"
     count = _count(data, rows.get("format"))
-    rate, epochs = start(width(config), TASKS[found], count, TrainOptions.batch_size)
+    rate, epochs = start(width(config), TASKS[found], count, TrainConfig.batch_size)
     rows |= {"learning_rate": rate, "epochs": epochs}
     # Checked as a whole: what is written can be read.
-    options = TrainOptions(model=model, data=data, task=found, output=name, lora=LoraConfig(**_LORA), **rows)
+    options = TrainConfig(model=model, data=data, task=found, output=name, lora=LoraConfig(**_LORA), **rows)
     write_files(path.parent, {path.name: _text(options, shape, length, path.name, count).encode()})
     return found
 
 
-def _more(options: TrainOptions) -> str:
+def _more(options: TrainConfig) -> str:
     """Lines of the data's section that are there where they were given."""
     found = [f"  {key}: {yamltext.write(got)}\n" for key in ("format", "chat_template", "problem_type")
              if (got := getattr(options, key)) is not None]  # fmt: skip
@@ -127,7 +127,7 @@ def _count(data: Any, format: str | None) -> int:
     return sum(1 for _ in itertools.islice(itertools.chain.from_iterable(readers), _MANY))
 
 
-def _text(options: TrainOptions, shape: Shape, length: int, name: str, count: int) -> str:
+def _text(options: TrainConfig, shape: Shape, length: int, name: str, count: int) -> str:
     value = yamltext.write
     return f"""\
 # Look at the data:      loraloom data {name}

@@ -14,7 +14,7 @@ from typing import Any
 
 from loraloom.config import runfile
 from loraloom.config.lora import CONFIG_NAME
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.data.table.cache import file_hash, first_changed
 from loraloom.errors import ConfigError, SaveError
 from loraloom.files.atomic import Contents, interrupted, recover, write_files
@@ -33,7 +33,7 @@ FILES = (WEIGHTS_NAME, CONFIG_NAME, RUN_NAME, RUN_FILE, TEMPLATE_NAME, BAD_ROWS,
 _TITLE = "The options of this run, with nothing left open."
 
 
-def check_output(options: TrainOptions, *, going_on: bool = False, files: Sequence[str] = FILES) -> None:
+def check_output(options: TrainConfig, *, going_on: bool = False, files: Sequence[str] = FILES) -> None:
     """An output that cannot be used is said before training, not after it. Leaves no trace.
 
     Args:
@@ -82,7 +82,7 @@ def check_output(options: TrainOptions, *, going_on: bool = False, files: Sequen
 
 
 @contextlib.contextmanager
-def described(options: TrainOptions) -> Iterator[None]:
+def described(options: TrainConfig) -> Iterator[None]:
     """The folder with ``run.yaml`` in it from now on, whatever becomes of the run.
 
     It belongs to the adapter beside it: where that of an earlier run outlives this one, so does that run's file.

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.data.batches import collate
-from loraloom.data.table.scan import Watch
-from loraloom.distributed.launch import find as find_place
-from loraloom.distributed.launch import lonely
+from loraloom.data.table.scan import OnProgress
+from loraloom.distributed.launch import find as find_device
+from loraloom.distributed.launch import single_process_warning
 from loraloom.engine.loop import Progress
 from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
@@ -25,15 +25,15 @@ from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import plan
 from loraloom.models import activation_checkpointing
 from loraloom.models.fsdp import shard
-from loraloom.train.checkpointing.resume import Resume, Say, date_of, goes_on
+from loraloom.train.checkpointing.resume import Log, Resume, date_of, resumes
 from loraloom.train.dataset import silent
 from loraloom.train.output import check_output, described
 from loraloom.train.preflight import doctor, machine
 from loraloom.train.preflight.doctor import Finding
-from loraloom.train.preflight.estimate import Outlook, look_ahead
-from loraloom.train.setup import Prepared, load, predict
+from loraloom.train.preflight.estimate import ResourceEstimate, estimate_resources
+from loraloom.train.setup import TrainJob, load, predict
 from loraloom.train.signals import asked_to_stop
-from loraloom.train.trainer import Course
+from loraloom.train.trainer import Trainer
 
 ADAPTER = "default"
 
@@ -47,7 +47,7 @@ class RunResult:
     predictions: list[dict[str, str]] = field(default_factory=list)
 
 
-def prepare(options: TrainOptions, resume: Resume = None, reading: Watch = silent) -> Prepared:
+def prepare(options: TrainConfig, resume: Resume = None, reading: OnProgress = silent) -> TrainJob:
     """Read and check everything: options, output, data, tokenizer, model.
 
     Args:
@@ -57,88 +57,88 @@ def prepare(options: TrainOptions, resume: Resume = None, reading: Watch = silen
     Raises:
         InputError: anything wrong with what the user gave. Nothing was written.
     """
-    place = find_place(options.device)
-    place.world.agreed(lambda: lock.check(options.output))
-    place.world.agreed(lambda: check_output(options, going_on=goes_on(options, resume)))
-    loaded = load(options, place, reading, date_of(options, resume))
-    options, config = loaded.options, loaded.config(loaded.options)
-    made = plan(loaded.base, config)
-    model = get_peft_model(loaded.base, config, adapter_name=ADAPTER, seed=options.seed)
+    place = find_device(options.device)
+    place.world.main_process_first(lambda: lock.check(options.output))
+    place.world.main_process_first(lambda: check_output(options, going_on=resumes(options, resume)))
+    setup = load(options, place, reading, date_of(options, resume))
+    options, config = setup.options, setup.config(setup.options)
+    made = plan(setup.base, config)
+    model = get_peft_model(setup.base, config, adapter_name=ADAPTER, seed=options.seed)
     if options.gradient_checkpointing:
         activation_checkpointing.enable(model)
     if options.fsdp:
         shard(model, place)
-    steps, per_epoch = loaded.steps(options)
-    return Prepared(loaded, model, made, steps, per_epoch)
+    steps, per_epoch = setup.steps(options)
+    return TrainJob(setup, model, made, steps, per_epoch)
 
 
-def examine(prepared: Prepared) -> list[Finding]:
+def examine(job: TrainJob) -> list[Finding]:
     """What the doctor says of it.
 
     Raises:
         ConfigError: training would do nothing, or not what was asked.
     """
-    options = prepared.options
+    options = job.options
     found = doctor.examine(
-        prepared.model,
+        job.model,
         ADAPTER,
-        tokenizer=prepared.tokenizer,
+        tokenizer=job.tokenizer,
         learning_rate=options.learning_rate,
         optim=options.optim,
-        rows=len(prepared.data.train.examples),
+        rows=len(job.data.train.examples),
         batch_size=options.batch_size * options.gradient_accumulation_steps,
-        steps=prepared.steps,
+        steps=job.steps,
     )
     if found and found[0].stops:
         raise ConfigError(found[0].text)
-    if prepared.plan.note:
-        found.append(Finding("targets", prepared.plan.note))
-    found += _probed(prepared)
-    found += machine.examine(prepared.loaded.place.device)
-    return [Finding("lonely", text), *found] if (text := lonely()) else found
+    if job.plan.note:
+        found.append(Finding("targets", job.plan.note))
+    found += _probed(job)
+    found += machine.examine(job.setup.place.device)
+    return [Finding("lonely", text), *found] if (text := single_process_warning()) else found
 
 
-def _probed(prepared: Prepared) -> list[Finding]:
+def _probed(job: TrainJob) -> list[Finding]:
     """Modules that would not train, by one forward and backward of the first row.
 
     Raises:
         TargetError: what would train would not be what is used, or nothing would train.
     """
-    pack = Pack(prepared.model, task=prepared.task, pad_id=prepared.tokenizer.pad_token_id)
-    train = prepared.data.train.examples
-    rows = [train[number] for number in range(min(len(train), prepared.options.batch_size))]
+    pack = Pack(job.model, task=job.task, pad_id=job.tokenizer.pad_token_id)
+    train = job.data.train.examples
+    rows = [train[number] for number in range(min(len(train), job.options.batch_size))]
     found = pack.probe({ADAPTER: collate(rows, pack.pad_id, pack.task)})
     if stops := next((fault for fault in found if fault.stops), None):
         raise TargetError(stops.text)
     return [Finding("untrained", fault.text) for fault in found]
 
 
-def outlook(prepared: Prepared) -> Outlook:
+def outlook(job: TrainJob) -> ResourceEstimate:
     """What training will need, in memory and time: see ``train.outlook``. The adapter stays as it is."""
-    options, loaded = prepared.options, prepared.loaded
-    processes = prepared.loaded.place.world.size  # of which each does its share
-    every = {"steps": options.eval_steps, "epoch": prepared.steps_per_epoch}.get(options.eval_at)
-    pack = Pack(prepared.model, task=prepared.task, pad_id=prepared.tokenizer.pad_token_id)
-    return look_ahead(
+    options, setup = job.options, job.setup
+    processes = job.setup.place.world.size  # of which each does its share
+    every = {"steps": options.eval_steps, "epoch": job.steps_per_epoch}.get(options.eval_at)
+    pack = Pack(job.model, task=job.task, pad_id=job.tokenizer.pad_token_id)
+    return estimate_resources(
         pack,
         ADAPTER,
-        loaded.config(options),
-        prepared.data.train.examples,
-        prepared.data.evaluation.examples,
-        empty=loaded.empty(),
+        setup.config(options),
+        job.data.train.examples,
+        job.data.evaluation.examples,
+        empty=setup.empty(),
         dtype=options.dtype,
         batch_size=-(-options.batch_size // processes),
-        forwards=prepared.steps * options.gradient_accumulation_steps,
-        evaluations=(1 if not every else max(1, prepared.steps // every)) / processes,
+        forwards=job.steps * options.gradient_accumulation_steps,
+        evaluations=(1 if not every else max(1, job.steps // every)) / processes,
         gradient_checkpointing=options.gradient_checkpointing,
     )
 
 
 def run(
-    prepared: Prepared,
+    job: TrainJob,
     watch: Callable[[Progress], None] = lambda progress: None,
     resume: Resume = None,
-    say: Say = lambda text: None,
+    log: Log = lambda text: None,
 ) -> RunResult:
     """Train, evaluate, and write the folder, with checkpoints on the way. What ends it early, loses nothing.
 
@@ -156,31 +156,31 @@ def run(
         TrainingError: the loss is not finite, or the machine's memory was not enough.
         SaveError: the folder cannot be written; the message says what is saved, and where.
     """
-    options, world = prepared.options, prepared.loaded.place.world
+    options, world = job.options, job.setup.place.world
     with contextlib.ExitStack() as stack:
-        world.agreed(lambda: stack.enter_context(lock.held(options.output)))
-        return _run(prepared, watch, resume, say)
+        world.main_process_first(lambda: stack.enter_context(lock.held(options.output)))
+        return _run(job, watch, resume, log)
 
 
-def _run(prepared: Prepared, watch: Callable[[Progress], None], resume: Resume, say: Say) -> RunResult:
-    options, model = prepared.options, prepared.model
-    slot = prepared.loaded.slot(ADAPTER, model, options, prepared.steps)
+def _run(job: TrainJob, watch: Callable[[Progress], None], resume: Resume, log: Log) -> RunResult:
+    options, model = job.options, job.model
+    slot = job.setup.slot(ADAPTER, model, options, job.steps)
 
     def measure(slot: Slot) -> dict[str, float]:
-        return prepared.loaded.evaluate(model, slot.name)
+        return job.setup.evaluate(model, slot.name)
 
-    course = Course(prepared, slot, measure, watch, say)
-    finished, record, ended = course.begin(resume), None, None
-    with described(options) if slot.world.first else contextlib.nullcontext():
+    trainer = Trainer(job, slot, measure, watch, log)
+    finished, record, ended = trainer.begin(resume), None, None
+    with described(options) if slot.world.is_main_process else contextlib.nullcontext():
         if finished:
-            return RunResult(finished, model, predict(prepared, count=3))
+            return RunResult(finished, model, predict(job, count=3))
         with asked_to_stop() as stop:
             try:
-                course.train(stop)
+                trainer.train(stop)
             except BaseException as error:  # what is there is saved below, then it is raised again
                 ended = error
             if slot.done and ended is None:
-                record = course.finish()
+                record = trainer.finish()
         if record is None:
-            course.end_early(ended, stop)
-    return RunResult(record, model, predict(prepared, count=3))
+            trainer.end_early(ended, stop)
+    return RunResult(record, model, predict(job, count=3))

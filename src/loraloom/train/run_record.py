@@ -19,7 +19,7 @@ from loraloom.errors import ConfigError
 from loraloom.train import early_stopping
 
 if TYPE_CHECKING:
-    from loraloom.train.setup import Prepared
+    from loraloom.train.setup import TrainJob
 
 RUN_NAME = "run.json"
 #: ``run.json``'s hash of its own contents without this key.
@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
 
 
 def record(
-    prepared: Prepared,
+    job: TrainJob,
     slot: Slot,
     *,
     state: str,
@@ -60,11 +60,11 @@ def record(
         resumed_at: the steps at which the run was gone on with.
         adapter_step: the step of the adapter in the folder, where it is not the last one.
     """
-    data, evaluations = prepared.data, slot.curve.evaluations
+    data, evaluations = job.data, slot.curve.evaluations
     adapter_step = slot.step if adapter_step is None else adapter_step
     result = next((one for one in reversed(evaluations) if one["step"] <= adapter_step), {})
-    metric = early_stopping.watched(result, None) if result else prepared.loaded.metrics.first
-    found = early_stopping.best(evaluations, prepared.options.metric_for_best_model)
+    metric = early_stopping.watched(result, None) if result else job.setup.metrics.first
+    found = early_stopping.best(evaluations, job.options.metric_for_best_model)
     return {
         "state": state,
         "steps": slot.step,
@@ -77,12 +77,12 @@ def record(
         "metric": metric,
         "result": {key: value for key, value in result.items() if key != "step"},
         "best": None if found is None else {"step": found[0], "metric": found[1], "value": found[2]},
-        "options": prepared.options.to_dict(),
+        "options": job.options.to_dict(),
         "identity": {key: identity[key] for key in ("data", "examples", "base")},
-        "trainable_parameters": prepared.plan.parameters,
-        "base_parameters": prepared.plan.base_parameters,
-        "unadapted_experts": str(prepared.plan.experts) if prepared.plan.experts.weights else None,
-        "trained_in_full": [extra.name for extra in prepared.plan.saved],
+        "trainable_parameters": job.plan.parameters,
+        "base_parameters": job.plan.base_parameters,
+        "unadapted_experts": str(job.plan.experts) if job.plan.experts.weights else None,
+        "trained_in_full": [extra.name for extra in job.plan.saved],
         "data": {
             "sha256": data.hashes,
             "rows": len(data.train.examples),

@@ -14,12 +14,12 @@ from torch import nn
 
 from loraloom.config.lora import TASK_HEADS, LoraConfig, TaskType
 from loraloom.config.names import TASKS
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.data.records import Record
 from loraloom.data.rows import Row
-from loraloom.data.table.scan import Watch
+from loraloom.data.table.scan import OnProgress
 from loraloom.distributed import launch
-from loraloom.distributed.launch import Place
+from loraloom.distributed.launch import Placement
 from loraloom.engine import optimizers
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, ModelError, some
@@ -36,17 +36,17 @@ from loraloom.models.parts import text_only
 from loraloom.tasks.metrics.registry import Metrics, choose
 from loraloom.train import early_stopping
 from loraloom.train.dataset import Data, encode_run_rows, read_run_rows, silent, with_date
-from loraloom.train.dataset import HeldOut as HeldOutRows
+from loraloom.train.dataset import HeldOut as EvaluationRows
 
 #: Numbers of each tensor that are looked at to tell models apart.
 SAMPLE = 256
 
 
 @dataclass
-class Loaded:
+class Setup:
     """``options`` have nothing left open."""
 
-    options: TrainOptions
+    options: TrainConfig
     data: Data
     tokenizer: Any
     base: nn.Module
@@ -54,11 +54,11 @@ class Loaded:
     #: modules without weights in the model's folder, which are therefore trained in full
     new_modules: list[str]
     metrics: Metrics
-    place: Place
+    place: Placement
     #: a hash by which the frozen model is known again
     weights: str
 
-    def config(self, options: TrainOptions) -> LoraConfig:
+    def config(self, options: TrainConfig) -> LoraConfig:
         """The adapter of ``options`` on this model: its new modules train with it."""
         given = list(options.lora.modules_to_save or ())
         known = [*given, *TASK_HEADS.get(self.task, ())]
@@ -72,13 +72,13 @@ class Loaded:
             options.model, self.task, max(len(self.data.names), 1), self.data.problem, revision=options.revision
         )
 
-    def steps(self, options: TrainOptions) -> tuple[int, int]:
+    def steps(self, options: TrainConfig) -> tuple[int, int]:
         """Optimizer steps of a whole training, and of once through the rows."""
         rows = options.batch_size * options.gradient_accumulation_steps
         per_epoch = math.ceil(len(self.data.train.examples) / rows)
         return options.max_steps or max(1, round(per_epoch * options.epochs)), per_epoch
 
-    def slot(self, name: str, model: PeftModel, options: TrainOptions, steps: int) -> Slot:
+    def slot(self, name: str, model: PeftModel, options: TrainConfig, steps: int) -> Slot:
         return Slot(
             name,
             model.adapter_parameters(name),
@@ -135,42 +135,42 @@ class Loaded:
 
 
 @dataclass
-class Prepared:
+class TrainJob:
     """Everything that training needs, loaded and checked; ``plan`` says what will train."""
 
-    loaded: Loaded
+    setup: Setup
     model: PeftModel
     plan: Plan
     steps: int
     steps_per_epoch: int
 
     @property
-    def options(self) -> TrainOptions:
-        return self.loaded.options
+    def options(self) -> TrainConfig:
+        return self.setup.options
 
     @property
     def data(self) -> Data:
-        return self.loaded.data
+        return self.setup.data
 
     @property
     def tokenizer(self) -> Any:
-        return self.loaded.tokenizer
+        return self.setup.tokenizer
 
     @property
     def task(self) -> TaskType:
-        return self.loaded.task
+        return self.setup.task
 
     @property
     def new_modules(self) -> list[str]:
-        return self.loaded.new_modules
+        return self.setup.new_modules
 
 
-def predict(prepared: Prepared, count: int, name: str = "default") -> list[dict[str, str]]:
+def predict(job: TrainJob, count: int, name: str = "default") -> list[dict[str, str]]:
     """The first ``count`` held-out rows as ``{"input", "expected", "predicted"}``.
 
     ``name`` is an adapter of the model, or ``"__base__"`` for the frozen model alone.
     """
-    data, options = prepared.data, prepared.options
+    data, options = job.data, job.options
     rows = data.evaluation_rows
     count = min(count, len(rows))
     numbers = [number for number, row in enumerate(rows.of.tolist()) if row < count]
@@ -178,19 +178,19 @@ def predict(prepared: Prepared, count: int, name: str = "default") -> list[dict[
         records=[(rows[row], rows.record(row)) for row in range(count)],
         rows=[int(rows.of[number]) for number in numbers],
         labels=data.names,
-        tokenizer=prepared.tokenizer,
+        tokenizer=job.tokenizer,
         max_length=options.max_length or 0,
         stride=options.stride,
         max_new_tokens=options.max_new_tokens,
     )
     examples = data.evaluation.examples.view(numbers)
-    return told(prepared.model, name, prepared.task, examples, held_out, options.eval_batch_size)
+    return told(job.model, name, job.task, examples, held_out, options.eval_batch_size)
 
 
 class _Records(Sequence[tuple[Row, Record]]):
     """The held-out rows with what they hold, read as far as they are asked for."""
 
-    def __init__(self, rows: HeldOutRows) -> None:
+    def __init__(self, rows: EvaluationRows) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
@@ -220,10 +220,12 @@ def hash_of_weights(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def load(options: TrainOptions, where: Place | None = None, reading: Watch = silent, date: str | None = None) -> Loaded:
+def load(
+    options: TrainConfig, where: Placement | None = None, reading: OnProgress = silent, date: str | None = None
+) -> Setup:
     """Read and check rows, tokenizer and model, in the order in which it costs. ``reading`` is told how far rows are.
 
-    ``date`` is that of the run that is resumed, for a chat template that writes one: see ``TrainOptions.date``.
+    ``date`` is that of the run that is resumed, for a chat template that writes one: see ``TrainConfig.date``.
 
     Raises:
         InputError: anything wrong with what the user gave.
@@ -231,9 +233,8 @@ def load(options: TrainOptions, where: Place | None = None, reading: Watch = sil
     task = TASKS[options.task]
     where = where or launch.find(options.device)
     if options.fsdp and where.world.size == 1:
-        raise ConfigError(
-            f"fsdp: needs several processes; {launch.lonely() or 'start them with torchrun or accelerate launch'}"
-        )
+        how = launch.single_process_warning() or "start them with torchrun or accelerate launch"
+        raise ConfigError(f"fsdp: needs several processes; {how}")
     if options.optim != "adamw":
         optimizers.find(options.optim, options.weight_decay, options.optim_args)
     if options.problem_type or task is not TaskType.SEQ_CLS:
@@ -262,13 +263,13 @@ def load(options: TrainOptions, where: Place | None = None, reading: Watch = sil
         revision=options.revision,
         attn_implementation=options.attn_implementation,
         tokenizer=tokenizer,
-        say=data.notes.append,
+        log=data.notes.append,
     )
     weights = hash_of_weights(base)
     if not options.fsdp:  # else its parts go there one by one
         base.to(where.device)
     _check_vocabulary(base, data, options.model)
-    return Loaded(options, data, tokenizer, base, task, new, metrics, where, weights)
+    return Setup(options, data, tokenizer, base, task, new, metrics, where, weights)
 
 
 def today() -> str:

@@ -20,18 +20,18 @@ from loraloom.lora import checkpoint as adapters
 from loraloom.train import early_stopping, output
 from loraloom.train.checkpointing import folders, resume
 from loraloom.train.checkpointing.folders import Checkpoint
-from loraloom.train.checkpointing.resume import Resume, Say
-from loraloom.train.failures import Interrupted, explain, not_finite, spoilt
+from loraloom.train.checkpointing.resume import Log, Resume
+from loraloom.train.failures import Interrupted, explain, nonfinite_examples, not_finite
 from loraloom.train.preflight import estimate
 from loraloom.train.run_record import record
 from loraloom.train.signals import Stop
 from loraloom.train.usage import usage_files
 
 if TYPE_CHECKING:
-    from loraloom.train.setup import Prepared
+    from loraloom.train.setup import TrainJob
 
 
-class Course:
+class Trainer:
     """From the first step, or a checkpoint, to the adapter in the output folder.
 
     Args:
@@ -42,16 +42,16 @@ class Course:
 
     def __init__(
         self,
-        prepared: Prepared,
+        job: TrainJob,
         slot: Slot,
         measure: Callable[[Slot], dict[str, float]],
         watch: Callable[[Progress], None],
-        say: Say,
+        log: Log,
     ) -> None:
-        self.prepared, self.slot, self.options, self.model = prepared, slot, prepared.options, prepared.model
-        self.folder = Path(prepared.options.output)
-        self.identity = resume.identity(prepared)
-        self._measure, self._watch, self._say = measure, watch, say
+        self.job, self.slot, self.options, self.model = job, slot, job.options, job.model
+        self.folder = Path(job.options.output)
+        self.identity = resume.identity(job)
+        self._measure, self._watch, self._log = measure, watch, log
         self._started = time.perf_counter()
         self._tokens, self._seconds = 0, 0.0  # before this start
         self._progress = Progress(slot, 0, 0.0)
@@ -73,30 +73,30 @@ class Course:
         Raises:
             ConfigError: there is a checkpoint, but of another training, or it cannot be gone on from.
         """
-        found = resume.find(self.options, wanted, self._say)
+        found = resume.find(self.options, wanted, self._log)
         if self.options.overwrite and wanted is True:
             found = self._replacing(found)
-        if self.slot.world.first:
+        if self.slot.world.is_main_process:
             folders.clean(self.folder)
         if found.stopped and not found.checkpoint:
             where = f"the run in {self.folder} that ended early"
             self._same(resume.identity_in(found.stopped), where)
-            self._say(
+            self._log(
                 f"{where}, after step {found.stopped['steps']:,}, left no whole checkpoint: training begins afresh"
             )
         if found.finished:
             self._same(resume.identity_in(found.finished), f"the finished run in {self.folder}")
             adapters.fill(self.model.base_model, self.slot.name, adapters.read_tensors(self.folder))
-            self._say(f"{self.folder}: finished after {found.finished['steps']:,} steps; nothing is left to do")
+            self._log(f"{self.folder}: finished after {found.finished['steps']:,} steps; nothing is left to do")
             return found.finished
         inside = found.checkpoint and found.checkpoint.path.parent.resolve() == self.folder.resolve()
-        if self.slot.world.first and self.options.overwrite and not inside:
+        if self.slot.world.is_main_process and self.options.overwrite and not inside:
             folders.forget(self.folder)
         if found.checkpoint:
             with resume.understood(found.checkpoint):
                 self._same(found.checkpoint.state["identity"], str(found.checkpoint.path))
             self._go_on(found.checkpoint)
-        self.slot.world.wait()
+        self.slot.world.barrier()
         self._started = time.perf_counter()
         return None
 
@@ -112,15 +112,15 @@ class Course:
             resume.check_same(then, self.identity, f"what lies in {self.folder}")
         except ConfigError as error:
             if self.options.overwrite:
-                self._say(f"{error}; it is replaced (overwrite)")
+                self._log(f"{error}; it is replaced (overwrite)")
                 if found.checkpoint:
                     return resume.Found()
-                return self._replacing(resume.find(self.options, True, self._say, ended=False))
+                return self._replacing(resume.find(self.options, True, self._log, ended=False))
         return found
 
     def _same(self, then: dict[str, Any], where: str) -> None:
         if changes := resume.check_same(then, self.identity, where):
-            self._say(f"since {where} was written, {'; '.join(changes)}: the last bits of the result may differ")
+            self._log(f"since {where} was written, {'; '.join(changes)}: the last bits of the result may differ")
 
     def _go_on(self, found: Checkpoint) -> None:
         state = found.state
@@ -133,19 +133,19 @@ class Course:
             self._saved = self._stand
             self._kept.add(found.step)
         top = self._best
-        if self.options.load_best_model_at_end and top and top[0] != found.step and self.slot.world.first:
+        if self.options.load_best_model_at_end and top and top[0] != found.step and self.slot.world.is_main_process:
             name = f"checkpoint-{top[0]}"
             if not folders.is_whole(self.folder / name):
                 folders.copy(folders.read(found.path.parent / name), self.folder)
-        if self._kept and self.slot.world.first:
+        if self._kept and self.slot.world.is_main_process:
             self._rotate()  # who saved the last one may have died before
-        self._say(f"going on from {found.path}, after step {found.step:,} of {self.slot.steps:,}")
+        self._log(f"going on from {found.path}, after step {found.step:,} of {self.slot.steps:,}")
 
     # -- the steps --------------------------------------------------------------------------------------------------
 
     def train(self, stop: Stop) -> None:
         """To the last step, or until ``stop`` is set. Whatever goes wrong is raised."""
-        options, each = self.options, self.prepared.steps_per_epoch
+        options, each = self.options, self.job.steps_per_epoch
 
         def ask() -> bool:
             self._settled = False
@@ -155,8 +155,8 @@ class Course:
         tokens = train_pack(
             self.model,
             [self.slot],
-            self.prepared.task,
-            self.prepared.tokenizer.pad_token_id,
+            self.job.task,
+            self.job.tokenizer.pad_token_id,
             evaluate_every=_every(options.eval_at, options.eval_steps, options.eval_minutes, each),
             evaluate=self._evaluate,
             save_every=_every(options.save_at, options.save_steps, options.save_minutes, each),
@@ -184,7 +184,7 @@ class Course:
         if patience and not slot.done and early_stopping.stalled(evaluations, asked, threshold) >= patience:
             times = f"{patience} evaluations" if patience > 1 else "an evaluation"
             slot.enough = f"no better {early_stopping.watched(evaluations[-1], asked)} in {times}"
-            self._say(f"enough after step {slot.step:,} of {slot.steps:,}: {slot.enough}")
+            self._log(f"enough after step {slot.step:,} of {slot.steps:,}: {slot.enough}")
         top = self._best
         if options.load_best_model_at_end and top and top[0] == slot.step and not slot.done:
             self._save_here()
@@ -217,7 +217,7 @@ class Course:
         if self.slot.step in self._kept:
             return
         world, problem = self.slot.world, None
-        if world.first:
+        if world.is_main_process:
             try:
                 self._write()
             except SaveError as error:
@@ -256,13 +256,13 @@ class Course:
             SaveError: the folder cannot be written.
         """
         found = self._record("finished", self._adapter_step)
-        if self.slot.world.first:
+        if self.slot.world.is_main_process:
             found = self._save_output(found)
-        self.slot.world.wait()
+        self.slot.world.barrier()
         return found
 
     def _save_output(self, found: dict[str, Any]) -> dict[str, Any]:
-        return output.save(self.model, self.folder, found, usage_files(self.prepared.loaded))
+        return output.save(self.model, self.folder, found, usage_files(self.job.setup))
 
     def _take_best(self) -> int:
         """The step of the adapter that is to be kept, which is then the one in the model."""
@@ -273,7 +273,7 @@ class Course:
             resume.fill(folders.read(self.folder / f"checkpoint-{top[0]}"), self.slot.name, self.model)
         except ConfigError as error:
             raise TrainingError(f"the adapter of step {top[0]}, the best one, is lost: {error}") from None
-        self._say(f"the adapter is that of step {top[0]:,}: {top[1]} {top[2]:.4g}")
+        self._log(f"the adapter is that of step {top[0]:,}: {top[1]} {top[2]:.4g}")
         return top[0]
 
     def end_early(self, error: BaseException | None, stop: Stop) -> NoReturn:
@@ -281,7 +281,7 @@ class Course:
         stopped = error is None or isinstance(error, KeyboardInterrupt)
         slot, notes = self.slot, []
         found = self._record("interrupted" if stopped else "failed")
-        if slot.step and slot.world.first:
+        if slot.step and slot.world.is_main_process:
             notes = self._keep(found, error)
         if stopped:
             if error is None and stop.by != "SIGTERM" and slot.step and slot.world.size == 1 and not slot.within[0]:
@@ -306,9 +306,9 @@ class Course:
         if slot.failure:
             guilty: list[int] = []
             with contextlib.suppress(Exception):  # it is to be told even where it cannot be looked at
-                examples, pad = self.prepared.data.train.examples, self.prepared.tokenizer.pad_token_id
-                guilty = spoilt(self.model, slot, examples, self.prepared.task, pad)
-            return not_finite(slot.failure, slot.failed, guilty, self.prepared.data.train.examples.where)
+                examples, pad = self.job.data.train.examples, self.job.tokenizer.pad_token_id
+                guilty = nonfinite_examples(self.model, slot, examples, self.job.task, pad)
+            return not_finite(slot.failure, slot.failed, guilty, self.job.data.train.examples.where)
         if isinstance(error, LoraloomError):
             return str(error)
         at = f"evaluation at step {slot.step}" if self._evaluating else f"step {slot.step + 1}"
@@ -316,10 +316,10 @@ class Course:
         return f"{at}: {explain(error, self.options, evaluating=self._evaluating, needs=needs)}"
 
     def _needs(self, batch_sizes: list[int]) -> dict[int, int]:
-        loaded, options = self.prepared.loaded, self.options
-        length = int(max(self.prepared.data.train.lengths))
+        setup, options = self.job.setup, self.options
+        length = int(max(self.job.data.train.lengths))
         again = options.gradient_checkpointing
-        return estimate.needs(loaded.empty, loaded.config(options), length, options.dtype, batch_sizes, again)
+        return estimate.needs(setup.empty, setup.config(options), length, options.dtype, batch_sizes, again)
 
     def _keep(self, found: dict[str, Any], error: BaseException | None) -> list[str]:
         """Save a checkpoint, where it is known what it would hold, and the adapter. Returns what there is now."""
@@ -356,7 +356,7 @@ class Course:
 
     def _record(self, state: str, adapter_step: int | None = None) -> dict[str, Any]:
         return record(
-            self.prepared,
+            self.job,
             self.slot,
             state=state,
             tokens=self._progress.tokens,
@@ -368,7 +368,7 @@ class Course:
 
 
 def _every(moment: str, steps: int | None, minutes: float | None, steps_per_epoch: int) -> Every:
-    """When something is due by its options: see ``TrainOptions.eval_at``."""
+    """When something is due by its options: see ``TrainConfig.eval_at``."""
     return Every(
         steps={"steps": steps, "epoch": steps_per_epoch}.get(moment),
         minutes=minutes if moment == "minutes" else None,

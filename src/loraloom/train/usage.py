@@ -10,18 +10,18 @@ from typing import Any
 
 from loraloom.config.lora import TaskType
 from loraloom.train.dataset import TEMPLATE_NAME
-from loraloom.train.setup import Loaded
+from loraloom.train.setup import Setup
 
 USAGE_NAME = "usage.json"
 
 
-def usage(loaded: Loaded) -> dict[str, Any]:
+def usage(setup: Setup) -> dict[str, Any]:
     """Plain JSON: the task, the model, the limit of tokens, and what the task has of names, problem and template.
 
     ``id2label`` is as transformers has it in a config: ``AutoModelForSequenceClassification.from_pretrained(base,
     id2label={int(i): name for i, name in id2label.items()})`` builds the model that the adapter belongs to.
     """
-    options, data = loaded.options, loaded.data
+    options, data = setup.options, setup.data
     found: dict[str, Any] = {
         "task": options.task,
         "base_model": options.model,
@@ -29,20 +29,20 @@ def usage(loaded: Loaded) -> dict[str, Any]:
         "max_length": options.max_length,
         "overlong": options.overlong,
     }
-    if loaded.task is TaskType.SEQ_CLS:
+    if setup.task is TaskType.SEQ_CLS:
         found["problem_type"] = data.problem or "single_label_classification"
     if data.names:
         found["id2label"] = {str(number): name for number, name in enumerate(data.names)}
-    if loaded.task is TaskType.QUESTION_ANS:
+    if setup.task is TaskType.QUESTION_ANS:
         found["stride"] = options.stride
     if data.template is not None:
         found["chat_template"] = TEMPLATE_NAME
     return found
 
 
-def usage_files(loaded: Loaded) -> dict[str, bytes]:
+def usage_files(setup: Setup) -> dict[str, bytes]:
     """The files beside an adapter's weights: name → contents."""
-    files = {USAGE_NAME: json.dumps(usage(loaded), indent=2, ensure_ascii=False).encode() + b"\n"}
-    if loaded.data.template is not None:
-        files[TEMPLATE_NAME] = loaded.data.template.encode()
+    files = {USAGE_NAME: json.dumps(usage(setup), indent=2, ensure_ascii=False).encode() + b"\n"}
+    if setup.data.template is not None:
+        files[TEMPLATE_NAME] = setup.data.template.encode()
     return files

@@ -6,10 +6,10 @@ The symptoms are in ``tune.symptoms``; the remedies are those of the literature:
 from __future__ import annotations
 
 from loraloom.tune.diagnostics import adapter, curves, space
-from loraloom.tune.diagnostics.inputs import Advice, Evidence
+from loraloom.tune.diagnostics.inputs import Advice, DiagnosticInputs
 
 
-def advise(evidence: Evidence) -> list[Advice]:
+def advise(evidence: DiagnosticInputs) -> list[Advice]:
     found = [
         space.failures(evidence),
         *space.edge(evidence),

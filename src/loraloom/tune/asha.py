@@ -38,7 +38,7 @@ class Standing:
 
 
 @dataclass
-class Halving:
+class SuccessiveHalving:
     """``rungs`` places at which the best ``1 / reduction`` train on, and at least ``least``, and the best by metric."""
 
     rungs: int

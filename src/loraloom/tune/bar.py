@@ -17,7 +17,7 @@ from loraloom.inference.jackknife import Figures, error
 from loraloom.lora.model import PeftModel
 from loraloom.lora.routing import BASE
 from loraloom.tasks.metrics.registry import greater_is_better
-from loraloom.train.setup import Loaded
+from loraloom.train.setup import Setup
 from loraloom.tune.asha import taken_off
 from loraloom.tune.constant import constant, measure, training_loss
 from loraloom.tune.trial import Trial
@@ -88,14 +88,14 @@ class Gain:
     sure: bool
 
 
-def set_bar(loaded: Loaded, model: PeftModel) -> Bar:
-    """Measure the bar on the held-out rows of ``loaded``; adapters on ``model`` have no part in it."""
-    bar = Bar(len(loaded.data.evaluation_rows))
-    if (found := constant(loaded)) is not None:
-        bar.base, bar.answers = training_loss(found, loaded), measure(found, loaded)
-    bar.begins = not (loaded.new_modules and loaded.task in _NEW_HEADS)
+def set_bar(setup: Setup, model: PeftModel) -> Bar:
+    """Measure the bar on the held-out rows of ``setup``; adapters on ``model`` have no part in it."""
+    bar = Bar(len(setup.data.evaluation_rows))
+    if (found := constant(setup)) is not None:
+        bar.base, bar.answers = training_loss(found, setup), measure(found, setup)
+    bar.begins = not (setup.new_modules and setup.task in _NEW_HEADS)
     if bar.begins:
-        bar.answers["the frozen model"] = loaded.evaluate_parts(model, BASE)
+        bar.answers["the frozen model"] = setup.evaluate_parts(model, BASE)
     return bar
 
 

@@ -17,7 +17,7 @@ from loraloom.files.sizes import size
 from loraloom.train.failures import explain
 from loraloom.train.preflight.estimate import free_memory
 from loraloom.train.preflight.memory import Memory, estimate
-from loraloom.train.setup import Loaded
+from loraloom.train.setup import Setup
 
 #: More slots are taken as long as they train at least this share of the most tokens in a second: who stays and who
 #: goes is decided better among many.
@@ -40,7 +40,7 @@ class Slots:
 
 
 def plan_slots(
-    pack: Pack, loaded: Loaded, config: LoraConfig, most: int, memory: int | None, wanted: int | None
+    pack: Pack, setup: Setup, config: LoraConfig, most: int, memory: int | None, wanted: int | None
 ) -> Slots:
     """Slots for adapters like ``config``, the largest of the search.
 
@@ -52,7 +52,7 @@ def plan_slots(
     Raises:
         ConfigError: not even one fits.
     """
-    need = one_slot(loaded, config)
+    need = one_slot(setup, config)
     room = (memory - need.base) if memory else int(SHARE * free_memory())
     each = int(MARGIN * (need.total - need.base))
     fit = room // max(each, 1)
@@ -67,7 +67,7 @@ def plan_slots(
         why = said if count == fit else "there are no more trials"
         return Slots(count, f"{count} as given" if count == wanted else f"{count} of the {wanted} given: {why}")
     most = min(most, fit)
-    rates = measured(lambda count: _rate(pack, loaded, config, count), most)
+    rates = measured(lambda count: _rate(pack, setup, config, count), most)
     best = max(map(max, rates.values()))
     count = max(count for count, seen in rates.items() if max(seen) >= AS_FAST * best)
     figures = ", ".join(f"{n}: {_shown(seen)}" for n, seen in rates.items())
@@ -114,12 +114,12 @@ def _in_turns(rate: Callable[[int], float], rates: dict[int, list[float]], count
             rates[fastest].append(rate(fastest))
 
 
-def one_slot(loaded: Loaded, config: LoraConfig) -> Memory:
+def one_slot(setup: Setup, config: LoraConfig) -> Memory:
     """What a step of a single adapter needs, for the longest rows there are."""
-    options = loaded.options
-    length = int(max(loaded.data.train.lengths))
+    options = setup.options
+    length = int(max(setup.data.train.lengths))
     _, need = estimate(
-        loaded.empty(),
+        setup.empty(),
         config,
         rows=options.batch_size,
         length=length,
@@ -129,13 +129,13 @@ def one_slot(loaded: Loaded, config: LoraConfig) -> Memory:
     return need
 
 
-def _rate(pack: Pack, loaded: Loaded, config: LoraConfig, count: int) -> float:
+def _rate(pack: Pack, setup: Setup, config: LoraConfig, count: int) -> float:
     """Tokens a second with ``count`` slots, which are gone afterwards."""
     names = [f"probe-{i}" for i in range(count)]
     try:
         for name in names:
             pack.add(name, config)
-        slots = [loaded.slot(name, pack.model, loaded.options, steps=STEPS + 1) for name in names]
+        slots = [setup.slot(name, pack.model, setup.options, steps=STEPS + 1) for name in names]
         advance(pack, slots)
         best, began = 0.0, time.perf_counter()
         for step in range(STEPS):  # the fastest step says what there is: the machine may have other things to do

@@ -12,7 +12,7 @@ from typing import Any
 
 from loraloom.config import runfile
 from loraloom.config.names import TASKS
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, nearest
 from loraloom.files import sizes
 from loraloom.tasks.metrics.registry import DEFAULTS, greater_is_better, kind_of
@@ -30,14 +30,14 @@ RUNGS = (1 / 9, 2 / 9, 1 / 3, 1 / 2, 2 / 3)
 
 
 @dataclass(kw_only=True)
-class TuneOptions:
+class TuneConfig:
     """One search. ``train`` are the options of every trial but for what ``space`` varies; its ``output`` is the folder.
 
     Raises:
         ConfigError: an unknown option, a wrong type, a value out of range, or options that contradict.
     """
 
-    train: TrainOptions
+    train: TrainConfig
     space: Space
     #: Configurations to try.
     trials: int = 16
@@ -61,7 +61,7 @@ class TuneOptions:
     #: ... on the cluster at this address, host:port or "auto"; None is this machine.
     ray_address: str | None = None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> TuneOptions:
+    def __new__(cls, *args: Any, **kwargs: Any) -> TuneConfig:
         known = [spec.name for spec in fields(cls)]
         for name in kwargs:
             if name not in known:
@@ -69,7 +69,7 @@ class TuneOptions:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, kind in (("train", TrainOptions), ("space", Space)):
+        for name, kind in (("train", TrainConfig), ("space", Space)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name}: must be {kind.__name__}, found {type(getattr(self, name)).__name__}")
         for name, low in (
@@ -133,7 +133,7 @@ class TuneOptions:
         They are for the training of the best configuration in full.
         """
         changed = []
-        for spec in fields(TrainOptions):
+        for spec in fields(TrainConfig):
             usual = spec.default_factory() if spec.default_factory is not MISSING else spec.default
             if spec.name in _FOR_LATER and getattr(self.train, spec.name) != usual:
                 changed.append(runfile.KEYS[spec.name])
@@ -155,7 +155,7 @@ class TuneOptions:
         path: str | Path | None,
         overrides: Mapping[str, Any] | Sequence[str] = (),
         given: Mapping[str, Any] | None = None,
-    ) -> TuneOptions:
+    ) -> TuneConfig:
         """The search of a run file; arguments as of ``runfile.read``. Its section ``tune`` has these fields' names.
 
         ``tune.preset`` (quick, standard or thorough) gives the space, the trials, the finalists and their seeds where
@@ -201,14 +201,14 @@ def check_unread(found: runfile.RunFile) -> None:
 
 
 def _check_names(tune: Mapping[str, Any]) -> None:
-    known = ["preset", *(spec.name for spec in fields(TuneOptions) if spec.name != "train")]
+    known = ["preset", *(spec.name for spec in fields(TuneConfig) if spec.name != "train")]
     for name in tune:
         if name not in known:
             hint = nearest(name, known) or f"; the keys here are {', '.join(known)}"
             raise ConfigError(f"{name}: there is no such key{hint}")
 
 
-def _with_preset(tune: Mapping[str, Any], base: TrainOptions) -> dict[str, Any]:
+def _with_preset(tune: Mapping[str, Any], base: TrainConfig) -> dict[str, Any]:
     """The section ``tune`` with what its preset says of the rest."""
     values = dict(tune)
     _check_names(values)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from loraloom.config.lora import TaskType
 from loraloom.data.example import IGNORE, Example
-from loraloom.inference.evaluation import Said, predictions, prompt_and_target
+from loraloom.inference.evaluation import Predictions, predictions, prompt_and_target
 from loraloom.inference.jackknife import Figures, figures
 from loraloom.tasks.metrics.registry import Scores, total
-from loraloom.train.setup import Loaded
+from loraloom.train.setup import Setup
 
 #: Training rows that shares are counted in, and answers of which each is tried on the held-out rows.
 COUNTED, TRIED = 5000, 20
@@ -49,45 +49,45 @@ class Constant:
         return total(self.score(example) for example in examples).loss
 
 
-def constant(loaded: Loaded) -> Constant | None:
-    """The answer for the task of ``loaded``; None where there is none, as for texts that are all different."""
-    examples = list(_some(loaded.data.train.examples))
-    if loaded.task is TaskType.SEQ_CLS:
+def constant(setup: Setup) -> Constant | None:
+    """The answer for the task of ``setup``; None where there is none, as for texts that are all different."""
+    examples = list(_some(setup.data.train.examples))
+    if setup.task is TaskType.SEQ_CLS:
         labels: list[Any] = [example.labels for example in examples]
-        if loaded.data.problem == "regression":
+        if setup.data.problem == "regression":
             return _number([float(label) for label in labels])
-        if loaded.data.problem == "multi_label_classification":
-            return _several(labels, loaded.data.names)
-        return _class(labels, loaded.data.names)
-    if loaded.task is TaskType.TOKEN_CLS:
-        return _tag(examples, loaded.data.names)
-    if loaded.task is TaskType.QUESTION_ANS:
+        if setup.data.problem == "multi_label_classification":
+            return _several(labels, setup.data.names)
+        return _class(labels, setup.data.names)
+    if setup.task is TaskType.TOKEN_CLS:
+        return _tag(examples, setup.data.names)
+    if setup.task is TaskType.QUESTION_ANS:
         return _answer(examples)
-    return _text(examples, loaded)
+    return _text(examples, setup)
 
 
-def training_loss(found: Constant, loaded: Loaded) -> float:
+def training_loss(found: Constant, setup: Setup) -> float:
     """Its mean loss over the training rows."""
-    return found.loss(_some(loaded.data.train.examples))
+    return found.loss(_some(setup.data.train.examples))
 
 
-def measure(found: Constant, loaded: Loaded) -> dict[str, Figures]:
-    """Answer in words → its figures on the held-out rows, as ``Loaded.evaluate_parts`` has them."""
-    examples, parts = loaded.data.evaluation.examples, loaded.parts
+def measure(found: Constant, setup: Setup) -> dict[str, Figures]:
+    """Answer in words → its figures on the held-out rows, as ``Setup.evaluate_parts`` has them."""
+    examples, parts = setup.data.evaluation.examples, setup.parts
     scores = [total(found.score(examples[number]) for number in part) for part in parts]
-    if loaded.task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
-        texts = found.texts if loaded.metrics.needs_predictions else found.texts[:1]
-        references = [_written(example, loaded) for example in examples]
+    if setup.task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM):
+        texts = found.texts if setup.metrics.needs_predictions else found.texts[:1]
+        references = [_written(example, setup) for example in examples]
         numbers = list(range(len(examples)))
-        saying = {f"always {text!r}": Said([text] * len(numbers), references, numbers) for text in texts}
-        return {words: figures(loaded.metrics, scores, one, parts) for words, one in saying.items()}
-    held_out, needed, size = loaded.held_out(), loaded.metrics.needs_predictions, loaded.options.eval_batch_size
+        saying = {f"always {text!r}": Predictions([text] * len(numbers), references, numbers) for text in texts}
+        return {words: figures(setup.metrics, scores, one, parts) for words, one in saying.items()}
+    held_out, needed, size = setup.held_out(), setup.metrics.needs_predictions, setup.options.eval_batch_size
     out: dict[str, Figures] = {}
     for words, answer in found.answers if needed else found.answers[:1]:
         outputs = [answer(example) for example in examples] if needed else []
         # Of these tasks predictions follow from the outputs alone.
-        said_now = predictions(None, "", loaded.task, examples, outputs, size, held_out) if needed else Said()  # type: ignore[arg-type]
-        out[words] = figures(loaded.metrics, scores, said_now, parts)
+        said_now = predictions(None, "", setup.task, examples, outputs, size, held_out) if needed else Predictions()  # type: ignore[arg-type]
+        out[words] = figures(setup.metrics, scores, said_now, parts)
     return out
 
 
@@ -181,27 +181,27 @@ def _answer(examples: Sequence[Example]) -> Constant:
     return Constant("always no answer", score, [("always no answer", nothing)])
 
 
-def _text(examples: Sequence[Example], loaded: Loaded) -> Constant | None:
+def _text(examples: Sequence[Example], setup: Setup) -> Constant | None:
     """Where few texts are asked for, as where a text names a class: each as likely as among the training rows."""
-    targets = Counter(_target(example, loaded.task) for example in examples)
+    targets = Counter(_target(example, setup.task) for example in examples)
     if len(targets) > DISTINCT * len(examples):
         return None
-    all_tokens, count = loaded.data.train.largest + 1, len(examples) + 0.5 * (len(targets) + 1)
+    all_tokens, count = setup.data.train.largest + 1, len(examples) + 0.5 * (len(targets) + 1)
 
     def score(example: Example) -> Scores:
-        target = _target(example, loaded.task)
+        target = _target(example, setup.task)
         unknown = 0.0 if target in targets else len(target) * math.log(all_tokens)
         return Scores(unknown - math.log((targets[target] + 0.5) / count), len(target))
 
-    seen = Counter(_written(example, loaded) for example in examples)
+    seen = Counter(_written(example, setup) for example in examples)
     texts = [text for text, _ in seen.most_common(3)]
     return Constant(f"always {texts[0]!r}", score, texts=texts)
 
 
-def _written(example: Example, loaded: Loaded) -> str:
+def _written(example: Example, setup: Setup) -> str:
     """The text that is asked for."""
-    target = prompt_and_target(example, loaded.task)[1]
-    return str(loaded.tokenizer.decode(target, skip_special_tokens=True))
+    target = prompt_and_target(example, setup.task)[1]
+    return str(setup.tokenizer.decode(target, skip_special_tokens=True))
 
 
 def _target(example: Example, task: TaskType) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from loraloom.tune.bar import Bar, set_bar
 from loraloom.tune.concurrency import Slots, plan_slots
 from loraloom.tune.trial import Trial
-from loraloom.tune.worker import Numbers, Report, Worker
+from loraloom.tune.worker import Report, TensorState, Worker
 
 
 class Watcher(Protocol):
@@ -39,7 +39,7 @@ class Silent:
         pass
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """Workers by number, here or elsewhere. One trains from ``start`` until its report came."""
 
     count: int
@@ -50,7 +50,7 @@ class Crew(Protocol):
     def set_bar(self, known: Bar | None) -> Bar:
         """What trials have to beat, measured unless it is ``known``; all workers have it then."""
 
-    def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None: ...
+    def start(self, worker: int, enter: Sequence[tuple[Trial, TensorState]], leave: Sequence[int]) -> None: ...
 
     def wait(self) -> tuple[int, Report | None]:
         """The next worker to report. None in place of the report: it is gone, and a fresh one stands in its place."""
@@ -58,14 +58,14 @@ class Crew(Protocol):
     def close(self) -> None: ...
 
 
-class Alone:
+class LocalExecutor:
     """The crew of a search in one process."""
 
     count = 1
 
     def __init__(self, worker: Worker, tell: Callable[[list[Trial], float], None], stop: Callable[[], bool]) -> None:
         self._worker, self._tell, self._stop = worker, tell, stop
-        self._next: tuple[Sequence[tuple[Trial, Numbers]], Sequence[int]] = ((), ())
+        self._next: tuple[Sequence[tuple[Trial, TensorState]], Sequence[int]] = ((), ())
 
     def plan(self, most: int) -> Slots:
         space, options = self._worker.space, self._worker.options
@@ -73,10 +73,10 @@ class Alone:
         return plan_slots(self._worker.pack, self._worker.space.widest(), largest, most, options.memory, options.slots)
 
     def set_bar(self, known: Bar | None) -> Bar:
-        self._worker.bar = known or set_bar(self._worker.loaded, self._worker.model)
+        self._worker.bar = known or set_bar(self._worker.setup, self._worker.model)
         return self._worker.bar
 
-    def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None:
+    def start(self, worker: int, enter: Sequence[tuple[Trial, TensorState]], leave: Sequence[int]) -> None:
         self._next = enter, leave
 
     def wait(self) -> tuple[int, Report | None]:

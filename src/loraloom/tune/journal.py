@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.errors import SaveError
 from loraloom.files.atomic import write_files
-from loraloom.tune.config import TuneOptions
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.ranking import goodness
 from loraloom.tune.sampler import JOURNAL_NAME, frozen, quiet
 from loraloom.tune.trial import Trial
@@ -27,10 +27,10 @@ ASIDE = f"{JOURNAL_NAME}.damaged"
 
 
 class Journal:
-    """The journal in ``folder``. ``say`` is called when it had to be written again."""
+    """The journal in ``folder``. ``log`` is called when it had to be written again."""
 
-    def __init__(self, options: TuneOptions, folder: Path, say: Callable[[str], None] = lambda text: None) -> None:
-        self._options, self._path, self._say = options, folder / JOURNAL_NAME, say
+    def __init__(self, options: TuneConfig, folder: Path, log: Callable[[str], None] = lambda text: None) -> None:
+        self._options, self._path, self._log = options, folder / JOURNAL_NAME, log
         self._logs: list[dict[str, Any]] = []
         self._study: Study | None = None
         self._there: set[int] = set()
@@ -98,7 +98,7 @@ class Journal:
         except OSError as failed:
             raise SaveError(f"{self._path}: is damaged, and cannot be set aside ({failed.strerror})") from None
         why = f"{type(error).__name__}: {error}"
-        self._say(f"{self._path}: is damaged ({why}); kept as {aside.name}, and written again from the trials")
+        self._log(f"{self._path}: is damaged ({why}); kept as {aside.name}, and written again from the trials")
 
 
 def _same(one: FrozenTrial, other: FrozenTrial) -> bool:

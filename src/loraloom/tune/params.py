@@ -30,7 +30,7 @@ def label(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Choices:
+class Categorical:
     """A few values. ``values`` maps labels to them; ``order`` are labels from low to high, where there is an order."""
 
     values: dict[Any, Any]

@@ -26,10 +26,10 @@ from loraloom.files.atomic import write_files
 from loraloom.train.preflight.estimate import free_memory
 from loraloom.tune.bar import Bar, set_bar
 from loraloom.tune.concurrency import SHARE, Slots, one_slot, plan_slots
-from loraloom.tune.config import TuneOptions
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.state import TRIALS
 from loraloom.tune.trial import Trial
-from loraloom.tune.worker import Numbers, Report, Space, Worker, name_of
+from loraloom.tune.worker import Report, Space, TensorState, Worker, name_of
 
 #: Seconds between two looks at how the workers are doing, and whether to stop.
 LOOK = 0.5
@@ -53,7 +53,7 @@ def need_ray() -> Any:
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where a worker is."""
 
     node: str
@@ -76,13 +76,13 @@ class Parcel:
 class RemoteWorker:
     """A ``Worker`` in a process of its own. ``look`` and ``stop`` are called while ``run`` runs."""
 
-    def __init__(self, options: TuneOptions, folder: str, hashes: Sequence[str]) -> None:
+    def __init__(self, options: TuneConfig, folder: str, hashes: Sequence[str]) -> None:
         self._options, self._folder, self._hashes = options, folder, list(hashes)
         self._worker: Worker | None = None
         self._stop = threading.Event()
         self._seen: tuple[float, list[Trial], float] = (0.0, [], 0.0)
 
-    def open(self) -> Place:
+    def open(self) -> Placement:
         """Load rows and model; once is enough.
 
         Raises:
@@ -93,10 +93,10 @@ class RemoteWorker:
 
             with contextlib.suppress(OSError):  # paths are as from there; what is not found is said when it is read
                 os.chdir(self._folder)
-            loaded = load_all(self._options.train)
-            if sorted(loaded.data.hashes.values()) != self._hashes:
+            setup = load_all(self._options.train)
+            if sorted(setup.data.hashes.values()) != self._hashes:
                 raise DataError(f"{self._options.train.data}: holds other rows than where the search was started")
-            self._worker = Worker(self._options, loaded, Space(self._options, loaded))
+            self._worker = Worker(self._options, setup, Space(self._options, setup))
         return _here()
 
     def plan(self, most: int, threads: int | None, neighbours: int) -> Slots:
@@ -114,7 +114,7 @@ class RemoteWorker:
         """Measure what trials have to beat."""
         self._use(threads, neighbours)
         worker = self._opened()
-        return set_bar(worker.loaded, worker.model)
+        return set_bar(worker.setup, worker.model)
 
     def run(
         self,
@@ -157,7 +157,7 @@ class RemoteWorker:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // neighbours))
 
 
-class RayCrew:
+class RayExecutor:
     """``options.workers`` workers, on this machine or on the cluster at ``options.ray_address``.
 
     Args:
@@ -172,7 +172,7 @@ class RayCrew:
 
     def __init__(
         self,
-        options: TuneOptions,
+        options: TuneConfig,
         hashes: Sequence[str],
         tell: Callable[[list[Trial], float], None],
         stop: Callable[[], bool],
@@ -193,7 +193,7 @@ class RayCrew:
             self._wants = _wants(self._ray, self.count)
             self._workers = [self._hire() for _ in range(self.count)]
             opening = [worker.open.remote() for worker in self._workers]
-            self.places: list[Place] = [self._get(worker, ref) for worker, ref in enumerate(opening)]
+            self.places: list[Placement] = [self._get(worker, ref) for worker, ref in enumerate(opening)]
         except self._ray.exceptions.RayError as error:
             self.close()
             raise TrainingError(f"a worker died before it began: {_first_line(error)}") from None
@@ -220,7 +220,7 @@ class RayCrew:
             raise TrainingError(f"a worker died before it began: {_first_line(error)}") from None
         return self._bar
 
-    def start(self, worker: int, enter: Sequence[tuple[Trial, Numbers]], leave: Sequence[int]) -> None:
+    def start(self, worker: int, enter: Sequence[tuple[Trial, TensorState]], leave: Sequence[int]) -> None:
         packed = [(trial, _packed(numbers) if numbers else b"") for trial, numbers in enter]
         run = self._workers[worker].run.remote
         self._under_way[run(packed, list(leave), self._threads, self._neighbours[worker], self._bar)] = worker
@@ -293,7 +293,7 @@ class RayCrew:
         self._tell(running, sum(rate for _, rate in self._seen.values()))
 
 
-def _connect(ray: Any, options: TuneOptions) -> bool:
+def _connect(ray: Any, options: TuneConfig) -> bool:
     """Whether Ray was started or connected to here, and so is to be let go here."""
     if ray.is_initialized():
         return False
@@ -330,10 +330,10 @@ def _wants(ray: Any, count: int) -> dict[str, int]:
     return {"num_cpus": 0, "num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
 
 
-def _here() -> Place:
+def _here() -> Placement:
     import ray
 
-    return Place(ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid())
+    return Placement(ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid())
 
 
 def _packed(numbers: Mapping[str, torch.Tensor]) -> bytes:

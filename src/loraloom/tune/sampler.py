@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from loraloom.lora.initialize import seed_of
-from loraloom.tune.config import TuneOptions
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.ranking import goodness
 from loraloom.tune.trial import Trial
 
@@ -27,7 +27,7 @@ JOURNAL_NAME = "study.log"
 _ASK_AGAIN = 50
 
 
-def propose(options: TuneOptions, trials: Sequence[Trial], sampler: BaseSampler | None = None) -> dict[str, Any] | None:
+def propose(options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler | None = None) -> dict[str, Any] | None:
     """The values of the next trial; None when the space has no other. ``sampler`` is the user's own."""
     tried = [trial.values for trial in trials if trial.repeats is None]
     number = len(tried)
@@ -50,7 +50,7 @@ def propose(options: TuneOptions, trials: Sequence[Trial], sampler: BaseSampler 
     return next((values for values in rest if values not in tried), None)
 
 
-def _ask(options: TuneOptions, trials: Sequence[Trial], sampler: BaseSampler | None, seed: int) -> dict[str, Any]:
+def _ask(options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler | None, seed: int) -> dict[str, Any]:
     import optuna
 
     if sampler is None and options.sampler == "tpe":
@@ -65,7 +65,7 @@ def _ask(options: TuneOptions, trials: Sequence[Trial], sampler: BaseSampler | N
         return options.space.suggest(study.ask())
 
 
-def frozen(options: TuneOptions, trial: Trial) -> FrozenTrial:
+def frozen(options: TuneConfig, trial: Trial) -> FrozenTrial:
     """A trial as Optuna knows it; its values are how good they are, greater being better."""
     import optuna
 

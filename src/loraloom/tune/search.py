@@ -31,14 +31,14 @@ from loraloom.tasks.metrics.registry import metric_name
 from loraloom.train.failures import Interrupted
 from loraloom.train.output import check_output
 from loraloom.train.preflight.doctor import amount
-from loraloom.train.setup import Loaded, load
+from loraloom.train.setup import Setup, load
 from loraloom.train.signals import asked_to_stop
 from loraloom.train.usage import usage
 from loraloom.tune import format
-from loraloom.tune.asha import Halving, Standing
+from loraloom.tune.asha import Standing, SuccessiveHalving
 from loraloom.tune.bar import Bar, learned
-from loraloom.tune.config import TuneOptions
-from loraloom.tune.executor import Alone, Crew, Silent, Watcher
+from loraloom.tune.config import TuneConfig
+from loraloom.tune.executor import Executor, LocalExecutor, Silent, Watcher
 from loraloom.tune.journal import Journal
 from loraloom.tune.ranking import goodness, originals
 from loraloom.tune.sampler import JOURNAL_NAME, propose
@@ -56,7 +56,7 @@ from loraloom.tune.state import (
 )
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict, record, verdict
-from loraloom.tune.worker import Numbers, Report, Space, Worker, name_of, rung_step
+from loraloom.tune.worker import Report, Space, TensorState, Worker, name_of, rung_step
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -76,7 +76,7 @@ class SearchResult:
     folder: Path
 
 
-def search(options: TuneOptions, watch: Watcher | None = None, sampler: BaseSampler | None = None) -> SearchResult:
+def search(options: TuneConfig, watch: Watcher | None = None, sampler: BaseSampler | None = None) -> SearchResult:
     """Search, or go on with the search in the folder. ``sampler`` is one of Optuna's in place of ``options.sampler``.
 
     Raises:
@@ -89,7 +89,7 @@ def search(options: TuneOptions, watch: Watcher | None = None, sampler: BaseSamp
         return _search(options, watch or Silent(), sampler)
 
 
-def _search(options: TuneOptions, watch: Watcher, sampler: BaseSampler | None) -> SearchResult:
+def _search(options: TuneConfig, watch: Watcher, sampler: BaseSampler | None) -> SearchResult:
     check_output(options.train, files=(RESULT_NAME, BEST_FILE, STATE_NAME, JOURNAL_NAME, "search.png", "pareto.png"))
     folder = Path(options.train.output)
     links = (BEST_NAME, TRIALS, JOURNAL_NAME)
@@ -98,31 +98,29 @@ def _search(options: TuneOptions, watch: Watcher, sampler: BaseSampler | None) -
         from loraloom.tune.ray_executor import need_ray
 
         need_ray()
-    loaded = load(options.train, date=None if options.train.overwrite else date_of(folder))
-    _check_validation(loaded)
-    metric, own = options.metric, loaded.metrics
-    if metric == metric_name(loaded.task) and metric not in own.names and not own.own:
+    setup = load(options.train, date=None if options.train.overwrite else date_of(folder))
+    _check_validation(setup)
+    metric, own = options.metric, setup.metrics
+    if metric == metric_name(setup.task) and metric not in own.names and not own.own:
         metric = own.first  # where it turned out that labels are numbers or several classes, or tags no entities
     if metric != "loss" and metric not in own.names and not own.own:
         raise ConfigError(f"metric: {metric!r} is not measured of this data; there are {', '.join(own.names)}, loss")
     assert metric is not None
     watch.metric = metric
-    options = replace(options, train=replace(loaded.options, problem_type=loaded.data.problem), metric=metric)
-    options.space.check(loaded.base, options.train)
-    return Search(options, loaded, watch, sampler).run()
+    options = replace(options, train=replace(setup.options, problem_type=setup.data.problem), metric=metric)
+    options.space.check(setup.base, options.train)
+    return Search(options, setup, watch, sampler).run()
 
 
 class Search:
     """One search: where it stands, and who trains next."""
 
-    def __init__(
-        self, options: TuneOptions, loaded: Loaded, watch: Watcher, sampler: BaseSampler | None = None
-    ) -> None:
-        self.options, self.loaded, self.watch, self.sampler = options, loaded, watch, sampler
+    def __init__(self, options: TuneConfig, setup: Setup, watch: Watcher, sampler: BaseSampler | None = None) -> None:
+        self.options, self.setup, self.watch, self.sampler = options, setup, watch, sampler
         self.folder, self.exhausted = Path(options.train.output), False
-        self.space = Space(options, loaded)
-        self.fingerprint = _fingerprint(options, loaded)
-        halving = Halving(len(options.rungs), options.reduction, options.finalists)
+        self.space = Space(options, setup)
+        self.fingerprint = _fingerprint(options, setup)
+        halving = SuccessiveHalving(len(options.rungs), options.reduction, options.finalists)
         self.state = State(self.fingerprint, 0, halving, date=options.train.date)
         #: worker → the trials that it has
         self.members: dict[int, list[int]] = {}
@@ -160,7 +158,7 @@ class Search:
 
     def _describe(self) -> None:
         """What was recognised and done to the rows, and what may well be a mistake: as ``loraloom train`` says it."""
-        data = self.loaded.data
+        data = self.setup.data
         for note in data.notes:
             self.watch.event(note)
         self.watch.event(
@@ -171,22 +169,22 @@ class Search:
         findings = amount(
             len(data.train.examples),
             options.batch_size * options.gradient_accumulation_steps,
-            self.loaded.steps(options)[0],
+            self.setup.steps(options)[0],
         )
         for text in [*data.warnings, *(finding.text for finding in findings)]:
             self.watch.event(f"warning: {text}")
 
-    def _crew(self) -> Crew:
+    def _crew(self) -> Executor:
         def stop() -> bool:
             return self.pressed.is_set()
 
         if self.options.over_ray:
-            from loraloom.tune.ray_executor import RayCrew
+            from loraloom.tune.ray_executor import RayExecutor
 
-            return RayCrew(self.options, list(self.loaded.data.hashes.values()), self._tell, stop)
-        return Alone(Worker(self.options, self.loaded, self.space), self._tell, stop)
+            return RayExecutor(self.options, list(self.setup.data.hashes.values()), self._tell, stop)
+        return LocalExecutor(Worker(self.options, self.setup, self.space), self._tell, stop)
 
-    def _train(self, crew: Crew) -> None:
+    def _train(self, crew: Executor) -> None:
         with asked_to_stop() as self.pressed:
             self.members = {worker: [] for worker in range(crew.count)}
             busy = self._assign(crew, list(self.members), {})
@@ -216,7 +214,7 @@ class Search:
             running, self.trials, self.state.slots * len(self.members), tokens_per_second, self._seconds_left()
         )
 
-    def _receive(self, worker: int, report: Report | None) -> dict[int, Numbers]:
+    def _receive(self, worker: int, report: Report | None) -> dict[int, TensorState]:
         """Take up what a worker reports. Returns the numbers of its trials."""
         if report is None or report.out_of_memory:
             if report is not None:
@@ -255,7 +253,7 @@ class Search:
         else:
             trial.state = "waiting"
 
-    def _assign(self, crew: Crew, idle: Sequence[int], numbers: dict[int, Numbers]) -> set[int]:
+    def _assign(self, crew: Executor, idle: Sequence[int], numbers: dict[int, TensorState]) -> set[int]:
         """Decide who trains next, write it down, and let the idle workers begin. Returns those that have work.
 
         ``numbers`` are those of the trials that just came back.
@@ -286,7 +284,7 @@ class Search:
             working.add(worker)
         return working
 
-    def _begin(self, trial: Trial) -> Numbers:
+    def _begin(self, trial: Trial) -> TensorState:
         try:
             numbers = load_numbers(self.folder, self.state, trial.number)
         except SaveError as error:
@@ -298,7 +296,7 @@ class Search:
             self.watch.event(f"trial {trial.number} begins: {format.knobs(trial.values, names, between=', ')}")
         return numbers
 
-    def _save(self, numbers: Mapping[int, Numbers]) -> None:
+    def _save(self, numbers: Mapping[int, TensorState]) -> None:
         save_state(self.folder, self.state, numbers)
         self.journal.keep(self.trials)
 
@@ -441,8 +439,8 @@ class Search:
 
     def _add(self, values: Mapping[str, Any], seed: int, repeats: int | None = None) -> Trial:
         options = self.space.trial_options(values, seed)
-        steps, _ = self.loaded.steps(options)
-        made = self.space.plan(self.loaded.config(options))
+        steps, _ = self.setup.steps(options)
+        made = self.space.plan(self.setup.config(options))
         trial = Trial(
             len(self.trials),
             dict(values),
@@ -497,7 +495,7 @@ class Search:
             found,
             self.trials,
             adapter=best if source is not None else "",
-            usage=usage(self.loaded),
+            usage=usage(self.setup),
             seconds=self.state.seconds,
             machine={
                 "processor": platform.processor() or platform.machine(),
@@ -563,17 +561,17 @@ class Search:
         return None, said
 
 
-def _check_validation(loaded: Loaded) -> None:
+def _check_validation(setup: Setup) -> None:
     """Rows that all are of one class cannot tell a good configuration from a poor one."""
-    labels = {example.labels for example in loaded.data.evaluation.examples if isinstance(example.labels, int)}
-    if loaded.task is TaskType.SEQ_CLS and len(labels) == 1:
+    labels = {example.labels for example in setup.data.evaluation.examples if isinstance(example.labels, int)}
+    if setup.task is TaskType.SEQ_CLS and len(labels) == 1:
         raise DataError(
-            f"{loaded.options.eval_split if isinstance(loaded.options.eval_split, str) else loaded.options.data}: all "
-            f"{len(loaded.data.evaluation.examples)} held-out rows are labelled "
-            f"{loaded.data.names[labels.pop()]!r}, so no configuration can be told from another; hold out more rows"
+            f"{setup.options.eval_split if isinstance(setup.options.eval_split, str) else setup.options.data}: all "
+            f"{len(setup.data.evaluation.examples)} held-out rows are labelled "
+            f"{setup.data.names[labels.pop()]!r}, so no configuration can be told from another; hold out more rows"
         )
 
 
-def _fingerprint(options: TuneOptions, loaded: Loaded) -> str:
-    hashes = sorted(loaded.data.hashes.values())
-    return hashlib.sha256(json.dumps([options.fingerprint(), hashes, loaded.weights]).encode()).hexdigest()
+def _fingerprint(options: TuneConfig, setup: Setup) -> str:
+    hashes = sorted(setup.data.hashes.values())
+    return hashlib.sha256(json.dumps([options.fingerprint(), hashes, setup.weights]).encode()).hexdigest()

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraloom.config.runfile import KEYS, check_key, split_names, with_values
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, nearest
-from loraloom.tune.params import Choices, Range, label, read_range
+from loraloom.tune.params import Categorical, Range, label, read_range
 from loraloom.tune.targets import SETS, resolve_targets
 
 if TYPE_CHECKING:
@@ -111,11 +111,11 @@ class Space:
     it; ``to_options`` says what it means.
     """
 
-    knobs: dict[str, Choices | Range]
+    knobs: dict[str, Categorical | Range]
     fixed: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, raw: Mapping[str, Any], base: TrainOptions) -> Space:
+    def parse(cls, raw: Mapping[str, Any], base: TrainConfig) -> Space:
         """The space of a run file's ``tune.space``: dotted keys to a list of choices, a range, or one value.
 
         ``{log: [low, high]}`` is even in the logarithm; ``{range: [low, high]}``, with an optional ``step``, is even,
@@ -127,7 +127,7 @@ class Space:
         """
         if not isinstance(raw, Mapping) or not raw:
             raise ConfigError(f"space: must map keys such as lora.r to lists or ranges, found {raw!r}")
-        knobs: dict[str, Choices | Range] = {}
+        knobs: dict[str, Categorical | Range] = {}
         fixed: dict[str, Any] = {}
         for key, value in raw.items():
             _check_varies(key)
@@ -149,7 +149,7 @@ class Space:
         return cls(knobs, fixed)
 
     @classmethod
-    def default(cls, base: TrainOptions, preset: str = "standard") -> Space:
+    def default(cls, base: TrainConfig, preset: str = "standard") -> Space:
         """The space of a preset: rank, alpha, targets, dropout and learning rate vary, whatever ``base`` has there."""
         if preset not in PRESETS:
             raise ConfigError(
@@ -183,7 +183,7 @@ class Space:
         return {
             key: list(knob.order)
             for key, knob in self.knobs.items()
-            if isinstance(knob, Choices) and any(isinstance(entry, str) for entry in knob.order)
+            if isinstance(knob, Categorical) and any(isinstance(entry, str) for entry in knob.order)
         }
 
     def prior(self, count: int) -> list[dict[str, Any]]:
@@ -192,7 +192,7 @@ class Space:
         Always the same, all different; fewer than ``count`` where the space has no more.
         """
         liked = {key: _liked(key, knob) for key, knob in self.knobs.items()}
-        ranges_first = sorted(self.knobs, key=lambda key: isinstance(self.knobs[key], Choices))
+        ranges_first = sorted(self.knobs, key=lambda key: isinstance(self.knobs[key], Categorical))
         steps = dict(zip(ranges_first, _steps(len(self.knobs))))
         found: dict[tuple[Any, ...], None] = {}
         for i in range(20 * count):
@@ -207,7 +207,7 @@ class Space:
                 found.setdefault(corner)
         return [dict(zip(self.knobs, point)) for point in found]
 
-    def to_options(self, values: Mapping[str, Any], base: TrainOptions, model: nn.Module | None = None) -> TrainOptions:
+    def to_options(self, values: Mapping[str, Any], base: TrainConfig, model: nn.Module | None = None) -> TrainConfig:
         """The options of a configuration's training. ``model`` says which modules "q-v" and "attention" are.
 
         Raises:
@@ -216,7 +216,7 @@ class Space:
         changes = dict(self.fixed)
         for key, value in values.items():
             knob, plain = self.knobs.get(key), _normal(key, value)
-            changes[key] = knob.values.get(label(plain), plain) if isinstance(knob, Choices) else plain
+            changes[key] = knob.values.get(label(plain), plain) if isinstance(knob, Categorical) else plain
         if ALPHA in changes:
             changes |= self._scale(changes[ALPHA], changes.get(RANK, base.lora.r))
         word = changes.get(TARGETS)
@@ -233,10 +233,10 @@ class Space:
             alpha = float(alpha[:-1] or 1) * r
         knob = self.knobs.get(ALPHA)
         # Where "rslora" is one of the choices, the others are plain LoRA whatever the base has.
-        plain = {RSLORA: False} if isinstance(knob, Choices) and "rslora" in knob.values else {}
+        plain = {RSLORA: False} if isinstance(knob, Categorical) and "rslora" in knob.values else {}
         return {ALPHA: int(alpha) if alpha == int(alpha) else alpha, **plain}
 
-    def check(self, model: nn.Module, base: TrainOptions) -> None:
+    def check(self, model: nn.Module, base: TrainConfig) -> None:
         """That every set of targets, and whatever else names modules, fits the model (that may have no weights).
 
         Raises:
@@ -318,7 +318,7 @@ def _check_varies(key: Any) -> None:
         )
 
 
-def _choices(key: str, given: Iterable[Any], base: TrainOptions) -> Choices:
+def _choices(key: str, given: Iterable[Any], base: TrainConfig) -> Categorical:
     values: dict[Any, Any] = {}
     for entry in given:
         value = _normal(key, entry)
@@ -330,14 +330,14 @@ def _choices(key: str, given: Iterable[Any], base: TrainOptions) -> Choices:
     if not values:
         raise ConfigError(f"space.{key}: the list is empty; give choices, or leave the key out")
     if all(isinstance(name, int | float) and not isinstance(name, bool) for name in values):
-        return Choices(values, tuple(sorted(values)))
+        return Categorical(values, tuple(sorted(values)))
     multiples = [name for name in values if isinstance(name, str) and name != "rslora"]
     if key == ALPHA and len(multiples) == len(values) - ("rslora" in values):
-        return Choices(values, tuple(sorted(multiples, key=lambda name: float(name[:-1] or 1))))
-    return Choices(values)
+        return Categorical(values, tuple(sorted(multiples, key=lambda name: float(name[:-1] or 1))))
+    return Categorical(values)
 
 
-def _check_value(key: str, value: Any, base: TrainOptions) -> None:
+def _check_value(key: str, value: Any, base: TrainConfig) -> None:
     """What the options refuse, they refuse here. Words have been checked, or are for the model to judge."""
     if isinstance(value, str) and (key == ALPHA or (key == TARGETS and value in SETS)):
         return
@@ -347,12 +347,12 @@ def _check_value(key: str, value: Any, base: TrainOptions) -> None:
         raise ConfigError(f"space.{error}") from None
 
 
-def _check_together(knobs: Mapping[str, Choices | Range], fixed: Mapping[str, Any], base: TrainOptions) -> None:
+def _check_together(knobs: Mapping[str, Categorical | Range], fixed: Mapping[str, Any], base: TrainConfig) -> None:
     if not knobs:
         raise ConfigError("space: nothing varies; give a key two choices or a range")
     given = {**knobs, **fixed}
     alpha = given.get(ALPHA)
-    if RSLORA in given and (alpha == "rslora" or (isinstance(alpha, Choices) and "rslora" in alpha.values)):
+    if RSLORA in given and (alpha == "rslora" or (isinstance(alpha, Categorical) and "rslora" in alpha.values)):
         raise ConfigError(f"space.{RSLORA}: contradicts the choice rslora of {ALPHA}; keep one of the two")
     if "train.epochs" in given and ("train.max_steps" in given or base.max_steps is not None):
         raise ConfigError("space.train.epochs: has no effect, because max_steps is given; keep one of the two")
@@ -361,7 +361,7 @@ def _check_together(knobs: Mapping[str, Choices | Range], fixed: Mapping[str, An
 # -- what is known ----------------------------------------------------------------------------------------------------
 
 
-def _liked(key: str, knob: Choices | Range) -> list[Any]:
+def _liked(key: str, knob: Categorical | Range) -> list[Any]:
     """Labels of ``knob``, best known first; for a range the one best number, if one is known."""
     known = _KNOWN.get(key)
     if isinstance(knob, Range):

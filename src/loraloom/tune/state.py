@@ -18,12 +18,12 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.data.table.cache import file_hash, first_changed
 from loraloom.engine.slot import Curve
 from loraloom.errors import ConfigError, SaveError
 from loraloom.files.atomic import recover, write_files
-from loraloom.tune.asha import Halving
+from loraloom.tune.asha import SuccessiveHalving
 from loraloom.tune.bar import Bar
 from loraloom.tune.sampler import JOURNAL_NAME
 from loraloom.tune.trial import Trial
@@ -34,7 +34,7 @@ UNDER_WAY = "under-way"
 #: Folder of the adapters of trials that came to their end.
 TRIALS = "trials"
 
-Build = Callable[[Mapping[str, Any], int], TrainOptions]
+Build = Callable[[Mapping[str, Any], int], TrainConfig]
 
 
 @dataclass
@@ -43,7 +43,7 @@ class State:
 
     fingerprint: str
     slots: int
-    halving: Halving
+    halving: SuccessiveHalving
     #: the slots and the memory that the user gave when they were planned
     asked: tuple[int | None, int | None] = (None, None)
     trials: list[Trial] = field(default_factory=list)
@@ -150,7 +150,7 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
         return State(
             fingerprint=found["fingerprint"],
             slots=found["slots"],
-            halving=Halving(**found["halving"]),
+            halving=SuccessiveHalving(**found["halving"]),
             asked=(found["asked"][0], found["asked"][1]),
             trials=[_read_trial(entry, build) for entry in found["trials"]],
             files={int(number): name for number, name in found["files"].items()},

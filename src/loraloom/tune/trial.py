@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Curve
 
 #: waiting: not begun or held at a rung; running: in the pack; finished: trained to its last step; stopped: given up
@@ -23,7 +23,7 @@ class Trial:
 
     number: int
     values: dict[str, Any]
-    options: TrainOptions
+    options: TrainConfig
     #: optimizer steps of its whole training, and those taken
     steps: int
     step: int = 0

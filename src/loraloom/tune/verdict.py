@@ -20,7 +20,7 @@ from loraloom.errors import TrainingError
 from loraloom.inference.jackknife import error
 from loraloom.tune.advice import advise
 from loraloom.tune.bar import Bar, Gain, gain, learned
-from loraloom.tune.diagnostics.inputs import FEW_STEPS, Advice, Evidence
+from loraloom.tune.diagnostics.inputs import FEW_STEPS, Advice, DiagnosticInputs
 from loraloom.tune.diagnostics.nothing_learned import nothing
 from loraloom.tune.ranking import (
     COMPARED,
@@ -157,7 +157,7 @@ def verdict(
     comparison = compare(trials, metric)
     importance, mattered, reason = importances(trials, comparison, distributions or {})
     best = by_number[number]
-    evidence = Evidence(
+    evidence = DiagnosticInputs(
         best=best,
         trials=[group[0] for group in groups.values()],
         comparison=comparison,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loraloom.config.lora import LoraConfig
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.engine.loop import advance
 from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
@@ -30,10 +30,10 @@ from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.targets import Plan, plan
 from loraloom.models import activation_checkpointing
 from loraloom.train.failures import explain
-from loraloom.train.setup import Loaded
+from loraloom.train.setup import Setup
 from loraloom.train.usage import usage_files
 from loraloom.tune.bar import Bar
-from loraloom.tune.config import TuneOptions
+from loraloom.tune.config import TuneConfig
 from loraloom.tune.params import Range
 from loraloom.tune.space import RANK, TARGETS
 from loraloom.tune.state import TRIALS
@@ -57,7 +57,7 @@ RUNG_ROWS = 256
 #: Between the last rung and the end there is one more evaluation: curves of two points say nothing.
 BETWEEN = 2 / 3
 
-Numbers = dict[str, Tensor]
+TensorState = dict[str, Tensor]
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Report:
     trials: list[Trial]
     #: of these something is to be decided: they came to where they are held, were measured there, or failed
     events: list[int]
-    numbers: dict[int, Numbers] = field(default_factory=dict)
+    numbers: dict[int, TensorState] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
     #: memory was not enough: the worker let go of all its trials
@@ -77,11 +77,11 @@ class Report:
 class Space:
     """What trials are on one model, without its weights: their options, sizes and steps."""
 
-    def __init__(self, options: TuneOptions, loaded: Loaded) -> None:
-        self.options, self.loaded = options, loaded
-        self._blueprint = loaded.empty()
+    def __init__(self, options: TuneConfig, setup: Setup) -> None:
+        self.options, self.setup = options, setup
+        self._blueprint = setup.empty()
 
-    def trial_options(self, values: Mapping[str, Any], seed: int) -> TrainOptions:
+    def trial_options(self, values: Mapping[str, Any], seed: int) -> TrainConfig:
         return replace(self.options.space.to_options(values, self.options.train, self._blueprint), seed=seed)
 
     def plan(self, config: LoraConfig) -> Plan:
@@ -95,38 +95,38 @@ class Space:
             values |= {RANK: ranks.high if isinstance(ranks, Range) else max(ranks.grid(RANK))}
         sets: list[Any] = knobs[TARGETS].grid(TARGETS) if TARGETS in knobs else [None]
         chosen = [values if one is None else values | {TARGETS: one} for one in sets]
-        return [self.loaded.config(self.trial_options(one, self.options.train.seed)) for one in chosen]
+        return [self.setup.config(self.trial_options(one, self.options.train.seed)) for one in chosen]
 
-    def widest(self) -> Loaded:
+    def widest(self) -> Setup:
         """Rows and model, with as many rows in a forward as any trial may have."""
         knob = self.options.space.knobs.get(BATCH)
         fixed = self.options.space.fixed.get(BATCH, self.options.train.batch_size)
         most = fixed if knob is None else knob.high if isinstance(knob, Range) else max(knob.grid(BATCH))
-        return replace(self.loaded, options=replace(self.loaded.options, batch_size=int(most)))
+        return replace(self.setup, options=replace(self.setup.options, batch_size=int(most)))
 
 
 class Worker:
-    """A pack on the frozen model of ``loaded``."""
+    """A pack on the frozen model of ``setup``."""
 
-    def __init__(self, options: TuneOptions, loaded: Loaded, space: Space) -> None:
-        self.options, self.loaded, self.space = options, loaded, space
-        self.model = PeftModel(loaded.base)
+    def __init__(self, options: TuneConfig, setup: Setup, space: Space) -> None:
+        self.options, self.setup, self.space = options, setup, space
+        self.model = PeftModel(setup.base)
         span = {(target.name, target.kind) for one in space.largest() for target in space.plan(one).targets}
         modules = sorted(name for name, kind in span if kind != LoraParameter.kind)
         parameters = sorted(name for name, kind in span if kind == LoraParameter.kind)
-        config = LoraConfig(r=1, target_modules=modules, target_parameters=parameters, task_type=loaded.task)
+        config = LoraConfig(r=1, target_modules=modules, target_parameters=parameters, task_type=setup.task)
         self.model.add_adapter(SPAN, config)
         if options.train.gradient_checkpointing:
             activation_checkpointing.enable(self.model)
-        self.pack = Pack(self.model, task=loaded.task, pad_id=loaded.tokenizer.pad_token_id, pad_to_multiple_of=WIDTH)
+        self.pack = Pack(self.model, task=setup.task, pad_id=setup.tokenizer.pad_token_id, pad_to_multiple_of=WIDTH)
         self.slots: dict[int, Slot] = {}
         self.trials: dict[int, Trial] = {}
         #: what trials have to beat; its owner sets it
-        self.bar = Bar(len(loaded.data.evaluation_rows))
+        self.bar = Bar(len(setup.data.evaluation_rows))
 
     def run(
         self,
-        enter: Sequence[tuple[Trial, Numbers]],
+        enter: Sequence[tuple[Trial, TensorState]],
         leave: Sequence[int],
         tell: Callable[[list[Trial], float], None] = lambda trials, tokens_per_second: None,
         stop: Callable[[], bool] = lambda: False,
@@ -189,11 +189,11 @@ class Worker:
         name, metric = name_of(trial.number), self.options.metric
         trial.measure = False
         if trial.step >= trial.steps:
-            trial.parts = {key: list(values) for key, values in self.loaded.evaluate_parts(self.model, name).items()}
+            trial.parts = {key: list(values) for key, values in self.setup.evaluate_parts(self.model, name).items()}
             rows, found = None, {key: values[0] for key, values in trial.parts.items()}
         else:
             rows = self._rows(trial)
-            found = self.loaded.evaluate(self.model, name, rows)
+            found = self.setup.evaluate(self.model, name, rows)
         trial.curve.evaluations.append({"step": trial.step, **found} | ({} if rows is None else {"rows": len(rows)}))
         # Of logits that are NaN some class is still the likeliest: the accuracy alone does not tell.
         if broken := [name for name in (metric, "loss") if not math.isfinite(found[name])]:
@@ -202,23 +202,23 @@ class Worker:
             trial.state, trial.used = "finished", _used(self.model, name)
             folder = Path(self.options.train.output) / TRIALS
             self.model.save_pretrained(folder, selected_adapters=[name], peft=False)
-            write_files(folder / name, usage_files(self.loaded))
+            write_files(folder / name, usage_files(self.setup))
 
     def _rows(self, trial: Trial) -> list[int] | None:
         """The held-out rows to measure ``trial`` on, the same for all at a rung; None for all there are."""
         if trial.repeats is not None or trial.step == between(trial):
             return None
         rungs = [rung for rung in range(len(self.options.rungs)) if rung_step(self.options, trial, rung) == trial.step]
-        there = len(self.loaded.data.evaluation.examples)
-        options = self.loaded.options
-        steps, _ = self.loaded.steps(options)
+        there = len(self.setup.data.evaluation.examples)
+        options = self.setup.options
+        steps, _ = self.setup.steps(options)
         seen = steps * options.batch_size * options.gradient_accumulation_steps
         count = max(RUNG_ROWS, *(math.ceil(self.options.rungs[rung] * seen) for rung in rungs)) if rungs else there
         return sorted(random.Random("rung").sample(range(there), count)) if count < there else None
 
-    def _enter(self, trial: Trial, numbers: Numbers) -> None:
+    def _enter(self, trial: Trial, numbers: TensorState) -> None:
         name = name_of(trial.number)
-        self.pack.add(name, self.loaded.config(trial.options), seed=trial.options.seed)
+        self.pack.add(name, self.setup.config(trial.options), seed=trial.options.seed)
         parameters = self.pack.parameters_of(name)
         if numbers and (lost := [key for key in parameters if f"adapter/{key}" not in numbers]):
             raise SaveError(
@@ -229,7 +229,7 @@ class Worker:
             for key, parameter in parameters.items():
                 if numbers:
                     parameter.copy_(numbers[f"adapter/{key}"])
-        slot = self.loaded.slot(name, self.model, trial.options, trial.steps)
+        slot = self.setup.slot(name, self.model, trial.options, trial.steps)
         moments = {
             key.removeprefix("optimizer/"): value for key, value in numbers.items() if key.startswith("optimizer/")
         }
@@ -246,7 +246,7 @@ class Worker:
         self.pack.remove(name_of(number))
         del self.slots[number], self.trials[number]
 
-    def _numbers(self, number: int) -> Numbers:
+    def _numbers(self, number: int) -> TensorState:
         """All that it takes to go on with a trial, to the bit."""
         slot = self.slots[number]
         parameters = self.pack.parameters_of(slot.name)
@@ -263,7 +263,7 @@ def name_of(number: int) -> str:
     return f"trial-{number}"
 
 
-def rung_step(options: TuneOptions, trial: Trial, rung: int) -> int:
+def rung_step(options: TuneConfig, trial: Trial, rung: int) -> int:
     """The step at which ``trial`` comes to ``rung``."""
     return min(max(1, math.ceil(options.rungs[rung] * trial.steps - 1e-9)), trial.steps)
 

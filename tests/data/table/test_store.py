@@ -31,7 +31,7 @@ from loraloom.data.table.store import (
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     line: int
     file: str = "a.jsonl"
     unit: Literal["line", "row"] = "line"
@@ -69,8 +69,8 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def rows_of(count: int) -> list[Place]:
-    return [Place(line) for line in range(1, count + 1)]
+def rows_of(count: int) -> list[Placement]:
+    return [Placement(line) for line in range(1, count + 1)]
 
 
 LABELS = {
@@ -156,8 +156,8 @@ def test_segments_that_come_late_leave_those_before_in_the_first() -> None:
 def test_rows_of_several_files_know_theirs() -> None:
     one = [Example([1], 0)]
     chunks = [
-        pack([Place(1, "a"), Place(2, "a"), Place(1, "b")], [one] * 3, [0] * 3),
-        pack([Place(2, "b"), Place(1, "c", "row")], [one] * 2, [0] * 2),
+        pack([Placement(1, "a"), Placement(2, "a"), Placement(1, "b")], [one] * 3, [0] * 3),
+        pack([Placement(2, "b"), Placement(1, "c", "row")], [one] * 2, [0] * 2),
     ]
     for table in (written(chunks), on_disk(chunks)):
         found = [Examples(table).where(i) for i in range(5)]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraloom.data.example import Encoded1
+from loraloom.data.example import EncodedRow
 from loraloom.data.records import Asked
 from loraloom.data.rows import Row
 from loraloom.data.tokenize.answers import AnswerEncoder
@@ -23,7 +23,7 @@ def asked(answer: str | None, context: str = CONTEXT, question: str = "who sat?"
     return Asked(question, context, [] if answer is None else [(answer, context.index(answer))])
 
 
-def encoded(tokenizer: Any, record: Asked, max_length: int = 64, stride: int = 4, **settings: Any) -> Encoded1:
+def encoded(tokenizer: Any, record: Asked, max_length: int = 64, stride: int = 4, **settings: Any) -> EncodedRow:
     made = encoder("question-answering", tokenizer, max_length=max_length, stride=stride, **settings)
     (result,) = made.encode([(Row({}, 1), record)])
     return result
@@ -113,7 +113,7 @@ def test_a_stride_beyond_the_room_is_taken_as_half_of_it(word_pieces: Any) -> No
 
 
 def test_rows_over_length_may_be_dropped_or_errors(word_pieces: Any) -> None:
-    assert encoded(word_pieces, asked("the cat"), 16, overlong="drop") == Encoded1(overlong=True)
+    assert encoded(word_pieces, asked("the cat"), 16, overlong="drop") == EncodedRow(overlong=True)
     assert "where max_length is 16" in encoded(word_pieces, asked("the cat"), 16, overlong="error").error
     split, cut = (encoded(word_pieces, asked("the cat"), 16, overlong=how) for how in ("split", "truncate"))
     assert split == cut

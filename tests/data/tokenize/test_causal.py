@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from loraloom.data.example import IGNORE, Encoded1
+from loraloom.data.example import IGNORE, EncodedRow
 from loraloom.data.records import Chat, Pair, Record, Text
 from loraloom.data.rows import Row
 from loraloom.data.tokenize.encode import encoder
@@ -34,11 +34,11 @@ def text(first: int, last: int) -> str:
     return " ".join(f"w{i}" for i in range(first, last + 1))
 
 
-def one(record: Record, max_length: int, overlong: str = "truncate", made: Any = None) -> Encoded1:
+def one(record: Record, max_length: int, overlong: str = "truncate", made: Any = None) -> EncodedRow:
     return encoder("causal-lm", made or words(), max_length=max_length, overlong=overlong).encode([(ROW, record)])[0]
 
 
-def shown(result: Encoded1) -> list[tuple[list[int], list[int]]]:
+def shown(result: EncodedRow) -> list[tuple[list[int], list[int]]]:
     return [(example.input_ids, example.labels) for example in result.examples]  # type: ignore[misc]
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from loraloom.data.example import IGNORE, Encoded1, Settings
+from loraloom.data.example import IGNORE, EncodedRow, Settings
 from loraloom.data.records import Chat
 from loraloom.data.tokenize.chat import ChatEncoder
 from loraloom.data.tokenize.templates import PLAIN, find_template
@@ -111,11 +111,11 @@ CALL = [{"type": "function", "id": "abcdefghi", "function": {"name": "weather", 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 
 
-def one(messages: list[dict[str, Any]], made: Any, tools: Any = None, **options: Any) -> Encoded1:
+def one(messages: list[dict[str, Any]], made: Any, tools: Any = None, **options: Any) -> EncodedRow:
     return ChatEncoder(made, Settings(**{"max_length": 9999, **options})).encode([Chat(messages, tools)])[0]
 
 
-def trained(result: Encoded1, made: Any) -> list[str]:
+def trained(result: EncodedRow, made: Any) -> list[str]:
     """The stretches of text that the loss is taken on, and a check that each label is its own token."""
     assert not result.error
     assert not result.problem

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from loraloom.data.example import CHUNK, IGNORE, Encoded1, Example
+from loraloom.data.example import CHUNK, IGNORE, EncodedRow, Example
 from loraloom.data.rows import Row
 from loraloom.data.shape.shapes import recognise
 from loraloom.data.tokenize.encode import encoder
@@ -56,13 +56,13 @@ LLAMA = byte_level()
 
 def encode(
     rows: list[Row], tokenizer: Any, task: str, max_length: int, labels: tuple[str, ...] = ("a", "b")
-) -> list[Encoded1]:
+) -> list[EncodedRow]:
     made = encoder(task, tokenizer, max_length=max_length, labels=labels)
     shape = recognise(rows, task)
     return made.encode([(row, shape.read(row)) for row in rows])
 
 
-def examples(results: list[Encoded1]) -> list[Example]:
+def examples(results: list[EncodedRow]) -> list[Example]:
     return [example for result in results for example in result.examples]
 
 

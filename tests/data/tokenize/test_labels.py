@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loraloom.data.example import Encoded1
+from loraloom.data.example import EncodedRow
 from loraloom.data.records import Labelled
 from loraloom.data.rows import Row
 from loraloom.data.tokenize.encode import encoder
@@ -15,7 +15,7 @@ from loraloom.data.tokenize.pairs import NOTE
 from loraloom.errors import ConfigError
 
 
-def encoded(tokenizer: Any, *records: Labelled, max_length: int = 32, **settings: Any) -> list[Encoded1]:
+def encoded(tokenizer: Any, *records: Labelled, max_length: int = 32, **settings: Any) -> list[EncodedRow]:
     made = encoder("seq-cls", tokenizer, max_length=max_length, **settings)
     return made.encode([(Row({}, i), record) for i, record in enumerate(records, start=1)])
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraloom.data.example import IGNORE, Encoded1
+from loraloom.data.example import IGNORE, EncodedRow
 from loraloom.data.records import Tagged
 from loraloom.data.rows import Row
 from loraloom.data.tokenize.encode import encoder
@@ -17,13 +17,13 @@ CALM = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChe
 TAGS = ["B-PER", "I-PER", "O"]
 
 
-def encoded(tokenizer: Any, words: list[str], tags: list[Any], max_length: int = 64, **settings: Any) -> Encoded1:
+def encoded(tokenizer: Any, words: list[str], tags: list[Any], max_length: int = 64, **settings: Any) -> EncodedRow:
     made = encoder("token-cls", tokenizer, max_length=max_length, **{"labels": TAGS, **settings})
     (result,) = made.encode([(Row({}, 1), Tagged(words, tags))])
     return result
 
 
-def tagged(tokenizer: Any, result: Encoded1) -> list[tuple[str, int]]:
+def tagged(tokenizer: Any, result: EncodedRow) -> list[tuple[str, int]]:
     """(the text of a piece, its label), of pieces with one."""
     (example,) = result.examples
     assert isinstance(example.labels, list)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loraloom.data.example import Encoded1
+from loraloom.data.example import EncodedRow
 from loraloom.data.records import Translated
 from loraloom.data.rows import Row
 from loraloom.data.tokenize.encode import encoder
@@ -15,7 +15,7 @@ from loraloom.errors import ConfigError
 ENGLISH, GERMAN = "translate English to German: the house is wonderful", "das Haus ist wunderbar"
 
 
-def encoded(tokenizer: Any, source: str, target: str, max_length: int = 64, **settings: Any) -> Encoded1:
+def encoded(tokenizer: Any, source: str, target: str, max_length: int = 64, **settings: Any) -> EncodedRow:
     made = encoder("seq2seq-lm", tokenizer, max_length=max_length, **settings)
     (result,) = made.encode([(Row({}, 1), Translated(source, target))])
     return result
@@ -52,7 +52,7 @@ def test_a_source_that_is_cut_keeps_its_end(marked_pieces: Any) -> None:
 
 
 def test_rows_over_length_may_be_dropped_or_errors_but_not_split(marked_pieces: Any) -> None:
-    assert encoded(marked_pieces, ENGLISH, "cat", 8, overlong="drop") == Encoded1(overlong=True)
+    assert encoded(marked_pieces, ENGLISH, "cat", 8, overlong="drop") == EncodedRow(overlong=True)
     count = len(marked_pieces(ENGLISH).input_ids)
     result = encoded(marked_pieces, ENGLISH, "cat", 8, overlong="error")
     assert result.error.startswith(f"{count} tokens, where max_length is 8")

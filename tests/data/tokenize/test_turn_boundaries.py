@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from loraloom.data.example import IGNORE, Encoded1, Settings
+from loraloom.data.example import IGNORE, EncodedRow, Settings
 from loraloom.data.records import Chat
 from loraloom.data.tokenize.chat import ChatEncoder
 from loraloom.errors import ModelError
@@ -61,7 +61,7 @@ CALLS = [user("Paris?"), bot("", tool_calls=call()), GREY, bot("It is grey.")]
 SPOKEN = [user("Paris?"), bot("Let me see.", tool_calls=call()), GREY, bot("It is grey.")]
 
 
-def encoded(messages: list[dict[str, Any]], made: Any, tools: Any = None) -> Encoded1:
+def encoded(messages: list[dict[str, Any]], made: Any, tools: Any = None) -> EncodedRow:
     return ChatEncoder(made, Settings(9999)).encode([Chat(messages, tools)])[0]
 
 

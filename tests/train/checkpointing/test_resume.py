@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from loraloom import LoraConfig
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.engine.loop import Progress
 from loraloom.errors import ConfigError, SaveError, TrainingError
 from loraloom.train import setup
@@ -45,7 +45,7 @@ EVERYTHING: dict[str, Any] = {
     "eval_steps": 3,
     "lora": {"lora_dropout": 0.3, "bias": "lora_only"},
 }
-Make = Callable[..., TrainOptions]
+Make = Callable[..., TrainConfig]
 
 
 class Killed(BaseException):
@@ -54,20 +54,20 @@ class Killed(BaseException):
 
 @pytest.fixture
 def classify(encoder_folder: Path, reviews: Path, tmp_path: Path) -> Make:
-    def make(output: str | Path = "run", **changes: Any) -> TrainOptions:
+    def make(output: str | Path = "run", **changes: Any) -> TrainConfig:
         lora = LoraConfig(**{"target_modules": "all-linear", **changes.pop("lora", {})})
         given = {"model": encoder_folder, "data": reviews, "task": "seq-cls", "max_steps": 6, "save_steps": 2}
         given |= {"learning_rate": 1e-2, "output": tmp_path / output, "lora": lora, "eval_split": 20}
         if "save_strategy" in changes or "save_minutes" in changes:
             del given["save_steps"]
-        return TrainOptions(**{**given, **changes})
+        return TrainConfig(**{**given, **changes})
 
     return make
 
 
 @pytest.fixture
 def complete(decoder_folder: Path, chats: Path, classify: Make) -> Make:
-    def make(output: str | Path = "run", **changes: Any) -> TrainOptions:
+    def make(output: str | Path = "run", **changes: Any) -> TrainConfig:
         return classify(output, **{"model": decoder_folder, "data": chats, "task": "causal-lm", **changes})
 
     return make
@@ -88,23 +88,23 @@ def fail(error: BaseException) -> Callable[..., None]:
     return action
 
 
-def train(options: TrainOptions, resume: Any = None, watch: Any = lambda progress: None, **more: Any) -> RunResult:
+def train(options: TrainConfig, resume: Any = None, watch: Any = lambda progress: None, **more: Any) -> RunResult:
     return run(prepare(options, resume), watch, resume, **more)
 
 
-def stopped(options: TrainOptions, step: int, resume: Any = None, number: int = signal.SIGTERM) -> str:
+def stopped(options: TrainConfig, step: int, resume: Any = None, number: int = signal.SIGTERM) -> str:
     """Run until ``step`` and stop there. What was said."""
     with pytest.raises(Interrupted) as error:
         train(options, resume, at(step, lambda: signal.raise_signal(number)))
     return str(error.value)
 
 
-def killed(options: TrainOptions, step: int, resume: Any = None) -> None:
+def killed(options: TrainConfig, step: int, resume: Any = None) -> None:
     """Run until ``step``; nothing is written after it, as if the process had died."""
-    prepared = prepare(options, resume)
+    job = prepare(options, resume)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr("loraloom.train.trainer.Course.end_early", lambda self, error, stop: fail(error)())
-        run(prepared, at(step, fail(Killed())), resume)
+        run(job, at(step, fail(Killed())), resume)
 
 
 def weights(folder: str | Path) -> bytes:
@@ -143,7 +143,7 @@ def test_stopped_again_and_again_it_comes_to_the_same_bytes_and_the_same_record(
     stopped(parts, 7, True, signal.SIGINT)  # is evaluated once more, of which those that follow know nothing
     killed(parts, 10, True)
     said: list[str] = []
-    train(parts, True, say=said.append)
+    train(parts, True, log=said.append)
     assert said == [f"going on from {parts.output}/checkpoint-10, after step 10 of 12"]
     assert weights(parts.output) == weights(whole.output)
     assert record(parts.output)["resumed_at"] == [1, 4, 7, 10]
@@ -163,10 +163,10 @@ def test_within_a_step_the_gradients_so_far_are_kept(classify: Make, optim: str)
         if forwards == 1 + 4 * 5 + 3:  # one is the look before the first step
             signal.raise_signal(signal.SIGTERM)
 
-    prepared = prepare(parts)
-    prepared.model.get_base_model().register_forward_pre_hook(count)
+    job = prepare(parts)
+    job.model.get_base_model().register_forward_pre_hook(count)
     with pytest.raises(Interrupted, match="stopped at step 5 of 12"):
-        run(prepared)
+        run(job)
     found = folders.newest(parts.output)
     assert found is not None
     assert found.state["within"][0] == 3
@@ -232,11 +232,11 @@ def test_moments_by_epochs_and_none_at_all(classify: Make) -> None:
 def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(classify: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = (classify(name, eval_steps=2) for name in ("whole", "parts"))
     train(whole)
-    prepared = prepare(parts)
+    job = prepare(parts)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("loraloom.train.trainer.Course.end_early", lambda self, error, stop: fail(error)())
         patch.setattr("loraloom.train.trainer.Course._evaluate", lambda self, slot: fail(Killed())())
-        run(prepared)
+        run(job)
     assert steps(parts.output) == [2]  # saved before it
     train(parts, True)
     assert timeless(record(parts.output)) == timeless(record(whole.output))
@@ -258,7 +258,7 @@ def dated(complete: Make, tmp_path: Path) -> Make:
     path = tmp_path / "talk.jsonl"
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns * 3))
 
-    def make(output: str | Path = "run", **changes: Any) -> TrainOptions:
+    def make(output: str | Path = "run", **changes: Any) -> TrainConfig:
         return complete(output, data=path, eval_split=4, chat_template=DATED, **changes)
 
     return make
@@ -294,7 +294,7 @@ def test_another_date_is_refused_and_one_that_nothing_writes(dated: Make, comple
 
 def test_with_nothing_to_go_on_from_it_begins_afresh(classify: Make) -> None:
     said: list[str] = []
-    train(classify(), True, say=said.append)
+    train(classify(), True, log=said.append)
     assert said == []
     assert record(classify().output)["resumed_at"] == []
 
@@ -304,7 +304,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(classify: Make
     killed(classify(), 5)
     (Path(classify().output) / "checkpoint-4" / "state.safetensors").write_bytes(b"")
     said: list[str] = []
-    train(classify(), True, say=said.append)
+    train(classify(), True, log=said.append)
     assert "checkpoint-4 is no whole checkpoint: state.safetensors has 0 bytes" in said[0]
     assert "going on from" in said[1]
     assert "checkpoint-2, after step 2 of 6" in said[1]
@@ -343,7 +343,7 @@ def test_a_finished_run_says_so_and_is_not_trained_again(classify: Make) -> None
     first = train(classify())
     before = weights(classify().output)
     said: list[str] = []
-    again = train(classify(), True, fail(AssertionError()), say=said.append)
+    again = train(classify(), True, fail(AssertionError()), log=said.append)
     assert said == [f"{classify().output}: finished after 6 steps; nothing is left to do"]
     assert again.record == record(classify().output) == json.loads(json.dumps(first.record))
     assert again.predictions == first.predictions
@@ -373,7 +373,7 @@ def test_stopped_before_the_first_checkpoint_it_begins_afresh(classify: Make) ->
     with pytest.raises(ConfigError, match="learning_rate is 0.5 and was 0.01"):
         prepare(classify(save_steps=4, learning_rate=0.5), True)
     said: list[str] = []
-    train(options, True, say=said.append)
+    train(options, True, log=said.append)
     assert said == [
         f"the run in {options.output} that ended early, after step 1, left no whole checkpoint: training begins afresh"
     ]
@@ -399,7 +399,7 @@ def test_with_damaged_checkpoints_alone_it_begins_afresh(classify: Make) -> None
     killed(classify(), 3)
     (Path(classify().output) / "checkpoint-2" / "state.json").write_text("{")
     said: list[str] = []
-    train(classify(), True, say=said.append)
+    train(classify(), True, log=said.append)
     assert "checkpoint-2 is no whole checkpoint" in said[0]
     assert record(classify().output)["state"] == "finished"
 
@@ -424,7 +424,7 @@ def test_adapter_and_record_are_one_even_when_killed_between_them(
     """A finished run is overwritten, stopped twice, and killed as its files are put in place."""
     train(classify())
     first = weights(classify().output)
-    prepared, real, done = prepare(classify(overwrite=True, seed=3)), os.replace, []
+    job, real, done = prepare(classify(overwrite=True, seed=3)), os.replace, []
 
     def replace(source: Any, target: Any) -> None:
         if Path(target).name in (WEIGHTS, RUN_NAME, "adapter_config.json"):
@@ -435,13 +435,13 @@ def test_adapter_and_record_are_one_even_when_killed_between_them(
 
     with monkeypatch.context() as patch, contextlib.suppress(Killed, Interrupted):
         patch.setattr(os, "replace", replace)
-        run(prepared, at(1, twice))
+        run(job, at(1, twice))
     if moves == 3:  # all were put in place
         assert weights(classify().output) != first
     with pytest.raises(ConfigError, match="was trained with other options: seed is 0 and was 3"):
         prepare(classify(), True)
     said: list[str] = []
-    train(classify(seed=3), True, say=said.append)
+    train(classify(seed=3), True, log=said.append)
     assert "begins afresh" in said[0]
     train(classify("whole", seed=3))
     assert weights(classify().output) == weights(classify("whole").output)
@@ -458,7 +458,7 @@ def test_with_overwrite_what_is_of_other_options_or_data_makes_way(
         killed(options, 3, True)
         assert steps(options.output) == [2]
         said: list[str] = []
-        train(options, True, say=said.append)
+        train(options, True, log=said.append)
         assert said[-1] == f"going on from {options.output}/checkpoint-2, after step 2 of 6"
 
 
@@ -467,7 +467,7 @@ def test_a_damaged_record_is_named_and_passed_over(classify: Make) -> None:
     path = Path(classify().output) / RUN_NAME
     path.write_text(path.read_text().replace('"steps": 6', '"steps": 7'))
     said: list[str] = []
-    train(classify(), True, say=said.append)
+    train(classify(), True, log=said.append)
     assert said[0] == f"{path}: damaged, or not what loraloom writes; it is passed over"
     assert record(classify().output)["steps"] == 6
 
@@ -558,7 +558,7 @@ def test_what_may_change_the_last_bits_is_said(classify: Make) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        train(classify(gradient_checkpointing=True), True, say=said.append)
+        train(classify(gradient_checkpointing=True), True, log=said.append)
     finally:
         torch.set_num_threads(threads)
     assert f"threads {threads} is now {threads + 1}; gradient_checkpointing False is now True" in said[0]
@@ -605,7 +605,7 @@ def test_the_best_adapter_is_at_the_top_and_the_record_says_which_it_is(
 ) -> None:
     scripted(monkeypatch, [0.1, 0.5, 0.3, 0.9, 0.9, 0.2, float("nan"), 0.4])
     said: list[str] = []
-    result = train(classify(**BEST, save_total_limit=1), say=said.append)
+    result = train(classify(**BEST, save_total_limit=1), log=said.append)
     assert steps(classify().output) == [4, 6]
     best = Path(classify().output) / "checkpoint-4"
     assert weights(classify().output) == weights(best)
@@ -647,7 +647,7 @@ def test_without_the_best_one_an_earlier_checkpoint_is_taken(classify: Make, mon
     killed(options, 7)
     (Path(options.output) / "checkpoint-4" / "state.json").unlink()
     said: list[str] = []
-    train(options, True, say=said.append)
+    train(options, True, log=said.append)
     assert "checkpoint-6 is passed over: " in said[0]
     assert "checkpoint-4, the best one so far, is gone or damaged" in said[0]
     assert weights(options.output) == weights(classify("whole").output)
@@ -670,7 +670,7 @@ def test_training_ends_once_there_was_no_better_evaluation_for_so_long(
     scripted(monkeypatch, [0.1, 0.5, 0.4, 0.6, 0.6, 0.5, 0.6, 0.6])
     options = classify(max_steps=8, eval_steps=1, early_stopping_patience=patience, early_stopping_threshold=threshold)
     told: list[str] = []
-    train(options, say=told.append)
+    train(options, log=told.append)
     assert [line for line in told if line.startswith(f"enough after step {ends} of 8")] == told[: ends < 8]
     found = record(options.output)
     assert (found["state"], found["steps"]) == ("finished", ends)
@@ -760,8 +760,8 @@ def test_out_of_memory_in_an_evaluation_is_told_apart_and_can_be_gone_on_from(
 def test_a_loss_that_is_not_finite_names_the_step_and_the_row_and_keeps_the_checkpoint(
     classify: Make, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = prepare(classify(batch_size=200, gradient_accumulation_steps=1))
-    bad = prepared.data.train.examples[17]
+    job = prepare(classify(batch_size=200, gradient_accumulation_steps=1))
+    bad = job.data.train.examples[17]
     from loraloom.tasks.objective import Objective
 
     losses, score = Objective.losses, Objective.score
@@ -788,8 +788,8 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_row_and_keeps_the_chec
     monkeypatch.setattr(Objective, "score", spoil_one)
     monkeypatch.setattr(Objective, "forward", look)
     with pytest.raises(TrainingError) as error:
-        run(prepared)
-    where = prepared.data.train.examples.where(17)
+        run(job)
+    where = job.data.train.examples.where(17)
     assert str(error.value).startswith(f"step 5: the loss is nan because of {where}")
     assert str(error.value).endswith(f"the last checkpoint is {classify().output}/checkpoint-4")
     assert record(classify().output)["state"] == "failed"
@@ -878,7 +878,7 @@ class Warmed:
         )
 
     def __call__(
-        self, options: TrainOptions, *, after: float | None = None, number: int = signal.SIGKILL, limit: int = 0
+        self, options: TrainConfig, *, after: float | None = None, number: int = signal.SIGKILL, limit: int = 0
     ) -> tuple[int, str]:
         """Run ``options`` with ``resume=True``, send ``number`` after so many seconds. Code, message."""
         assert self.process.stdin is not None

@@ -13,12 +13,12 @@ from loraloom.data.example import Example
 from loraloom.engine.pack import Pack
 from loraloom.models.load import build_empty
 from loraloom.train.preflight import estimate
-from loraloom.train.preflight.estimate import Outlook, look_ahead
+from loraloom.train.preflight.estimate import ResourceEstimate, estimate_resources
 
 
-def looked(model: PeftModel, folder: Path, examples: list[Example], again: bool = False) -> Outlook:
+def looked(model: PeftModel, folder: Path, examples: list[Example], again: bool = False) -> ResourceEstimate:
     pack = Pack(model)
-    return look_ahead(
+    return estimate_resources(
         pack, "default", model.peft_config["default"], examples, examples[:2],
         empty=build_empty(str(folder), pack.task), dtype="float32", batch_size=4, forwards=1000, evaluations=10,
         gradient_checkpointing=again,

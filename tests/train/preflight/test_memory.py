@@ -36,7 +36,7 @@ def config(folder: Path, knobs: str) -> LoraConfig:
     return LoraConfig(**fields)
 
 
-def loaded(folder: Path, task: str, dtype: str, settings: LoraConfig) -> PeftModel:
+def setup(folder: Path, task: str, dtype: str, settings: LoraConfig) -> PeftModel:
     base, _ = load_base(str(folder), TASKS[task], dtype, ["a", "b"])
     return get_peft_model(base, settings.copy(task_type=TASKS[task]))
 
@@ -63,7 +63,7 @@ def test_base_adapter_gradients_and_optimizer_are_what_a_step_allocates(
     folder, task = case
     settings = config(folder, knobs)
     said = told(folder, task, dtype, settings)
-    model = loaded(folder, task, dtype, settings)
+    model = setup(folder, task, dtype, settings)
     trained = model.adapter_parameters("default")
     assert said.adapter == sum(size(p) for p in trained.values())
     plain, _ = load_base(str(folder), TASKS[task], dtype, ["a", "b"])
@@ -106,7 +106,7 @@ def test_activations_are_what_autograd_keeps_in_a_real_forward(case: tuple[Path,
     folder, task = case
     settings = config(folder, knobs)
     said = told(folder, task, dtype, settings)
-    real, numbers = kept_by_a_forward(loaded(folder, task, dtype, settings))
+    real, numbers = kept_by_a_forward(setup(folder, task, dtype, settings))
     assert said.activations is not None
     element = getattr(torch, dtype).itemsize
     # The loss, which the forward above leaves out: a float32 copy of the logits and its gradient; for a language
@@ -137,7 +137,7 @@ def test_activations_grow_with_rows_and_tokens(decoder_folder: Path) -> None:
 def test_the_plan_is_that_of_the_loaded_model(decoder_folder: Path) -> None:
     settings = LoraConfig(target_modules="all-linear", r=3)
     made, _, length = forecast(str(decoder_folder), "causal-lm", settings)
-    model = loaded(decoder_folder, "causal-lm", "float32", settings)
+    model = setup(decoder_folder, "causal-lm", "float32", settings)
     assert made.parameters == sum(p.numel() for p in model.adapter_parameters("default").values())
     assert length == 64  # what the model reads, since that is less than 512
     assert settings.task_type is None

@@ -130,12 +130,12 @@ class _Stretch:
                 strict.fault()
                 past = exc.pos - self.at
                 # A value that goes on behind this stretch fails near its end, or in a string without an end.
-                goes_on = exc.msg.startswith("Unterminated string") or exc.pos >= len(self.text) - 12
-                if goes_on and len(self.text) - self.at > ROW_LIMIT:
+                resumes = exc.msg.startswith("Unterminated string") or exc.pos >= len(self.text) - 12
+                if resumes and len(self.text) - self.at > ROW_LIMIT:
                     limit = f"{ROW_LIMIT / 2**20:g} MiB"
                     message = f"{exc.msg}: a row of more than {limit}, or a double quote or brace that is not closed"
                     raise self._broken(message, exc.pos) from None
-                if not goes_on or not self.more():
+                if not resumes or not self.more():
                     raise self._broken(exc.msg, self.at + past) from None
             except (ValueError, RecursionError) as exc:
                 line, _ = self._place(self.at)

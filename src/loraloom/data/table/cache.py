@@ -32,7 +32,7 @@ VARIABLE = "LORALOOM_CACHE"
 FORMAT = 1
 BLOCK = 1 << 20
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def cache_folder() -> Path:
@@ -132,18 +132,18 @@ class Entry:
     _keep: Any = field(default=None, repr=False)  # let go with this: the lock on it, or a folder that is deleted
 
 
-def find(kind: str, key: str, say: Say = lambda text: None) -> Entry | None:
+def find(kind: str, key: str, log: Log = lambda text: None) -> Entry | None:
     """The entry of this key where there is a whole one. Nothing is written but when it was used."""
-    return _read(cache_folder() / kind / key, key, say)
+    return _read(cache_folder() / kind / key, key, log)
 
 
-def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], say: Say = lambda text: None) -> Entry:
+def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], log: Log = lambda text: None) -> Entry:
     """The entry of this key: as it lies in the cache, or made by ``build``, which fills a folder and returns its info.
 
-    Where the cache cannot be written (read-only, full), the folder is a temporary one, and ``say`` is told. ``build``
+    Where the cache cannot be written (read-only, full), the folder is a temporary one, and ``log`` is told. ``build``
     may therefore be called twice. Of several processes that want the same entry, one builds and the others wait where
     the system has locks; where not, all build and the first to be done counts. What is built makes room for itself:
-    entries that were long unused, and those that are too much, are deleted, and ``say`` is told.
+    entries that were long unused, and those that are too much, are deleted, and ``log`` is told.
 
     Raises:
         ConfigError: the limit of the cache is none.
@@ -153,16 +153,16 @@ def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], say:
     try:
         with _writing():
             root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f".{key}.lock", say):
-            found = _read(root / key, key, say)
+        with _locked(root / f".{key}.lock", log):
+            found = _read(root / key, key, log)
             if found is not None:
                 return found
             made = _built(root, key, build)
         if gone := eviction.make(root.parent, limit):
-            say(f"deleted from the cache folder {root.parent}: {gone} (see {eviction.VARIABLE})")
+            log(f"deleted from the cache folder {root.parent}: {gone} (see {eviction.VARIABLE})")
         return made
     except _Unwritable as failure:
-        say(
+        log(
             f"the cache folder {root.parent} cannot be written ({failure.error.strerror}), so what was made of the "
             f"rows lies in a temporary folder and is made again the next time; set {VARIABLE} to choose another folder"
         )
@@ -223,7 +223,7 @@ def _put(aside: Path, target: Path, key: str) -> Path:
     return target
 
 
-def _read(folder: Path, key: str, say: Say) -> Entry | None:
+def _read(folder: Path, key: str, log: Log) -> Entry | None:
     if not folder.is_dir():
         return None
     try:
@@ -235,7 +235,7 @@ def _read(folder: Path, key: str, say: Say) -> Entry | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    say(f"{folder}: damaged, so it is made again")
+    log(f"{folder}: damaged, so it is made again")
     return None
 
 
@@ -267,7 +267,7 @@ def first_changed(folder: Path, files: Mapping[str, str]) -> tuple[Path, OSError
 
 
 @contextlib.contextmanager
-def _locked(path: Path, say: Say) -> Iterator[None]:
+def _locked(path: Path, log: Log) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows: all build, and the first one counts
@@ -281,7 +281,7 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process prepares the same rows; waiting for it")
+            log("another process prepares the same rows; waiting for it")
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass

@@ -41,7 +41,7 @@ KIND, STEP = "surveys", 10_000
 _NONE = np.zeros(0, "<i4")
 
 Array = npt.NDArray[Any]
-Watch = Callable[[str, int, int | None], None]
+OnProgress = Callable[[str, int, int | None], None]
 
 
 @dataclass
@@ -146,8 +146,8 @@ def survey(
     problem: str | None = None,
     skip: bool = False,
     known: Survey | None = None,
-    say: cache.Say = lambda text: None,
-    watch: Watch = lambda what, done, total: None,
+    log: cache.Log = lambda text: None,
+    watch: OnProgress = lambda what, done, total: None,
 ) -> Survey:
     """Read and check all rows of ``sources``.
 
@@ -223,7 +223,7 @@ def survey(
     tally.finish(made, ", ".join(source.name for source in sources))
     made.kept, made._bad_lines = kept, with_bad
     if kept is None:
-        entry = cache.entry(KIND, key, lambda draft: _write(made, draft), say)
+        entry = cache.entry(KIND, key, lambda draft: _write(made, draft), log)
         with_bad.close()
         return _opened(made, entry)
     return made

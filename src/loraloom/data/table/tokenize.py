@@ -21,7 +21,7 @@ from loraloom.data.records import Record
 from loraloom.data.rows import BadRow, Row, RowError, row_error
 from loraloom.data.shape.shapes import Shape
 from loraloom.data.table import cache
-from loraloom.data.table.scan import Survey, Watch, bad_line
+from loraloom.data.table.scan import OnProgress, Survey, bad_line
 from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Memory, Packed, Table, Writer, pack
 from loraloom.data.table.workers import MOST, cores, mapped
 from loraloom.data.tokenize.encode import encoder
@@ -55,8 +55,8 @@ def encode_survey(
     skip: bool = False,
     allow_untrained: bool = False,
     workers: int | None = None,
-    say: cache.Say = lambda text: None,
-    watch: Watch = lambda what, done, total: None,
+    log: cache.Log = lambda text: None,
+    watch: OnProgress = lambda what, done, total: None,
     **settings: Any,
 ) -> Encoded:
     """Encode all rows of ``survey``; ``settings`` are those of ``encode.encoder``.
@@ -77,7 +77,7 @@ def encode_survey(
     count = workers if workers is not None else min(cores(), MOST) if survey.rows >= MANY else 1
 
     def build(folder: Any) -> dict[str, Any]:
-        return _build(folder, survey, job, count, say, watch)
+        return _build(folder, survey, job, count, log, watch)
 
     if small:
         memory = Memory()
@@ -103,7 +103,7 @@ def encode_survey(
             "allow_untrained": allow_untrained,
         }
     )
-    entry = cache.entry(KIND, key, build, say)
+    entry = cache.entry(KIND, key, build, log)
 
     def read() -> Iterator[bytes]:
         with open(entry.folder / BAD, "rb") as file:
@@ -197,12 +197,12 @@ def _records(shape: Shape, rows: Iterable[Row], skip: bool) -> Iterator[tuple[Ro
                 raise
 
 
-def _build(folder: Any, survey: Survey, job: _Job, workers: int, say: cache.Say, watch: Watch) -> dict[str, Any]:
+def _build(folder: Any, survey: Survey, job: _Job, workers: int, log: cache.Log, watch: OnProgress) -> dict[str, Any]:
     problems: dict[str, tuple[int, str]] = {}
     notes: dict[str, None] = {}
     writer, lines, bad = Writer(folder), folder.file(BAD), 0
     if workers > 1 and not _travels(job):
-        say("the tokenizer cannot be sent to other processes, so one process tokenises")
+        log("the tokenizer cannot be sent to other processes, so one process tokenises")
         workers = 1
     workers = min(workers, -(-survey.rows // CHUNK))
     for done in mapped(_worker, (job,), _chunks(survey.read(job.skip)), workers):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loraloom.data.example import CHUNK, Encoded1, Example, Settings, over_length
+from loraloom.data.example import CHUNK, EncodedRow, Example, Settings, over_length
 from loraloom.data.records import Asked, Record
 from loraloom.data.tokenize import pairs
 
@@ -56,7 +56,7 @@ class AnswerEncoder:
         self._gap = pairs.gap(tokenizer)
         self.notes = [pairs.NOTE] if self._gap else []
 
-    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
+    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
         asked = [record for _, record in records if isinstance(record, Asked)]
         assert len(asked) == len(records)
         return [self._encode(record, tokens) for record, tokens in zip(asked, self._tokens(asked), strict=True)]
@@ -78,36 +78,36 @@ class AnswerEncoder:
             ).encodings
         return found
 
-    def _encode(self, record: Asked, tokens: Any) -> Encoded1:
+    def _encode(self, record: Asked, tokens: Any) -> EncodedRow:
         inside = [i for i, which in enumerate(tokens.sequence_ids) if which == 1]
         if not inside:
-            return Encoded1(problem="the tokenizer finds no token in 'context'")
+            return EncodedRow(problem="the tokenizer finds no token in 'context'")
         around, limit = len(tokens.ids) - len(inside), self.settings.max_length
         if around >= limit:
-            return Encoded1(
+            return EncodedRow(
                 error=f"the question takes {around} tokens with the special ones, which leaves no room for the context "
                 f"within max_length={limit}; raise max_length or shorten the question"
             )
         overlong = len(tokens.ids) > limit
         if overlong and self.settings.overlong == "error":
-            return Encoded1(overlong=True, error=over_length(len(tokens.ids), self.settings))
+            return EncodedRow(overlong=True, error=over_length(len(tokens.ids), self.settings))
         if overlong and self.settings.overlong == "drop":
-            return Encoded1(overlong=True)
+            return EncodedRow(overlong=True)
         answer = None
         if record.answers:
             text, start = record.answers[0]
             answer = _answer([tokens.offsets[i] for i in inside], start, start + len(text))
             if answer is None:
-                return Encoded1(problem="the tokenizer finds no token in the answer")
+                return EncodedRow(problem="the tokenizer finds no token in the answer")
         windows = self._windows(tokens)
         spans = [window.span(answer) for window in windows]
         if answer is not None and all(span == [0, 0] for span in spans):
-            return Encoded1(
+            return EncodedRow(
                 overlong=overlong,
                 problem="no window holds the whole answer, so that it would be taught that there is none; raise stride "
                 "or max_length",
             )
-        return Encoded1([Example(w.ids, span, w.types) for w, span in zip(windows, spans, strict=True)], overlong)
+        return EncodedRow([Example(w.ids, span, w.types) for w, span in zip(windows, spans, strict=True)], overlong)
 
     def _windows(self, tokens: Any) -> list[Window]:
         which: list[int | None] = tokens.sequence_ids

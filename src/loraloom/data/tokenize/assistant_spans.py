@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from loraloom.data.tokenize.placeholders import MARK, mark_words, numbers, said_in, silent, text_arguments
 from loraloom.data.tokenize.templates import Template
-from loraloom.data.tokenize.turn_boundaries import Edges
+from loraloom.data.tokenize.turn_boundaries import TurnBoundaries
 from loraloom.errors import DataError, InputError, ModelError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Turns:
 
     def __init__(self, template: Template) -> None:
         self.template = template
-        self.edges = Edges(template)
+        self.edges = TurnBoundaries(template)
         self._layout = lru_cache(FORMS)(self._find)
 
     def find(self, chat: Chat) -> Spans:

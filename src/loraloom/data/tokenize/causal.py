@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraloom.data.example import IGNORE, Encoded1, Settings, tokenize
+from loraloom.data.example import IGNORE, EncodedRow, Settings, tokenize
 from loraloom.data.records import Chat, Pair, Record, Text
 from loraloom.data.tokenize.chat import ChatEncoder
 from loraloom.data.tokenize.templates import find_template
@@ -45,7 +45,7 @@ class CausalEncoder:
         """What should be said of the chat template, once a conversation was met."""
         return self._chat.notes if self._chat is not None else []
 
-    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
+    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
         chats = [record for _, record in records if isinstance(record, Chat)]
         if chats and self._chat is None:
             self._chat = ChatEncoder(self.tokenizer, self.settings)
@@ -58,12 +58,12 @@ class CausalEncoder:
         )
         return [next(spoken if isinstance(record, Chat) else written) for _, record in records]
 
-    def _completed(self, tokens: Any, boundary: int, column: str) -> Encoded1:
+    def _completed(self, tokens: Any, boundary: int, column: str) -> EncodedRow:
         ids, targets, front = _targets(tokens, boundary)
         body = [span for span, special in zip(tokens.offsets, tokens.special_tokens_mask, strict=True) if not special]
         merged = any(start < boundary < end for start, end in body)
         if not any(start >= boundary for start, _ in body):
-            return Encoded1(
+            return EncodedRow(
                 merged=merged,
                 problem=f"no token starts in {column!r}: the tokenizer knows none of its characters, or joins it "
                 f"to the end of the prompt; where a prompt ends in a space, move that space to the start of the "
@@ -78,14 +78,14 @@ class CausalEncoder:
             return fitted(ids, targets, self.settings, merged=merged, what=repr(column))
         prompt = next(place for place, target in enumerate(targets) if target != IGNORE)
         if prompt >= limit:
-            return Encoded1(
+            return EncodedRow(
                 overlong=True,
                 merged=merged,
                 error=f"the prompt alone has {prompt} tokens, where max_length is {limit}, so the row cannot be "
                 f"split; raise max_length, or shorten the prompt",
             )
         context = (limit - front) // 2 if boundary else 1
-        return Encoded1(windows(ids, targets, limit, front, context), overlong=True, merged=merged)
+        return EncodedRow(windows(ids, targets, limit, front, context), overlong=True, merged=merged)
 
 
 def _parts(record: Record) -> tuple[str, str, str]:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from loraloom.data.example import IGNORE, Encoded1, Settings, tokenize
+from loraloom.data.example import IGNORE, EncodedRow, Settings, tokenize
 from loraloom.data.records import Chat, Message
 from loraloom.data.tokenize.assistant_spans import Spans, Turns
 from loraloom.data.tokenize.placeholders import silent
@@ -46,22 +46,22 @@ class ChatEncoder:
         self.turns = Turns(find_template(tokenizer, settings.chat_template, settings.date))
         self.notes = _notes(self.turns)
 
-    def encode(self, chats: Sequence[Chat]) -> list[Encoded1]:
-        """One ``Encoded1`` for each conversation, in order."""
+    def encode(self, chats: Sequence[Chat]) -> list[EncodedRow]:
+        """One ``EncodedRow`` for each conversation, in order."""
         return self._encode(chats, self.settings)
 
-    def _encode(self, chats: Sequence[Chat], settings: Settings) -> list[Encoded1]:
-        results: list[Encoded1 | None] = []
+    def _encode(self, chats: Sequence[Chat], settings: Settings) -> list[EncodedRow]:
+        results: list[EncodedRow | None] = []
         found: list[Spans] = []
         for chat in chats:
             if not any(message.get("role") == "assistant" for message in chat.messages):
-                results.append(Encoded1(problem="the assistant says nothing in the conversation"))
+                results.append(EncodedRow(problem="the assistant says nothing in the conversation"))
                 continue
             try:
                 found.append(self._find(chat))
                 results.append(None)
             except InputError as exc:
-                results.append(Encoded1(error=str(exc)))
+                results.append(EncodedRow(error=str(exc)))
         texts = [spans.text for spans in found]
         encodings = iter(list(zip(found, tokenize(self.tokenizer, texts, special=False), strict=True)))
         return [
@@ -80,11 +80,11 @@ class ChatEncoder:
         weights = [message.get("weight", 1) for message in said]
         return replace(spans, spans=[span for span, weight in zip(spans.spans, weights, strict=True) if weight])
 
-    def _labelled(self, chat: Chat, spans: Spans, tokens: Any, settings: Settings) -> Encoded1:
+    def _labelled(self, chat: Chat, spans: Spans, tokens: Any, settings: Settings) -> EncodedRow:
         ids: list[int] = list(tokens.ids)
         trained, merged = _trained(spans, tokens.offsets)
         if not any(trained):
-            return Encoded1(
+            return EncodedRow(
                 merged=merged,
                 problem=f"no token is of {WHAT} alone: the tokenizer knows none of its characters, or joins them to "
                 f"what the template writes around them",
@@ -96,14 +96,14 @@ class ChatEncoder:
         result.left_out = spans.left_out
         return result
 
-    def _split(self, chat: Chat) -> Encoded1:
+    def _split(self, chat: Chat) -> EncodedRow:
         opening, exchanges = _exchanges(chat.messages)
         whole = replace(self.settings, overlong="error")
-        total = Encoded1(overlong=True)
+        total = EncodedRow(overlong=True)
         part: list[list[Message]] = []
-        fits: Encoded1 | None = None
+        fits: EncodedRow | None = None
 
-        def tried() -> Encoded1:
+        def tried() -> EncodedRow:
             messages = [message for one in [*part, exchange] for message in one]
             return self._encode([Chat([*opening, *messages], chat.tools)], whole)[0]
 
@@ -124,7 +124,7 @@ class ChatEncoder:
                 continue
             if longer.overlong:
                 beside = " with the system message" if opening else ""
-                return Encoded1(
+                return EncodedRow(
                     overlong=True,
                     error=f"exchange {number + 1} of the conversation{beside} is longer than max_length="
                     f"{self.settings.max_length} by itself, so the row cannot be split; raise max_length, or "
@@ -202,7 +202,7 @@ def _untrained(exchange: Sequence[Message]) -> bool:
     return not any(message.get("weight", 1) for message in exchange if message.get("role") == "assistant")
 
 
-def _add(total: Encoded1, part: Encoded1) -> None:
+def _add(total: EncodedRow, part: EncodedRow) -> None:
     total.examples += part.examples
     total.merged = total.merged or part.merged
     total.left_out = total.left_out or part.left_out

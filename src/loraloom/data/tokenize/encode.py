@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.config.lora import TaskType
 from loraloom.config.names import OVERLONG, as_task
-from loraloom.data.example import CHUNK, IGNORE, Encoded1, Encoder, Example, Settings
+from loraloom.data.example import Encoder, Settings
 from loraloom.data.tokenize.answers import AnswerEncoder
 from loraloom.data.tokenize.causal import CausalEncoder
 from loraloom.data.tokenize.labels import LabelEncoder
@@ -22,8 +22,6 @@ from loraloom.errors import ConfigError, ModelError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["CHUNK", "ENCODERS", "IGNORE", "Encoded1", "Encoder", "Example", "Settings", "encoder"]
 
 #: What makes the encoder of a task from a tokenizer and the settings, and the tokens it needs beside the special ones.
 ENCODERS: dict[TaskType, tuple[Callable[[Any, Settings], Encoder], int]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraloom.data.example import CHUNK, Encoded1, Example, Settings, over_length
+from loraloom.data.example import CHUNK, EncodedRow, Example, Settings, over_length
 from loraloom.data.records import Labelled, Record
 from loraloom.data.tokenize import pairs
 from loraloom.errors import ConfigError, nearest
@@ -49,7 +49,7 @@ class LabelEncoder:
         self.problem = settings.problem_type or SINGLE
         self.ids = {name: number for number, name in enumerate(settings.labels)}
 
-    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
+    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
         texts: list[Any] = []
         for _, record in records:
             assert isinstance(record, Labelled)
@@ -60,18 +60,18 @@ class LabelEncoder:
             label, error = self._label(record.label)
             overlong = bool(tokens.overflowing)
             if error:
-                encoded.append(Encoded1(error=error))
+                encoded.append(EncodedRow(error=error))
             elif all(tokens.special_tokens_mask):
-                encoded.append(Encoded1(problem="the tokenizer finds no token in 'text'"))
+                encoded.append(EncodedRow(problem="the tokenizer finds no token in 'text'"))
             elif overlong and self.settings.overlong == "error":
                 encoded.append(
-                    Encoded1(overlong=True, error=over_length(self._count(record), self.settings, splits=False))
+                    EncodedRow(overlong=True, error=over_length(self._count(record), self.settings, splits=False))
                 )
             elif overlong and self.settings.overlong == "drop":
-                encoded.append(Encoded1(overlong=True))
+                encoded.append(EncodedRow(overlong=True))
             else:
                 types = segments(self.tokenizer, tokens)
-                encoded.append(Encoded1([Example(tokens.ids, label, types)], overlong=overlong))
+                encoded.append(EncodedRow([Example(tokens.ids, label, types)], overlong=overlong))
         return encoded
 
     def _tokens(self, texts: list[Any]) -> list[Any]:

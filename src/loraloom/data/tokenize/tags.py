@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from loraloom.data.example import IGNORE, Encoded1, Example, Settings, over_length, tokenize
+from loraloom.data.example import IGNORE, EncodedRow, Example, Settings, over_length, tokenize
 from loraloom.data.records import Record, Tagged
 from loraloom.errors import nearest
 
@@ -34,7 +34,7 @@ class TagEncoder:
         self.notes: list[str] = []
         self.ids = {name: number for number, name in enumerate(settings.labels)}
 
-    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
+    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
         texts = []
         for _, record in records:
             assert isinstance(record, Tagged)
@@ -42,12 +42,12 @@ class TagEncoder:
         encodings = tokenize(self.tokenizer, texts)
         return [self._encode(record, tokens) for (_, record), tokens in zip(records, encodings, strict=True)]
 
-    def _encode(self, record: Record, tokens: Any) -> Encoded1:
+    def _encode(self, record: Record, tokens: Any) -> EncodedRow:
         assert isinstance(record, Tagged)
         names = [str(tag) for tag in record.tags]
         for name in names:
             if name not in self.ids:
-                return Encoded1(
+                return EncodedRow(
                     error=f"the tag {name!r} is never seen in training, which has {len(self.ids)} tags"
                     f"{nearest(name, self.ids)}"
                 )
@@ -57,19 +57,19 @@ class TagEncoder:
             labels[place] = self.ids[names[word]]
         merged = len(first) < len(names)
         if not first:
-            return Encoded1(problem="the tokenizer finds no token in 'tokens'")
+            return EncodedRow(problem="the tokenizer finds no token in 'tokens'")
         overlong, limit = len(tokens.ids) > self.settings.max_length, self.settings.max_length
         if not overlong:
-            return Encoded1([Example(tokens.ids, labels)], merged=merged)
+            return EncodedRow([Example(tokens.ids, labels)], merged=merged)
         if self.settings.overlong == "error":
-            return Encoded1(overlong=True, error=over_length(len(tokens.ids), self.settings))
+            return EncodedRow(overlong=True, error=over_length(len(tokens.ids), self.settings))
         if self.settings.overlong == "drop":
-            return Encoded1(overlong=True)
+            return EncodedRow(overlong=True)
         parts = _parts(tokens.special_tokens_mask, sorted(first.values()), limit)
         if self.settings.overlong == "truncate":
             parts = parts[:1]
         examples = [Example([tokens.ids[i] for i in part], [labels[i] for i in part]) for part in parts]
-        return Encoded1([one for one in examples if any(x != IGNORE for x in one.labels)], True, merged)  # type: ignore[union-attr]
+        return EncodedRow([one for one in examples if any(x != IGNORE for x in one.labels)], True, merged)  # type: ignore[union-attr]
 
 
 def first_pieces(words: Sequence[str], tokens: Any) -> dict[int, int]:

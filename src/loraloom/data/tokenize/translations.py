@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loraloom.data.example import Encoded1, Example, Settings, over_length
+from loraloom.data.example import EncodedRow, Example, Settings, over_length
 from loraloom.data.records import Record, Translated
 from loraloom.errors import ConfigError
 
@@ -34,7 +34,7 @@ class TranslationEncoder:
         self.settings = settings
         self.notes: list[str] = []
 
-    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[Encoded1]:
+    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
         sources, targets = [], []
         for _, record in records:
             assert isinstance(record, Translated)
@@ -46,13 +46,13 @@ class TranslationEncoder:
         written = self.tokenizer(text_target=targets, truncation=False, padding=False, verbose=False).encodings
         return [self._encode(*pair) for pair in zip(read, written, strict=True)]
 
-    def _encode(self, source: object, target: object) -> Encoded1:
+    def _encode(self, source: object, target: object) -> EncodedRow:
         ids: list[int] = list(source.ids)  # type: ignore[attr-defined]
         labels: list[int] = list(target.ids)  # type: ignore[attr-defined]
         if all(source.special_tokens_mask):  # type: ignore[attr-defined]
-            return Encoded1(problem="the tokenizer finds no token in 'source'")
+            return EncodedRow(problem="the tokenizer finds no token in 'source'")
         if all(target.special_tokens_mask):  # type: ignore[attr-defined]
-            return Encoded1(problem="the tokenizer finds no token in 'target'")
+            return EncodedRow(problem="the tokenizer finds no token in 'target'")
         end, limit = self.tokenizer.eos_token_id, self.settings.max_length
         if end is not None and end not in labels[-2:]:  # mBART's language follows the end
             labels.append(end)
@@ -61,7 +61,7 @@ class TranslationEncoder:
         if overlong and self.settings.overlong == "error":
             further = sum(part.special_tokens_mask.count(0) for part in rest)
             longest = max(len(ids) + further, len(labels))
-            return Encoded1(overlong=True, error=over_length(longest, self.settings, splits=False))
+            return EncodedRow(overlong=True, error=over_length(longest, self.settings, splits=False))
         if overlong and self.settings.overlong == "drop":
-            return Encoded1(overlong=True)
-        return Encoded1([Example(ids, labels[:limit])], overlong=overlong)
+            return EncodedRow(overlong=True)
+        return EncodedRow([Example(ids, labels[:limit])], overlong=overlong)

@@ -56,7 +56,7 @@ class _Endings:
     trailer: str = ""
 
 
-class Edges:
+class TurnBoundaries:
     """Finds where the assistant's turns start and end, with one template."""
 
     def __init__(self, template: Template) -> None:

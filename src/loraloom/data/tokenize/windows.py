@@ -5,10 +5,10 @@ This file knows token ids and labels. It does not know texts or tokenizers.
 
 from __future__ import annotations
 
-from loraloom.data.example import IGNORE, Encoded1, Example, Settings, over_length
+from loraloom.data.example import IGNORE, EncodedRow, Example, Settings, over_length
 
 
-def fitted(ids: list[int], targets: list[int], settings: Settings, *, merged: bool, what: str) -> Encoded1:
+def fitted(ids: list[int], targets: list[int], settings: Settings, *, merged: bool, what: str) -> EncodedRow:
     """The row as one example, cut to ``max_length`` where it is longer, unless that is an error or it is dropped.
 
     ``what`` names in messages what is trained on.
@@ -16,18 +16,18 @@ def fitted(ids: list[int], targets: list[int], settings: Settings, *, merged: bo
     limit = settings.max_length
     overlong = len(ids) > limit
     if overlong and settings.overlong == "error":
-        return Encoded1(overlong=True, merged=merged, error=over_length(len(ids), settings))
+        return EncodedRow(overlong=True, merged=merged, error=over_length(len(ids), settings))
     if overlong and settings.overlong == "drop":
-        return Encoded1(overlong=True, merged=merged)
+        return EncodedRow(overlong=True, merged=merged)
     # The first position is never predicted, so a target there trains nothing.
     if all(target == IGNORE for target in targets[1:limit]):
-        return Encoded1(
+        return EncodedRow(
             overlong=overlong,
             merged=merged,
             problem=f"nothing of {what} is left to train on within max_length={limit}; raise max_length, "
             f"or shorten the prompts",
         )
-    return Encoded1([Example(ids[:limit], targets[:limit])], overlong=overlong, merged=merged)
+    return EncodedRow([Example(ids[:limit], targets[:limit])], overlong=overlong, merged=merged)
 
 
 def windows(ids: list[int], targets: list[int], limit: int, front: int, context: int) -> list[Example]:

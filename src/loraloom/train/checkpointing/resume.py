@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.data.example import Example
 from loraloom.engine.slot import Curve, Slot
 from loraloom.errors import ConfigError, LoraloomError
@@ -33,7 +33,7 @@ from loraloom.train.run_record import RUN_NAME, machine, versions
 from loraloom.train.run_record import read as read_record
 
 if TYPE_CHECKING:
-    from loraloom.train.setup import Prepared
+    from loraloom.train.setup import TrainJob
 
 #: Options that say nothing about what is learnt, or whose contents are compared instead: the model's weights, the
 #: bytes of the data.
@@ -47,20 +47,20 @@ _EVALUATION |= {"load_best_model_at_end", "early_stopping_patience", "early_stop
 _DECIDING = ("load_best_model_at_end", "early_stopping_patience")
 
 Resume = bool | str | Path | None
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 # -- what a run's numbers depend on -----------------------------------------------------------------------------------
 
 
-def identity(prepared: Prepared) -> dict[str, Any]:
+def identity(job: TrainJob) -> dict[str, Any]:
     """All that a run's numbers depend on: its options, data, examples, model, and what computes."""
-    data = prepared.data
+    data = job.data
     return {
-        "options": prepared.options.to_dict(),
+        "options": job.options.to_dict(),
         "data": list(data.hashes.values()),
         "examples": _hash_of_examples(data.train.examples),
-        "base": prepared.loaded.weights,
+        "base": job.setup.weights,
         "machine": versions() | machine(),
     }
 
@@ -135,7 +135,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
     if not any(options.get(name) for options in (old, new) for name in _DECIDING):
         free |= _EVALUATION
     out = {}
-    for spec in fields(TrainOptions):
+    for spec in fields(TrainConfig):
         name = spec.name
         if name in free or name == "lora":
             continue
@@ -182,7 +182,7 @@ class Found:
     stopped: dict[str, Any] | None = None
 
 
-def find(options: TrainOptions, resume: Resume, say: Say = lambda text: None, *, ended: bool = True) -> Found:
+def find(options: TrainConfig, resume: Resume, log: Log = lambda text: None, *, ended: bool = True) -> Found:
     """Where a run with ``options`` goes on, which has to be compared with it yet.
 
     Where the options have ``overwrite``, what was trained with other ones is passed over, as it may be replaced.
@@ -200,7 +200,7 @@ def find(options: TrainOptions, resume: Resume, say: Say = lambda text: None, *,
     folder = Path(options.output)
     if interrupted(folder):
         recover(folder)
-    record = _record(folder, say) if ended else None
+    record = _record(folder, log) if ended else None
     finished = record is not None and record["state"] == "finished"
     if resume is not True:
         mine = record is not None and not finished and not _differ(record["options"], options)
@@ -224,7 +224,7 @@ def find(options: TrainOptions, resume: Resume, say: Say = lambda text: None, *,
             lost.append(reason)
         return reason
 
-    checkpoint = folders.newest(folder, say, fits)
+    checkpoint = folders.newest(folder, log, fits)
     if checkpoint is None and lost:
         raise ConfigError(f"resume: {lost[-1]}; train anew, in another folder or with overwrite")
     if checkpoint is None and record and not options.overwrite:
@@ -232,7 +232,7 @@ def find(options: TrainOptions, resume: Resume, say: Say = lambda text: None, *,
     return Found(checkpoint)
 
 
-def goes_on(options: TrainOptions, resume: Resume) -> bool:
+def resumes(options: TrainConfig, resume: Resume) -> bool:
     """Whether a run with ``options`` finds something to go on from in its own output folder.
 
     Raises:
@@ -250,7 +250,7 @@ def goes_on(options: TrainOptions, resume: Resume) -> bool:
     return found.stopped is None or not changed(folder, found.stopped)
 
 
-def date_of(options: TrainOptions, resume: Resume) -> str | None:
+def date_of(options: TrainConfig, resume: Resume) -> str | None:
     """The day of the run that ``options`` resume; None where there is none, or no template writes it."""
     then, _ = _then(find(options, resume), Path(options.output))
     return None if then is None else then.get("date")
@@ -267,7 +267,7 @@ def _then(found: Found, folder: Path) -> tuple[dict[str, Any] | None, str]:
     return None, ""
 
 
-def _differ(then: Mapping[str, Any], options: TrainOptions) -> bool:
+def _differ(then: Mapping[str, Any], options: TrainConfig) -> bool:
     return bool(differences(then, _as_then(options, then)))
 
 
@@ -299,13 +299,13 @@ def understood(checkpoint: Checkpoint) -> Iterator[None]:
         ) from None
 
 
-def _as_then(options: TrainOptions, then: Mapping[str, Any]) -> dict[str, Any]:
+def _as_then(options: TrainConfig, then: Mapping[str, Any]) -> dict[str, Any]:
     """The options before anything was loaded: what is left open is what it was."""
     now = options.to_dict()
     return now | {name: then.get(name) for name in ("max_length", "date") if now[name] is None}
 
 
-def _given(path: Path, options: TrainOptions) -> Checkpoint:
+def _given(path: Path, options: TrainConfig) -> Checkpoint:
     try:
         checkpoint = folders.read(path)
     except ConfigError as error:
@@ -317,7 +317,7 @@ def _given(path: Path, options: TrainOptions) -> Checkpoint:
     return checkpoint
 
 
-def _best_is_lost(checkpoint: Checkpoint, options: TrainOptions) -> str:
+def _best_is_lost(checkpoint: Checkpoint, options: TrainConfig) -> str:
     """Why the adapter that is to be kept in the end could not be, or nothing."""
     found = checkpoint.state.get("best")
     if not options.load_best_model_at_end or not found or found["step"] == checkpoint.step:
@@ -330,14 +330,14 @@ def _best_is_lost(checkpoint: Checkpoint, options: TrainOptions) -> str:
     )
 
 
-def _record(folder: Path, say: Say) -> dict[str, Any] | None:
+def _record(folder: Path, log: Log) -> dict[str, Any] | None:
     """``run.json`` of the adapter in ``folder``; None where one of the two is missing, or damaged."""
     if not (folder / WEIGHTS_NAME).exists():
         return None
     try:
         return read_record(folder / RUN_NAME)
     except ConfigError as error:
-        say(f"{error}; it is passed over")
+        log(f"{error}; it is passed over")
         return None
 
 

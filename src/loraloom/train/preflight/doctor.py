@@ -13,7 +13,7 @@ from loraloom.lora import matmul
 from loraloom.lora.experts import unadapted
 from loraloom.lora.layers import LoraLayer
 from loraloom.lora.model import PeftModel
-from loraloom.lora.modules_to_save import SavedModule
+from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.targets import base_modules
 from loraloom.models.configs import tokens, vocabulary
@@ -142,11 +142,11 @@ def _tied(model: PeftModel) -> Iterator[Finding]:
             end.base_layer
             if isinstance(end, LoraLayer)
             else end.original_module
-            if isinstance(end, SavedModule)
+            if isinstance(end, ModulesToSaveWrapper)
             else end
         )
         weights.append(getattr(inner, "weight", None))
-    changed = [isinstance(end, LoraLayer | SavedModule) for end in ends]
+    changed = [isinstance(end, LoraLayer | ModulesToSaveWrapper) for end in ends]
     if weights[0] is not None and weights[0] is weights[1] and changed[0] != changed[1]:
         one, other = ("input", "output") if changed[0] else ("output", "input")
         yield Finding(

@@ -23,7 +23,7 @@ FORWARD = 1 / 3
 
 
 @dataclass(frozen=True)
-class Outlook:
+class ResourceEstimate:
     """Bytes and seconds. ``memory`` is of a whole process; ``free`` is what is left beside the loaded model."""
 
     memory: Memory
@@ -37,7 +37,7 @@ class Outlook:
         return self.memory.total - self.memory.base <= self.free
 
 
-def look_ahead(
+def estimate_resources(
     pack: Pack,
     adapter: str,
     config: LoraConfig,
@@ -50,7 +50,7 @@ def look_ahead(
     forwards: int,
     evaluations: float,
     gradient_checkpointing: bool = False,
-) -> Outlook:
+) -> ResourceEstimate:
     """Memory counted for the longest rows, and time from a few forwards and backwards of rows of middling length.
 
     The adapter keeps its numbers. ``empty`` is the model without weights; ``forwards`` and ``evaluations`` are those of
@@ -76,7 +76,7 @@ def look_ahead(
     mean = sum(lengths) / len(lengths)
     seconds = each * mean * batch_size * forwards
     seconds += FORWARD * each * evaluations * sum(len(example.input_ids) for example in held_out)
-    return Outlook(memory, free_memory(), seconds, str(pack.way or ""))
+    return ResourceEstimate(memory, free_memory(), seconds, str(pack.way or ""))
 
 
 def needs(

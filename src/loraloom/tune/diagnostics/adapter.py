@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median, median_low
 from typing import Any
 
-from loraloom.tune.diagnostics.inputs import Advice, Evidence
+from loraloom.tune.diagnostics.inputs import Advice, DiagnosticInputs
 
 #: Directions to keep for each one that is used, since the directions used are those after training found them.
 HEADROOM = 1.25
@@ -18,7 +18,7 @@ HEADROOM = 1.25
 MOVED = 0.1
 
 
-def rank(evidence: Evidence) -> Advice | None:
+def rank(evidence: DiagnosticInputs) -> Advice | None:
     """The update has far fewer directions than it was given."""
     moved = {
         name: (r, used) for name, (r, used, norm) in evidence.best.used.items() if used > 0 and math.isfinite(norm)
@@ -40,7 +40,7 @@ def rank(evidence: Evidence) -> Advice | None:
     )
 
 
-def still(evidence: Evidence) -> Advice | None:
+def still(evidence: DiagnosticInputs) -> Advice | None:
     """Modules whose update is tiny beside that of the others."""
     norms = {name: norm for name, (_, _, norm) in evidence.best.used.items() if math.isfinite(norm)}
     if len(norms) < 3:

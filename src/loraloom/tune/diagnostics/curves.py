@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, median
 
-from loraloom.tune.diagnostics.inputs import FEW_STEPS, Advice, Evidence
+from loraloom.tune.diagnostics.inputs import FEW_STEPS, Advice, DiagnosticInputs
 from loraloom.tune.format import shown
 from loraloom.tune.ranking import goodness, measured
 
@@ -32,7 +32,7 @@ JUMPS = 3
 JUMPS_SHARE = 0.03
 
 
-def apart(evidence: Evidence) -> Advice | None:
+def apart(evidence: DiagnosticInputs) -> Advice | None:
     """Training loss goes on down while held-out loss has turned up: rows are learnt by heart."""
     trial = evidence.best
     held = [(int(e["step"]), measured(e, "loss")) for e in trial.curve.evaluations if "rows" not in e]
@@ -54,7 +54,7 @@ def apart(evidence: Evidence) -> Advice | None:
     )
 
 
-def slow(evidence: Evidence) -> Advice | None:
+def slow(evidence: DiagnosticInputs) -> Advice | None:
     """The loss is still on its way down, evenly: there was room for larger or for more steps."""
     trial = evidence.best
     losses = _finite_ones(trial.curve.loss[-(len(trial.curve.loss) // 3) :])
@@ -103,7 +103,7 @@ def _line(values: Sequence[float]) -> tuple[float, float, float, float]:
     return mean, slope, scatter / math.sqrt(spread), scatter
 
 
-def spiky(evidence: Evidence) -> Advice | None:
+def spiky(evidence: DiagnosticInputs) -> Advice | None:
     """The loss leaps up again and again, and more often than at lower rates on the same rows."""
     trial = evidence.best
     count, steps = _jumps(trial.curve.loss), len(trial.curve.loss)

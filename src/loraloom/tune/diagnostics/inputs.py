@@ -23,7 +23,7 @@ class Advice:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class DiagnosticInputs:
     """All that advice is drawn from. ``trials`` are first seeds; see ``verdict`` for ``edges`` and ``order``."""
 
     best: Trial

@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from loraloom.tune.diagnostics.inputs import FEW_STEPS, Advice, Evidence
+from loraloom.tune.diagnostics.inputs import FEW_STEPS, Advice, DiagnosticInputs
 from loraloom.tune.format import label, shown
 from loraloom.tune.ranking import same, varying
 from loraloom.tune.trial import Trial
@@ -30,7 +30,7 @@ IDLE_PAIRS = 0.7
 IDLE_TRIALS = 12
 
 
-def failures(evidence: Evidence) -> Advice | None:
+def failures(evidence: DiagnosticInputs) -> Advice | None:
     """Rates from which on most trials failed, where lower ones held."""
     rates = {trial.number: trial.options.learning_rate for trial in evidence.trials}
     failed = {trial.number for trial in evidence.trials if trial.state == "failed"}
@@ -50,7 +50,7 @@ def failures(evidence: Evidence) -> Advice | None:
     return None
 
 
-def edge(evidence: Evidence) -> Iterator[Advice]:
+def edge(evidence: DiagnosticInputs) -> Iterator[Advice]:
     """The best lies at an edge of the space, and trials nearer that edge did better."""
     if evidence.comparison.steps < FEW_STEPS:
         return
@@ -79,12 +79,12 @@ def edge(evidence: Evidence) -> Iterator[Advice]:
         )
 
 
-def _failed_beyond(evidence: Evidence, knob: str, at: float, side: str) -> bool:
+def _failed_beyond(evidence: DiagnosticInputs, knob: str, at: float, side: str) -> bool:
     places = [evidence.place(trial, knob) for trial in evidence.trials if trial.state == "failed"]
     return any(place is not None and (place >= at if side == "high" else place <= at) for place in places)
 
 
-def _halves(evidence: Evidence, knob: str) -> tuple[list[int], list[int]]:
+def _halves(evidence: DiagnosticInputs, knob: str) -> tuple[list[int], list[int]]:
     """Trials with low and with high values of ``knob``; equal values stay together."""
     places = {
         trial.number: place
@@ -105,7 +105,7 @@ def _beats(ones: Sequence[float], others: Sequence[float]) -> float:
     return fmean(1.0 if one > other else 0.5 if one == other else 0.0 for one in ones for other in others)
 
 
-def idle(evidence: Evidence) -> Iterator[Advice]:
+def idle(evidence: DiagnosticInputs) -> Iterator[Advice]:
     """Knobs that made no difference: fix them where the adapter is smallest."""
     compared = [trial for trial in evidence.trials if trial.number in evidence.comparison.values]
     if len(compared) < IDLE_TRIALS or evidence.comparison.steps < FEW_STEPS:
@@ -129,7 +129,7 @@ def idle(evidence: Evidence) -> Iterator[Advice]:
         )
 
 
-def _groups(evidence: Evidence, trials: Sequence[Trial], knob: str) -> list[list[Trial]]:
+def _groups(evidence: DiagnosticInputs, trials: Sequence[Trial], knob: str) -> list[list[Trial]]:
     """Trials by their value; by halves where nearly each has a value of its own."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
