@@ -22,9 +22,10 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 # The maths, layers, packs and a search's decisions as a processor without AVX-512 computes them; and the tests for a GPU.
-NUMBERS := $(addprefix tests/lora/test_, functional.py products.py dropout.py layers.py inputs.py biases.py merge.py route.py) \
-  $(addprefix tests/train/test_, pack.py loss.py flat.py objective.py optimizers.py recompute.py loop.py slot.py) \
-  $(addprefix tests/train/measure/test_, evaluation.py metrics.py) $(addprefix tests/tune/test_, halving.py verdict.py) \
+NUMBERS := $(addprefix tests/lora/test_, functional.py matmul.py dropout.py layers.py shared_inputs.py biases.py merge.py routing.py) \
+  $(addprefix tests/engine/test_, pack.py flat_adamw.py optimizers.py loop.py slot.py) \
+  $(addprefix tests/tasks/test_, linear_cross_entropy.py objective.py) tests/models/test_activation_checkpointing.py \
+  tests/inference/test_evaluation.py tests/tasks/metrics/test_registry.py $(addprefix tests/tune/test_, asha.py verdict.py) \
   tests/tune/test_search.py::test_a_trial_gone_wild_is_reported_and_changes_no_bit_of_the_others tests/gpu
 
 test-avx2: setup

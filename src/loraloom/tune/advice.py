@@ -1,6 +1,6 @@
 """What a user should try next, in the user's own terms: each advice has the figures behind it, or is not given.
 
-The symptoms are in ``tune.symptoms``; the remedies are those of the literature: see the docs page on tuning.
+The diagnoses are in ``tune.diagnostics``; the remedies are those of the literature: see the docs page on tuning.
 """
 
 from __future__ import annotations
