@@ -170,7 +170,7 @@ def read_run_rows(options: TrainConfig, watch: OnProgress = silent) -> Rows:
     task, skip = TASKS[options.task], options.on_bad_row == "skip"
     notes: list[str] = []
     given: dict[str, Any] = {"format": options.format, "columns": options.columns, "skip": skip}
-    given |= {"say": notes.append, "watch": watch}
+    given |= {"log": notes.append, "watch": watch}
     sources = resolve(options.data, format=options.format)
     train = survey(sources, task, problem=options.problem_type, **given)
     notes += [f"{s.describe()}: {shape.describe()}" for s, shape in zip(sources, train.shapes, strict=True)]
@@ -215,7 +215,7 @@ def encode_run_rows(rows: Rows, options: TrainConfig, tokenizer: Any, watch: OnP
         "skip": skip,
         "allow_untrained": options.allow_untrained,
         "workers": options.data_workers,
-        "say": notes.append,
+        "log": notes.append,
         "watch": watch,
     }
     own = rows.evaluation is not rows.train
