@@ -1,25 +1,34 @@
-# make quickstart: the first real run.  make test: everything that must hold.
+# make quickstart: the first real run.  make check: does it work here, in a minute.  make test: everything that must hold.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: peft-suite setup quickstart test test-avx2 zoo zoo-page lint bench clean
+.PHONY: bench check clean format lint peft-suite quickstart setup test test-avx2 wheel zoo zoo-page
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
 
-# torch first and pinned: an open range may pull gigabytes of CUDA packages onto a machine without a GPU.
-$(VENV)/ready: pyproject.toml constraints.txt
+# What runs loraloom. torch first and pinned: an open range may pull gigabytes of CUDA packages onto a machine without a GPU.
+$(VENV)/runs: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,ray]'
+	$(PIP) torch
+	$(PIP) --editable '.[demo]'
 	touch $@
 
-quickstart: setup
+# And what tests, checks and compares it.
+$(VENV)/ready: $(VENV)/runs
+	$(PIP) --editable '.[dev,demo,ray]'
+	touch $@
+
+quickstart: $(VENV)/runs
 	$(BIN)/python examples/quickstart.py
 
+check: $(VENV)/runs
+	$(BIN)/python tests/smoke.py
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 # The maths, layers, packs and a search's decisions as a processor without AVX-512 computes them; and the tests for a GPU.
 NUMBERS := $(addprefix tests/lora/test_, functional.py matmul.py dropout.py layers.py shared_inputs.py biases.py merge.py routing.py) \
@@ -39,6 +48,20 @@ zoo: setup
 # The whole, its table and docs/models.md. Stopped, the same command resumes.
 zoo-page: setup
 	PYTHONPATH=tests $(BIN)/python -m zoo --write
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# dist/: a wheel and the sources; the wheel is installed into a fresh environment and tried there.
+wheel: $(VENV)/runs
+	rm -rf dist build/wheel
+	$(PIP) build
+	$(BIN)/python -m build --quiet
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt torch
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && wheel/bin/loraloom --version && wheel/bin/python ../tests/smoke.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -63,4 +86,4 @@ else
 endif
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,6 +18,11 @@ from torch import Tensor, nn
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: with several workers none of them waits at the end for one that has just begun."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _ctrl_c_is_heard() -> None:
     """A shell that starts something in the background lets it ignore Ctrl-C, and all that it starts in turn."""

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from loraloom.lora.targets import Plan as Plan
     from loraloom.lora.targets import plan as plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _WHERE = {
     "LoraConfig": "loraloom.config.lora",

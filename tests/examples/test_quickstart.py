@@ -17,19 +17,6 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart.py"
 ROWS, STEPS = 160, 30
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("quickstart")
-
-
-@pytest.fixture(scope="module")
-def said(out: Path) -> str:
-    arguments = [sys.executable, str(SCRIPT), str(out), "--rows", str(ROWS), "--max-steps", str(STEPS)]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def figures(said: str, name: str) -> list[str]:
     """The cells of the row of the last table that starts with ``name``."""
     row = next(line for line in said.splitlines() if line.strip("│┃ ").startswith(name))
@@ -37,7 +24,15 @@ def figures(said: str, name: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_best_of_eight_stands_beside_two_answers_without_lora(said: str, out: Path) -> None:
+def test_it_learns_and_ends_with_answers_side_by_side_a_recommendation_and_commands_that_are_right(tmp_path: Path) -> None:
+    arguments = [sys.executable, str(SCRIPT), str(tmp_path), "--rows", str(ROWS), "--max-steps", str(STEPS)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check_answers_side_by_side(done.stdout, tmp_path)
+    check_recommendation_and_commands(done.stdout, tmp_path)
+
+
+def check_answers_side_by_side(said: str, out: Path) -> None:
     record = json.loads((out / "search" / "result.json").read_bytes())
     rows = [json.loads(line) for line in (out / "data" / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     train = [json.loads(line) for line in (out / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -57,8 +52,7 @@ def test_the_best_of_eight_stands_beside_two_answers_without_lora(said: str, out
     assert float(head) > share + 0.1
 
 
-@pytest.mark.slow
-def test_it_ends_with_a_recommendation_and_commands_that_are_right(said: str, out: Path) -> None:
+def check_recommendation_and_commands(said: str, out: Path) -> None:
     written = json.loads((out / "result.json").read_bytes())
     assert written["recommendation"].startswith("use r=")
     assert len(written["leaderboard"]) == 8
