@@ -1,7 +1,7 @@
 """What an installed loraloom can do, tried in a minute on a model made on the spot: ``python tests/smoke.py``.
 
-For whoever has just installed it (``make check``) and for a wheel before it is published (``make wheel``). Needs no test
-dependency, and calls the command line as a user would.
+For whoever has just installed it (``make check``) and for a wheel before it is published (``make wheel``). Needs no
+test dependency, and calls the command line as a user would.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def loraloom(*arguments: object) -> str:
     started = time.perf_counter()
     command = [sys.executable, "-c", "from loraloom.cli import main; main()", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    print(f"{'ok' if done.returncode == 0 else 'FAILED'}  loraloom {arguments[0]:<10} {time.perf_counter() - started:5.1f} s")
+    word, seconds = "FAILED" if done.returncode else "ok", time.perf_counter() - started
+    print(f"{word}  loraloom {arguments[0]:<10} {seconds:5.1f} s")
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
     return done.stdout

@@ -24,7 +24,7 @@ def figures(said: str, name: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_it_learns_and_ends_with_answers_side_by_side_a_recommendation_and_commands_that_are_right(tmp_path: Path) -> None:
+def test_it_ends_with_answers_side_by_side_a_recommendation_and_commands_that_are_right(tmp_path: Path) -> None:
     arguments = [sys.executable, str(SCRIPT), str(tmp_path), "--rows", str(ROWS), "--max-steps", str(STEPS)]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
