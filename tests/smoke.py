@@ -66,14 +66,15 @@ def reload(model: Path, adapter: Path) -> None:
 
     from loraloom import PeftModel
 
-    labels = json.loads((adapter / "usage.json").read_text())["labels"]
-    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(labels))
+    names = json.loads((adapter / "usage.json").read_text())["id2label"]
+    id2label = {int(number): name for number, name in names.items()}
+    base = AutoModelForSequenceClassification.from_pretrained(model, id2label=id2label)
     adapted = PeftModel.from_pretrained(base, adapter).eval()
-    batch = AutoTokenizer.from_pretrained(model)(["the film was good", "the book was awful"], return_tensors="pt")
+    batch = AutoTokenizer.from_pretrained(model)(["it the film was good", "and the book was awful"], return_tensors="pt")
     with torch.no_grad():
         before = adapted(**batch).logits
         after = adapted.merge_and_unload()(**batch).logits
-    said = [labels[int(i)] for i in before.argmax(-1)]
+    said = [id2label[int(i)] for i in before.argmax(-1)]
     if said != ["good", "bad"] or not torch.allclose(before, after, atol=1e-4):
         sys.exit(f"FAILED  the adapter, loaded again: said {said}, merged {after.tolist()}, before {before.tolist()}")
     print("ok  the adapter, loaded again and merged, answers as it was trained to")
@@ -90,8 +91,7 @@ def main() -> None:
         loraloom("data", rows, "--model", model, "--task", "seq-cls")
         learning = (*shared, "--target-modules", "all-linear", "--learning-rate", 0.01, "--seed", 0)
         loraloom("train", *learning, "--epochs", 4, "--output", output)
-        record = json.loads((output / "run.json").read_text())
-        accuracy = record["evaluations"][-1]["accuracy"] if "evaluations" in record else record["result"]["accuracy"]
+        accuracy = json.loads((output / "run.json").read_text())["result"]["accuracy"]
         if accuracy < 0.9:
             sys.exit(f"FAILED  train: accuracy {accuracy} on words that decide the class")
         loraloom("inspect", output)
