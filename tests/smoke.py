@@ -70,7 +70,8 @@ def reload(model: Path, adapter: Path) -> None:
     id2label = {int(number): name for number, name in names.items()}
     base = AutoModelForSequenceClassification.from_pretrained(model, id2label=id2label)
     adapted = PeftModel.from_pretrained(base, adapter).eval()
-    batch = AutoTokenizer.from_pretrained(model)(["it the film was good", "and the book was awful"], return_tensors="pt")
+    texts = ["it the film was good", "and the book was awful"]
+    batch = AutoTokenizer.from_pretrained(model)(texts, return_tensors="pt")
     with torch.no_grad():
         before = adapted(**batch).logits
         after = adapted.merge_and_unload()(**batch).logits
