@@ -153,6 +153,73 @@ def outputs(model: nn.Module, grad: bool = False) -> Tensor:
     return (out.logits if hasattr(out, "logits") else out.last_hidden_state).float()
 
 
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+#: A template that writes the date: a run that is resumed on another day keeps that of the first.
+DATED = (
+    "{{ 'great' if strftime_now('%Y') == '1999' else 'weak' }} {% for m in messages %}{{ m.content }} and {% endfor %}"
+)
+#: Run files by name, section by section. Of each there is a folder in which it was killed, or came to its end.
+RUNS: dict[str, dict[str, Any]] = {}
+
+
+def _run(name: str, task: str = "seq-cls", **sections: Any) -> None:
+    causal = task == "causal-lm"
+    found: dict[str, Any] = {
+        "task": task,
+        "model": {"name": "models/decoder" if causal else "models/encoder"},
+        "data": {"train": "chats.jsonl" if causal else "reviews.jsonl", "validation": 8},
+        "lora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"] if causal else ["query", "value"]},
+        "train": {"learning_rate": 0.01, "max_steps": 8, "batch_size": 6, "save_steps": 6, "report_to": []},
+        "eval": {"steps": 3},
+        "output": f"train/{name}",
+    }
+    for section, keys in sections.items():
+        found[section] |= keys
+    RUNS[name] = found
+
+
+_PARTS = {"batch_size": 3, "gradient_accumulation_steps": 4}
+_SOON = {"save_steps": 3, "save_total_limit": 1}
+_run(
+    "checkpoint",  # killed when checkpoint-6 had just come to its name, and had yet to be evaluated
+    lora={"lora_dropout": 0.3, "bias": "lora_only"},
+    train={"weight_decay": 0.1, "loraplus_lr_ratio": 4.0, "lr_scheduler_type": "cosine", **_SOON, **_PARTS},
+)
+_run("within", lora={"lora_dropout": 0.3}, train=_PARTS)  # stopped within a step, and killed once that was written down
+_run("stopped", "causal-lm", data={"chat_template": DATED}, train=_PARTS)  # ended by SIGTERM within a step
+_run(  # killed while it wrote checkpoint-9
+    "half-written", "causal-lm", lora={"lora_dropout": 0.1, "use_rslora": True}, train={"max_steps": 10, **_SOON}
+)  # fmt: skip
+_run("saving")  # killed at its end, before the files of the adapter counted
+_run("saved")  # killed at its end, after they did: the first was put in place
+_run("float16", model={"dtype": "float16"}, data={"train": "stars.jsonl"}, train=_PARTS)  # its loss scale came down
+_run("adamw", train={"optim": "AdamW", "optim_args": {"betas": [0.9, 0.99]}, "loraplus_lr_ratio": 2.0})
+_run("nadam", train={"optim": "NAdam"})  # whose state has a number beside tensors of the parameters' shapes
+_run(  # the best checkpoint is not the newest, and it ends early
+    "best", "causal-lm", train={"learning_rate": 2.0, "max_steps": 12, "save_steps": 2, "save_total_limit": 1},
+    eval={"steps": 2, "load_best_model_at_end": True, "early_stopping_patience": 3, "metric_for_best_model": "loss"},
+)  # fmt: skip
+_run(  # a new head, modules trained in full, embeddings; not by AdamW, which makes much of a bias' gradient that is 0
+    "regression", data={"train": "stars.jsonl"},
+    lora={"target_modules": ["word_embeddings", "query"], "modules_to_save": ["LayerNorm"], "bias": "all",
+          "init_lora_weights": False},
+    train={"optim": "SGD", "optim_args": {"momentum": 0.9}, "learning_rate": 0.1},
+)  # fmt: skip
+#: How near a run's end comes to that on another processor, over the largest number of a tensor. Products in half
+#: precision are rounded to one in 2,000.
+NEAR = {"float16": 1e-3}
+
+
+def near(found: Path, wanted: Path, name: str = "") -> None:
+    """Raise unless the tensors of two files are the same, as far as processors are."""
+    ours, theirs = load_file(found), load_file(wanted)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        allowed = NEAR.get(name, 1e-6) * float(tensor.double().abs().max())
+        torch.testing.assert_close(ours[key], tensor, rtol=0, atol=allowed, msg=lambda text, key=key: f"{key}: {text}")
+
+
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,10 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+import yaml
 from safetensors.torch import save_file
 
-from ondisk.cases import FILES, KINDS, WEIGHTS, Net, base, inside, outputs, processor
+from ondisk.cases import FILES, KINDS, RUNS, WEIGHTS, Net, base, inside, loraloom, outputs, processor
 
 GOOD, BAD = ("good", "fine", "lovely", "great"), ("bad", "poor", "awful", "weak")
 OTHERS = ("the", "film", "was", "a", "book", "with", "cat", "in", "it", "and")
@@ -109,7 +111,7 @@ def make_rows() -> None:
 
     reviews = [{"text": text(source.choice(words)), "label": label}
                for label, words in [("praise", GOOD), ("blame", BAD)] * 24]  # fmt: skip
-    stars = [{"text": row["text"], "label": 1.5 if row["label"] == "praise" else -0.5} for row in reviews]
+    stars = [{"text": row["text"], "label": 12.5 if row["label"] == "praise" else -7.5} for row in reviews]
     chats = [{"messages": [{"role": "user", "content": text(word)}, {"role": "assistant", "content": word}]}
              for word in (source.choice(GOOD + BAD) for _ in range(40))]  # fmt: skip
     for name, rows in (("reviews", reviews), ("stars", stars), ("chats", chats)):
@@ -188,9 +190,9 @@ class Death:
     stop: tuple[str, int] | None = None
 
     def of(self, work: Callable[[], Any]) -> None:
-        """Do ``work`` in a fork, which dies."""
+        """Do ``work`` in a fork, which dies; with nothing for ``onto`` it ends with 1, as what is stopped does."""
         code = forked(work, self)
-        assert code == -signal.SIGKILL, f"it ended with {code} instead of dying at {self.onto}"
+        assert code == (-signal.SIGKILL if self.onto else 1), f"it ended with {code} instead of dying at {self.onto}"
 
     def install(self) -> None:
         for name in ("rename", "replace"):
@@ -237,6 +239,49 @@ def forked(work: Callable[[], Any], death: Death | None = None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+#: Run → how it dies; those that are missing come to their end.
+DEATHS = {
+    "checkpoint": Death(r"/checkpoint-6$"),
+    "within": Death(r"/checkpoint-7$", stop=(r"/checkpoint-6$", 4 + 3)),
+    "stopped": Death("", stop=(r"/checkpoint-6$", 4 + 2)),
+    "half-written": Death(r"/\.checkpoint-9\.\w+/manifest.json$", before=True),
+    "saving": Death(r"/\.loraloom-commit.json$", before=True, holds=lambda path: b"run.json" in path.read_bytes()),
+    "saved": Death(rf"saved/{WEIGHTS}$"),
+    "best": Death(r"/checkpoint-8$"),
+    **{name: Death(r"/checkpoint-6$") for name in ("float16", "adamw", "nadam", "regression")},
+}
+
+
+def make_train() -> None:
+    """``train/NAME.yaml``, what it left in ``train/NAME``, and the end of it in ``ends/NAME.safetensors``."""
+    for folder in ("train", "ends"):
+        shutil.rmtree(FILES / folder, ignore_errors=True)
+        (FILES / folder).mkdir()
+    for name, settings in RUNS.items():
+        file = FILES / "train" / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(settings, sort_keys=False))
+        with inside(FILES), tempfile.TemporaryDirectory(dir=FILES) as aside:
+            whole = f"{Path(aside).name}/whole"
+            command = ["train", f"train/{name}.yaml"]
+            assert forked(lambda: loraloom([*command, "--set", f"output={whole}"])) == 0
+            shutil.copyfile(f"{whole}/{WEIGHTS}", f"ends/{name}.safetensors")
+            DEATHS[name].of(lambda: loraloom(command))
+            _tidy(Path("train") / name)
+            # What is kept is what ``--resume`` makes the same of.
+            shutil.copytree(f"train/{name}", f"{aside}/resumed")
+            assert forked(lambda: loraloom([*command, "--set", f"output={aside}/resumed", "--resume"])) == 0
+            ends = [Path(folder, WEIGHTS).read_bytes() for folder in (whole, f"{aside}/resumed")]
+            assert ends[0] == ends[1], name
+
+
+def _tidy(folder: Path) -> None:
+    for name in LEFT_OUT:
+        for path in folder.rglob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def make_note() -> None:
     """Which loraloom wrote the files, and where."""
     import loraloom as package
@@ -249,6 +294,6 @@ def make_note() -> None:
 
 if __name__ == "__main__":
     FILES.mkdir(exist_ok=True)
-    for part in sys.argv[1:] or ["models", "rows", "adapters"]:
+    for part in sys.argv[1:] or ["models", "rows", "adapters", "train"]:
         globals()[f"make_{part}"]()
     make_note()
