@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,24 +257,33 @@ DEATHS = {
 
 def make_train() -> None:
     """``train/NAME.yaml``, what it left in ``train/NAME``, and the end of it in ``ends/NAME.safetensors``."""
-    for folder in ("train", "ends"):
-        shutil.rmtree(FILES / folder, ignore_errors=True)
-        (FILES / folder).mkdir()
+    shutil.rmtree(FILES / "train", ignore_errors=True)
     for name, settings in RUNS.items():
-        file = FILES / "train" / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(settings, sort_keys=False))
-        with inside(FILES), tempfile.TemporaryDirectory(dir=FILES) as aside:
-            whole = f"{Path(aside).name}/whole"
-            command = ["train", f"train/{name}.yaml"]
-            assert forked(lambda: loraloom([*command, "--set", f"output={whole}"])) == 0
-            shutil.copyfile(f"{whole}/{WEIGHTS}", f"ends/{name}.safetensors")
-            DEATHS[name].of(lambda: loraloom(command))
-            _tidy(Path("train") / name)
-            # What is kept is what ``--resume`` makes the same of.
-            shutil.copytree(f"train/{name}", f"{aside}/resumed")
-            assert forked(lambda: loraloom([*command, "--set", f"output={aside}/resumed", "--resume"])) == 0
-            ends = [Path(folder, WEIGHTS).read_bytes() for folder in (whole, f"{aside}/resumed")]
-            assert ends[0] == ends[1], name
+        _write(f"train/{name}.yaml", settings)
+        _killed(["train", f"train/{name}.yaml"], f"train/{name}", DEATHS[name], ["--resume"], [WEIGHTS])
+
+
+def _killed(command: list[str], output: str, death: Death, again: list[str], compared: list[str]) -> None:
+    """The folder ``output`` as ``death`` leaves it, and in ``ends`` what is ``compared`` of a run that nobody kills.
+
+    What is kept is what loraloom itself comes to the same from.
+    """
+    with inside(FILES), tempfile.TemporaryDirectory(dir=".") as aside:
+        whole, resumed = (str(Path(aside, name)) for name in ("whole", "resumed"))
+        assert forked(partial(loraloom, [*command, "--output", whole])) == 0
+        death.of(partial(loraloom, command))
+        _tidy(Path(output))
+        shutil.copytree(output, resumed)
+        assert forked(partial(loraloom, [*command, "--output", resumed, *again])) == 0
+        for file in compared:
+            assert Path(whole, file).read_bytes() == Path(resumed, file).read_bytes(), file
+            shutil.copyfile(Path(whole, file), f"ends/{Path(output).name}{Path(file).suffix}")
+
+
+def _write(name: str, settings: dict[str, Any]) -> None:
+    path = FILES / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(settings, sort_keys=False, width=100))
 
 
 def _tidy(folder: Path) -> None:
@@ -293,7 +303,7 @@ def make_note() -> None:
 
 
 if __name__ == "__main__":
-    FILES.mkdir(exist_ok=True)
+    (FILES / "ends").mkdir(parents=True, exist_ok=True)
     for part in sys.argv[1:] or ["models", "rows", "adapters", "train"]:
         globals()[f"make_{part}"]()
     make_note()
