@@ -37,7 +37,7 @@ from loraloom.report.terminal import predictions
 from loraloom.report.tune import conclusion
 from loraloom.train.setup import Setup, TrainJob, load, predict
 from loraloom.tune.config import TuneConfig
-from loraloom.tune.format import knobs
+from loraloom.tune.format import params
 from loraloom.tune.search import BEST_FILE, BEST_NAME, SearchResult
 from loraloom.tune.space import Space
 
@@ -138,7 +138,7 @@ def write_record(path: Path, result: SearchResult, baselines: dict[str, float], 
         trial, score = found.trial(number), found.scores[number]
         board.append(
             {
-                "config": knobs(trial.values, list(trial.values), between=", "),
+                "config": params(trial.values, list(trial.values), between=", "),
                 "accuracy": score.mean,
                 "noise": score.noise,
                 "parameters": trial.parameters,

@@ -70,7 +70,7 @@ def shown(what: RenderableType, width: int = 100) -> str:
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
-def test_with_five_knobs_the_table_fits_100_columns_and_no_number_is_cut(metric: str) -> None:
+def test_with_five_hyperparameters_the_table_fits_100_columns_and_no_number_is_cut(metric: str) -> None:
     trials = search(metric)
     text = shown(leaderboard(verdict(trials, metric), metric), 1000)
     lines = text.splitlines()
@@ -99,7 +99,7 @@ def test_the_best_stands_first_then_the_finished_then_the_stopped_then_the_faile
     assert numbers[-5:] == [3, 2, 1, 0, 20]
 
 
-def test_only_knobs_that_vary_have_a_column() -> None:
+def test_only_hyperparameters_that_vary_have_a_column() -> None:
     trials = search()
     for one in trials:
         one.values["lora.r"] = 8
@@ -142,7 +142,7 @@ def test_a_tie_is_called_one() -> None:
 
 def test_the_conclusion_names_what_mattered_or_why_that_cannot_be_told() -> None:
     few = verdict(search()[4:6], "accuracy")
-    assert "which knobs mattered cannot be told: 2 trials can be compared" in shown(conclusion(few))
+    assert "which hyperparameters mattered cannot be told: 2 trials can be compared" in shown(conclusion(few))
     assert "one seed" in shown(conclusion(few))
 
 

@@ -24,7 +24,7 @@ from loraloom.tune import ray_executor, search
 from loraloom.tune.config import TuneConfig
 from loraloom.tune.ray_executor import DEATHS, RayExecutor
 from loraloom.tune.trial import Trial
-from loraloom.tune.worker import Report, Space, TensorState, Worker
+from loraloom.tune.worker import Report, TensorState, TrialFactory, Worker
 
 Make = Callable[..., TuneConfig]
 VALUES = {"lora.r": 4, "train.learning_rate": 3e-3}
@@ -69,9 +69,9 @@ def begin(options: TuneConfig, steps: int) -> tuple[Worker, Trial, list[str]]:
     options = replace(options, train=replace(options.train, max_steps=steps))
     setup = load(options.train)
     options = replace(options, train=setup.options)
-    space = Space(options, setup)
-    trial = Trial(0, VALUES, space.trial_options(VALUES, 0), steps, state="running")
-    return Worker(options, setup, space), trial, list(setup.data.hashes.values())
+    factory = TrialFactory(options, setup)
+    trial = Trial(0, VALUES, factory.trial_options(VALUES, 0), steps, state="running")
+    return Worker(options, setup, factory), trial, list(setup.data.hashes.values())
 
 
 def finish(go_on: Callable[[list[tuple[Trial, TensorState]]], Report], trial: Trial) -> Report:

@@ -70,9 +70,9 @@ def build(name: str) -> nn.Module:
 # -- what a value means -----------------------------------------------------------------------------------------------
 
 
-def test_lists_ranges_and_single_values_become_knobs_and_fixed_values() -> None:
+def test_lists_ranges_and_single_values_become_hyperparameters_and_fixed_values() -> None:
     found = space(EXAMPLE)
-    assert list(found.knobs) == [key for key in EXAMPLE if key != "train.weight_decay"]
+    assert list(found.params) == [key for key in EXAMPLE if key != "train.weight_decay"]
     assert found.fixed == {"train.weight_decay": 0.01}
     assert found.describe() == [
         "lora.r: 4, 8, 16",
@@ -414,8 +414,8 @@ def test_every_configuration_of_a_space_becomes_options(data: st.DataObject) -> 
     raw = {key: value for key, value in EXAMPLE.items() if key != "lora.target_modules"}
     found = space(raw)
     values: dict[str, Any] = {}
-    for key, knob in found.knobs.items():
-        values[key] = knob.point(data.draw(st.floats(0, 1, exclude_max=True)), [])
+    for key, param in found.params.items():
+        values[key] = param.point(data.draw(st.floats(0, 1, exclude_max=True)), [])
     made = found.to_options(values, options())
     assert made.lora.r == values["lora.r"]
     assert made.learning_rate == values["train.learning_rate"]

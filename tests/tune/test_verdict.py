@@ -203,7 +203,7 @@ def test_no_trial_of_the_front_is_dominated_and_every_other_one_is(points: dict[
     assert front == sorted(front, key=lambda n: (points[n][0], n))
 
 
-# Which knob mattered --------------------------------------------------------------------------------------
+# Which hyperparameter mattered --------------------------------------------------------------------------------------
 
 
 def searched(count: int = 24, *, matters: bool = True, metric: str = "accuracy") -> list[Trial]:
@@ -222,14 +222,14 @@ def searched(count: int = 24, *, matters: bool = True, metric: str = "accuracy")
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
-def test_the_importance_finds_the_knob_that_matters(metric: str) -> None:
+def test_the_importance_finds_the_hyperparameter_that_matters(metric: str) -> None:
     found = verdict(searched(metric=metric), metric)
     assert next(iter(found.importance)) == "train.learning_rate"
     assert sum(found.importance.values()) == pytest.approx(1)
     assert found.mattered == ["train.learning_rate"]
 
 
-def test_where_nothing_matters_no_knob_is_said_to() -> None:
+def test_where_nothing_matters_no_hyperparameter_is_said_to() -> None:
     found = verdict(searched(matters=False), "accuracy")
     assert found.importance
     assert found.mattered == []
@@ -259,7 +259,7 @@ def test_the_importance_is_the_same_each_time_and_leaves_optunas_logging_alone()
     ("trials", "reason"),
     [
         (searched(7), "7 trials can be compared; 8 are needed"),
-        ([trial(i, i / 10) for i in range(9)], "no knob had more than one value"),
+        ([trial(i, i / 10) for i in range(9)], "no hyperparameter had more than one value"),
         ([trial(i, 0.5, rate=(i + 1) * 1e-4) for i in range(9)], "all trials have the same accuracy"),
     ],
 )
@@ -323,7 +323,7 @@ def test_an_edge_without_a_trend_says_nothing(scores: list[float], edges: Any) -
     assert advice(verdict(rates(scores), "accuracy", edges=edges), "edge") is None
 
 
-def test_an_edge_of_a_knob_that_only_varied_with_another_says_nothing() -> None:
+def test_an_edge_of_a_hyperparameter_that_only_varied_with_another_says_nothing() -> None:
     trials = []
     for i in range(24):  # the rate decides, and a high rate mostly came with a high alpha
         values = {
@@ -465,7 +465,7 @@ def test_failures_that_the_rate_does_not_explain_bound_nothing(failed: list[int]
     assert advice(verdict(trials, "accuracy"), "failures") is None
 
 
-def test_a_knob_that_did_not_matter_is_fixed_at_the_cheapest() -> None:
+def test_a_hyperparameter_that_did_not_matter_is_fixed_at_the_cheapest() -> None:
     found = verdict(searched(), "accuracy")
     idle = {item.figures["knob"]: item for item in found.advice if item.kind == "idle"}
     assert "train.learning_rate" not in idle
@@ -473,7 +473,7 @@ def test_a_knob_that_did_not_matter_is_fixed_at_the_cheapest() -> None:
     assert "targets made no difference" in idle["lora.target_modules"].text
 
 
-def test_of_few_trials_no_knob_is_called_idle() -> None:
+def test_of_few_trials_no_hyperparameter_is_called_idle() -> None:
     assert advice(verdict(searched(10), "accuracy"), "idle") is None
 
 

@@ -21,7 +21,7 @@ from loraloom.tune import worker as module
 from loraloom.tune.config import TuneConfig
 from loraloom.tune.state import TRIALS
 from loraloom.tune.trial import Trial
-from loraloom.tune.worker import SPAN, Report, Space, Worker, blown_up, name_of, rung_step
+from loraloom.tune.worker import SPAN, Report, TrialFactory, Worker, blown_up, name_of, rung_step
 
 Make = Callable[..., TuneConfig]
 #: All that trials of one search may differ in, at once.
@@ -45,11 +45,11 @@ POINTS: list[dict[str, Any]] = [
 def begin(options: TuneConfig, numbers: list[int] | None = None, seeds: bool = True) -> tuple[Worker, list[Trial]]:
     """Trials with seeds of their own, or the search's own seed, which also chooses the held-out rows."""
     setup = load(options.train)
-    space = Space(options, setup)
-    worker = Worker(options, setup, space)
+    factory = TrialFactory(options, setup)
+    worker = Worker(options, setup, factory)
     trials = []
     for number in [0, 1, 2, 3] if numbers is None else numbers:
-        made = space.trial_options(POINTS[number], number if seeds else options.train.seed)
+        made = factory.trial_options(POINTS[number], number if seeds else options.train.seed)
         trials.append(Trial(number, POINTS[number], made, setup.steps(made)[0], state="running"))
     return worker, trials
 
@@ -186,7 +186,7 @@ def test_memory_is_planned_for_the_most_rows_that_a_trial_may_have(
     classify: Make, space: dict[str, Any], rows: int
 ) -> None:
     options = classify(space, trials=2)
-    assert Space(options, load(options.train)).widest().options.batch_size == rows
+    assert TrialFactory(options, load(options.train)).widest().options.batch_size == rows
 
 
 def test_an_adapter_that_came_to_its_end_is_saved_and_gives_what_was_measured(classify: Make, tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ from loraloom.files.sizes import size
 from loraloom.report.screen import Text
 from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.tune.bar import Gain
-from loraloom.tune.format import knobs, label, shown
+from loraloom.tune.format import label, params, shown
 from loraloom.tune.ranking import Score, last_measured, measured, originals, ranking, scores, varying
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict, difference
 
-#: Characters of a knob's value in a table.
+#: Characters of a hyperparameter's value in a table.
 WIDE = 12
-#: Columns that a whole leaderboard with five knobs needs.
+#: Columns that a whole leaderboard with five hyperparameters needs.
 FULL_WIDTH = 100
 #: Seconds between two pictures of the live view.
 REFRESH = 0.25
@@ -39,9 +39,9 @@ SMOOTH = 10
 def leaderboard(
     found: Verdict | Sequence[Trial], metric: str, rows: int | None = None, width: int = FULL_WIDTH
 ) -> Table:
-    """All configurations, or the first ``rows``, best first. Only knobs that vary get a column.
+    """All configurations, or the first ``rows``, best first. Only hyperparameters that vary get a column.
 
-    With five knobs it fits ``FULL_WIDTH`` columns; below that the adapter's bytes are left out and words are cut.
+    With five of them it fits ``FULL_WIDTH`` columns; below that the adapter's bytes are left out and words are cut.
     """
     trials = found.trials if isinstance(found, Verdict) else found
     known = found.scores if isinstance(found, Verdict) else scores(trials, metric)
@@ -115,12 +115,12 @@ def duration(seconds: float) -> str:
 
 
 def conclusion(found: Verdict) -> RenderableType:
-    """What to use, what comes next to it, which knobs mattered, and what to try next."""
+    """What to use, what comes next to it, which hyperparameters mattered, and what to try next."""
     best = found.scores[found.best.number]
     if not found.learned:
         return _nothing(found, best)
     lines = [
-        Text(f"use {_settings(found.best, found.knobs)}", "bold"),
+        Text(f"use {_settings(found.best, found.params)}", "bold"),
         Text(f"trial {found.best.number}: {_reached(found.metric, best)}, {_extent(found.best)}"),
     ]
     if found.gain is not None:
@@ -137,7 +137,7 @@ def conclusion(found: Verdict) -> RenderableType:
 def _nothing(found: Verdict, best: Score) -> RenderableType:
     """No configuration is recommended: what the best of them reached, what it had to beat, and what to change."""
     number, beat = found.best.number, found.gain
-    reached = f"trial {number} ({_settings(found.best, found.knobs)}), {_reached(found.metric, best)}"
+    reached = f"trial {number} ({_settings(found.best, found.params)}), {_reached(found.metric, best)}"
     lines = [Text("nothing was learned: no configuration is recommended", "bold yellow")]
     lines.append(Text(f"the best of them is {reached}" + (f"; {_above(beat)}" if beat is not None else "")))
     lines += [Text(f"note: {note}", "yellow") for note in found.notes]
@@ -164,11 +164,11 @@ def _above(beat: Gain) -> str:
 
 
 def _settings(trial: Trial, names: Iterable[str]) -> str:
-    """The knobs as ``train`` takes them: alpha as the number that it came to."""
+    """The hyperparameters as ``train`` takes them: alpha as the number that it came to."""
     lora = trial.options.lora
     alpha = f"{lora.lora_alpha:g}{' with rslora' if lora.use_rslora else ''}"
     values = {name: alpha if name.endswith("lora_alpha") else value for name, value in trial.values.items()}
-    return knobs(values, names, between=", ")
+    return params(values, names, between=", ")
 
 
 def _reached(metric: str, score: Score) -> str:
@@ -194,7 +194,7 @@ def _beside(found: Verdict, other: Trial) -> str:
     where = "equal to it" if gap == 0 else f"{_gap(abs(gap))} {'above' if gap > 0 else 'below'}"
     noise = difference(mine, its)
     tie = f": a tie within the noise of {_gap(noise)}" if found.tie and noise else ": a tie" if found.tie else ""
-    settings = _settings(other, found.knobs)
+    settings = _settings(other, found.params)
     return f"runner-up, trial {other.number} ({settings}): {_reached(found.metric, its)}; {extent}, {where}{tie}"
 
 
@@ -204,14 +204,14 @@ def _gap(value: float) -> str:
 
 def _importance(found: Verdict) -> str:
     if not found.importance:
-        return f"which knobs mattered cannot be told: {found.importance_reason}"
+        return f"which hyperparameters mattered cannot be told: {found.importance_reason}"
 
     def listed(names: Iterable[str]) -> str:
         return ", ".join(f"{label(name)} {found.importance[name]:.0%}" for name in names)
 
     rest = [name for name in found.importance if name not in found.mattered]
     if not found.mattered:
-        return f"which knobs mattered: none more than chance would have it ({listed(rest)})"
+        return f"which hyperparameters mattered: none more than chance would have it ({listed(rest)})"
     return f"what mattered: {listed(found.mattered)}" + (f"; no more than chance: {listed(rest)}" if rest else "")
 
 
@@ -276,7 +276,7 @@ class TuneMeter:
             self.seen[trial.number] = done
             if done > known:
                 gain = improvement(trial, self.metric)
-                words = knobs(trial.values, names, WIDE)
+                words = params(trial.values, names, WIDE)
                 value = last_measured(trial, self.metric)
                 self.event(
                     f"trial {trial.number} ({words}) step {trial.step}/{trial.steps}: training loss "
@@ -308,14 +308,14 @@ class TuneMeter:
     def _running(self, running: Sequence[Trial], names: Sequence[str]) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
         table.add_column("running", justify="right", no_wrap=True)
-        table.add_column("knobs")
+        table.add_column("hyperparameters")
         for name in ("r", "step", "loss", self.metric, "per 100"):
             table.add_column(name, justify="right", no_wrap=True)
         for trial in running:
             value, gain = last_measured(trial, self.metric), improvement(trial, self.metric)
             table.add_row(
                 str(trial.number),
-                _cut(knobs(trial.values, [name for name in names if name != "lora.r"], WIDE)),
+                _cut(params(trial.values, [name for name in names if name != "lora.r"], WIDE)),
                 str(trial.options.lora.r),
                 f"{trial.step}/{trial.steps}",
                 figure(training_loss(trial)),

@@ -10,7 +10,7 @@ from typing import Any
 from loraloom.report.plot import literal, write_picture
 from loraloom.report.tune import count
 from loraloom.tasks.metrics.registry import greater_is_better
-from loraloom.tune.format import knobs
+from loraloom.tune.format import params
 from loraloom.tune.ranking import last_measured, measured, originals, ranking, scores, varying
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict
@@ -21,7 +21,7 @@ PARETO_NAME = "pareto.png"
 #: The colour of each state, as in the picture of one run: blue learns, grey is past.
 COLOURS = {"finished": "#2f5aa8", "running": "#6d8fc9", "waiting": "#b9c7e4", "stopped": "#c9ccd3", "failed": "#d9a79c"}
 BEST = "#d1622b"
-#: Characters of a knob's value in a label.
+#: Characters of a hyperparameter's value in a label.
 WIDE = 12
 #: So many of the leaders that came furthest have their number beside their curve.
 LABELLED = 8
@@ -58,7 +58,7 @@ def plot_search(trials: Sequence[Trial], metric: str, path: str | Path, best: in
         text: str | None = trial.state if trial.state not in labelled else None
         if trial.number == best:
             style = {"color": BEST, "linewidth": 2.8, "marker": "o", "markersize": 5}
-            text = f"trial {trial.number}: {knobs(trial.values, names, WIDE)}"
+            text = f"trial {trial.number}: {params(trial.values, names, WIDE)}"
         else:
             labelled.add(trial.state)
         axes.plot(steps, values, label=text, **style)
@@ -110,7 +110,7 @@ def plot_pareto(found: Verdict, trials: Sequence[Trial], metric: str, path: str 
         label="nothing smaller is as good",
     )
     runner_up = found.runner_up.number if found.runner_up else None
-    names = found.knobs
+    names = found.params
     for number in drawn:
         score, trial = found.scores[number], firsts[number]
         special = {
@@ -127,7 +127,7 @@ def plot_pareto(found: Verdict, trials: Sequence[Trial], metric: str, path: str 
             markersize=large,
             capsize=3,
             zorder=3 if word else 2,
-            label=f"{word}, trial {number}: {knobs(trial.values, names, WIDE)}" if word else None,
+            label=f"{word}, trial {number}: {params(trial.values, names, WIDE)}" if word else None,
         )
         if word or number in front:
             at = (trial.parameters, score.mean)

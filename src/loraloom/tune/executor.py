@@ -68,9 +68,11 @@ class LocalExecutor:
         self._next: tuple[Sequence[tuple[Trial, TensorState]], Sequence[int]] = ((), ())
 
     def plan(self, most: int) -> Slots:
-        space, options = self._worker.space, self._worker.options
-        largest = max(space.largest(), key=lambda one: space.plan(one).parameters)
-        return plan_slots(self._worker.pack, self._worker.space.widest(), largest, most, options.memory, options.slots)
+        factory, options = self._worker.factory, self._worker.options
+        largest = max(factory.largest(), key=lambda one: factory.plan(one).parameters)
+        return plan_slots(
+            self._worker.pack, self._worker.factory.widest(), largest, most, options.memory, options.slots
+        )
 
     def set_bar(self, known: Bar | None) -> Bar:
         self._worker.bar = known or set_bar(self._worker.setup, self._worker.model)

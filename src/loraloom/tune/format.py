@@ -21,9 +21,9 @@ SHORT = {
 }
 
 
-def label(knob: str) -> str:
+def label(param: str) -> str:
     """``"lora.lora_alpha"`` → ``"alpha"``."""
-    name = knob.rpartition(".")[2]
+    name = param.rpartition(".")[2]
     return SHORT.get(name, name)
 
 
@@ -55,6 +55,6 @@ def _without_endings(names: list[str]) -> list[str]:
     return names
 
 
-def knobs(values: Mapping[str, Any], names: Iterable[str], width: int | None = None, between: str = " ") -> str:
+def params(values: Mapping[str, Any], names: Iterable[str], width: int | None = None, between: str = " ") -> str:
     """``"r=8 alpha=2r rate=0.001"`` of those ``names`` that this configuration has."""
     return between.join(f"{label(name)}={shown(values[name], width)}" for name in names if name in values)

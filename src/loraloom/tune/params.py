@@ -1,4 +1,4 @@
-"""One knob of a search: a few choices or a range. Values here are plain; what they mean is for ``space`` to say."""
+"""One hyperparameter of a search: a few choices or a range. Values are plain; their meaning is ``space``'s business."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import Any
 from loraloom.tasks.metrics.registry import greater_is_better as greater_is_better
 from loraloom.tune.trial import Trial
 
-#: Fewer trials than these say nothing about knobs.
+#: Fewer trials than these say nothing about hyperparameters.
 COMPARED = 8
 #: A configuration whose seeds differ this many times more than the others' is unstable: that is its own noise alone.
 UNSTABLE = 10
@@ -188,14 +188,14 @@ def compare(trials: Iterable[Trial], metric: str) -> Comparison:
 
 
 def same(value: Any) -> str:
-    """A knob's value as something that can be compared and hashed: lists and numbers alike."""
+    """A hyperparameter's value as something that can be compared and hashed: lists and numbers alike."""
     return json.dumps(value, sort_keys=True, default=str)
 
 
 def varying(trials: Iterable[Trial]) -> list[str]:
-    """The knobs that have more than one value, in the order they were proposed."""
+    """The hyperparameters that have more than one value, in the order they were proposed."""
     seen: dict[str, set[str]] = {}
     for trial in trials:
-        for knob, value in trial.values.items():
-            seen.setdefault(knob, set()).add(same(value))
-    return [knob for knob, values in seen.items() if len(values) > 1]
+        for param, value in trial.values.items():
+            seen.setdefault(param, set()).add(same(value))
+    return [param for param, values in seen.items() if len(values) > 1]

@@ -29,7 +29,7 @@ from loraloom.tune.concurrency import SHARE, Slots, one_slot, plan_slots
 from loraloom.tune.config import TuneConfig
 from loraloom.tune.state import TRIALS
 from loraloom.tune.trial import Trial
-from loraloom.tune.worker import Report, Space, TensorState, Worker, name_of
+from loraloom.tune.worker import Report, TensorState, TrialFactory, Worker, name_of
 
 #: Seconds between two looks at how the workers are doing, and whether to stop.
 LOOK = 0.5
@@ -96,19 +96,19 @@ class RemoteWorker:
             setup = load_all(self._options.train)
             if sorted(setup.data.hashes.values()) != self._hashes:
                 raise DataError(f"{self._options.train.data}: holds other rows than where the search was started")
-            self._worker = Worker(self._options, setup, Space(self._options, setup))
+            self._worker = Worker(self._options, setup, TrialFactory(self._options, setup))
         return _here()
 
     def plan(self, most: int, threads: int | None, neighbours: int) -> Slots:
         """How many slots pay, and fit beside as many ``neighbours`` on this machine as there are, itself included."""
         self._use(threads, neighbours)
         worker = self._opened()
-        largest = max(worker.space.largest(), key=lambda one: worker.space.plan(one).parameters)
+        largest = max(worker.factory.largest(), key=lambda one: worker.factory.plan(one).parameters)
         memory = self._options.memory and self._options.memory // self._options.workers
         if memory is None and neighbours > 1 and not torch.cuda.is_available():
             free = int(SHARE * free_memory() / neighbours)
-            memory = free + one_slot(worker.space.widest(), largest).base  # the models of all are there already
-        return plan_slots(worker.pack, worker.space.widest(), largest, most, memory, self._options.slots)
+            memory = free + one_slot(worker.factory.widest(), largest).base  # the models of all are there already
+        return plan_slots(worker.pack, worker.factory.widest(), largest, most, memory, self._options.slots)
 
     def set_bar(self, threads: int | None, neighbours: int) -> Bar:
         """Measure what trials have to beat."""

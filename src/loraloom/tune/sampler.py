@@ -46,7 +46,7 @@ def propose(options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler |
     if options.space.size is None:
         return None
     corners = itertools.product(*options.space.grid().values())
-    rest = (dict(zip(options.space.knobs, corner, strict=True)) for corner in corners)
+    rest = (dict(zip(options.space.params, corner, strict=True)) for corner in corners)
     return next((values for values in rest if values not in tried), None)
 
 

@@ -56,7 +56,7 @@ from loraloom.tune.state import (
 )
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict, record, verdict
-from loraloom.tune.worker import Report, Space, TensorState, Worker, name_of, rung_step
+from loraloom.tune.worker import Report, TensorState, TrialFactory, Worker, name_of, rung_step
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -118,7 +118,7 @@ class Search:
     def __init__(self, options: TuneConfig, setup: Setup, watch: Watcher, sampler: BaseSampler | None = None) -> None:
         self.options, self.setup, self.watch, self.sampler = options, setup, watch, sampler
         self.folder, self.exhausted = Path(options.train.output), False
-        self.space = Space(options, setup)
+        self.factory = TrialFactory(options, setup)
         self.fingerprint = _fingerprint(options, setup)
         halving = SuccessiveHalving(len(options.rungs), options.reduction, options.finalists)
         self.state = State(self.fingerprint, 0, halving, date=options.train.date)
@@ -135,7 +135,7 @@ class Search:
             self.watch.event(f"not for the search, but for the training in full ({BEST_FILE}): {', '.join(later)}")
         if self.options.train.overwrite:
             clear(self.folder, RESULT_NAME, BEST_FILE, BEST_NAME)
-        found = load_state(self.folder, self.fingerprint, self.space.trial_options)
+        found = load_state(self.folder, self.fingerprint, self.factory.trial_options)
         if found is not None:
             self.state = found
             done = sum(trial.state not in ("running", "waiting") for trial in found.trials)
@@ -182,7 +182,7 @@ class Search:
             from loraloom.tune.ray_executor import RayExecutor
 
             return RayExecutor(self.options, list(self.setup.data.hashes.values()), self._tell, stop)
-        return LocalExecutor(Worker(self.options, self.setup, self.space), self._tell, stop)
+        return LocalExecutor(Worker(self.options, self.setup, self.factory), self._tell, stop)
 
     def _train(self, crew: Executor) -> None:
         with asked_to_stop() as self.pressed:
@@ -237,7 +237,7 @@ class Search:
 
     def _back_to_disk(self) -> None:
         """Trials that no worker has are as they were when last written down."""
-        there = load_state(self.folder, self.fingerprint, self.space.trial_options)
+        there = load_state(self.folder, self.fingerprint, self.factory.trial_options)
         held = {number for members in self.members.values() for number in members}
         for trial in there.trials if there else []:
             if trial.number not in held:
@@ -293,7 +293,7 @@ class Search:
             trial.step, trial.measure, trial.curve, numbers = 0, False, Curve(), {}
         if not numbers:
             names = list(trial.values)
-            self.watch.event(f"trial {trial.number} begins: {format.knobs(trial.values, names, between=', ')}")
+            self.watch.event(f"trial {trial.number} begins: {format.params(trial.values, names, between=', ')}")
         return numbers
 
     def _save(self, numbers: Mapping[int, TensorState]) -> None:
@@ -438,9 +438,9 @@ class Search:
         return len(self.originals)
 
     def _add(self, values: Mapping[str, Any], seed: int, repeats: int | None = None) -> Trial:
-        options = self.space.trial_options(values, seed)
+        options = self.factory.trial_options(values, seed)
         steps, _ = self.setup.steps(options)
-        made = self.space.plan(self.setup.config(options))
+        made = self.factory.plan(self.setup.config(options))
         trial = Trial(
             len(self.trials),
             dict(values),

@@ -105,13 +105,13 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Space:
-    """What varies (``knobs``) and what the space sets for all trials (``fixed``).
+    """What varies (``params``) and what the space sets for all trials (``fixed``).
 
-    A configuration is a mapping from the knobs' keys to numbers and labels, as ``suggest`` gives it and a study keeps
-    it; ``to_options`` says what it means.
+    A configuration maps the hyperparameters' keys to numbers and labels, as ``suggest`` gives it and a study keeps it;
+    ``to_options`` translates it into options of a training.
     """
 
-    knobs: dict[str, Categorical | Range]
+    params: dict[str, Categorical | Range]
     fixed: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -127,26 +127,26 @@ class Space:
         """
         if not isinstance(raw, Mapping) or not raw:
             raise ConfigError(f"space: must map keys such as lora.r to lists or ranges, found {raw!r}")
-        knobs: dict[str, Categorical | Range] = {}
+        params: dict[str, Categorical | Range] = {}
         fixed: dict[str, Any] = {}
         for key, value in raw.items():
             _check_varies(key)
             if isinstance(value, Mapping) and key not in _PATTERNS:
-                knobs[key] = found = read_range(f"space.{key}", value)
+                params[key] = found = read_range(f"space.{key}", value)
                 # 0 is the one number between two good ones that may be bad, as for alpha.
                 for number in (found.low, found.high, *((0,) if found.low < 0 < found.high else ())):
                     _check_value(key, number, base)
             elif isinstance(value, list | tuple):
                 choices = _choices(key, value, base)
                 if len(choices.values) > 1:
-                    knobs[key] = choices
+                    params[key] = choices
                 else:
                     fixed[key] = next(iter(choices.values.values()))
             else:
                 fixed[key] = _normal(key, value)
                 _check_value(key, fixed[key], base)
-        _check_together(knobs, fixed, base)
-        return cls(knobs, fixed)
+        _check_together(params, fixed, base)
+        return cls(params, fixed)
 
     @classmethod
     def default(cls, base: TrainConfig, preset: str = "standard") -> Space:
@@ -160,30 +160,30 @@ class Space:
     @property
     def size(self) -> int | None:
         """How many configurations there are; None where a range is continuous."""
-        sizes = [knob.size for knob in self.knobs.values()]
+        sizes = [param.size for param in self.params.values()]
         return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
     def suggest(self, trial: Trial) -> dict[str, Any]:
         """A configuration, as Optuna proposes it."""
-        return {key: knob.suggest(trial, key) for key, knob in self.knobs.items()}
+        return {key: param.suggest(trial, key) for key, param in self.params.items()}
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        return {key: knob.distribution() for key, knob in self.knobs.items()}
+        return {key: param.distribution() for key, param in self.params.items()}
 
     def grid(self) -> dict[str, list[Any]]:
-        """All values of every knob.
+        """All values of every hyperparameter.
 
         Raises:
             ConfigError: a range is continuous.
         """
-        return {key: knob.grid(key) for key, knob in self.knobs.items()}
+        return {key: param.grid(key) for key, param in self.params.items()}
 
     def order(self) -> dict[str, list[Any]]:
-        """The labels from low to high of knobs whose values are no numbers and have an order: multiples of the rank."""
+        """Labels from low to high of hyperparameters whose values are ordered but no numbers: multiples of the rank."""
         return {
-            key: list(knob.order)
-            for key, knob in self.knobs.items()
-            if isinstance(knob, Categorical) and any(isinstance(entry, str) for entry in knob.order)
+            key: list(param.order)
+            for key, param in self.params.items()
+            if isinstance(param, Categorical) and any(isinstance(entry, str) for entry in param.order)
         }
 
     def prior(self, count: int) -> list[dict[str, Any]]:
@@ -191,21 +191,21 @@ class Space:
 
         Always the same, all different; fewer than ``count`` where the space has no more.
         """
-        liked = {key: _liked(key, knob) for key, knob in self.knobs.items()}
-        ranges_first = sorted(self.knobs, key=lambda key: isinstance(self.knobs[key], Categorical))
-        steps = dict(zip(ranges_first, _steps(len(self.knobs))))
+        liked = {key: _liked(key, param) for key, param in self.params.items()}
+        ranges_first = sorted(self.params, key=lambda key: isinstance(self.params[key], Categorical))
+        steps = dict(zip(ranges_first, _steps(len(self.params))))
         found: dict[tuple[Any, ...], None] = {}
         for i in range(20 * count):
             if len(found) == count:
                 break
-            point = (knob.point(i * steps[key] % 1, liked[key]) for key, knob in self.knobs.items())
+            point = (param.point(i * steps[key] % 1, liked[key]) for key, param in self.params.items())
             found.setdefault(tuple(point))
         if self.size is not None:  # a small space may be used up before chance finds its last corners
             for corner in itertools.product(*self.grid().values()):
                 if len(found) == count:
                     break
                 found.setdefault(corner)
-        return [dict(zip(self.knobs, point)) for point in found]
+        return [dict(zip(self.params, point)) for point in found]
 
     def to_options(self, values: Mapping[str, Any], base: TrainConfig, model: nn.Module | None = None) -> TrainConfig:
         """The options of a configuration's training. ``model`` says which modules "q-v" and "attention" are.
@@ -215,8 +215,8 @@ class Space:
         """
         changes = dict(self.fixed)
         for key, value in values.items():
-            knob, plain = self.knobs.get(key), _normal(key, value)
-            changes[key] = knob.values.get(label(plain), plain) if isinstance(knob, Categorical) else plain
+            param, plain = self.params.get(key), _normal(key, value)
+            changes[key] = param.values.get(label(plain), plain) if isinstance(param, Categorical) else plain
         if ALPHA in changes:
             changes |= self._scale(changes[ALPHA], changes.get(RANK, base.lora.r))
         word = changes.get(TARGETS)
@@ -231,9 +231,9 @@ class Space:
             return {ALPHA: RSLORA_ALPHA, RSLORA: True}
         if isinstance(alpha, str):
             alpha = float(alpha[:-1] or 1) * r
-        knob = self.knobs.get(ALPHA)
+        param = self.params.get(ALPHA)
         # Where "rslora" is one of the choices, the others are plain LoRA whatever the base has.
-        plain = {RSLORA: False} if isinstance(knob, Categorical) and "rslora" in knob.values else {}
+        plain = {RSLORA: False} if isinstance(param, Categorical) and "rslora" in param.values else {}
         return {ALPHA: int(alpha) if alpha == int(alpha) else alpha, **plain}
 
     def check(self, model: nn.Module, base: TrainConfig) -> None:
@@ -244,26 +244,26 @@ class Space:
         """
         from loraloom.lora.targets import plan
 
-        structure = {key: knob for key, knob in self.knobs.items() if key in _STRUCTURE}
+        structure = {key: param for key, param in self.params.items() if key in _STRUCTURE}
         rest = {key: value for key, value in self.prior(1)[0].items() if key not in structure}
-        for combination in itertools.product(*(knob.grid(key) for key, knob in structure.items())):
+        for combination in itertools.product(*(param.grid(key) for key, param in structure.items())):
             values = dict(zip(structure, combination)) | rest
             try:
                 plan(model, self.to_options(values, base, model).lora)
             except ConfigError as error:
                 name = str(error).removeprefix("lora.")
                 key = f"lora.{name.partition(':')[0]}"
-                if key not in self.knobs and key not in self.fixed:
+                if key not in self.params and key not in self.fixed:
                     raise
                 hint = nearest(str(values[TARGETS]), SETS) if key == TARGETS and TARGETS in values else ""
                 raise type(error)(f"space.lora.{name}{hint}") from None
 
     def edges(self, values: Mapping[str, Any]) -> dict[str, str]:
-        """Key → "low" or "high" for knobs with an order whose value lies at an end that could lie further out."""
+        """Key → "low" or "high" for ordered hyperparameters whose value lies at an end that could lie further out."""
         found = {}
         for key, value in values.items():
-            knob = self.knobs.get(key)
-            side = knob.edge(value) if knob else None
+            param = self.params.get(key)
+            side = param.edge(value) if param else None
             least = 1 if key in (RANK, "train.batch_size", "train.gradient_accumulation_steps") else 0
             if side and not (side == "low" and value == least):
                 found[key] = side
@@ -271,13 +271,13 @@ class Space:
 
     def describe(self) -> list[str]:
         """A line for each key."""
-        return [f"{key}: {knob}" for key, knob in self.knobs.items()] + [
+        return [f"{key}: {param}" for key, param in self.params.items()] + [
             f"{key}: {label(value)} in all trials" for key, value in self.fixed.items()
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values that ``parse`` reads as this space."""
-        return {key: knob.raw() for key, knob in self.knobs.items()} | {key: [v] for key, v in self.fixed.items()}
+        return {key: param.raw() for key, param in self.params.items()} | {key: [v] for key, v in self.fixed.items()}
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
@@ -347,10 +347,10 @@ def _check_value(key: str, value: Any, base: TrainConfig) -> None:
         raise ConfigError(f"space.{error}") from None
 
 
-def _check_together(knobs: Mapping[str, Categorical | Range], fixed: Mapping[str, Any], base: TrainConfig) -> None:
-    if not knobs:
+def _check_together(params: Mapping[str, Categorical | Range], fixed: Mapping[str, Any], base: TrainConfig) -> None:
+    if not params:
         raise ConfigError("space: nothing varies; give a key two choices or a range")
-    given = {**knobs, **fixed}
+    given = {**params, **fixed}
     alpha = given.get(ALPHA)
     if RSLORA in given and (alpha == "rslora" or (isinstance(alpha, Categorical) and "rslora" in alpha.values)):
         raise ConfigError(f"space.{RSLORA}: contradicts the choice rslora of {ALPHA}; keep one of the two")
@@ -361,15 +361,15 @@ def _check_together(knobs: Mapping[str, Categorical | Range], fixed: Mapping[str
 # -- what is known ----------------------------------------------------------------------------------------------------
 
 
-def _liked(key: str, knob: Categorical | Range) -> list[Any]:
-    """Labels of ``knob``, best known first; for a range the one best number, if one is known."""
+def _liked(key: str, param: Categorical | Range) -> list[Any]:
+    """Labels of ``param``, best known first; for a range the one best number, if one is known."""
     known = _KNOWN.get(key)
-    if isinstance(knob, Range):
+    if isinstance(param, Range):
         return [] if known is None or isinstance(known, list) else [known]
-    labels = list(knob.values)
+    labels = list(param.values)
     if isinstance(known, list):
         return sorted(labels, key=lambda name: known.index(name) if name in known else len(known))
-    if known is None or not knob.order:
+    if known is None or not param.order:
         return labels
     # Ranks and rates are near by their ratio; the added constant lets a dropout of 0 have one.
     return sorted(labels, key=lambda name: abs(math.log((name + 1e-2) / (known + 1e-2))))

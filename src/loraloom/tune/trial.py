@@ -17,7 +17,7 @@ State = Literal["waiting", "running", "finished", "stopped", "failed"]
 class Trial:
     """A configuration with one seed.
 
-    ``values`` are the knobs as they were proposed, such as ``{"lora.r": 8, "lora.lora_alpha": "2r",
+    ``values`` are the hyperparameters as they were proposed, such as ``{"lora.r": 8, "lora.lora_alpha": "2r",
     "train.learning_rate": 1e-3}``; ``options`` are all options of its training, which follow from them.
     """
 

@@ -38,7 +38,7 @@ from loraloom.tune.trial import Trial
 
 #: PED-ANOVA asks what the best trials have in common; Optuna's documentation wants at least five of them.
 IMPORTANCE_BEST = 5
-#: Of so many shuffles of the scores, at most so many may give a knob that mattered as much: one chance in twenty.
+#: Of this many shuffles of the scores, at most so many may give a hyperparameter the same importance: one in twenty.
 SHUFFLES, SHUFFLES_ABOVE = 39, 1
 #: More distinct numbers than these are a range, not a list.
 LISTED = 6
@@ -59,13 +59,13 @@ class Verdict:
     tie: bool
     #: configurations that no other beats in both the metric and the adapter's parameters, smallest first
     pareto: list[int]
-    #: knob → share of 1, largest first; empty with ``importance_reason``
+    #: hyperparameter → share of 1, largest first; empty with ``importance_reason``
     importance: dict[str, float]
     advice: list[Advice]
     why: str = ""
     notes: list[str] = field(default_factory=list)
     importance_reason: str = ""
-    #: knobs whose importance is more than chance would give
+    #: hyperparameters whose importance is more than chance would give
     mattered: list[str] = field(default_factory=list)
     #: all configurations, best first
     ranking: list[int] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Verdict:
     trials: Sequence[Trial] = ()
 
     @property
-    def knobs(self) -> list[str]:
+    def params(self) -> list[str]:
         """Those that were searched over."""
         return varying(self.trials) or list(self.best.values)
 
@@ -120,10 +120,10 @@ def verdict(
     """Judge ``trials`` by ``metric`` on the held-out rows.
 
     Args:
-        edges: a configuration's values → knob → "low" or "high" for those at an edge of the space that could lie
-            further out.
-        distributions: knob → Optuna's distribution that its values were drawn from; by default what they look like.
-        order: knob → its values from low to high, for knobs whose values are not numbers but have an order.
+        edges: a configuration's values → hyperparameter → "low" or "high" for those at an edge of the space that could
+            lie further out.
+        distributions: hyperparameter → Optuna's distribution that its values were drawn from; guessed by default.
+        order: hyperparameter → its values from low to high, for those whose values are ordered but no numbers.
         bar: what a configuration has to beat to be recommended; without it any may be.
         lost: configurations whose adapters are missing or damaged: others are recommended in their place.
 
@@ -253,21 +253,24 @@ def pareto(points: Mapping[int, tuple[int, float]]) -> list[int]:
 def importances(
     trials: Iterable[Trial], comparison: Comparison, distributions: Mapping[str, Any]
 ) -> tuple[dict[str, float], list[str], str]:
-    """Knob → its share in what sets the best trials apart (PED-ANOVA, Watanabe et al. 2023); or why there is none.
+    """Hyperparameter → its share in what the best trials have in common (PED-ANOVA, Watanabe et al. 2023); or why none.
 
-    Shares always sum to 1, so that of few trials some knob gets a large one by chance. The second part of the answer
-    are the knobs whose importance is greater than nearly all of those that the same trials give with their scores
-    shuffled.
+    Shares always sum to 1, so with few trials some hyperparameter gets a large one by chance. The second part of the
+    answer are those whose importance is greater than nearly all that the same trials give with shuffled scores.
     """
     compared = [trial for trial in trials if trial.number in comparison.values]
     names = varying(compared)
     if len(compared) < COMPARED:
-        few = f"{len(compared)} trials can be compared; {COMPARED} are needed to say which knob mattered"
+        few = f"{len(compared)} trials can be compared; {COMPARED} are needed to say which hyperparameter mattered"
         return {}, [], few
     if comparison.steps < FEW_STEPS:
-        return {}, [], f"{comparison.steps} steps are too few to say which knob mattered; {FEW_STEPS} are needed"
+        return (
+            {},
+            [],
+            f"{comparison.steps} steps are too few to say which hyperparameter mattered; {FEW_STEPS} are needed",
+        )
     if not names:
-        return {}, [], "no knob had more than one value"
+        return {}, [], "no hyperparameter had more than one value"
     goods = [comparison.good(trial.number) for trial in compared]
     if len(set(goods)) == 1:
         return {}, [], f"all trials have the same {comparison.metric}"

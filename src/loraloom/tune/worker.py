@@ -74,7 +74,7 @@ class Report:
     out_of_memory: bool = False
 
 
-class Space:
+class TrialFactory:
     """What trials are on one model, without its weights: their options, sizes and steps."""
 
     def __init__(self, options: TuneConfig, setup: Setup) -> None:
@@ -89,29 +89,29 @@ class Space:
 
     def largest(self) -> list[LoraConfig]:
         """The adapters of every set of targets in the space, of the greatest rank."""
-        knobs, values = self.options.space.knobs, self.options.space.prior(1)[0]
-        if RANK in knobs:
-            ranks = knobs[RANK]
+        params, values = self.options.space.params, self.options.space.prior(1)[0]
+        if RANK in params:
+            ranks = params[RANK]
             values |= {RANK: ranks.high if isinstance(ranks, Range) else max(ranks.grid(RANK))}
-        sets: list[Any] = knobs[TARGETS].grid(TARGETS) if TARGETS in knobs else [None]
+        sets: list[Any] = params[TARGETS].grid(TARGETS) if TARGETS in params else [None]
         chosen = [values if one is None else values | {TARGETS: one} for one in sets]
         return [self.setup.config(self.trial_options(one, self.options.train.seed)) for one in chosen]
 
     def widest(self) -> Setup:
         """Rows and model, with as many rows in a forward as any trial may have."""
-        knob = self.options.space.knobs.get(BATCH)
+        param = self.options.space.params.get(BATCH)
         fixed = self.options.space.fixed.get(BATCH, self.options.train.batch_size)
-        most = fixed if knob is None else knob.high if isinstance(knob, Range) else max(knob.grid(BATCH))
+        most = fixed if param is None else param.high if isinstance(param, Range) else max(param.grid(BATCH))
         return replace(self.setup, options=replace(self.setup.options, batch_size=int(most)))
 
 
 class Worker:
     """A pack on the frozen model of ``setup``."""
 
-    def __init__(self, options: TuneConfig, setup: Setup, space: Space) -> None:
-        self.options, self.setup, self.space = options, setup, space
+    def __init__(self, options: TuneConfig, setup: Setup, factory: TrialFactory) -> None:
+        self.options, self.setup, self.factory = options, setup, factory
         self.model = PeftModel(setup.base)
-        span = {(target.name, target.kind) for one in space.largest() for target in space.plan(one).targets}
+        span = {(target.name, target.kind) for one in factory.largest() for target in factory.plan(one).targets}
         modules = sorted(name for name, kind in span if kind != LoraParameter.kind)
         parameters = sorted(name for name, kind in span if kind == LoraParameter.kind)
         config = LoraConfig(r=1, target_modules=modules, target_parameters=parameters, task_type=setup.task)

@@ -34,12 +34,12 @@ class DiagnosticInputs:
     edges: Mapping[str, str]
     order: Mapping[str, Sequence[Any]]
 
-    def place(self, trial: Trial, knob: str) -> float | None:
-        """Where a trial's value lies among the others, low to high; None where the knob has no order."""
-        value = trial.values.get(knob)
+    def place(self, trial: Trial, param: str) -> float | None:
+        """Where a trial's value lies among the others, low to high; None where the hyperparameter has no order."""
+        value = trial.values.get(param)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
-        labels = [same(item) for item in self.order.get(knob, ())]
+        labels = [same(item) for item in self.order.get(param, ())]
         return float(labels.index(same(value))) if same(value) in labels else None
 
     @property

@@ -1,4 +1,4 @@
-"""What the trials together say about the space: its edges, its failures, and knobs that made no difference.
+"""What the trials together say about the space: its edges, its failures, and hyperparameters that made no difference.
 
 Every function looks at one symptom and answers None when its figures do not support a word.
 """
@@ -22,8 +22,8 @@ TREND = 0.75
 TREND_TRIALS = 3
 #: A rate is too high when at least this share of the trials at or above it failed.
 FAILED = 2 / 3
-#: A knob did not matter below this share of the importance, where chance gives as much, and no value's trials beat
-#: another's in more than this share of pairs.
+#: A hyperparameter did not matter below this share of the importance, if chance gives as much, and no value's trials
+#: beat another's in more than this share of pairs.
 IDLE = 0.1
 IDLE_PAIRS = 0.7
 #: and so many trials were compared.
@@ -54,42 +54,42 @@ def edge(evidence: DiagnosticInputs) -> Iterator[Advice]:
     """The best lies at an edge of the space, and trials nearer that edge did better."""
     if evidence.comparison.steps < FEW_STEPS:
         return
-    for knob, side in evidence.edges.items():
-        at = evidence.place(evidence.best, knob)
-        # A trend of a knob that hardly counts is borrowed from others that happened to vary with it.
-        borrowed = evidence.importance.get(knob, 1.0) < IDLE and knob not in evidence.mattered
+    for param, side in evidence.edges.items():
+        at = evidence.place(evidence.best, param)
+        # A trend of a hyperparameter that hardly counts is borrowed from others that happened to vary with it.
+        borrowed = evidence.importance.get(param, 1.0) < IDLE and param not in evidence.mattered
         if at is None or borrowed:
             continue
-        lower, upper = _halves(evidence, knob)
+        lower, upper = _halves(evidence, param)
         if min(len(lower), len(upper)) < TREND_TRIALS:
             continue
         near, far = (upper, lower) if side == "high" else (lower, upper)
         share = _beats([evidence.comparison.good(n) for n in near], [evidence.comparison.good(n) for n in far])
-        if share < TREND or _failed_beyond(evidence, knob, at, side):
+        if share < TREND or _failed_beyond(evidence, param, at, side):
             continue
         values = evidence.comparison.values
         means = {"near": median(values[n] for n in near), "far": median(values[n] for n in far)}
         words = ("upper", "lower") if side == "high" else ("lower", "upper")
         yield Advice(
             "edge",
-            f"the best {label(knob)}, {shown(evidence.best.values[knob])}, is at the {words[0]} edge of the space: "
+            f"the best {label(param)}, {shown(evidence.best.values[param])}, is at the {words[0]} edge of the space: "
             f"widen it there. The {words[0]} half of the trials has a median {evidence.comparison.metric} of "
             f"{means['near']:.3g}{evidence.when}, the {words[1]} half {means['far']:.3g}",
-            {"knob": knob, "side": side, "value": evidence.best.values[knob], **means, "pairs": share},
+            {"knob": param, "side": side, "value": evidence.best.values[param], **means, "pairs": share},
         )
 
 
-def _failed_beyond(evidence: DiagnosticInputs, knob: str, at: float, side: str) -> bool:
-    places = [evidence.place(trial, knob) for trial in evidence.trials if trial.state == "failed"]
+def _failed_beyond(evidence: DiagnosticInputs, param: str, at: float, side: str) -> bool:
+    places = [evidence.place(trial, param) for trial in evidence.trials if trial.state == "failed"]
     return any(place is not None and (place >= at if side == "high" else place <= at) for place in places)
 
 
-def _halves(evidence: DiagnosticInputs, knob: str) -> tuple[list[int], list[int]]:
-    """Trials with low and with high values of ``knob``; equal values stay together."""
+def _halves(evidence: DiagnosticInputs, param: str) -> tuple[list[int], list[int]]:
+    """Trials with low and with high values of ``param``; equal values stay together."""
     places = {
         trial.number: place
         for trial in evidence.trials
-        if trial.number in evidence.comparison.values and (place := evidence.place(trial, knob)) is not None
+        if trial.number in evidence.comparison.values and (place := evidence.place(trial, param)) is not None
     }
     ordered = sorted(places.values())
     if not ordered or ordered[0] == ordered[-1]:
@@ -110,46 +110,46 @@ def idle(evidence: DiagnosticInputs) -> Iterator[Advice]:
     compared = [trial for trial in evidence.trials if trial.number in evidence.comparison.values]
     if len(compared) < IDLE_TRIALS or evidence.comparison.steps < FEW_STEPS:
         return
-    for knob in varying(compared):
-        share = evidence.importance.get(knob, 1.0)
-        groups = _groups(evidence, compared, knob)
-        if share >= IDLE or knob in evidence.mattered or len(groups) < 2 or min(map(len, groups)) < TREND_TRIALS:
+    for param in varying(compared):
+        share = evidence.importance.get(param, 1.0)
+        groups = _groups(evidence, compared, param)
+        if share >= IDLE or param in evidence.mattered or len(groups) < 2 or min(map(len, groups)) < TREND_TRIALS:
             continue
         goods = [[evidence.comparison.good(trial.number) for trial in group] for group in groups]
         if max(_beats(one, other) for one in goods for other in goods if one is not other) > IDLE_PAIRS:
             continue
         medians = [median(evidence.comparison.values[trial.number] for trial in group) for group in groups]
-        value = _cheapest(compared, evidence.best, knob)
+        value = _cheapest(compared, evidence.best, param)
         yield Advice(
             "idle",
-            f"{label(knob)} made no difference ({share:.0%} of the importance, median {evidence.comparison.metric} "
+            f"{label(param)} made no difference ({share:.0%} of the importance, median {evidence.comparison.metric} "
             f"{min(medians):.3g} to {max(medians):.3g}{evidence.when}): fix it at "
             f"{shown(value)} and spend the trials elsewhere",
-            {"knob": knob, "share": share, "lowest": min(medians), "highest": max(medians), "value": value},
+            {"knob": param, "share": share, "lowest": min(medians), "highest": max(medians), "value": value},
         )
 
 
-def _groups(evidence: DiagnosticInputs, trials: Sequence[Trial], knob: str) -> list[list[Trial]]:
+def _groups(evidence: DiagnosticInputs, trials: Sequence[Trial], param: str) -> list[list[Trial]]:
     """Trials by their value; by halves where nearly each has a value of its own."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
-        if knob in trial.values:
-            groups.setdefault(same(trial.values[knob]), []).append(trial)
+        if param in trial.values:
+            groups.setdefault(same(trial.values[param]), []).append(trial)
     if min(map(len, groups.values())) >= TREND_TRIALS:
         return list(groups.values())
     by_number = {trial.number: trial for trial in trials}
-    return [[by_number[n] for n in half] for half in _halves(evidence, knob) if half]
+    return [[by_number[n] for n in half] for half in _halves(evidence, param) if half]
 
 
-def _cheapest(trials: Sequence[Trial], best: Trial, knob: str) -> Any:
+def _cheapest(trials: Sequence[Trial], best: Trial, param: str) -> Any:
     """The value with the fewest parameters, or the least to compute; the best's own where all cost the same."""
-    values = {same(trial.values[knob]): trial.values[knob] for trial in trials if knob in trial.values}
-    if knob.endswith((".r", "lora_dropout")):
+    values = {same(trial.values[param]): trial.values[param] for trial in trials if param in trial.values}
+    if param.endswith((".r", "lora_dropout")):
         return min(values.values())
-    if not knob.endswith(("target_modules", "modules_to_save")):
-        return best.values[knob]
+    if not param.endswith(("target_modules", "modules_to_save")):
+        return best.values[param]
     sizes: dict[str, list[float]] = {text: [] for text in values}
     for trial in trials:
-        if knob in trial.values:
-            sizes[same(trial.values[knob])].append(trial.parameters / trial.options.lora.r)
+        if param in trial.values:
+            sizes[same(trial.values[param])].append(trial.parameters / trial.options.lora.r)
     return values[min(sizes, key=lambda text: (median(sizes[text]), text))]
