@@ -60,11 +60,13 @@ _FIELDS = {key: name for name, key in (*KEYS.items(), *LORA_KEYS.items())}
 _SECTIONS = ("model", "data", "lora", "train", "eval", "tune")
 _NEEDED = ("model", "data", "task", "output")
 #: What people write from habit.
-_HABITS = {
+HABITS = {
     "lr": "train.learning_rate",
     "validation": "data.validation",
     "alpha": "lora.lora_alpha",
     "rank": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_r": "lora.r",
     "dropout": "lora.lora_dropout",
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
@@ -244,7 +246,7 @@ def check_key(key: str, place: str = "") -> None:
 
 
 def _hint(section: str, name: str) -> str:
-    home = KEYS.get(name) or LORA_KEYS.get(name) or _HABITS.get(name)
+    home = KEYS.get(name) or LORA_KEYS.get(name) or HABITS.get(name)
     if home:
         return f"; did you mean {home!r}?"
     mates = [key for key in _FIELDS if key.rpartition(".")[0] == section]

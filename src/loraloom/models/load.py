@@ -16,6 +16,7 @@ from loraloom.config.names import task_option
 from loraloom.errors import ConfigError, ModelError, some
 from loraloom.files import network
 from loraloom.models.configs import ask, field, has_decoder_and_encoder, set_token, token, tokens_at_most
+from loraloom.models.given import find
 from loraloom.models.labels import SHOWN, in_order, known_labels
 from loraloom.models.parts import auto_class, one_way, reads, reads_both_ways, why_none
 
@@ -39,14 +40,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     Raises:
         ModelError: no such folder, no tokenizer in it, or one that cannot be used.
     """
-    from transformers import AutoTokenizer
-
-    _check_folder(name, revision)
-    try:
-        with network.looking(name):
-            tokenizer = AutoTokenizer.from_pretrained(name, **_revision(revision))
-    except Exception as error:
-        raise ModelError(f"{_where(name)}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+    tokenizer = given.tokenizer if (given := find(name)) else _read_tokenizer(name, revision)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         # What transformers makes up for a folder without a tokenizer: every text would be unknown tokens.
         raise ModelError(f"{name}: holds no tokenizer, only special tokens; copy tokenizer.json into it")
@@ -58,6 +52,17 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def _read_tokenizer(name: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    _check_folder(name, revision)
+    try:
+        with network.looking(name):
+            return AutoTokenizer.from_pretrained(name, **_revision(revision))
+    except Exception as error:
+        raise ModelError(f"{_where(name)}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+
+
 def load_config(name: str, revision: str | None = None) -> Any:
     """The config of a folder or name.
 
@@ -66,6 +71,8 @@ def load_config(name: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
+    if given := find(name):
+        return given.model.config
     _check_folder(name, revision)
     try:
         with network.looking(name):
@@ -118,6 +125,10 @@ def load_base(
     """
     from transformers.utils import logging
 
+    if given := find(name):
+        _check_direction(name, given.model.config, task)
+        given.check(AUTO[task], _head(task, labels, problem_type).get("num_labels"))
+        return given.model, []
     _check_folder(name, revision)
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
@@ -308,6 +319,8 @@ def build_empty(
     """The model without its weights (on the meta device), for planning: needs the folder's config alone."""
     from transformers.utils import logging
 
+    if given := find(name):
+        return given.empty()
     config = load_config(name, revision)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

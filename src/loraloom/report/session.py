@@ -34,7 +34,12 @@ from loraloom.tune.search import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult
 
 
 def train_run(
-    options: TrainConfig, console: Console | None = None, *, resume: Resume = None, dry_run: bool = False
+    options: TrainConfig,
+    console: Console | None = None,
+    *,
+    resume: Resume = None,
+    dry_run: bool = False,
+    on_step: Callable[[Progress], None] | None = None,
 ) -> RunResult | None:
     """Train as ``options`` say, and tell ``console`` (by default the terminal) about it.
 
@@ -45,6 +50,7 @@ def train_run(
         resume: True to go on from the newest checkpoint, or the path of one: see ``train.run.run``.
         dry_run: do everything but train: None comes back, and nothing is written but the file of bad rows, if they
             are skipped.
+        on_step: called after each step.
 
     Raises:
         LoraloomError: as ``prepare`` and ``run``. What training reached is saved whenever it took a step.
@@ -69,6 +75,8 @@ def train_run(
             def watch(progress: Progress) -> None:
                 meter(progress)
                 tell(progress)
+                if on_step is not None:
+                    on_step(progress)
 
             result = run(job, watch, resume, log)
     except Interrupted as error:

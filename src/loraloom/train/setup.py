@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from loraloom.lora.matching import matches_name
 from loraloom.lora.model import PeftModel
 from loraloom.lora.targets import Plan
 from loraloom.models.configs import tokens_at_most
+from loraloom.models.given import hash_of_weights
 from loraloom.models.labels import SHOWN, as_the_model
 from loraloom.models.load import build_empty, length_within, load_base, load_config, load_tokenizer
 from loraloom.models.parts import text_only
@@ -37,9 +37,6 @@ from loraloom.tasks.metrics.registry import Metrics, choose
 from loraloom.train import early_stopping
 from loraloom.train.dataset import Data, encode_run_rows, read_run_rows, silent, with_date
 from loraloom.train.dataset import HeldOut as EvaluationRows
-
-#: Numbers of each tensor that are looked at to tell models apart.
-SAMPLE = 256
 
 
 @dataclass
@@ -207,17 +204,6 @@ class _Records(Sequence[tuple[Row, Record]]):
         if isinstance(number, slice):
             return [self[one] for one in range(len(self))[number]]
         return self._rows[number], self._rows.record(number)
-
-
-def hash_of_weights(model: nn.Module) -> str:
-    """Of the shapes of all tensors and of some numbers of each: another model is noticed, in no time."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].cpu()
-        found.update(some.contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def load(

@@ -170,6 +170,11 @@ class TuneConfig:
         except ConfigError as error:
             found.fail(error, "tune")
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """The keys of the section ``tune``, ``preset`` aside."""
+        return [spec.name for spec in fields(cls) if spec.name != "train"]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         plain = {spec.name: getattr(self, spec.name) for spec in fields(self)}
@@ -201,7 +206,7 @@ def check_unread(found: runfile.RunFile) -> None:
 
 
 def _check_names(tune: Mapping[str, Any]) -> None:
-    known = ["preset", *(spec.name for spec in fields(TuneConfig) if spec.name != "train")]
+    known = ["preset", *TuneConfig.names()]
     for name in tune:
         if name not in known:
             hint = nearest(name, known) or f"; the keys here are {', '.join(known)}"

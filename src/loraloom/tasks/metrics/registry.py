@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from loraloom.config import objects
 from loraloom.config.lora import TaskType
 from loraloom.config.names import task_option
 from loraloom.errors import ConfigError, nearest
@@ -146,7 +147,8 @@ class OwnMetric:
 
     @property
     def name(self) -> str:
-        return self.spec.partition(":")[2]
+        found = self.spec.partition(":")[2]
+        return found.rpartition("-")[0] if self.spec.startswith(objects.GIVEN) else found
 
     def __call__(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
         """
@@ -190,6 +192,8 @@ def own_metric(spec: str) -> OwnMetric:
     Raises:
         ConfigError: there is no such module or function, or the module cannot be imported.
     """
+    if (given := objects.find(spec)) is not None:
+        return OwnMetric(spec, given)
     module_name, _, name = spec.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), name]):
         raise ConfigError(f"metrics: {spec!r} must have the form package.module:function")

@@ -1,0 +1,253 @@
+"""``loraloom.train`` and ``loraloom.tune``: all that the commands do, as functions of a program.
+
+Keywords are the names of the command's options, which are the last parts of a run file's keys. The model, rows and
+functions may be given as objects. Progress shows in a terminal or a notebook; ``quiet=True`` shows nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from loraloom.config import objects, runfile
+from loraloom.data.read.given import is_rows, write_rows
+from loraloom.errors import ConfigError, InputError, nearest
+from loraloom.models.given import hold_model
+from loraloom.report.session import train_run, tune_run
+from loraloom.report.tune import conclusion
+from loraloom.tune.config import TuneConfig
+from loraloom.tune.search import BEST_NAME, SearchResult
+
+if TYPE_CHECKING:
+    from loraloom.engine.loop import Progress
+    from loraloom.lora.model import PeftModel
+    from loraloom.train.run import RunResult
+
+#: The folder below the output in which rows are kept that were given as objects.
+ROWS = "rows"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that came to its end."""
+
+    #: the adapter's folder: PEFT's format, ``run.json``, ``run.yaml``
+    adapter: Path
+    #: the model with the adapter, as it was trained
+    model: PeftModel
+    #: what ``run.json`` holds
+    record: dict[str, Any] = field(repr=False)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The adapter's figures on the held-out rows, the loss among them."""
+        found: dict[str, float] = self.record["result"]
+        return found
+
+    @property
+    def curve(self) -> dict[str, list[Any]]:
+        """``loss`` and ``learning_rate`` of each step, and ``evaluations``, each with its ``step``."""
+        found: dict[str, list[Any]] = self.record["curve"]
+        return found
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search that came to its end."""
+
+    #: its folder: ``best/``, ``best.yaml``, ``result.json``, two pictures
+    folder: Path
+    #: what ``result.json`` holds
+    record: dict[str, Any] = field(repr=False)
+    #: what to use and why, and what to try next, in words
+    recommendation: str = field(repr=False)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The recommended configuration by the keys of a run file; None where nothing was learned."""
+        return None if self.record["best"] is None else dict(self.record["best"]["config"])
+
+    @property
+    def adapter(self) -> Path | None:
+        """The recommended configuration's adapter; None where nothing was learned."""
+        return None if self.record["best"] is None else self.folder / BEST_NAME
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """The trials in the order of their numbers: their values, metric, noise, steps, parameters, state."""
+        kept = ("number", "metric", "noise", "steps", "of_steps", "parameters", "seconds", "state", "seed", "repeats")
+        return [{**trial["config"], **{key: trial[key] for key in kept}} for trial in self.record["trials"]]
+
+
+def train(
+    model: Any = None,
+    data: Any = None,
+    *,
+    config: str | Path | None = None,
+    tokenizer: Any = None,
+    resume: bool | str | Path | None = None,
+    quiet: bool = False,
+    on_step: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> Run:
+    """Train one adapter, as ``loraloom train`` does.
+
+    Args:
+        model: a folder, a hub name, or a loaded model. A loaded one keeps its dtype, and gets the adapter.
+        data: a file, a folder, a hub name, a list of these; or rows: a list of dicts, a pandas ``DataFrame``, a
+            ``datasets.Dataset``. Rows are kept below the output folder, so that ``run.yaml`` gives the same run again.
+        config: a run file, over which the other arguments win.
+        tokenizer: of a loaded ``model``.
+        resume: True for the newest checkpoint of the output folder, or the path of one.
+        on_step: called after each step.
+        options: any option of ``loraloom train``: ``task``, ``output``, ``r``, ``epochs``, ``learning_rate`` ... The
+            held-out rows (``eval_split``, or ``validation``) may be rows too, and ``metrics`` may hold functions.
+
+    Raises:
+        InputError: what was given is wrong; nothing was trained.
+        TrainingError: the training failed; what it reached is saved.
+    """
+    with _given(config, model, data, tokenizer, options) as given:
+        found = runfile.read(config, (), given)
+        result = train_run(found.options, _console(quiet), resume=_path(resume), on_step=on_step)
+    assert result is not None  # only a dry run has none
+    return _run(result, found.options.output)
+
+
+def tune(
+    model: Any = None,
+    data: Any = None,
+    *,
+    config: str | Path | None = None,
+    tokenizer: Any = None,
+    quiet: bool = False,
+    **options: Any,
+) -> Search:
+    """Search for the configuration to use, as ``loraloom tune`` does; the same call resumes a search that was stopped.
+
+    Args:
+        model, data, config, tokenizer: as of ``train``.
+        options: any option of ``loraloom tune`` or ``loraloom train``: ``task``, ``output``, ``trials``, ``preset``,
+            ``space`` (keys of a run file and what they may be) ...
+
+    Raises:
+        InputError: what was given is wrong; nothing was trained.
+        TrainingError: no trial came to a figure.
+    """
+    with _given(config, model, data, tokenizer, options, searching=True) as given:
+        result = tune_run(TuneConfig.read(config, (), given), _console(quiet))
+    return Search(result.folder, result.record, _recommendation(result))
+
+
+def _run(result: RunResult, output: str) -> Run:
+    return Run(Path(output), result.model, result.record)
+
+
+def _recommendation(result: SearchResult) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(conclusion(result.verdict))
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().strip().splitlines())
+
+
+def _console(quiet: bool) -> Console | None:
+    return Console(quiet=True) if quiet else None
+
+
+def _path(resume: bool | str | Path | None) -> bool | str | None:
+    return str(resume) if isinstance(resume, Path) else resume
+
+
+# -- what was given, by the keys of a run file ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _given(
+    config: str | Path | None,
+    model: Any,
+    data: Any,
+    tokenizer: Any,
+    options: Mapping[str, Any],
+    *,
+    searching: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Keys and values; objects among them have names, under which they are held meanwhile."""
+    given = {_key(name, searching): value for name, value in options.items()}
+    given |= {key: value for key, value in (("model.name", model), ("data.train", data)) if value is not None}
+    with contextlib.ExitStack() as stack:
+        _name_model(given, tokenizer, stack)
+        _name_functions(given, stack)
+        written = _write_rows(given, config)
+        try:
+            yield given
+        except InputError:
+            _remove(written)  # nothing was trained on them
+            raise
+
+
+def _key(name: str, searching: bool) -> str:
+    """The key of a run file that a keyword sets.
+
+    Raises:
+        ConfigError: there is no such keyword; names the nearest one.
+    """
+    known = {**runfile.KEYS, **runfile.LORA_KEYS, "validation": "data.validation"}
+    if searching:
+        known |= {one: f"tune.{one}" for one in ("preset", *TuneConfig.names())}
+    if name not in known:
+        home = runfile.HABITS.get(name, "").rpartition(".")[2]
+        close = f"; did you mean {home!r}?" if home else nearest(name, known)
+        command = "tune" if searching else "train"
+        raise ConfigError(f"{name}: there is no such option{close or f'; see loraloom {command} --help'}")
+    return known[name]
+
+
+def _name_model(given: dict[str, Any], tokenizer: Any, stack: contextlib.ExitStack) -> None:
+    model = given.get("model.name")
+    if model is None or isinstance(model, str | Path):
+        if tokenizer is not None:
+            raise ConfigError("tokenizer: belongs to a loaded model; with a model's name its own tokenizer is used")
+        return
+    given["model.name"] = stack.enter_context(hold_model(model, tokenizer))
+    given.setdefault("model.dtype", str(next(model.parameters()).dtype).removeprefix("torch."))
+
+
+def _name_functions(given: dict[str, Any], stack: contextlib.ExitStack) -> None:
+    metrics = given.get("eval.metrics")
+    if callable(metrics) or (isinstance(metrics, Sequence) and not isinstance(metrics, str)):
+        listed = [metrics] if callable(metrics) else metrics
+        names = [objects.name_of(one) if callable(one) else one for one in listed]
+        stack.enter_context(objects.held(dict(zip(names, listed, strict=True))))
+        given["eval.metrics"] = names
+
+
+def _write_rows(given: dict[str, Any], config: str | Path | None) -> list[Path]:
+    """Rows that were given as objects, in files; the keys then hold their paths."""
+    output = given.get("output")
+    written = []
+    for key, name in (("data.train", "data"), ("data.validation", "validation")):
+        if not is_rows(given.get(key)):
+            continue
+        output = output or (runfile.read(config, (), {**given, key: "rows.jsonl"}).options.output if config else None)
+        if not isinstance(output, str | Path):
+            raise ConfigError(
+                f"output: must be a path, found {output!r}; rows that are given as objects are kept there"
+            )
+        path, new = write_rows(name, given[key], Path(output) / ROWS)
+        given[key] = str(path)
+        written += [path] if new else []
+    return written
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            path.parent.rmdir()
+            path.parent.parent.rmdir()

@@ -1,0 +1,142 @@
+"""Promises of ``loraloom.train`` and ``loraloom.tune``: what the commands do, from a program, with its own objects."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from loraloom.api import train, tune
+from loraloom.errors import ConfigError, DataError, ModelError
+
+SHORT: dict[str, Any] = {"task": "seq-cls", "max_steps": 2, "quiet": True}
+
+
+@pytest.fixture
+def rows(reviews: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in reviews.read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+
+
+def test_rows_of_every_kind_train_to_the_bytes_that_their_file_trains_to(
+    encoder_folder: Path, reviews: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    kinds = {
+        "file": reviews,
+        "dicts": rows,
+        "pandas": pandas.DataFrame(rows),
+        "datasets": datasets.Dataset.from_list(rows),
+    }
+    found = {kind: train(encoder_folder, data, output=tmp_path / kind, **SHORT) for kind, data in kinds.items()}
+    assert len({tuple(sorted(weights(run.adapter).items())) for run in found.values()}) == 1
+    run = found["dicts"]
+    assert run.metrics.keys() >= {"loss", "accuracy"}
+    assert len(run.curve["loss"]) == 2
+    assert run.record == json.loads((run.adapter / "run.json").read_text()) | {"files": run.record["files"]}
+
+
+def test_a_run_from_objects_can_be_repeated_from_its_run_file(
+    encoder_folder: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    first = train(encoder_folder, rows, output=tmp_path / "first", **SHORT)
+    again = train(config=first.adapter / "run.yaml", output=tmp_path / "again", quiet=True)
+    assert weights(first.adapter) == weights(again.adapter)
+
+
+def test_a_loaded_model_trains_as_its_folder_does_and_keeps_its_own_dtype(
+    encoder_folder: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(encoder_folder, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
+    run = train(model, rows, tokenizer=tokenizer, output=tmp_path / "run", **SHORT)
+    assert run.model.get_base_model() is model
+    assert "dtype: float32" in (run.adapter / "run.yaml").read_text()
+    assert run.record["options"]["model"].startswith("given:BertForSequenceClassification-")
+    with pytest.raises(ModelError, match="given as an object by a program, and can be used from that program alone"):
+        train(config=run.adapter / "run.yaml", output=tmp_path / "again", quiet=True)
+
+
+def share(predictions: list[Any], references: list[Any]) -> float:
+    return sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)
+
+
+def test_functions_are_metrics_by_name_or_by_their_source(
+    encoder_folder: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    def right(predictions: list[Any], references: list[Any]) -> float:
+        return share(predictions, references)
+
+    run = train(encoder_folder, rows, output=tmp_path / "run", metrics=["accuracy", right], **SHORT)
+    assert run.metrics["right"] == run.metrics["accuracy"]
+    finished = train(encoder_folder, rows, output=tmp_path / "run", metrics=["accuracy", right], resume=True, **SHORT)
+    assert finished.metrics == run.metrics
+
+
+def test_every_step_is_told(encoder_folder: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    steps: list[int] = []
+    train(
+        encoder_folder,
+        rows,
+        output=tmp_path / "run",
+        on_step=lambda progress: steps.append(progress.slot.step),
+        **SHORT,
+    )
+    assert steps == [1, 2]
+
+
+def test_a_search_gives_its_table_and_what_to_use(
+    encoder_folder: Path, rows: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = {"lora.r": [2, 4], "train.learning_rate": [0.02]}
+    given = {"trials": 2, "space": space, "finalists": 1, "seeds": 0, "target_modules": "all-linear", "epochs": 3}
+    found = tune(encoder_folder, rows, task="seq-cls", output=tmp_path / "search", quiet=True, **given)
+    assert capsys.readouterr().out == ""
+    assert [row["lora.r"] for row in found.table] in ([2, 4], [4, 2])
+    assert all(row.keys() >= {"metric", "steps", "parameters", "state"} for row in found.table)
+    assert found.best is not None
+    assert found.best["lora.r"] in (2, 4)
+    assert found.adapter == tmp_path / "search" / "best"
+    assert found.recommendation.startswith(f"use r={found.best['lora.r']}")
+    again = tune(encoder_folder, rows, task="seq-cls", output=tmp_path / "search", quiet=True, **given)
+    assert again.record["trials"] == found.record["trials"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"lora_rank": 3}, ConfigError, "lora_rank: there is no such option; did you mean 'r'"),
+        ({"learning_rates": 3}, ConfigError, "did you mean 'learning_rate'"),
+        ({"data": [{"text": object(), "label": "a"}]}, DataError, r"data\[0\]\['text'\]: holds what JSON does not"),
+        ({"data": [{"text": "a", "label": "b"}, 3]}, DataError, r"data\[1\]: a row is a dict of columns, found int"),
+        ({"data": datasets.DatasetDict()}, ConfigError, "give one of its splits"),
+        ({"model": 3}, ConfigError, "model: a folder, a hub name or a model of transformers, found int"),
+        ({"tokenizer": object()}, ConfigError, "tokenizer: belongs to a loaded model"),
+        ({"output": None}, ConfigError, "output: "),
+        ({"epochs": -1}, ConfigError, "epochs: "),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_written(
+    encoder_folder: Path, rows: list[dict[str, Any]], tmp_path: Path, change: Any, error: type[Exception], words: str
+) -> None:
+    given = {"model": encoder_folder, "data": rows, "output": tmp_path / "run", **SHORT, **change}
+    with pytest.raises(error, match=words):
+        train(**given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_the_head_that_the_rows_need_is_refused(
+    encoder_folder: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(encoder_folder, num_labels=5)
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
+    with pytest.raises(ModelError, match=r"a head for 5 outputs, and the rows need 2; load it with .*num_labels=2"):
+        train(model, rows, tokenizer=tokenizer, output=tmp_path / "run", **SHORT)
