@@ -87,3 +87,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def some(names: Sequence[str], most: int = 1) -> str:
     """The first ``most`` of ``names``, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def short(value: object, most: int = 120) -> str:
+    """``repr`` of a value for an error, cut after ``most`` characters: what a user gives may be of any length."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits, or lists deeper, than Python writes
+        return f"a {type(value).__name__} without end"
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, short
 
 #: ``peft_type`` of a folder that PEFT would read otherwise than loraloom: PEFT refuses a type that it does not know.
 NOT_PEFT = "LORALOOM"
@@ -123,12 +123,3 @@ def finished(values: Mapping[str, Any], known: Iterable[str]) -> tuple[dict[str,
             notes.append(f"{name}: chose the start of an adapter that is trained now")
             del out[name]
     return out, notes
-
-
-def short(value: object, most: int = 120) -> str:
-    """``repr`` of a value for an error, cut where a file's value has no end."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of more digits, or lists deeper, than Python writes
-        return f"a {type(value).__name__} without end"
-    return text if len(text) <= most else text[: most - 1] + "…"

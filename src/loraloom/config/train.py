@@ -1,250 +1,144 @@
-"""What one training run is told: checked as a whole before anything is loaded. Names are TrainingArguments'."""
+"""The options of one training run, checked as a whole before anything is loaded. Names are TrainingArguments'."""
 
 from __future__ import annotations
 
-import datetime
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+from loraloom.config.checks import choice, flag, mapping, names, number, path, text, whole
 from loraloom.config.lora import LoraConfig
-from loraloom.config.names import OVERLONG, SOURCE_KEYS, TASKS
-from loraloom.errors import ConfigError, nearest
+from loraloom.config.names import OVERLONG, TASKS
+from loraloom.config.options import NEEDED, Options, option
+from loraloom.config.sources import COLUMNS, DATE, SOURCES, SPLIT
+from loraloom.errors import ConfigError
 
-#: The names of tasks on the command line and in run files.
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant", "warmup_stable_decay")
 ON_BAD_ROW = ("stop", "skip")
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 MOMENTS = ("no", "steps", "epoch", "minutes")
-#: Fields with a fixed choice of words.
-_CHOICES = {
-    "task": tuple(TASKS),
-    "dtype": DTYPES,
-    "lr_scheduler_type": SCHEDULES,
-    "overlong": OVERLONG,
-    "on_bad_row": ON_BAD_ROW,
-    "problem_type": PROBLEMS,
-    "eval_strategy": MOMENTS,
-    "save_strategy": MOMENTS,
-}
+
+_run = partial(option, group="Run")
+_model = partial(option, section="model", group="Model")
+_data = partial(option, section="data", group="Data")
+_train = partial(option, section="train", group="Training")
+_eval = partial(option, section="eval", group="Evaluation", resume="evaluation")
+_keep = partial(option, section="train", group="Checkpoints and trackers", resume="nothing")
+_EACH_EPOCH = "once an epoch"
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(Options):
     """One run. ``lora`` holds the adapter's fields; its ``task_type`` follows from ``task``.
 
     Raises:
         ConfigError: an unknown option, a wrong type, a value out of range, or options that contradict.
     """
 
-    # -- the model
-    model: str
-    #: A branch, tag or commit on the hub; a folder has none.
-    revision: str | None = None
-    dtype: str = "float32"
-    #: What computes attention, by transformers' name (sdpa, eager, ...); by default the model's own choice.
-    attn_implementation: str | None = None
-    #: cpu, cuda, cuda:1, mps; by default the accelerator where there is one.
-    device: str | None = None
+    unknown = "there is no such training option"
 
-    # -- the rows
-    #: A file, a folder, a glob, a hub name; or a list of these, each with a weight: {"path": "a.jsonl", "weight": 2}.
-    data: Any
-    task: str
-    #: Rows to validate on: a share below 1, a count, or a source of their own.
-    eval_split: Any = 0.1
-    #: The shape of the rows, which is otherwise recognised.
-    format: str | None = None
-    #: Our name of a column → the user's.
-    columns: dict[str, str] = field(default_factory=dict)
-    #: Tokens of a row. By default 512, or what the model reads where that is less.
-    max_length: int | None = None
-    #: What becomes of longer rows.
-    overlong: str = "truncate"
-    #: A row that cannot be used ends the run, or is written to a file with the reason and left out.
-    on_bad_row: str = "stop"
-    #: Rows of which nothing is trained on are left out, instead of being bad ones.
-    allow_untrained: bool = False
-    #: A chat template in place of the tokenizer's: a file, or the template.
-    chat_template: str | None = None
-    #: The day, such as 2026-07-26, for a chat template that writes one; by default that on which the run begins.
-    date: str | None = None
-    #: Tokens that windows of a long context share (question-answering).
-    stride: int = 128
-    #: What a seq-cls label is; by default it is recognised.
-    problem_type: str | None = None
-    #: Processes that tokenise; by default as many as there are cores, for many rows.
-    data_workers: int | None = None
+    task: str = _run(NEEDED, choice(*TASKS), "What to train for")
+    output: str = _run(NEEDED, path(), "Folder for the adapter, the records and the plots", resume="nothing")
+    overwrite: bool = _run(False, flag(), "Replace the adapter and checkpoints in that folder", resume="nothing")
 
-    # -- the adapter
+    # Weights and rows are compared by their contents, so that they may move.
+    model: str = _model(NEEDED, path(), "Pretrained model: a folder or a name on the hub", key="name", resume="nothing")
+    revision: str | None = _model(None, text(), "Branch, tag or commit of the model on the hub", resume="nothing")
+    dtype: str = _model("float32", choice(*DTYPES), "Type of the frozen model's weights; the adapter has float32")
+    attn_implementation: str | None = _model(
+        None, text(), "Attention: sdpa, eager, flash_attention_2, ...", unset="the model's", resume="rounding"
+    )
+    device: str | None = _model(
+        None, text(), "Device: cpu, cuda, cuda:1, mps", unset="an accelerator, if any", resume="rounding"
+    )
+
+    data: Any = _data(
+        NEEDED, SOURCES, "Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, text), a folder, a glob or a dataset",
+        key="train",
+    )  # fmt: skip
+    eval_split: Any = _data(
+        0.1, SPLIT, "Rows to validate on: a share, a count, or a source of their own", key="validation"
+    )
+    format: str | None = _data(None, text(), "Shape of the rows, such as text-label", unset="recognised")
+    columns: dict[str, str] = _data({}, COLUMNS, 'Names of columns, ours to yours, such as {"text": "body"}')
+    max_length: int | None = _data(None, whole(1), "Tokens of a row at most", unset="512, or what the model reads")
+    overlong: str = _data("truncate", choice(*OVERLONG), "What becomes of longer rows; they are counted")
+    on_bad_row: str = _data("stop", choice(*ON_BAD_ROW), "A bad row ends the run, or goes to a file with the reason")
+    allow_untrained: bool = _data(False, flag(), "Leave out rows of which nothing is trained on")
+    chat_template: str | None = _data(
+        None, text(), "Chat template: a file, or the template itself", unset="the tokenizer's"
+    )
+    date: str | None = _data(None, DATE, "Day that a chat template writes", unset="the day the run begins")
+    stride: int = _data(128, whole(0), "Tokens that windows of a long context share (question-answering)")
+    problem_type: str | None = _data(None, choice(*PROBLEMS), "What a label of seq-cls is", unset="recognised")
+    data_workers: int | None = _data(
+        None, whole(1), "Processes that tokenise", key="workers", unset="by the cores", resume="nothing"
+    )
+
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    # -- training
-    epochs: float = 3
-    #: Steps in all; overrides ``epochs``.
-    max_steps: int | None = None
-    #: Rows of one forward, over all processes, and forwards whose gradients make one step.
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 2e-4
-    #: The rate of B over that of A (LoRA+, Hayou et al. 2024).
-    loraplus_lr_ratio: float = 1.0
-    #: After the warmup: down to 0 in a line or along a cosine; constant; or constant, and down to 0 at the end.
-    lr_scheduler_type: str = "linear"
-    warmup_ratio: float = 0.05
-    #: Steps in which the rate rises; overrides ``warmup_ratio``.
-    warmup_steps: int | None = None
-    #: The last share of the steps, in which the rate of ``warmup_stable_decay`` goes down.
-    decay_ratio: float = 0.2
-    #: ``adamw``, or the name of any class of torch.optim, with ``optim_args`` beyond rate and weight decay.
-    optim: str = "adamw"
-    optim_args: dict[str, Any] = field(default_factory=dict)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    #: Compute activations again in the backward instead of keeping them: less memory, about a third more time.
-    gradient_checkpointing: bool = False
-    #: Spread the frozen model over the processes, instead of a whole one on each.
-    fsdp: bool = False
-    seed: int = 0
+    epochs: float = _train(3, number(above=True), "Passes over the training rows; may have a fraction")
+    max_steps: int | None = _train(None, whole(1), "Steps in all, instead of epochs")
+    batch_size: int = _train(16, whole(1), "Rows of one forward, over all processes")
+    gradient_accumulation_steps: int = _train(1, whole(1), "Forwards whose gradients make one step")
+    learning_rate: float = _train(
+        2e-4, number(above=True), "Peak learning rate; LoRA takes about ten times that of full fine-tuning",
+        flags=("--lr", "--learning-rate"),
+    )  # fmt: skip
+    loraplus_lr_ratio: float = _train(1.0, number(above=True), "Learning rate of B divided by that of A (LoRA+)")
+    lr_scheduler_type: str = _train("linear", choice(*SCHEDULES), "Learning rate after the warmup")
+    warmup_ratio: float = _train(0.05, number(high=1), "Share of the steps in which the learning rate rises")
+    warmup_steps: int | None = _train(None, whole(0), "Steps in which it rises, instead of a share")
+    decay_ratio: float = _train(0.2, number(high=1), "Share of the steps in which warmup_stable_decay falls")
+    optim: str = _train(
+        "adamw", text("adamw or the name of a class of torch.optim", ""), "adamw, or a class of torch.optim"
+    )
+    optim_args: dict[str, Any] = _train(
+        {},
+        mapping("be keys and values, such as {momentum: 0.9}", {}),
+        'Arguments of that class, such as {"momentum": 0.9}',
+    )
+    weight_decay: float = _train(0.0, number(), "Weight decay of the optimizer")
+    max_grad_norm: float = _train(1.0, number(above=True), "Gradients are clipped to this norm")
+    gradient_checkpointing: bool = _train(
+        False, flag(), "Recompute activations in the backward: less memory, about a third more time", resume="rounding"
+    )
+    fsdp: bool = _train(False, flag(), "Shard the frozen model over the processes of torchrun")
+    seed: int = _train(0, whole(0, 2**63 - 1), "Random seed of split, order, initialisation and dropout")
 
-    # -- evaluation
-    #: When: no, steps, epoch or minutes; by default what ``eval_steps`` or ``eval_minutes`` say, else once an epoch.
-    eval_strategy: str | None = None
-    eval_steps: int | None = None
-    eval_minutes: float | None = None
-    eval_batch_size: int = 64
-    #: What is measured beside the loss: names, or "package.module:function"; by default what the task has.
-    metrics: list[str] | None = None
-    #: By which the best checkpoint is known; by default the first metric.
-    metric_for_best_model: str | None = None
-    #: The adapter of the output is the best one, not the last one.
-    load_best_model_at_end: bool = False
-    #: End after so many evaluations without a better one, by more than the threshold.
-    early_stopping_patience: int | None = None
-    early_stopping_threshold: float = 0.0
-    #: Tokens that are generated for metrics and examples.
-    max_new_tokens: int = 64
+    eval_strategy: str | None = _eval(None, choice(*MOMENTS), "When to evaluate", key="strategy", unset=_EACH_EPOCH)
+    eval_steps: int | None = _eval(None, whole(1), "Evaluate every N steps", key="steps")
+    eval_minutes: float | None = _eval(None, number(above=True), "Evaluate every N minutes", key="minutes")
+    eval_batch_size: int = _eval(
+        64, whole(1), "Rows at once when evaluating; changes no result", key="batch_size", resume="nothing"
+    )
+    metrics: list[str] | None = _eval(
+        None, names(), "Metrics beside the loss: names, or your_module:function", unset="the task's"
+    )
+    metric_for_best_model: str | None = _eval(None, text(), "Metric that says which is best", unset="the first metric")
+    load_best_model_at_end: bool = _eval(False, flag(), "Keep the best adapter instead of the last one")
+    early_stopping_patience: int | None = _eval(None, whole(1), "Stop after N evaluations without improvement")
+    early_stopping_threshold: float = _eval(0.0, number(), "Least improvement that counts")
+    max_new_tokens: int = _eval(64, whole(1), "Tokens to generate for metrics and examples", resume="nothing")
 
-    # -- what is kept
-    output: str
-    overwrite: bool = False
-    #: When a checkpoint is saved, as with ``eval_strategy``.
-    save_strategy: str | None = None
-    save_steps: int | None = None
-    save_minutes: float | None = None
-    #: Checkpoints that stay; the newest and the best one always do.
-    save_total_limit: int = 2
-    #: Trackers by accelerate's names: tensorboard, wandb, mlflow, trackio ...
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> TrainConfig:
-        known = [spec.name for spec in fields(cls)]
-        for name in kwargs:
-            if name not in known:
-                raise ConfigError(f"{name}: there is no such training option{nearest(name, known)}")
-        return super().__new__(cls)
+    save_strategy: str | None = _keep(None, choice(*MOMENTS), "When to save a checkpoint", unset=_EACH_EPOCH)
+    save_steps: int | None = _keep(None, whole(1), "Save a checkpoint every N steps")
+    save_minutes: float | None = _keep(None, number(above=True), "Save a checkpoint every N minutes")
+    save_total_limit: int = _keep(2, whole(1), "Checkpoints to keep; the newest and the best always stay")
+    report_to: list[str] = _keep(
+        ["tensorboard"], names(none=True), "Trackers: tensorboard, wandb, mlflow, ..., or none"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("model", "output"):
-            if not _is_path(getattr(self, name)):
-                raise ConfigError(f"{name}: must be a path or a name, found {getattr(self, name)!r}")
-            setattr(self, name, str(getattr(self, name)))
-        self.data = _sources("data", self.data)
-        for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known and not (value is None and name in _OPTIONAL):
-                hint = nearest(str(value), known)
-                raise ConfigError(f"{name}: must be one of {', '.join(known)}, found {value!r}{hint}")
-        for name in ("revision", "attn_implementation", "device", "format", "chat_template", "metric_for_best_model"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, str) or not value.strip()):
-                raise ConfigError(f"{name}: must be text, found {value!r}; leave it out for the default")
-        self._check_date()
-        for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "save_total_limit"):
-            self._whole(name, 1)
-        self._whole("max_new_tokens", 1)
-        for name in ("max_steps", "eval_steps", "save_steps", "max_length", "early_stopping_patience", "data_workers"):
-            if getattr(self, name) is not None:
-                self._whole(name, 1)
-        if self.warmup_steps is not None:
-            self._whole("warmup_steps", 0)
-        self._whole("stride", 0)
-        self._whole("seed", 0, 2**63 - 1)
-        for name in ("epochs", "learning_rate", "loraplus_lr_ratio", "max_grad_norm", "eval_minutes", "save_minutes"):
-            if getattr(self, name) is not None or not name.endswith("_minutes"):
-                self._number(name, low=0, open_low=True)
-        for name in ("weight_decay", "early_stopping_threshold"):
-            self._number(name, low=0)
-        for name in ("warmup_ratio", "decay_ratio"):
-            self._number(name, low=0, high=1)
-        for name in ("overwrite", "allow_untrained", "gradient_checkpointing", "fsdp", "load_best_model_at_end"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: must be true or false, found {getattr(self, name)!r}")
-        self._check_eval_split()
-        self._check_mappings()
-        self._check_lists()
+        self.check_fields()
+        if self.optim_args and self.optim == "adamw":
+            raise ConfigError("optim_args: adamw takes none; for torch's own class with arguments give optim: AdamW")
         self._check_moments()
         self._check_of_task()
         if not isinstance(self.lora, LoraConfig):
             raise ConfigError(f"lora: must be a LoraConfig, found {type(self.lora).__name__}")
         self.lora = self.lora.copy(task_type=TASKS[self.task])
-
-    def _check_date(self) -> None:
-        try:
-            if self.date is not None:  # YAML reads a date as one
-                self.date = datetime.date.fromisoformat(str(self.date)).isoformat()
-        except ValueError:
-            raise ConfigError(f"date: must be a day such as 2026-07-26, found {self.date!r}") from None
-
-    def _check_eval_split(self) -> None:
-        split = self.eval_split
-        if isinstance(split, str | Path):
-            try:
-                split = float(str(split))
-            except ValueError:
-                self.eval_split = _sources("eval_split", split)
-                return  # reading it says whether it is there
-        elif isinstance(split, list | Mapping):
-            self.eval_split = _sources("eval_split", split)
-            return
-        if isinstance(split, bool) or not isinstance(split, int | float) or not math.isfinite(split) or split <= 0:
-            raise ConfigError(f"eval_split: must be a share below 1, a count of rows, or a file, found {split!r}")
-        if split >= 1 and split != int(split):
-            raise ConfigError(f"eval_split: a count of rows must be whole, found {split!r}")
-        self.eval_split = split if split < 1 else int(split)
-
-    def _check_mappings(self) -> None:
-        if not isinstance(self.columns, Mapping) or not all(
-            isinstance(part, str) and part for pair in self.columns.items() for part in pair
-        ):
-            raise ConfigError(
-                f"columns: must give names for names, such as {{prompt: question}}, found {self.columns!r}"
-            )
-        if not isinstance(self.optim_args, Mapping) or not all(isinstance(key, str) for key in self.optim_args):
-            raise ConfigError(
-                f"optim_args: must be keys and values, such as {{momentum: 0.9}}, found {self.optim_args!r}"
-            )
-        self.columns, self.optim_args = dict(self.columns), dict(self.optim_args)
-        if not isinstance(self.optim, str) or not self.optim:
-            raise ConfigError(f"optim: must be adamw or the name of a class of torch.optim, found {self.optim!r}")
-        if self.optim_args and self.optim == "adamw":
-            raise ConfigError("optim_args: adamw takes none; for torch's own class with arguments give optim: AdamW")
-
-    def _check_lists(self) -> None:
-        for name in ("metrics", "report_to"):
-            value = getattr(self, name)
-            if value is None and name == "metrics":
-                continue
-            names = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-            written = isinstance(names, list | tuple) and all(isinstance(part, str) and part for part in names)
-            if not written or (isinstance(value, str) and not names):
-                raise ConfigError(f"{name}: must be a list of names, found {value!r}")
-            setattr(self, name, list(names))
-        if self.report_to == ["none"]:
-            self.report_to = []
 
     def _check_moments(self) -> None:
         """What does nothing is an error: a moment that another option has switched off."""
@@ -294,20 +188,6 @@ class TrainConfig:
     def _given(self, what: str) -> list[str]:
         return [unit for unit in ("steps", "minutes") if getattr(self, f"{what}_{unit}") is not None]
 
-    def _whole(self, name: str, low: int, high: float = math.inf) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low or value > high:
-            words = f" and at most {high}" if math.isfinite(high) else ""
-            raise ConfigError(f"{name}: must be a whole number of at least {low}{words}, found {value!r}")
-
-    def _number(self, name: str, low: float, high: float = math.inf, open_low: bool = False) -> None:
-        value = getattr(self, name)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or value < low or (open_low and value == low) or value > high:
-            words = f"above {low}" if open_low else f"at least {low}"
-            words += f" and at most {high}" if math.isfinite(high) else ""
-            raise ConfigError(f"{name}: must be a number {words}, found {value!r}")
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for ``run.json``."""
         return {
@@ -329,33 +209,3 @@ _WHOLE = {
     "seq-cls": "its label is of the text as a whole",
     "seq2seq-lm": "it is not known which part of the target belongs to which part of the source",
 }
-_OPTIONAL = ("problem_type", "eval_strategy", "save_strategy")
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str | Path) and bool(str(value)) and "\0" not in str(value)
-
-
-def _sources(name: str, value: Any) -> Any:
-    """A path or name as text; a list of them as a list of these and of ``{"path", "weight"}``."""
-    if isinstance(value, Mapping):
-        value = [value]
-    if isinstance(value, list | tuple) and value:
-        return [_weighted(name, entry) if isinstance(entry, Mapping) else _sources(name, entry) for entry in value]
-    if _is_path(value):
-        return str(value)
-    raise ConfigError(f"{name}: must be a path or a name, or a list of these, found {value!r}")
-
-
-def _weighted(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    for key in entry:
-        if key not in SOURCE_KEYS:
-            raise ConfigError(
-                f"{name}: a source has {', '.join(SOURCE_KEYS)}; found {key!r}{nearest(str(key), SOURCE_KEYS)}"
-            )
-    weight = entry.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
-        raise ConfigError(f"{name}: a weight must be a number above 0, found {weight!r}")
-    if not _is_path(entry.get("path")):
-        raise ConfigError(f"{name}: a source must have a path, found {dict(entry)!r}")
-    return {**entry, "path": str(entry["path"]), "weight": weight}

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from loraloom.config.lora import LoraConfig
-from loraloom.config.peft_file import short
-from loraloom.errors import TargetError
+from loraloom.errors import TargetError, short
 
 #: Seconds for all names of a model: what ends takes milliseconds.
 _SECONDS = 5.0

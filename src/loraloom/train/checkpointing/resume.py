@@ -11,13 +11,14 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from loraloom.config.options import options_of
 from loraloom.config.train import TrainConfig
 from loraloom.data.example import Example
 from loraloom.engine.slot import Curve, Slot
@@ -35,15 +36,7 @@ from loraloom.train.run_record import read as read_record
 if TYPE_CHECKING:
     from loraloom.train.setup import TrainJob
 
-#: Options that say nothing about what is learnt, or whose contents are compared instead: the model's weights, the
-#: bytes of the data.
-_FREE = {"model", "revision", "output", "overwrite", "eval_batch_size", "max_new_tokens", "data_workers", "report_to"}
-_FREE |= {"save_strategy", "save_steps", "save_minutes", "save_total_limit"}
-#: Those that may change the last bits alone.
-_ROUNDING = {"device", "attn_implementation", "gradient_checkpointing"}
-#: Those that say nothing unless evaluations decide when training ends, or which step's adapter is kept.
-_EVALUATION = {"eval_strategy", "eval_steps", "eval_minutes", "metrics", "metric_for_best_model"}
-_EVALUATION |= {"load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"}
+#: With one of these, evaluations decide when training ends, or which step's adapter is kept.
 _DECIDING = ("load_best_model_at_end", "early_stopping_patience")
 
 Resume = bool | str | Path | None
@@ -109,7 +102,7 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> l
     before, after = _plain(then["options"]), _plain(now["options"])
     changes += [
         f"{name} {before.get(name)!r} is now {after.get(name)!r}"
-        for name in sorted(_ROUNDING)
+        for name in sorted(_with_effect("rounding"))
         if name in before and before[name] != after.get(name)
     ]
     return changes
@@ -131,23 +124,25 @@ def check_options(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Options by name, with their values then and now, as far as they change what a run comes to."""
     old, new = _plain(then), _plain(now)
-    free = _FREE | _ROUNDING
+    ignored = {"nothing", "rounding"}
     if not any(options.get(name) for options in (old, new) for name in _DECIDING):
-        free |= _EVALUATION
+        ignored.add("evaluation")
     out = {}
-    for spec in fields(TrainConfig):
-        name = spec.name
-        if name in free or name == "lora":
+    for name, option in options_of(TrainConfig).items():
+        values = old.get(name, option.default), new.get(name, option.default)
+        if option.resume in ignored or values[0] == values[1]:
             continue
-        default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
-        values = old.get(name, default), new.get(name, default)
-        if values[0] != values[1] and _sources(name, values[0]) != _sources(name, values[1]):
+        if _sources(name, values[0]) != _sources(name, values[1]):
             out[name] = values
     lora = old.get("lora", {}), new.get("lora", {})
     for name in sorted(lora[0].keys() | lora[1].keys()):
         if lora[0].get(name) != lora[1].get(name) and name != "base_model_name_or_path":
             out[f"lora.{name}"] = lora[0].get(name), lora[1].get(name)
     return out
+
+
+def _with_effect(effect: str) -> set[str]:
+    return {name for name, option in options_of(TrainConfig).items() if option.resume == effect}
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
