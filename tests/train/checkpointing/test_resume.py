@@ -103,7 +103,7 @@ def killed(options: TrainConfig, step: int, resume: Any = None) -> None:
     """Run until ``step``; nothing is written after it, as if the process had died."""
     job = prepare(options, resume)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("loraloom.train.trainer.Course.end_early", lambda self, error, stop: fail(error)())
+        patch.setattr("loraloom.train.trainer.Trainer.end_early", lambda self, error, stop: fail(error)())
         run(job, at(step, fail(Killed())), resume)
 
 
@@ -234,8 +234,8 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(classify: Make, monkey
     train(whole)
     job = prepare(parts)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("loraloom.train.trainer.Course.end_early", lambda self, error, stop: fail(error)())
-        patch.setattr("loraloom.train.trainer.Course._evaluate", lambda self, slot: fail(Killed())())
+        patch.setattr("loraloom.train.trainer.Trainer.end_early", lambda self, error, stop: fail(error)())
+        patch.setattr("loraloom.train.trainer.Trainer._evaluate", lambda self, slot: fail(Killed())())
         run(job)
     assert steps(parts.output) == [2]  # saved before it
     train(parts, True)
@@ -592,7 +592,7 @@ def test_what_a_killed_run_left_half_written_is_cleaned(classify: Make) -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Evaluations as they are given, by step."""
     monkeypatch.setattr(
-        "loraloom.train.trainer.Course._evaluate",
+        "loraloom.train.trainer.Trainer._evaluate",
         lambda self, slot: {"loss": 1.0, "accuracy": values[slot.step - 1]},
     )
 
@@ -745,7 +745,7 @@ def test_out_of_memory_in_an_evaluation_is_told_apart_and_can_be_gone_on_from(
 ) -> None:
     train(classify("whole", eval_steps=3))
     with monkeypatch.context() as patch:
-        patch.setattr("loraloom.train.setup.Loaded.evaluate", fail(MemoryError()))
+        patch.setattr("loraloom.train.setup.Setup.evaluate", fail(MemoryError()))
         with pytest.raises(TrainingError) as error:
             train(classify(eval_steps=3))
     said = str(error.value)
@@ -838,14 +838,14 @@ import json, os, resource, sys
 
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import LoraloomError
-from loraloom.config.train import TrainOptions
+from loraloom.config.train import TrainConfig
 from loraloom.train.run import prepare, run
 
 warm = False
 for line in sys.stdin:
     given = json.loads(line)
     if not warm:
-        prepare(TrainOptions(lora=LoraConfig(**given["lora"]), **given["options"]), True)
+        prepare(TrainConfig(lora=LoraConfig(**given["lora"]), **given["options"]), True)
         warm = True
     child = os.fork()
     if child == 0:
@@ -853,7 +853,7 @@ for line in sys.stdin:
         try:
             if given["limit"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (given["limit"], given["limit"]))
-            options = TrainOptions(lora=LoraConfig(**given["lora"]), **given["options"])
+            options = TrainConfig(lora=LoraConfig(**given["lora"]), **given["options"])
             run(prepare(options, given["resume"]), resume=given["resume"])
         except LoraloomError as error:
             print(json.dumps({"said": str(error)}), flush=True)
