@@ -17,7 +17,7 @@ from typing import Any
 
 #: PEFT's name → (module, name) of what it is here, where the two differ.
 NAMES = {
-    "AuxiliaryTrainingWrapper": ("loraloom.lora.modules_to_save", "SavedModule"),
+    "AuxiliaryTrainingWrapper": ("loraloom.lora.modules_to_save", "ModulesToSaveWrapper"),
     "BaseTuner": ("loraloom.lora.adapters", "LoraModel"),
     "BaseTunerLayer": ("loraloom.lora.layers", "LoraLayer"),
     "CONFIG_NAME": ("loraloom.config.lora", "CONFIG_NAME"),
@@ -29,7 +29,7 @@ NAMES = {
     "Linear": ("loraloom.lora.layers", "LoraLinear"),
     "LoraLayer": ("loraloom.lora.layers", "LoraLayer"),
     "LoraModel": ("loraloom.lora.adapters", "LoraModel"),
-    "ModulesToSaveWrapper": ("loraloom.lora.modules_to_save", "SavedModule"),
+    "ModulesToSaveWrapper": ("loraloom.lora.modules_to_save", "ModulesToSaveWrapper"),
     "NoMatchingPeftModuleError": ("loraloom.errors", "TargetError"),
     "ParamWrapper": ("loraloom.lora.parameters", "LoraParameter"),
     "PeftError": ("loraloom.errors", "LoraloomError"),

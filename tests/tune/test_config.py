@@ -63,7 +63,7 @@ def file(tmp_path: Path) -> Path:
         ("metric", "perplexity", "seq-cls is measured by accuracy, f1_macro or loss, found 'perplexity'"),
         ("memory", "8 apples", "must be bytes or a size such as 8GiB or 500MB, found '8 apples'"),
         ("memory", 0, "must be above 0, found 0"),
-        ("train", {}, "must be TrainOptions, found dict"),
+        ("train", {}, "must be TrainConfig, found dict"),
         ("space", {}, "must be Space, found dict"),
     ],
 )

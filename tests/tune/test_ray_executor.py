@@ -60,7 +60,7 @@ def crews(monkeypatch: pytest.MonkeyPatch) -> list[RayExecutor]:
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(ray_executor, "RayCrew", Seen)
+    monkeypatch.setattr(ray_executor, "RayExecutor", Seen)
     return made
 
 

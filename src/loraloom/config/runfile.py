@@ -4,7 +4,7 @@
     model: {name: my-model, dtype: bfloat16}
     data:  {train: chats.jsonl, validation: 0.05, max_length: 512}
     lora:  {r: 16, lora_alpha: 32, target_modules: all-linear}      # any field of LoraConfig
-    train: {learning_rate: 2e-4, batch_size: 16, epochs: 3}          # any other field of TrainOptions
+    train: {learning_rate: 2e-4, batch_size: 16, epochs: 3}          # any other field of TrainConfig
     output: runs/chats
     tune:  {trials: 16}                                              # left to ``loraloom tune``
 
@@ -52,7 +52,7 @@ _ELSEWHERE = {
         )
     },
 }
-#: A field of TrainOptions → its key, such as ``"learning_rate"`` → ``"train.learning_rate"``; ``lora`` is a section.
+#: A field of TrainConfig → its key, such as ``"learning_rate"`` → ``"train.learning_rate"``; ``lora`` is a section.
 KEYS = {s.name: _ELSEWHERE.get(s.name, f"train.{s.name}") for s in fields(TrainConfig) if s.name != "lora"}
 #: A field of LoraConfig → its key. Without those that a run sets itself.
 LORA_KEYS = {s.name: f"lora.{s.name}" for s in fields(LoraConfig) if s.name not in ("task_type", "runtime_config")}
@@ -282,7 +282,7 @@ def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _build(values: Mapping[str, Any]) -> TrainConfig:
     lora, rest = _split(values)
     options = TrainConfig(lora=LoraConfig(**lora), **rest)
-    # Not in TrainOptions itself: of a search's trials one may have another schedule than the others.
+    # Not in TrainConfig itself: of a search's trials one may have another schedule than the others.
     if options.lr_scheduler_type != "warmup_stable_decay" and options.decay_ratio != TrainConfig.decay_ratio:
         raise ConfigError(
             f"decay_ratio: does nothing with lr_scheduler_type={options.lr_scheduler_type}; it is of "
