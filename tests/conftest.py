@@ -237,12 +237,12 @@ def decoder(decoder_folder: Path) -> Maker:
 
 
 def _examples(task: str, folder: Path, path: Path) -> list[Any]:
-    from loraloom.data.read.sources import read_rows
+    from loraloom.data.read.sources import resolve
     from loraloom.data.shape.shapes import recognise
     from loraloom.data.tokenize.encode import encoder
     from loraloom.models.load import load_tokenizer
 
-    rows = read_rows(path)
+    rows = list(resolve(path)[0])
     shape = recognise(rows, task)
     made = encoder(task, load_tokenizer(str(folder)), max_length=64, labels=LABELS)
     return [example for one in made.encode([(row, shape.read(row)) for row in rows]) for example in one.examples]

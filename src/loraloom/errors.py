@@ -84,6 +84,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not blank, or the name of its class where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def brief(error: BaseException) -> str:
+    """``"ValueError: no such file"``: the class of an error and the first line of its text."""
+    line = first_line(error).rstrip(".")
+    return line if line == type(error).__name__ else f"{type(error).__name__}: {line}"
+
+
 def some(names: Sequence[str], most: int = 1) -> str:
     """The first ``most`` of ``names``, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

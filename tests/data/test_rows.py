@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from pathlib import Path
@@ -16,12 +15,15 @@ from hypothesis import strategies as st
 from loraloom.config.lora import TaskType
 from loraloom.config.names import as_task
 from loraloom.data.read.holdout import held_out
-from loraloom.data.read.readers import file_hash
-from loraloom.data.read.sources import read_rows
-from loraloom.data.rows import ordered_labels
+from loraloom.data.read.sources import resolve
+from loraloom.data.rows import Row, ordered_labels
 from loraloom.errors import ConfigError, DataError
 
 CALM = settings(max_examples=60, deadline=None)  # two cores are shared: a slow example is no failure
+
+
+def read_all(path: Path) -> list[Row]:
+    return list(resolve(path)[0])
 
 
 def saved(folder: Path, name: str, content: str | bytes) -> Path:
@@ -31,14 +33,14 @@ def saved(folder: Path, name: str, content: str | bytes) -> Path:
 
 
 def read(path: Path) -> list[tuple[dict[str, object], int]]:
-    rows = read_rows(path)
+    rows = read_all(path)
     assert {row.file for row in rows} == {str(path)}
     return [(row.fields, row.line) for row in rows]
 
 
 def refused(path: Path, *words: str) -> None:
     with pytest.raises(DataError) as error:
-        read_rows(path)
+        read_all(path)
     for word in (str(path), *words):
         assert word in str(error.value)
 
@@ -84,13 +86,13 @@ def test_any_csv_cells_come_back_as_they_were_written(
 ) -> None:
     file = io.StringIO(newline="")
     csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("text", "label"), *cells])
-    rows = read_rows(saved(tmp_path_factory.mktemp("rows"), "a.csv", file.getvalue()))
+    rows = read_all(saved(tmp_path_factory.mktemp("rows"), "a.csv", file.getvalue()))
     assert [(row.fields["text"], row.fields["label"]) for row in rows] == cells
 
 
 def test_a_csv_row_is_known_by_the_line_on_which_it_starts(tmp_path: Path) -> None:
     path = saved(tmp_path, "a.csv", 'text,label\n"one\ntwo\nthree",a\nfour,b\n')
-    assert [(row.fields["text"], row.line) for row in read_rows(path)] == [
+    assert [(row.fields["text"], row.line) for row in read_all(path)] == [
         ("one\ntwo\nthree", 2),
         ("four", 5),
     ]
@@ -101,11 +103,6 @@ def test_a_line_separator_inside_a_json_string_ends_no_line(tmp_path: Path) -> N
     assert read(path) == [({"text": "one\u2028two\x85three"}, 1), ({"text": "four"}, 2)]
 
 
-def test_the_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
-    path = saved(tmp_path, "a.jsonl", b"\xef\xbb\xbf{}\r\n")
-    assert file_hash(path) == hashlib.sha256(b"\xef\xbb\xbf{}\r\n").hexdigest()
-
-
 # Reading what is wrong ------------------------------------------------------------------------------------
 
 
@@ -113,8 +110,6 @@ def test_a_missing_file_is_named_with_the_nearest_one_beside_it(tmp_path: Path) 
     saved(tmp_path, "train.jsonl", "{}")
     refused(tmp_path / "trian.jsonl", "no such file", "did you mean 'train.jsonl'")
     refused(tmp_path / "no" / "folder.csv", "no such file")
-    with pytest.raises(DataError, match="no such file"):
-        file_hash(tmp_path / "trian.jsonl")
 
 
 def test_a_directory_is_refused(tmp_path: Path) -> None:
@@ -195,7 +190,7 @@ def test_no_bytes_at_all_raise_anything_but_a_data_error(
     for name in ("a.jsonl", "a.csv"):
         path = saved(folder, name, content)
         try:
-            rows = read_rows(path)
+            rows = read_all(path)
         except DataError as error:
             assert str(path) in str(error)
         else:

@@ -182,34 +182,30 @@ def test_who_works_offline_is_not_asked_for(endpoint: Callable[[str], None], mon
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(network, "_ask", lambda where: pytest.fail(where))
     assert network.unreachable() == ""
-    with network.looking("some/name"):
-        assert constants.HF_HUB_OFFLINE
-    assert constants.HF_HUB_OFFLINE
 
 
-def test_the_switch_is_back_where_it_was_whatever_happens(
-    endpoint: Callable[[str], None], hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_whatever_is_looked_for_the_switches_of_the_hubs_libraries_are_left_alone(
+    endpoint: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets.config
     from huggingface_hub import constants
 
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    from loraloom.data.read.sources import resolve
+    from loraloom.errors import DataError, ModelError
+    from loraloom.models.load import load_config
 
-    def switches() -> tuple[bool, bool]:
-        return constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    class Watched:
+        def __set__(self, instance: Any, value: Any) -> None:
+            pytest.fail(f"set to {value}")
 
-    environment = dict(os.environ)
     endpoint(closed())
-    with pytest.raises(KeyError), network.looking("some/name"), network.looking("another/name"):
-        assert switches() == (True, True)
-        raise KeyError
-    assert switches() == (False, False)
-    with network.looking(str(tmp_path)):  # a folder
-        assert switches() == (False, False)
-    endpoint(hub[0])
-    with network.looking("some/name"):
-        assert switches() == (False, False)
-    assert dict(os.environ) == environment
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "__class__", type("Module", (type(module),), {"HF_HUB_OFFLINE": Watched()}))
+    with pytest.raises(ModelError, match="nor is it in the hub's cache"):
+        load_config("nobody/tinny")
+    with pytest.raises(DataError, match="there is no network"):
+        list(resolve("nobody/reviws")[0])
 
 
 def python(code: str, url: str, home: Path) -> subprocess.CompletedProcess[str]:

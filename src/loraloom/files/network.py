@@ -1,20 +1,20 @@
 """Whether the hub can be reached at all: asked once and briefly, so that a name that is wrong is refused in seconds.
 
-The hub's libraries try a host that cannot be reached for half a minute, and print each try. Where it cannot be, they
-are told to look into their cache alone, by their own switch and for as long as they look. This file does not know what
-is looked for.
+The hub's libraries try a host that cannot be reached for half a minute, and print each try. Who looks for something
+there asks here first, and where the hub cannot be reached, looks into the cache alone. This file does not know what is
+looked for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
+
+from loraloom.errors import first_line
 
 #: Seconds in which a connection must stand, and in which the first answer may come once it does.
 CONNECT, READ = 3.0, 1.0
@@ -36,32 +36,6 @@ def unreachable() -> str:
     if constants.HF_HUB_OFFLINE:
         return ""
     return _asked(constants.ENDPOINT, int(time.monotonic() / KNOWN))
-
-
-@contextlib.contextmanager
-def looking(name: str) -> Iterator[None]:
-    """Within it the hub's libraries look for ``name`` on the hub, or in their cache alone where that cannot be reached.
-
-    For a folder that is here nobody is asked.
-    """
-    if os.path.exists(name) or not unreachable():
-        yield
-        return
-    switches = list(_switches())
-    for module in switches:
-        module.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for module in switches:
-            module.HF_HUB_OFFLINE = False
-
-
-def _switches() -> Iterator[Any]:
-    import datasets.config
-    from huggingface_hub import constants
-
-    yield from (module for module in (constants, datasets.config) if not module.HF_HUB_OFFLINE)
 
 
 @functools.lru_cache(1)
@@ -90,5 +64,5 @@ def _ask(endpoint: str) -> str:
         except Exception as error:
             if not _NO_CONNECTION & {kind.__name__ for kind in type(error).__mro__}:
                 return ""
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            said = first_line(error)
     return f"{endpoint} cannot be reached: {said}"

@@ -13,8 +13,9 @@ from torch import nn
 
 from loraloom.config.lora import TaskType
 from loraloom.config.names import task_option
-from loraloom.errors import ConfigError, ModelError, some
+from loraloom.errors import ConfigError, ModelError, first_line, some
 from loraloom.files import network
+from loraloom.files.quiet import quiet
 from loraloom.models.configs import ask, field, has_decoder_and_encoder, set_token, token, tokens_at_most
 from loraloom.models.given import find
 from loraloom.models.labels import SHOWN, in_order, known_labels
@@ -57,10 +58,9 @@ def _read_tokenizer(name: str, revision: str | None) -> Any:
 
     _check_folder(name, revision)
     try:
-        with network.looking(name):
-            return AutoTokenizer.from_pretrained(name, **_revision(revision))
+        return AutoTokenizer.from_pretrained(name, **_source(name, revision))
     except Exception as error:
-        raise ModelError(f"{_where(name)}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+        raise ModelError(f"{_where(name)}: its tokenizer cannot be loaded ({_reason(error)})") from None
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
@@ -75,10 +75,9 @@ def load_config(name: str, revision: str | None = None) -> Any:
         return given.model.config
     _check_folder(name, revision)
     try:
-        with network.looking(name):
-            return AutoConfig.from_pretrained(name, **_revision(revision))
+        return AutoConfig.from_pretrained(name, **_source(name, revision))
     except Exception as error:
-        raise ModelError(f"{_where(name)}: its config cannot be read ({_first_line(error)})") from None
+        raise ModelError(f"{_where(name)}: its config cannot be read ({_reason(error)})") from None
 
 
 def load_limit(name: str, revision: str | None = None) -> int | None:
@@ -134,15 +133,14 @@ def load_base(
         "dtype": getattr(torch, dtype),
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # a head for other labels makes way for a new one; see _check_new
-        **_revision(revision),
+        **_source(name, revision),
         **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         **_head(task, labels, problem_type),
     }
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with network.looking(name):
+        with quiet("transformers"):
             config = load_config(name, revision)
             _check_direction(name, config, task)
             options |= _renamed(config, task)
@@ -152,7 +150,6 @@ def load_base(
     except Exception as error:
         raise _unloadable(name, task, error) from None
     finally:
-        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
@@ -270,8 +267,10 @@ def _renamed(config: Any, task: TaskType) -> dict[str, Any]:
     return {"key_mapping": {rf"^{given}\.": f"{wanted}."}} if given and wanted and given != wanted else {}
 
 
-def _revision(revision: str | None) -> dict[str, str]:
-    return {"revision": revision} if revision else {}
+def _source(name: str, revision: str | None) -> dict[str, Any]:
+    """Where transformers looks for ``name``: in its cache alone where the hub cannot be reached."""
+    here = {"local_files_only": True} if not Path(name).exists() and network.unreachable() else {}
+    return here | ({"revision": revision} if revision else {})
 
 
 def _check_new(name: str, model: Any, task: TaskType, new: set[str], mismatched: set[str]) -> None:
@@ -317,29 +316,23 @@ def build_empty(
     name: str, task: TaskType, labels: int = 2, problem_type: str | None = None, *, revision: str | None = None
 ) -> nn.Module:
     """The model without its weights (on the meta device), for planning: needs the folder's config alone."""
-    from transformers.utils import logging
-
     if given := find(name):
         return given.empty()
     config = load_config(name, revision)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
         _check_direction(name, config, task)
         if task in HEADED:
             config.num_labels = 2 if task is TaskType.QUESTION_ANS else 1 if problem_type == "regression" else labels
             if token(config, "pad") is None:
                 set_token(config, "pad", 0)  # decoders find the last real token by it
-        with torch.device("meta"):
+        with quiet("transformers"), torch.device("meta"):
             model: nn.Module = _auto(name, config, task).from_config(config)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(
-            f"{_where(name)}: its config gives no model for {task_option(task)} ({_first_line(error)})"
+            f"{_where(name)}: its config gives no model for {task_option(task)} ({_reason(error)})"
         ) from None
-    finally:
-        logging.set_verbosity(verbosity)
     return model
 
 
@@ -367,8 +360,8 @@ def _unloadable(name: str, task: TaskType, error: Exception) -> ModelError:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as damage:
-            return ModelError(f"{path}: cut off or damaged ({_first_line(damage)}); copy it again")
-    return ModelError(f"{_where(name)}: cannot be loaded as a model for {task_option(task)} ({_first_line(error)})")
+            return ModelError(f"{path}: cut off or damaged ({_reason(damage)}); copy it again")
+    return ModelError(f"{_where(name)}: cannot be loaded as a model for {task_option(task)} ({_reason(error)})")
 
 
 def _where(name: str) -> str:
@@ -378,8 +371,7 @@ def _where(name: str) -> str:
     return f"{name} (no folder of this name is here, so it was looked for on the hub{f', but {away}' if away else ''})"
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if str(error).startswith("We couldn't connect to"):
         return "nor is it in the hub's cache; check the name, and the network"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return first_line(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from loraloom.config.lora import LoraConfig
+from loraloom.files import resources
 from loraloom.files.sizes import size
 from loraloom.lora.inspection import ENERGY, Inspection
 from loraloom.report.screen import Text
@@ -147,7 +147,7 @@ class Meter:
         latest = slot.curve.loss[-1]
         self.loss = latest if self.loss is None else 0.9 * self.loss + 0.1 * latest
         speed = progress.tokens / progress.seconds
-        state = [f"rate {slot.curve.learning_rate[-1]:.2g}", *([size(used)] if (used := memory_used()) else [])]
+        state = [f"rate {slot.curve.learning_rate[-1]:.2g}", size(memory_used())]
         figures = [f"loss {self.loss:.3f}"]
         if slot.curve.evaluations:
             figures += _figures({k: v for k, v in slot.curve.evaluations[-1].items() if k != "loss"})[:1]
@@ -167,17 +167,11 @@ def _figures(evaluation: dict[str, float]) -> list[str]:
     ]
 
 
-def memory_used() -> int | None:
-    """Bytes that this process holds: of the accelerator where there is one; None where that cannot be told."""
+def memory_used() -> int:
+    """Bytes that this process holds: of the accelerator where there is one."""
     import torch
 
-    if torch.cuda.is_available():
-        return int(torch.cuda.memory_reserved())
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):  # not Linux
-        return None
+    return int(torch.cuda.memory_reserved()) if torch.cuda.is_available() else resources.memory_used()
 
 
 def outcome(result: RunResult, folder: str | Path, plot: Path, record_path: Path) -> RenderableType:

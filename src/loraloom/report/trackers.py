@@ -9,14 +9,14 @@ import contextlib
 import importlib
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from loraloom.errors import ConfigError, nearest
+from loraloom.errors import ConfigError, brief, nearest
 from loraloom.files.atomic import replace_links
+from loraloom.files.quiet import quiet
 
 if TYPE_CHECKING:
     from loraloom.engine.loop import Progress
@@ -95,7 +95,7 @@ class Trackers:
                 self._end(failed=True)
                 hint = _HINTS.get(name, "set it up")
                 raise ConfigError(
-                    f"report_to: {name} does not start ({_brief(error)}); {hint}, or leave it out"
+                    f"report_to: {name} does not start ({brief(error)}); {hint}, or leave it out"
                 ) from None
         for tracker in list(self._trackers):
             with self._minding(tracker, "did not take the options", drop=False):
@@ -124,9 +124,7 @@ class Trackers:
             try:
                 self._trackers.append(_start(_TENSORBOARD, self._folder, step))
             except Exception as error:
-                self._log(
-                    f"report_to: {_TENSORBOARD} does not start ({_brief(error)}); the training goes on without it"
-                )
+                self._log(f"report_to: {_TENSORBOARD} does not start ({brief(error)}); the training goes on without it")
         if found := _evaluated(evaluations, step):
             self._tell(step, found)
 
@@ -151,7 +149,7 @@ class Trackers:
             if drop:
                 self._trackers.remove(tracker)
                 without = "; the training does without it"
-            self._log(f"report_to: {tracker.name} {what} ({_brief(error)}){without}")
+            self._log(f"report_to: {tracker.name} {what} ({brief(error)}){without}")
 
 
 def _start(name: str, folder: Path, step: int = 0) -> Any:
@@ -161,7 +159,7 @@ def _start(name: str, folder: Path, step: int = 0) -> Any:
 
     PartialState()  # which process this is: the first alone talks
     kind = LOGGER_TYPE_TO_CLASS[name]
-    with _quiet():
+    with quiet():
         if name == _TENSORBOARD:
             replace_links(folder / FOLDER)
             tracker = kind(FOLDER, folder, **({"purge_step": step + 1} if step else {}))
@@ -209,15 +207,3 @@ def _flat(options: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         else:
             out[above + key] = json.dumps(value, default=str)
     return out
-
-
-def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -10,7 +10,7 @@ from loraloom.config.train import TrainConfig
 from loraloom.data.example import Example
 from loraloom.engine.loop import CALMER
 from loraloom.engine.slot import Slot
-from loraloom.errors import FailureError
+from loraloom.errors import FailureError, brief
 from loraloom.files.sizes import size
 from loraloom.inference import evaluation
 from loraloom.lora.model import PeftModel
@@ -40,8 +40,7 @@ def explain(
     """
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return f"out of memory; {_less(options, evaluating)}{_counted(options, needs)}"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return brief(error)
 
 
 def _less(options: TrainConfig | None, evaluating: bool) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 from loraloom.config import runfile
 from loraloom.config.lora import CONFIG_NAME
 from loraloom.config.train import TrainConfig
-from loraloom.data.table.cache import file_hash, first_changed
 from loraloom.errors import ConfigError, SaveError
 from loraloom.files.atomic import Contents, interrupted, recover, write_files
+from loraloom.files.hashing import file_hash, first_changed
 from loraloom.files.lock import LOCK_NAME
 from loraloom.lora import checkpoint
 from loraloom.lora.checkpoint import WEIGHTS_NAME

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,6 +15,7 @@ import torch
 import loraloom
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError
+from loraloom.files import jsonio
 from loraloom.train import early_stopping
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def record(
 
 def as_json(found: Mapping[str, Any]) -> bytes:
     """What ``run.json`` holds of ``found``, with its own hash."""
-    plain = {key: value for key, value in _finite(found).items() if key != _OWN_HASH}
+    plain = {key: value for key, value in jsonio.plain(found).items() if key != _OWN_HASH}
     return _text(plain | {_OWN_HASH: _hash(plain)})
 
 
@@ -122,7 +122,7 @@ def read(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except jsonio.MALFORMED:
         pass
     raise ConfigError(f"{path}: damaged, or not what loraloom writes")
 
@@ -133,12 +133,3 @@ def _text(plain: Mapping[str, Any]) -> bytes:
 
 def _hash(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(_text(plain)).hexdigest()
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, list) else value

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.errors import SaveError
 from loraloom.files.atomic import write_files
+from loraloom.files.quiet import quiet
 from loraloom.tune.config import TuneConfig
 from loraloom.tune.ranking import goodness
-from loraloom.tune.sampler import JOURNAL_NAME, frozen, quiet
+from loraloom.tune.sampler import JOURNAL_NAME, frozen
 from loraloom.tune.trial import Trial
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Journal:
             SaveError: the folder cannot be written.
         """
         ended = [t for t in trials if t.repeats is None and t.state in ("finished", "stopped", "failed")]
-        with quiet():
+        with quiet("optuna"):
             study = self._study or self._open(ended)
             missing = [trial for trial in ended if trial.number not in self._there]
             for trial in missing:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from loraloom.errors import ConfigError, DataError, LoraloomError, TrainingError
+from loraloom.errors import ConfigError, DataError, LoraloomError, TrainingError, first_line
 from loraloom.files.atomic import write_files
 from loraloom.train.preflight.estimate import free_memory
 from loraloom.tune.bar import Bar, set_bar
@@ -196,7 +196,7 @@ class RayExecutor:
             self.places: list[Placement] = [self._get(worker, ref) for worker, ref in enumerate(opening)]
         except self._ray.exceptions.RayError as error:
             self.close()
-            raise TrainingError(f"a worker died before it began: {_first_line(error)}") from None
+            raise TrainingError(f"a worker died before it began: {first_line(error)}") from None
         except BaseException:
             self.close()
             raise
@@ -210,14 +210,14 @@ class RayExecutor:
             planned: Slots = self._get(0, ref)
             return planned
         except self._ray.exceptions.RayError as error:
-            raise TrainingError(f"a worker died before it began: {_first_line(error)}") from None
+            raise TrainingError(f"a worker died before it began: {first_line(error)}") from None
 
     def set_bar(self, known: Bar | None) -> Bar:
         """Measured by the first worker, unless it is known; all have it with their trials."""
         try:
             self._bar = known or self._get(0, self._workers[0].set_bar.remote(self._threads, self._neighbours[0]))
         except self._ray.exceptions.RayError as error:
-            raise TrainingError(f"a worker died before it began: {_first_line(error)}") from None
+            raise TrainingError(f"a worker died before it began: {first_line(error)}") from None
         return self._bar
 
     def start(self, worker: int, enter: Sequence[tuple[Trial, TensorState]], leave: Sequence[int]) -> None:
@@ -267,7 +267,7 @@ class RayExecutor:
         self._seen.pop(worker, None)
         if self._deaths[worker] >= DEATHS:
             raise TrainingError(
-                f"worker {worker} died {DEATHS} times in a row ({_first_line(error)}); what was trained before is "
+                f"worker {worker} died {DEATHS} times in a row ({first_line(error)}); what was trained before is "
                 f"saved, and the same command goes on with the search in {self._options.train.output}"
             )
         self._workers[worker] = self._hire()
@@ -311,7 +311,7 @@ def _connect(ray: Any, options: TuneConfig) -> bool:
         ray.init(address=address, **quiet)
     except Exception as error:  # Ray has many for this
         raise ConfigError(
-            f"ray_address: no Ray cluster answers at {address} ({_first_line(error)}); give host:port of its head "
+            f"ray_address: no Ray cluster answers at {address} ({first_line(error)}); give host:port of its head "
             "node, or auto for one on this machine; where it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from None
     return True
@@ -343,8 +343,3 @@ def _packed(numbers: Mapping[str, torch.Tensor]) -> bytes:
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

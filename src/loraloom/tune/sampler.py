@@ -6,13 +6,11 @@ had not been.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from loraloom.files.quiet import quiet
 from loraloom.lora.initialize import seed_of
 from loraloom.tune.config import TuneConfig
 from loraloom.tune.ranking import goodness
@@ -57,7 +55,7 @@ def _ask(options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler | No
         sampler = optuna.samplers.TPESampler(
             seed=seed, multivariate=True, constant_liar=True, n_startup_trials=max(4, options.trials // 4)
         )
-    with quiet():
+    with quiet("optuna"):
         study = optuna.create_study(direction="maximize", sampler=sampler or optuna.samplers.RandomSampler(seed=seed))
         for trial in trials:
             if trial.repeats is None:
@@ -90,21 +88,3 @@ def frozen(options: TuneConfig, trial: Trial) -> FrozenTrial:
         intermediate_values=measured,
         user_attrs={"trial": trial.number, "parameters": trial.parameters, "reason": trial.reason},
     )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Optuna tells of every study on stderr, and warns of what is experimental in it."""
-    import warnings
-
-    import optuna
-
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(logging.ERROR)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            optuna.logging.set_verbosity(before)

@@ -19,15 +19,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from loraloom.config.train import TrainConfig
-from loraloom.data.table.cache import file_hash, first_changed
 from loraloom.engine.slot import Curve
 from loraloom.errors import ConfigError, SaveError
 from loraloom.files.atomic import recover, write_files
+from loraloom.files.hashing import file_hash, first_changed
+from loraloom.files.jsonio import exact, restored
 from loraloom.tune.asha import SuccessiveHalving
 from loraloom.tune.bar import Bar
 from loraloom.tune.sampler import JOURNAL_NAME
 from loraloom.tune.trial import Trial
-from loraloom.tune.verdict import plain
 
 STATE_NAME = "search.json"
 UNDER_WAY = "under-way"
@@ -99,13 +99,13 @@ def _text(state: State) -> bytes:
     """The file: first all but the trials, then a trial a line, and in the end the hash of what is before."""
     kept = {spec.name: getattr(state, spec.name) for spec in fields(state) if spec.name not in ("trials", "written")}
     kept |= {"halving": asdict(state.halving), "bar": None if state.bar is None else asdict(state.bar)}
-    head = json.dumps(plain_with_limits(kept), indent=1).removesuffix("\n}")
+    head = json.dumps(exact(kept), indent=1).removesuffix("\n}")
     lines = []
     for trial in state.trials:
         mark = _mark(trial)
         if state.written.get(trial.number, (None, ""))[0] != mark:
             # Knobs stay in the order of the space.
-            state.written[trial.number] = mark, json.dumps(plain_with_limits(_trial(trial)))
+            state.written[trial.number] = mark, json.dumps(exact(_trial(trial)))
         lines.append(state.written[trial.number][1])
     body = f'{head},\n "trials": [\n' + ",\n".join(lines) + "\n ]"
     return f'{body},\n "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'.encode()
@@ -135,7 +135,7 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
         return None
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text)
+        found = restored(json.loads(text))
         other = found["fingerprint"] != fingerprint
         if not other and not _whole(text):
             raise ValueError("its hash is another one")
@@ -261,15 +261,5 @@ def _numbers(values: Sequence[Any]) -> list[float]:
 
 
 def _number(value: Any) -> Any:
+    """Earlier versions wrote what is not finite as text."""
     return float(value) if isinstance(value, str) else value
-
-
-def plain_with_limits(value: Any) -> Any:
-    """Plain JSON in which what is not finite is text, so that it comes back as it was."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_with_limits(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_with_limits(item) for item in value]
-    if isinstance(value, float) and value - value != 0:
-        return str(value)
-    return plain(value)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from loraloom.errors import TrainingError
+from loraloom.files.jsonio import plain
+from loraloom.files.quiet import quiet
 from loraloom.inference.jackknife import error
 from loraloom.tune.advice import advise
 from loraloom.tune.bar import Bar, Gain, gain, learned
@@ -291,9 +291,7 @@ def _pedanova(trials: Sequence[Trial], goods: Sequence[float], spaces: Mapping[s
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
+    with quiet("optuna"):
         study = optuna.create_study(direction="maximize")
         for trial, good in zip(trials, goods, strict=True):
             held = {name: trial.values[name] for name in spaces if name in trial.values}
@@ -306,11 +304,7 @@ def _pedanova(trials: Sequence[Trial], goods: Sequence[float], spaces: Mapping[s
                 )
             )
         evaluator = PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, IMPORTANCE_BEST / len(trials))))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return get_param_importances(study, evaluator=evaluator, params=list(spaces), normalize=False)
-    finally:
-        optuna.logging.set_verbosity(verbosity)
+        return get_param_importances(study, evaluator=evaluator, params=list(spaces), normalize=False)
 
 
 def _distribution(name: str, trials: Iterable[Trial], given: Any) -> Any:
@@ -391,24 +385,3 @@ def _trial(trial: Trial, found: Verdict) -> dict[str, Any]:
         "used": {name: list(figures) for name, figures in sorted(trial.used.items())},
         "error": {name: error(values) for name, values in trial.parts.items()},
     }
-
-
-def plain(value: Any) -> Any:
-    """The same in JSON's own types; numbers that are not finite become null, which every reader of JSON takes."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(plain(item) for item in value)
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Enum):
-        return plain(value.value)
-    if isinstance(value, Path):
-        return str(value)
-    if type(value) is float and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, bool | str):
-        return value
-    if hasattr(value, "item"):  # a number of numpy or torch
-        return plain(value.item())
-    return value if isinstance(value, int | float) else str(value)

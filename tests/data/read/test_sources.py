@@ -24,7 +24,7 @@ from loraloom.data.read import arrays, readers, tables
 from loraloom.data.read.holdout import held_out, weighted
 from loraloom.data.read.jsonfiles import other_form
 from loraloom.data.read.source import Source
-from loraloom.data.read.sources import read_rows, resolve
+from loraloom.data.read.sources import resolve
 from loraloom.data.rows import BadRow, RowError, shown
 from loraloom.errors import ConfigError, DataError
 
@@ -501,17 +501,13 @@ def test_lines_and_files_are_for_plain_text_alone(tmp_path: Path) -> None:
     resolve(str(tmp_path), format="messages")
 
 
-def test_a_fingerprint_follows_from_the_bytes_and_how_they_are_read(tmp_path: Path) -> None:
+def test_hashes_are_those_of_the_files_bytes(tmp_path: Path) -> None:
     a = saved(tmp_path, "a/x.jsonl", '{"a": 1}\n')
-    same = saved(tmp_path, "b/y.jsonl", '{"a": 1}\n')
-    text = saved(tmp_path, "x.txt", '{"a": 1}\n')
-    assert one(a).fingerprint() == one(same).fingerprint() == one(a.parent).fingerprint()
-    assert one(a).fingerprint() != one(text).fingerprint()
-    assert one(text).fingerprint() != one(text, format="text-lines").fingerprint()
     assert one(a).hashes() == {str(a): hashlib.sha256(b'{"a": 1}\n').hexdigest()}
-    before = one(a).fingerprint()
-    saved(tmp_path, "a/x.jsonl", '{"a": 2}\n')
-    assert one(a).fingerprint() != before
+    source = one(a)
+    a.unlink()
+    with pytest.raises(DataError, match="x.jsonl: cannot be read: No such file"):
+        source.hashes()
 
 
 def test_the_first_rows_are_had_without_reading_the_rest(tmp_path: Path) -> None:
@@ -613,8 +609,8 @@ def test_a_saved_dataset_gives_its_rows_with_the_names_of_its_classes(tmp_path: 
     assert len(rows) == 600
     assert rows[1].fields == {"text": "t1", "label": "praise", "tags": ["B", "O"]}
     assert rows[599].where == f"{tmp_path / 'd'}, row 600"
-    assert source.fingerprint() == one(tmp_path / "d").fingerprint()
-    assert pickle.loads(pickle.dumps(source)).fingerprint() == source.fingerprint()
+    assert source.hashes() == one(tmp_path / "d").hashes()
+    assert pickle.loads(pickle.dumps(source)).hashes() == source.hashes()
     assert "saved dataset" in source.describe()
 
 
@@ -639,7 +635,8 @@ def test_a_split_of_a_saved_dataset_is_named(tmp_path: Path, dataset: Any) -> No
     assert [row["text"] for row in fields(f"{tmp_path / 'd'}:test")] == ["t7"]
     assert [row["text"] for row in fields({"path": tmp_path / "d", "split": "test"})] == ["t7"]
     refused(f"{tmp_path / 'd'}:tset", "no split 'tset'", "did you mean 'test'")
-    assert one(f"{tmp_path / 'd'}:test").fingerprint() != one(tmp_path / "d").fingerprint()
+    values = [[*one(name).hashes().values()] for name in (f"{tmp_path / 'd'}:test", tmp_path / "d")]
+    assert values[0] != values[1]
 
 
 def test_a_damaged_saved_dataset_is_refused(tmp_path: Path, dataset: Any) -> None:
@@ -697,7 +694,3 @@ def test_offline_the_real_library_says_the_same(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert "no network" in done.stdout
     assert "Traceback" not in done.stderr
-
-
-def test_read_rows_is_all_rows_of_one_file(tmp_path: Path) -> None:
-    assert [row.line for row in read_rows(saved(tmp_path, "a.jsonl", "{}\n\n{}\n"))] == [1, 3]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from loraloom.data.table.workers import AHEAD, cores, mapped
+from loraloom.data.table.workers import AHEAD, mapped
 from loraloom.errors import DataError, FailureError, InputError
 
 # What runs in the workers must be found there: a module on the path, as in the package itself.
@@ -190,7 +190,3 @@ def test_workers_end_when_who_started_them_is_killed(jobs, tmp_path: Path) -> No
     while any(_alive(pid) for pid in found):
         assert time.monotonic() < ends
         time.sleep(0.05)
-
-
-def test_there_is_a_core() -> None:
-    assert cores() >= 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,25 +34,6 @@ def test_too_many_threads_are_a_finding_that_says_what_to_set(
         assert not found.stops
         assert said is not None
         assert re.search(said, found.text), found.text
-
-
-def test_the_quota_is_the_least_of_all_groups_in_both_versions(tmp_path: Path) -> None:
-    own, inner = tmp_path / "own", tmp_path / "cgroup" / "a" / "b"
-    inner.mkdir(parents=True)
-    own.write_text("0::/a/b\n")
-    (inner / "cpu.max").write_text("max 100000\n")
-    assert machine.quota(tmp_path / "cgroup", own) is None
-    (inner.parent / "cpu.max").write_text("150000 100000\n")
-    assert machine.quota(tmp_path / "cgroup", own) == 1.5
-    (tmp_path / "cgroup" / "cpu.max").write_text("50000 100000\n")  # the namespace's own root
-    assert machine.quota(tmp_path / "cgroup", own) == 0.5
-    old = tmp_path / "old" / "cpu" / "docker"
-    old.mkdir(parents=True)
-    own.write_text("3:memory:/docker\n4:cpu,cpuacct:/docker\n")
-    (old / "cpu.cfs_quota_us").write_text("300000\n")
-    (old / "cpu.cfs_period_us").write_text("100000\n")
-    assert machine.quota(tmp_path / "old", own) == 3.0
-    assert machine.quota(tmp_path, tmp_path / "nothing") is None
 
 
 def test_an_accelerator_needs_no_word_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:

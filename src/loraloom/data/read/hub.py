@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loraloom.data.read.source import Source
 from loraloom.data.read.tables import CHUNK, class_names, named, records
 from loraloom.data.rows import OnBad, Row
-from loraloom.errors import ConfigError, DataError, nearest
+from loraloom.errors import ConfigError, DataError, first_line, nearest
 from loraloom.files import network
 
 if TYPE_CHECKING:
@@ -98,22 +98,23 @@ class DatasetSource(Source):
         from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
         try:
+            if network.unreachable():
+                return self._load_cached()
             # All splits, because a list of them is what helps where the one that was asked for is not there.
-            with network.looking(self.path):
-                return load_dataset(self.path, self.config, revision=self.revision)
+            return load_dataset(self.path, self.config, revision=self.revision)
         except DatasetNotFoundError as exc:
             raise DataError(
                 f"{self.path}: no such file or folder here{_beside(self.path)}, and no dataset of that name on the "
-                f"hub: {_first_line(exc)}"
+                f"hub: {first_line(exc)}"
             ) from None
         except (ConnectionError, TimeoutError) as exc:
-            why = network.unreachable() or f"HF_HUB_OFFLINE is set, or it was lost meanwhile: {_first_line(exc)}"
+            why = network.unreachable() or f"HF_HUB_OFFLINE is set, or it was lost meanwhile: {first_line(exc)}"
             raise DataError(
                 f"{self.path}: no such file or folder here{_beside(self.path)}; as the name of a dataset on the hub "
                 f"it would have to be fetched, and there is no network ({why})"
             ) from None
         except (DatasetsError, ValueError, OSError) as exc:
-            raise DataError(f"{self.path}: the dataset cannot be loaded: {_first_line(exc)}") from exc
+            raise DataError(f"{self.path}: the dataset cannot be loaded: {first_line(exc)}") from exc
         except Exception as exc:
             # What the network's libraries raise has no common base; anything else is a fault to be seen whole.
             if type(exc).__module__.split(".")[0] not in (
@@ -125,7 +126,23 @@ class DatasetSource(Source):
                 "aiohttp",
             ):
                 raise
-            raise DataError(f"{self.path}: the dataset cannot be fetched from the hub: {_first_line(exc)}") from exc
+            raise DataError(f"{self.path}: the dataset cannot be fetched from the hub: {first_line(exc)}") from exc
+
+    def _load_cached(self) -> Any:
+        """The dataset as it was last fetched, found as ``load_dataset`` finds it after half a minute without a network.
+
+        Raises:
+            ConnectionError: it never was.
+        """
+        from datasets.packaged_modules.cache.cache import Cache
+
+        name = self.path.rpartition("/")[2]
+        try:
+            return Cache(
+                repo_id=self.path, dataset_name=name, config_name=self.config, version="auto", hash="auto"
+            ).as_dataset()
+        except ValueError as exc:  # it is not in the cache
+            raise ConnectionError(str(exc)) from None
 
     def _rows(self, bad: OnBad | None) -> Iterator[Row]:
         dataset = self._dataset()
@@ -139,14 +156,10 @@ class DatasetSource(Source):
                     fields[name] = named(fields[name], names)
                 yield Row(fields, number, self.name, "row")
 
-    def fingerprint(self) -> str:
-        """The SHA-256 of the name, the revision and the dataset's own fingerprint."""
-        parts = (self.name, self.revision or "", self._dataset()._fingerprint)
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
     def hashes(self) -> dict[str, str]:
-        """The fingerprint, by the name."""
-        return {self.name: self.fingerprint()}
+        """The SHA-256 of the name, the revision and the dataset's own fingerprint, by the name."""
+        parts = (self.name, self.revision or "", self._dataset()._fingerprint)
+        return {self.name: hashlib.sha256("\n".join(parts).encode()).hexdigest()}
 
     def describe(self) -> str:
         """The source in a few words, for saying aloud what is read."""
@@ -161,13 +174,9 @@ def _load_saved(path: str) -> Any:
     try:
         return load_from_disk(path)
     except Exception as exc:  # from Arrow, JSON, the file system: all say that the folder is damaged
-        raise DataError(f"{path}: the saved dataset cannot be read: {_first_line(exc)}") from exc
+        raise DataError(f"{path}: the saved dataset cannot be read: {first_line(exc)}") from exc
 
 
 def _beside(path: str) -> str:
     folder = os.path.dirname(path) or "."
     return nearest(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else ())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import hashlib
 import json
 import os
 import zlib
@@ -56,15 +55,6 @@ def report(bad: OnBad | None, row: BadRow) -> None:
     if bad is None:
         raise RowError(row)
     bad(row)
-
-
-def file_hash(path: str | Path) -> str:
-    """The SHA-256 of the file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open_file(Path(path), unpack=False) as file:
-        while block := guarded(file, Path(path), 2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def open_file(path: Path, unpack: bool = True) -> BinaryIO:

@@ -6,7 +6,6 @@ What the user's words for it mean is known to ``sources``, how a file is read to
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,10 +13,11 @@ from itertools import islice
 from pathlib import Path
 
 from loraloom.data.read.jsonfiles import read_json
-from loraloom.data.read.readers import file_hash, read_text
+from loraloom.data.read.readers import read_text
 from loraloom.data.read.tables import read_parquet, read_table
 from loraloom.data.rows import BadRow, OnBad, Row
 from loraloom.errors import DataError
+from loraloom.files.hashing import file_hash
 
 Reader = Callable[[Path, OnBad | None], Iterator[Row]]
 
@@ -82,16 +82,7 @@ class Source:
 
     def hashes(self) -> dict[str, str]:
         """The SHA-256 of each file's bytes, by its path."""
-        return {str(path): file_hash(path) for path in self.files}
-
-    def fingerprint(self) -> str:
-        """The SHA-256 of all that the rows follow from: the files' bytes in order, and how they are read."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            kind = f"{suffix(path)}{'.gz' * (path.suffix.lower() == '.gz')}"
-            by = self.text_by if suffix(path) == ".txt" else ""
-            digest.update(f"{kind} {by} {file_hash(path)}\n".encode())
-        return digest.hexdigest()
+        return {str(path): _hash(path) for path in self.files}
 
     def describe(self) -> str:
         """The source in a few words, for saying aloud what is read."""
@@ -104,6 +95,13 @@ class Source:
             more = ", ..." if len(self.passed_over) > 3 else ""
             said += f"; passed over, as no data: {others}{more}"
         return said if self.weight == 1 else f"{said}, weight {self.weight:g}"
+
+
+def _hash(path: Path) -> str:
+    try:
+        return file_hash(path)
+    except OSError as exc:
+        raise DataError(f"{path}: cannot be read: {exc.strerror}") from exc
 
 
 def suffix(path: Path) -> str:

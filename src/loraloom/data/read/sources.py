@@ -18,10 +18,7 @@ from loraloom.data.read.holdout import check_weight
 from loraloom.data.read.hub import DatasetSource
 from loraloom.data.read.readers import open_file
 from loraloom.data.read.source import READERS, Source, suffix
-from loraloom.data.rows import Row
 from loraloom.errors import ConfigError, DataError, nearest
-
-__all__ = ["Source", "read_rows", "resolve"]
 
 KINDS = ".jsonl or .json (an object on each line, or one array), .csv, .tsv, .parquet or .txt"
 
@@ -148,9 +145,3 @@ def _is_saved(name: str) -> bool:
     """Is this a folder that ``save_to_disk`` wrote?"""
     dataset = os.path.isfile(os.path.join(name, "state.json"))
     return dataset or os.path.isfile(os.path.join(name, "dataset_dict.json"))
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """All rows of one data file at once; for what is known to be small."""
-    open_file(Path(path), unpack=False).close()
-    return list(Source(str(path), [_known(Path(path))]))

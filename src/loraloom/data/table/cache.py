@@ -25,12 +25,13 @@ from loraloom.data.table import eviction
 from loraloom.data.table.eviction import MANIFEST, Gone
 from loraloom.errors import SaveError
 from loraloom.files.atomic import remove_tree
+from loraloom.files.hashing import file_hash
+from loraloom.files.lock import Taken, exclusive, release
 
 #: The folder of the cache, where it is to be another than the system's.
 VARIABLE = "LORALOOM_CACHE"
 #: Of the layout of entries. Another one is as good as none.
 FORMAT = 1
-BLOCK = 1 << 20
 
 Log = Callable[[str], None]
 
@@ -245,48 +246,15 @@ def _whole(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     return all(file_hash(folder / name) == file["sha256"] for name, file in files.items())
 
 
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file's bytes, of which never more than a block is in memory."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
-
-
-def first_changed(folder: Path, files: Mapping[str, str]) -> tuple[Path, OSError | None] | None:
-    """The first of ``files`` (name → ``file_hash``) in ``folder`` that is not as it was, and why it cannot be read."""
-    for name, wanted in sorted(files.items()):
-        path = folder / name
-        try:
-            if file_hash(path) != wanted:
-                return path, None
-        except OSError as error:
-            return path, error
-    return None
-
-
 @contextlib.contextmanager
 def _locked(path: Path, log: Log) -> Iterator[None]:
+    """Have the lock at ``path``, waiting for whoever has it. Without locks all build, and the first one counts."""
     try:
-        import fcntl
-    except ImportError:  # Windows: all build, and the first one counts
-        yield
-        return
-    with _writing():
-        if path.is_symlink():
-            path.unlink()
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        lock = exclusive(path, 0)
+    except Taken:
+        log("another process prepares the same rows; waiting for it")
+        lock = exclusive(path, -1)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log("another process prepares the same rows; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            pass
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)  # who waits on it builds nothing twice: it looks first
-        os.close(handle)
+        release(path, lock)

@@ -112,11 +112,11 @@ def _make(folder: Path, limit: int) -> str:
         if (unused or total > limit) and _delete(entry.folder):
             (old if unused else much).append(entry.bytes)
             total -= entry.bytes
-    said = [(old, f"unused for {DAYS} days"), (much, f"the longest unused, to stay below {_size(limit)}")]
+    said = [(old, f"unused for {DAYS} days"), (much, f"the longest unused, to stay below {sizes.size(limit)}")]
     return "; ".join(
-        f"{len(sizes)} {'entry' if len(sizes) == 1 else 'entries'} ({_size(sum(sizes))}), {why}"
-        for sizes, why in said
-        if sizes
+        f"{len(found)} {'entry' if len(found) == 1 else 'entries'} ({sizes.size(sum(found))}), {why}"
+        for found, why in said
+        if found
     )
 
 
@@ -154,10 +154,3 @@ def _newest(folder: Path) -> float:
         return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
     except OSError:
         return time.time()
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"

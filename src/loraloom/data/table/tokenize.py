@@ -23,9 +23,11 @@ from loraloom.data.shape.shapes import Shape
 from loraloom.data.table import cache
 from loraloom.data.table.scan import OnProgress, Survey, bad_line
 from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Memory, Packed, Table, Writer, pack
-from loraloom.data.table.workers import MOST, cores, mapped
+from loraloom.data.table.workers import MOST, mapped
 from loraloom.data.tokenize.encode import encoder
 from loraloom.errors import DataError
+from loraloom.files.hashing import file_hash
+from loraloom.files.resources import cores
 
 #: From so many rows on, several processes pay: to begin, each needs a second or two.
 MANY = 20_000
@@ -134,7 +136,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 def _template_hash(given: str | None) -> str | None:
     """Of a file its bytes count, not its name."""
-    return cache.file_hash(Path(given)) if given and os.path.isfile(given) else None
+    return file_hash(Path(given)) if given and os.path.isfile(given) else None
 
 
 @dataclass(frozen=True)

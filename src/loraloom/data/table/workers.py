@@ -33,14 +33,6 @@ MOST = 16
 _SIZE = struct.Struct("<Q")
 
 
-def cores() -> int:
-    """The cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not every system has this
-        return os.cpu_count() or 1
-
-
 def mapped(
     make: Callable[..., Callable[[A], B]], arguments: tuple[Any, ...], items: Iterable[A], workers: int = 1
 ) -> Iterator[B]:

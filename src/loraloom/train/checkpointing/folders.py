@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraloom.config.lora import CONFIG_NAME
-from loraloom.data.table.cache import file_hash
 from loraloom.errors import ConfigError, SaveError
 from loraloom.files.atomic import make_folder, remove_tree, sync, write_files
+from loraloom.files.hashing import file_hash
+from loraloom.files.jsonio import MALFORMED, exact, restored
 from loraloom.lora.checkpoint import WEIGHTS_NAME, write_tensors
 
 TENSORS_NAME = "state.safetensors"
@@ -37,9 +38,6 @@ STATE_NAME = "state.json"
 MANIFEST_NAME = "manifest.json"
 #: The layout of the folder and the meaning of the state; another number is not read.
 FORMAT = 1
-
-#: What reading JSON of another shape than was written raises, deep nesting and huge numbers included.
-DAMAGED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)
 
 _FILES = (WEIGHTS_NAME, CONFIG_NAME, TENSORS_NAME, STATE_NAME)
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -90,7 +88,7 @@ def write(
         make_folder(aside)
         adapter(aside)
         # Not sorted: the first metric of an evaluation is the one that is watched.
-        text = json.dumps({**limits_as_text(state), "format": FORMAT, "step": step}, indent=1)
+        text = json.dumps({**exact(state), "format": FORMAT, "step": step}, indent=1)
         write_files(aside, {TENSORS_NAME: partial(write_tensors, tensors), STATE_NAME: text.encode()})
         manifest = {
             name: {"bytes": (aside / name).stat().st_size, "sha256": file_hash(aside / name)} for name in _FILES
@@ -121,9 +119,9 @@ def read(path: str | Path) -> Checkpoint:
     if problem := _problem(path):
         raise ConfigError(f"{path} is no whole checkpoint: {problem}")
     try:
-        state = text_as_limits(json.loads((path / STATE_NAME).read_bytes()))
+        state = restored(json.loads((path / STATE_NAME).read_bytes()))
         return Checkpoint(path, int(state["step"]), state)
-    except (OSError, *DAMAGED):  # since it was looked at
+    except (OSError, *MALFORMED):  # since it was looked at
         raise ConfigError(f"{path} is no whole checkpoint: {STATE_NAME} cannot be read") from None
 
 
@@ -232,7 +230,7 @@ def _problem(path: Path) -> str:
         return f"it has no {Path(error.filename).name}"
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
-    except DAMAGED:
+    except MALFORMED:
         return f"{MANIFEST_NAME} or {STATE_NAME} is not what loraloom writes"
     return ""
 
@@ -256,25 +254,3 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return found
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read ({error})") from None
-
-
-# -- JSON that knows NaN ----------------------------------------------------------------------------------------------
-
-
-def limits_as_text(value: Any) -> Any:
-    """JSON has no NaN and no infinity: ``{"number": "nan"}`` stands for them."""
-    if isinstance(value, Mapping):
-        return {str(key): limits_as_text(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [limits_as_text(item) for item in value]
-    if isinstance(value, float) and value - value != 0:
-        return {"number": str(value)}
-    return value if value is None or isinstance(value, str | int | float) else str(value)
-
-
-def text_as_limits(value: Any) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {"number"} and isinstance(value["number"], str):
-            return float(value["number"])
-        return {key: text_as_limits(item) for key, item in value.items()}
-    return [text_as_limits(item) for item in value] if isinstance(value, list) else value

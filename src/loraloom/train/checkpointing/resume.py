@@ -24,6 +24,7 @@ from loraloom.data.example import Example
 from loraloom.engine.slot import Curve, Slot
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.files.atomic import interrupted, recover
+from loraloom.files.jsonio import MALFORMED
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel
 from loraloom.train import early_stopping
@@ -287,7 +288,7 @@ def understood(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except (LoraloomError, torch.OutOfMemoryError):
         raise
-    except (*folders.DAMAGED, RuntimeError) as error:
+    except (*MALFORMED, RuntimeError) as error:
         raise ConfigError(
             f"{checkpoint.path}: {folders.STATE_NAME} or {folders.TENSORS_NAME} is not what loraloom writes "
             f"({type(error).__name__}: {error}); choose an earlier one, or train anew"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from loraloom.config.lora import LoraConfig
 from loraloom.data.batches import collate
 from loraloom.data.example import Example
 from loraloom.engine.pack import Pack
+from loraloom.files.resources import memory_free
 from loraloom.train.preflight.memory import Memory, estimate
 
 #: Forwards and backwards that are timed; one more comes before them.
@@ -92,12 +92,7 @@ def needs(
 
 
 def free_memory() -> int:
-    """Bytes that this process could still take: of the accelerator where there is one, else of the machine."""
+    """Bytes that this process could still take: of the accelerator if there is one, else of the machine."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return memory_free()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 
 import torch
 
+from loraloom.files.resources import cores, quota
 from loraloom.train.preflight.doctor import Finding
 
 
@@ -40,39 +40,3 @@ def threads(count: int, allowed: int, quota: float | None, load: float) -> Findi
 
 def _finding(what: str, instead: int) -> Finding:
     return Finding("threads", f"{what}: threads that wait for a core hold up all others; set OMP_NUM_THREADS={instead}")
-
-
-def cores() -> int:
-    """Cores on which the system lets this process run."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """The least number of cores that a control group of this process is given (Linux); None without a limit."""
-    found = []
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        number, names, path = line.split(":", 2)
-        if number != "0" and "cpu" not in names.split(","):
-            continue
-        base = root if number == "0" else root / "cpu"
-        inner = Path(path.lstrip("/"))
-        # In a container the path may be that of the host, and its own group is the root.
-        for group in dict.fromkeys(base / part for part in (inner, *inner.parents, Path())):
-            found += [cpus for cpus in (_limit(group),) if cpus is not None]
-    return min(found, default=None)
-
-
-def _limit(group: Path) -> float | None:
-    """Version 2 writes ``cpu.max``, version 1 two files."""
-    try:
-        if (group / "cpu.max").exists():
-            share, period = (group / "cpu.max").read_text().split()
-        else:
-            share, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return int(share) / int(period) if int(share) > 0 else None
-    except (OSError, ValueError):  # no limit is "max", or -1
-        return None
