@@ -5,6 +5,8 @@ tests read it. Nothing here is internal to loraloom: names of the package, comma
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -209,6 +211,154 @@ _run(  # a new head, modules trained in full, embeddings; not by AdamW, which ma
 #: How near a run's end comes to that on another processor, over the largest number of a tensor. Products in half
 #: precision are rounded to one in 2,000.
 NEAR = {"float16": 1e-3}
+
+
+#: Keys of ``lora`` that are PEFT's and that loraloom does not implement, at PEFT's defaults.
+_NOT_IMPLEMENTED: dict[str, Any] = {
+    **{
+        f"{name}_config": None
+        for name in ("megatron", "eva", "corda", "lora_ga", "velora", "monteclora", "arrow", "kasa")
+    },
+    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens", "layer_replication", "use_bdlora")),
+    **dict.fromkeys(("use_dora", "use_qalora", "lora_bias", "ensure_weight_tying"), False),
+    "megatron_core": "megatron.core",
+    "loftq_config": {},
+    "qalora_group_size": 16,
+}
+#: Run files that came to their end. ``every`` has every key; where one rules another out, that is null, and set in one
+#: of the others. ``minimal`` has none that can be left out.
+FINISHED: dict[str, dict[str, Any]] = {
+    "minimal": {
+        "task": "seq-cls",
+        "model": {"name": "models/encoder"},
+        "data": {"train": "reviews.jsonl"},
+        "output": "finished/minimal",
+    },
+    "every": {
+        "task": "seq-cls",
+        "output": "finished/every",
+        "overwrite": False,
+        "model": {"name": "models/encoder", "revision": None, "dtype": "float32", "attn_implementation": "eager",
+                  "device": "cpu"},
+        "data": {"train": [{"path": "reviews.jsonl", "weight": 2}, {"path": "more.csv", "weight": 1}],
+                 "validation": "held-out.csv", "format": "text-label", "columns": {"label": "label"},
+                 "max_length": 24, "overlong": "drop", "on_bad_row": "skip", "allow_untrained": True,
+                 "chat_template": None, "date": None, "stride": 128,
+                 "problem_type": "single_label_classification", "workers": 1},
+        "lora": {"r": 2, "lora_alpha": 3, "lora_dropout": 0.25, "target_modules": ["query", "dense"],
+                 "target_parameters": None, "exclude_modules": ["pooler.dense", "intermediate.dense"],
+                 "bias": "lora_only",
+                 "modules_to_save": ["pooler"], "fan_in_fan_out": False, "init_lora_weights": "gaussian",
+                 "use_rslora": True, "rank_pattern": {"query": 3}, "alpha_pattern": {"query": 1.5},
+                 "layers_to_transform": [1], "layers_pattern": "layer", "inference_mode": False,
+                 "base_model_name_or_path": "models/encoder", "revision": None, "peft_type": "LORA",
+                 "peft_version": "0.21.2", "auto_mapping": None, **_NOT_IMPLEMENTED},
+        "train": {"epochs": 0.5, "max_steps": None, "batch_size": 5, "gradient_accumulation_steps": 2,
+                  "learning_rate": 0.004, "loraplus_lr_ratio": 2.0, "lr_scheduler_type": "warmup_stable_decay",
+                  "warmup_ratio": 0.2, "warmup_steps": None, "decay_ratio": 0.3, "optim": "AdamW",
+                  "optim_args": {"eps": 1e-6}, "weight_decay": 0.01, "max_grad_norm": 0.7,
+                  "gradient_checkpointing": True, "fsdp": False, "seed": 11, "save_strategy": "epoch",
+                  "save_steps": None, "save_minutes": None, "save_total_limit": 3, "report_to": ["tensorboard"]},
+        "eval": {"strategy": "epoch", "steps": None, "minutes": None, "batch_size": 7,
+                 "metrics": ["f1_macro", "accuracy"], "metric_for_best_model": "accuracy",
+                 "load_best_model_at_end": True, "early_stopping_patience": 4, "early_stopping_threshold": 0.01,
+                 "max_new_tokens": 64},
+    },
+    "chat": {
+        "task": "causal-lm",
+        "model": {"name": "models/decoder", "dtype": "bfloat16"},
+        "data": {"train": "chats.jsonl", "validation": 0.25, "chat_template": "template.jinja", "date": "2024-07-01",
+                 "overlong": "split", "max_length": 12},
+        "lora": {"target_modules": "all-linear", "init_lora_weights": False},
+        "train": {"max_steps": 3, "warmup_steps": 1, "save_minutes": 60, "report_to": []},
+        "eval": {"minutes": 60, "max_new_tokens": 3, "metrics": ["perplexity", "exact_match"]},
+        "output": "finished/chat",
+    },
+    "answers": {
+        "task": "question-answering",
+        "model": {"name": "models/reader"},
+        "data": {"train": "answers.jsonl", "validation": 4, "stride": 3, "max_length": 12},
+        "train": {"max_steps": 2, "save_strategy": "no", "lr_scheduler_type": "constant", "report_to": []},
+        "eval": {"strategy": "no"},
+        "output": "finished/answers",
+    },
+}  # fmt: skip
+#: Model and rows that ``loraloom init`` is asked for a run file of.
+STARTERS = {"classify": ("models/encoder", "reviews.jsonl"), "talk": ("models/decoder", "chats.jsonl")}
+
+
+# -- searches ---------------------------------------------------------------------------------------------------------
+
+#: Run files of searches. ``search`` has every key of the section, and each kind of knob; ``tune/finished`` is its end,
+#: and in two more folders it was killed with running, paused and finished trials. ``stopped`` was ended by SIGTERM.
+SEARCHES: dict[str, dict[str, Any]] = {
+    "search": {
+        "task": "causal-lm",
+        "model": {"name": "models/decoder"},
+        "data": {"train": "chats.jsonl", "validation": 16},
+        "train": {"max_steps": 18, "batch_size": 6},
+        "output": "tune/finished",
+        "tune": {
+            "preset": "quick", "trials": 6, "sampler": "tpe", "reduction": 2, "min_share": 0.2, "finalists": 2,
+            "seeds": 1, "metric": "perplexity", "slots": 2, "memory": "8GiB", "workers": 1, "ray_address": None,
+            "space": {
+                "lora.r": [2, 4],
+                "lora.lora_alpha": ["2r", "rslora"],
+                "lora.lora_dropout": {"range": [0.0, 0.1], "step": 0.05},
+                "lora.target_modules": ["all-linear", "q-v", ["v_proj", "o_proj"]],
+                "train.learning_rate": {"log": [0.02, 0.3]},
+                "train.gradient_accumulation_steps": [1, 2],
+                "train.weight_decay": 0.01,
+            },
+        },
+    },
+    "stopped": {
+        "task": "seq-cls",
+        "model": {"name": "models/encoder"},
+        "data": {"train": "reviews.jsonl", "validation": 16},
+        "lora": {"bias": "lora_only", "lora_dropout": 0.1},
+        "train": {"max_steps": 18, "batch_size": 4, "gradient_accumulation_steps": 3},
+        "output": "tune/stopped",
+        "tune": {
+            "trials": 4, "sampler": "grid", "finalists": 1, "seeds": 0, "slots": 3,
+            # A training at the second rate comes to no figure.
+            "space": {"lora.r": [2, 3], "train.learning_rate": [0.01, 1.0e+30]},
+        },
+    },
+}  # fmt: skip
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+#: The command whose rows are in ``cache``.
+MANY = [
+    "train",
+    "--model",
+    "models/encoder",
+    "--data",
+    "many.jsonl",
+    "--task",
+    "seq-cls",
+    "--eval-split",
+    "8",
+    "--r",
+    "2",
+    "--max-steps",
+    "2",
+    "--batch-size",
+    "8",
+    "--output",
+    "aside",
+    "--set",
+    "train.report_to=[]",
+]
+
+
+def many_rows(path: Path) -> None:
+    """More rows than are kept in memory; the same bytes each time."""
+    words = [("good", "praise"), ("bad", "blame"), ("fine film", "praise"), ("poor book", "blame")]
+    rows = ({"text": text, "label": label} for text, label in itertools.islice(itertools.cycle(words), 5001))
+    path.write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def near(found: Path, wanted: Path, name: str = "") -> None:

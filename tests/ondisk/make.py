@@ -34,12 +34,29 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from ondisk.cases import FILES, KINDS, RUNS, WEIGHTS, Net, base, inside, loraloom, outputs, processor
+from ondisk.cases import (
+    DATED,
+    FILES,
+    FINISHED,
+    KINDS,
+    MANY,
+    RUNS,
+    SEARCHES,
+    STARTERS,
+    WEIGHTS,
+    Net,
+    base,
+    inside,
+    loraloom,
+    many_rows,
+    outputs,
+    processor,
+)
 
 GOOD, BAD = ("good", "fine", "lovely", "great"), ("bad", "poor", "awful", "weak")
 OTHERS = ("the", "film", "was", "a", "book", "with", "cat", "in", "it", "and")
 #: What the reader of a finished folder has no use for, or what differs from one machine to the next.
-LEFT_OUT = ("curves.png", "search.png", "pareto.png", "runs")
+LEFT_OUT = ("curves.png", "search.png", "pareto.png", "tensorboard")
 HOST = "somewhere"
 
 
@@ -75,6 +92,7 @@ def make_models() -> None:
     ends = {"bos_token_id": 1, "eos_token_id": 2}
     made: dict[str, tuple[str, str, dict[str, Any]]] = {
         "encoder": ("BertConfig", "BertForSequenceClassification", {"vocab_size": size, **bert, **names}),
+        "reader": ("BertConfig", "BertForQuestionAnswering", {"vocab_size": size, **bert, "num_hidden_layers": 1}),
         "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"vocab_size": 24, "n_embd": 8, "n_layer": 2, "n_head": 2,
                  "n_positions": 32, **ends}),
         "t5": ("T5Config", "T5ForConditionalGeneration", {"vocab_size": 24, "d_model": 8, "d_kv": 4, "d_ff": 16,
@@ -91,6 +109,8 @@ def make_models() -> None:
         found = getattr(transformers, model)(getattr(transformers, config)(**settings))
         _spread(found)
         found.save_pretrained(folder / name)
+    for path in (folder / "encoder").glob("tokenizer*"):
+        shutil.copyfile(path, folder / "reader" / path.name)
     torch.manual_seed(0)
     save_file(Net().state_dict(), folder / "net.safetensors")
 
@@ -115,8 +135,17 @@ def make_rows() -> None:
     stars = [{"text": row["text"], "label": 12.5 if row["label"] == "praise" else -7.5} for row in reviews]
     chats = [{"messages": [{"role": "user", "content": text(word)}, {"role": "assistant", "content": word}]}
              for word in (source.choice(GOOD + BAD) for _ in range(40))]  # fmt: skip
-    for name, rows in (("reviews", reviews), ("stars", stars), ("chats", chats)):
+    answers = []
+    for _ in range(12):
+        words = text("great").split()
+        found = {"text": [words[-1]], "answer_start": [len(" ".join(words[:-1])) + (len(words) > 1)]}
+        answers.append({"question": "was it", "context": " ".join(words), "answers": found})
+    for name, rows in (("reviews", reviews), ("stars", stars), ("chats", chats), ("answers", answers)):
         (FILES / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, part in (("more", reviews[3:11]), ("held-out", reviews[20:28])):
+        lines = ["text,label", *(f"{row['text']},{row['label']}" for row in part)]
+        (FILES / f"{name}.csv").write_text("".join(line + "\n" for line in lines))
+    (FILES / "template.jinja").write_text(DATED)
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------
@@ -280,6 +309,68 @@ def _killed(command: list[str], output: str, death: Death, again: list[str], com
             shutil.copyfile(Path(whole, file), f"ends/{Path(output).name}{Path(file).suffix}")
 
 
+def make_finished() -> None:
+    """``finished/NAME.yaml`` and its folder, and run files that ``loraloom init`` writes, with what comes of them."""
+    for folder in ("finished", "starters"):
+        shutil.rmtree(FILES / folder, ignore_errors=True)
+    with inside(FILES):
+        for name, settings in FINISHED.items():
+            _write(f"finished/{name}.yaml", settings)
+            assert forked(partial(loraloom, ["train", f"finished/{name}.yaml"])) == 0
+            _tidy(Path("finished", name))
+        for name, (model, data) in STARTERS.items():
+            file = f"starters/{name}.yaml"
+            assert forked(partial(loraloom, ["init", file, "--model", model, "--data", data])) == 0
+            assert forked(partial(loraloom, ["train", file, "--max-steps", "1", "--output", "aside"])) == 0
+            shutil.copyfile("aside/run.yaml", f"starters/{name}.run.yaml")
+            shutil.rmtree("aside")
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+def make_cache() -> None:
+    """``cache``: what a run over rows that are many, as loraloom counts, has left there; and what the run came to."""
+    shutil.rmtree(FILES / "cache", ignore_errors=True)
+    with inside(FILES):
+        os.environ["LORALOOM_CACHE"] = "cache"
+        many_rows(Path("many.jsonl"))
+        assert forked(partial(loraloom, MANY)) == 0
+        shutil.copyfile(f"aside/{WEIGHTS}", "ends/cache.safetensors")
+        shutil.copyfile("aside/run.json", "ends/cache.json")
+        shutil.rmtree("aside")
+        Path("many.jsonl").unlink()
+
+
+# -- searches ---------------------------------------------------------------------------------------------------------
+
+
+def _in_the_midst(path: Path) -> bool:
+    """Does this ``search.json`` have trials that run, that wait at a rung, and that came to their end?"""
+    trials = json.loads(path.read_bytes())["trials"]
+    steps = {state: [trial["step"] for trial in trials if trial["state"] == state] for state in ("running", "waiting")}
+    return any(steps["running"]) and any(steps["waiting"]) and any(trial["state"] == "finished" for trial in trials)
+
+
+def make_tune() -> None:
+    """``tune/NAME.yaml`` and what it left."""
+    shutil.rmtree(FILES / "tune", ignore_errors=True)
+    for name, settings in SEARCHES.items():
+        _write(f"tune/{name}.yaml", settings)
+    with inside(FILES):
+        assert forked(partial(loraloom, ["tune", "tune/search.yaml"])) == 0
+        _tidy(Path("tune/finished"))
+        onto, command = r"/search\.json$", ["tune", "tune/search.yaml", "--output"]
+        # The first trial that ends is noted in Optuna's journal, once where the search stands is written.
+        journal = Death(r"/\.loraloom-commit\.json$", before=True, holds=lambda path: b"study.log" in path.read_bytes())
+        journal.of(partial(loraloom, [*command, "tune/killed"]))
+        assert _in_the_midst(Path("tune/killed/search.json"))
+        Death(onto, before=True, holds=_in_the_midst).of(partial(loraloom, [*command, "tune/interrupted"]))
+        Death("", stop=(onto, 7)).of(partial(loraloom, ["tune", "tune/stopped.yaml"]))
+        assert forked(partial(loraloom, ["tune", "tune/stopped.yaml", "--output", "ends/stopped"])) == 0
+        _tidy(Path("ends/stopped"))
+
+
 def _write(name: str, settings: dict[str, Any]) -> None:
     path = FILES / name
     path.parent.mkdir(exist_ok=True)
@@ -304,6 +395,6 @@ def make_note() -> None:
 
 if __name__ == "__main__":
     (FILES / "ends").mkdir(parents=True, exist_ok=True)
-    for part in sys.argv[1:] or ["models", "rows", "adapters", "train"]:
+    for part in sys.argv[1:] or ["models", "rows", "adapters", "train", "finished", "tune", "cache"]:
         globals()[f"make_{part}"]()
     make_note()

@@ -13,10 +13,26 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from loraloom import PeftModel
-from ondisk.cases import FILES, KINDS, RUNS, WEIGHTS, Kind, base, loraloom, near, outputs, processor
+from ondisk.cases import (
+    FILES,
+    FINISHED,
+    KINDS,
+    MANY,
+    RUNS,
+    STARTERS,
+    WEIGHTS,
+    Kind,
+    base,
+    loraloom,
+    many_rows,
+    near,
+    outputs,
+    processor,
+)
 
 MADE = json.loads((FILES / "made.json").read_text())
 #: On another processor the last bits differ.
@@ -81,6 +97,12 @@ def record(folder: str) -> dict[str, Any]:
     return found
 
 
+def stamps(*paths: str | Path) -> list[tuple[int, int]]:
+    """By which it is known whether files were written again."""
+    found = [Path(path).stat() for path in paths]
+    return [(one.st_ino, one.st_mtime_ns) for one in found]
+
+
 def check_end(folder: str, name: str) -> None:
     """The adapter in ``folder`` is the one that the run ``name`` came to when nobody killed it."""
     found, wanted = Path(folder, WEIGHTS), Path("ends", f"{name}.safetensors")
@@ -107,10 +129,9 @@ def test_a_run_is_resumed_by_the_run_file_in_its_own_folder_and_only_where_that_
     assert "checkpoint-7" in capsys.readouterr().err
     assert loraloom([*command, "--resume"]) == 0
     check_end("train/within", "within")
-    said = capsys.readouterr().out
-    before = Path("train/within", WEIGHTS).stat()
+    before = stamps(f"train/within/{WEIGHTS}")
     assert loraloom([*command, "--resume"]) == 0
-    assert Path("train/within", WEIGHTS).stat() == before, f"finished, and not written again: {said}"
+    assert stamps(f"train/within/{WEIGHTS}") == before, "it had come to its end"
 
 
 def test_a_run_is_never_mixed_with_one_of_other_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,3 +145,132 @@ def test_a_run_is_resumed_in_a_folder_that_was_moved() -> None:
     shutil.copytree("train/checkpoint", moved)
     assert loraloom(["train", "train/checkpoint.yaml", "--resume", "--output", str(moved)]) == 0
     check_end(str(moved), "checkpoint")
+
+
+# -- run files, and runs that came to their end -----------------------------------------------------------------------
+
+
+def settings(path: str) -> dict[str, Any]:
+    """The keys of a run file with their values."""
+    found: dict[str, Any] = {}
+    for key, value in yaml.safe_load(Path(path).read_text()).items():
+        found |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+    return found
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_finished_run_is_known_by_its_run_file_and_never_trained_again(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With any key read otherwise than it was, it would be another run."""
+    folder = f"finished/{name}"
+    then, before = settings(f"{folder}/run.yaml"), stamps(f"{folder}/{WEIGHTS}")
+    assert loraloom(["train", f"{folder}.yaml"]) == 2
+    assert "holds an adapter" in capsys.readouterr().err
+    for file in (f"{folder}.yaml", f"{folder}/run.yaml"):
+        assert loraloom(["train", file, "--resume"]) == 0
+        assert "finished" in capsys.readouterr().out
+        assert stamps(f"{folder}/{WEIGHTS}") == before
+        now = settings(f"{folder}/run.yaml")
+        assert {key: now.get(key) for key in then} == then
+    assert record(folder)["state"] == "finished"
+    assert loraloom(["train", f"{folder}.yaml", "--resume", "--set", "train.seed=5"]) == 2
+    assert "seed is 5 and was " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_a_run_file_that_was_begun_with_trains_with_the_options_that_it_had(name: str) -> None:
+    assert loraloom(["train", f"starters/{name}.yaml", "--max-steps", "1", "--output", "aside"]) == 0
+    then, now = settings(f"starters/{name}.run.yaml"), settings("aside/run.yaml")
+    assert {key: now.get(key) for key in then} == then
+
+
+def test_an_adapter_that_a_run_wrote_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert loraloom(["inspect", "finished/every", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["alpha_pattern"] == {"query": 1.5}
+
+
+# -- searches ---------------------------------------------------------------------------------------------------------
+
+
+def check_search(folder: str, wanted: str) -> None:
+    """The search in ``folder`` came to the trials, the adapters and the best one of the search in ``wanted``."""
+    ours, theirs = (json.loads(Path(one, "result.json").read_text()) for one in (folder, wanted))
+    found, known = (
+        [[trial[key] for key in ("number", "config", "state", "steps", "repeats", "seed")] for trial in one["trials"]]
+        for one in (ours, theirs)
+    )
+    assert found == known
+    assert (ours["learned"], (ours["best"] or {}).get("config")) == (
+        theirs["learned"],
+        (theirs["best"] or {}).get("config"),
+    )
+    for path in Path(wanted).rglob(WEIGHTS):
+        mine = Path(folder, path.relative_to(wanted))
+        if SAME:
+            assert mine.read_bytes() == path.read_bytes()
+        near(mine, path)
+    assert [path.name for path in Path(folder).rglob(".*")] == [], "nothing is left of what was killed"
+    assert not Path(folder, "under-way").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "folder", "wanted"),
+    [
+        ("search", "tune/killed", "tune/finished"),  # with running, paused and finished trials
+        ("search", "tune/interrupted", "tune/finished"),  # the same, while it wrote that down
+        ("stopped", "tune/stopped", "ends/stopped"),  # by SIGTERM within a step, after a trial had failed
+    ],
+)
+def test_a_search_that_was_killed_comes_to_the_end_of_one_that_was_not(file: str, folder: str, wanted: str) -> None:
+    trials = list(Path(folder).rglob(WEIGHTS))
+    before = stamps(*trials)
+    assert loraloom(["tune", f"tune/{file}.yaml", "--output", folder]) == 0
+    check_search(folder, wanted)
+    assert stamps(*trials) == before, "trials that had come to their end were not trained again"
+
+
+def test_a_finished_search_says_its_verdict_again_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """With any key read otherwise than it was, it would be another search."""
+    shutil.copytree("tune/finished", "before")
+    trials = list(Path("tune/finished/trials").rglob(WEIGHTS))
+    before = stamps(*trials)
+    assert loraloom(["tune", "tune/search.yaml"]) == 0
+    assert "use r=2" in capsys.readouterr().out
+    check_search("tune/finished", "before")
+    assert stamps(*trials) == before
+    assert loraloom(["tune", "tune/search.yaml", "--set", "train.seed=5"]) == 2
+    assert "another search" in capsys.readouterr().err
+
+
+def test_the_run_file_of_the_best_trial_trains_it_again() -> None:
+    assert loraloom(["train", "tune/finished/best.yaml"]) == 0
+    found = json.loads(Path("tune/finished/result.json").read_text())
+    best = found["trials"][found["best"]["number"]]
+    again = record("tune/finished/full")
+    assert again["curve"]["loss"] == pytest.approx(best["curve"]["loss"], rel=1e-3)
+    assert again["result"]["perplexity"] == pytest.approx(best["metric"], rel=1e-3)
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_of_rows_is_no_obstacle_and_the_tokens_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tokenises is part of an entry's name, so another loraloom makes its own. A cache can be moved."""
+    monkeypatch.setenv("LORALOOM_CACHE", "cache")
+    many_rows(Path("many.jsonl"))
+    assert loraloom(MANY) == 0
+    then, now = json.loads(Path("ends/cache.json").read_text()), record("aside")
+    assert {key: now["identity"][key] for key in then["identity"]} == then["identity"]
+    check_end("aside", "cache")
+    for path in (FILES / "cache").rglob("*.*"):  # an entry is whole, or it is not there
+        mine = Path(path.relative_to(FILES))
+        assert not mine.parent.exists() or mine.read_bytes() == path.read_bytes()
+    entries = sorted(Path("cache").glob("*/*"))
+    shutil.rmtree("aside")
+    monkeypatch.chdir(shutil.copytree(".", tmp_path / "moved"))
+    assert loraloom(MANY) == 0
+    assert sorted(Path("cache").glob("*/*")) == entries
+    check_end("aside", "cache")
