@@ -182,10 +182,3 @@ def sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def is_at(handle: int, path: Path) -> bool:
-    """Whether the file that is open as ``handle`` is still the one at ``path``, and not deleted or replaced."""
-    with contextlib.suppress(OSError):
-        return os.path.samestat(os.fstat(handle), path.lstat())
-    return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,12 @@ from loraloom.config.lora import TaskType
 from loraloom.config.names import task_option
 from loraloom.errors import ConfigError, ModelError, first_line, some
 from loraloom.files import network
+from loraloom.files.log import Log, info
 from loraloom.files.quiet import quiet
 from loraloom.models.configs import ask, field, has_decoder_and_encoder, set_token, token, tokens_at_most
 from loraloom.models.given import find
 from loraloom.models.labels import SHOWN, in_order, known_labels
 from loraloom.models.parts import auto_class, one_way, reads, reads_both_ways, why_none
-
-Log = Callable[[str], None]
 
 #: Task → the class of transformers that has a model for it.
 AUTO = {
@@ -108,7 +107,7 @@ def load_base(
     revision: str | None = None,
     attn_implementation: str | None = None,
     tokenizer: Any = None,
-    log: Log = lambda text: None,
+    log: Log = info,
 ) -> tuple[nn.Module, list[str]]:
     """The model for ``task`` in ``dtype``, and the modules whose weights the folder lacks (a new head, say).
 

@@ -16,6 +16,7 @@ from loraloom.config.train import TrainConfig
 from loraloom.distributed.launch import rank
 from loraloom.engine.loop import Progress
 from loraloom.errors import ConfigError, SaveError
+from loraloom.files.log import Log
 from loraloom.report import trackers
 from loraloom.report.data import picture
 from loraloom.report.plot import PLOT_NAME, plot_run
@@ -90,7 +91,7 @@ def train_run(
 
 
 @contextlib.contextmanager
-def _tracked(job: TrainJob, resume: Resume, log: Callable[[str], None]) -> Iterator[Callable[[Progress], None]]:
+def _tracked(job: TrainJob, resume: Resume, log: Log) -> Iterator[Callable[[Progress], None]]:
     """Trackers that the first process tells of each step; a run that has come to its end before needs none."""
     options, world = job.options, job.setup.place.world
     names = [] if find(options, resume).finished else options.report_to

@@ -9,13 +9,14 @@ import contextlib
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from loraloom.errors import ConfigError, brief, nearest
 from loraloom.files.atomic import replace_links
+from loraloom.files.log import Log, info
 from loraloom.files.quiet import quiet
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Trackers:
         names: Sequence[str],
         folder: str | Path,
         options: Mapping[str, Any] | None = None,
-        log: Callable[[str], None] = lambda text: None,
+        log: Log = info,
     ) -> None:
         self._names, self._folder, self._options, self._log = list(names), Path(folder), _flat(options or {}), log
         self._trackers: list[Any] = []

@@ -21,11 +21,12 @@ from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, TargetError
 from loraloom.files import lock
+from loraloom.files.log import Log, info, logged
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import plan
 from loraloom.models import activation_checkpointing
 from loraloom.models.fsdp import shard
-from loraloom.train.checkpointing.resume import Log, Resume, date_of, resumes
+from loraloom.train.checkpointing.resume import Resume, date_of, resumes
 from loraloom.train.dataset import silent
 from loraloom.train.output import check_output, described
 from loraloom.train.preflight import doctor, machine
@@ -138,7 +139,7 @@ def run(
     job: TrainJob,
     watch: Callable[[Progress], None] = lambda progress: None,
     resume: Resume = None,
-    log: Log = lambda text: None,
+    log: Log = info,
 ) -> RunResult:
     """Train, evaluate, and write the folder, with checkpoints on the way. What ends it early, loses nothing.
 
@@ -147,7 +148,7 @@ def run(
         resume: True goes on from the newest whole checkpoint of the output folder, and begins afresh where there is
             none; a path goes on from that checkpoint. On a CPU, with as many threads, the adapter comes out as that of
             a run that was never stopped, to the byte. A run that has come to its end is not trained again.
-        say: told what there is to know beside the steps: where it goes on, which checkpoint is damaged.
+        log: called with lines about all else: where it resumes, which checkpoint is damaged.
 
     Raises:
         ConfigError: what is to be resumed was trained with other options, data or weights; another run is under way in
@@ -159,7 +160,7 @@ def run(
     options, world = job.options, job.setup.place.world
     with contextlib.ExitStack() as stack:
         world.main_process_first(lambda: stack.enter_context(lock.held(options.output)))
-        return _run(job, watch, resume, log)
+        return _run(job, watch, resume, logged(log))
 
 
 def _run(job: TrainJob, watch: Callable[[Progress], None], resume: Resume, log: Log) -> RunResult:

@@ -22,6 +22,7 @@ from loraloom.distributed.launch import Placement
 from loraloom.engine import optimizers
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, ModelError, some
+from loraloom.files import log
 from loraloom.inference.evaluation import HeldOut, evaluate
 from loraloom.inference.jackknife import Figures, divide, evaluate_parts
 from loraloom.inference.predictions import told
@@ -255,6 +256,10 @@ def load(
     if not options.fsdp:  # else its parts go there one by one
         base.to(where.device)
     _check_vocabulary(base, data, options.model)
+    for text in data.notes:
+        log.info(text)
+    for text in data.warnings:
+        log.warning(text)
     return Setup(options, data, tokenizer, base, task, new, metrics, where, weights)
 
 

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from loraloom.engine.loop import Every, Progress, train_pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, InputError, LoraloomError, SaveError, TrainingError
+from loraloom.files.log import Log
 from loraloom.lora import checkpoint as adapters
 from loraloom.train import early_stopping, output
 from loraloom.train.checkpointing import folders, resume
 from loraloom.train.checkpointing.folders import Checkpoint
-from loraloom.train.checkpointing.resume import Log, Resume
+from loraloom.train.checkpointing.resume import Resume
 from loraloom.train.failures import Interrupted, explain, nonfinite_examples, not_finite
 from loraloom.train.preflight import estimate
 from loraloom.train.run_record import record
@@ -37,7 +38,7 @@ class Trainer:
     Args:
         measure: the evaluation of a slot.
         watch: told after each step; tokens and seconds are those of the whole training, also of what was resumed.
-        say: told what the user should know beside that, line by line.
+        log: told what the user should know beside that, line by line.
     """
 
     def __init__(

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraloom.errors import SaveError
 from loraloom.files.atomic import write_files
+from loraloom.files.log import Log, info
 from loraloom.files.quiet import quiet
 from loraloom.tune.config import TuneConfig
 from loraloom.tune.ranking import goodness
@@ -30,7 +31,7 @@ ASIDE = f"{JOURNAL_NAME}.damaged"
 class Journal:
     """The journal in ``folder``. ``log`` is called when it had to be written again."""
 
-    def __init__(self, options: TuneConfig, folder: Path, log: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, options: TuneConfig, folder: Path, log: Log = info) -> None:
         self._options, self._path, self._log = options, folder / JOURNAL_NAME, log
         self._logs: list[dict[str, Any]] = []
         self._study: Study | None = None

@@ -27,6 +27,7 @@ from loraloom.engine.slot import Curve
 from loraloom.errors import ConfigError, DataError, SaveError
 from loraloom.files import lock
 from loraloom.files.atomic import replace_links, write_files
+from loraloom.files.log import logged
 from loraloom.tasks.metrics.registry import metric_name
 from loraloom.train.failures import Interrupted
 from loraloom.train.output import check_output
@@ -117,6 +118,7 @@ class Search:
 
     def __init__(self, options: TuneConfig, setup: Setup, watch: Watcher, sampler: BaseSampler | None = None) -> None:
         self.options, self.setup, self.watch, self.sampler = options, setup, watch, sampler
+        self._event = logged(watch.event)
         self.folder, self.exhausted = Path(options.train.output), False
         self.factory = TrialFactory(options, setup)
         self.fingerprint = _fingerprint(options, setup)
@@ -132,14 +134,14 @@ class Search:
     def run(self) -> SearchResult:
         self._describe()
         if later := self.options.left_for_later:
-            self.watch.event(f"not for the search, but for the training in full ({BEST_FILE}): {', '.join(later)}")
+            self._event(f"not for the search, but for the training in full ({BEST_FILE}): {', '.join(later)}")
         if self.options.train.overwrite:
             clear(self.folder, RESULT_NAME, BEST_FILE, BEST_NAME)
         found = load_state(self.folder, self.fingerprint, self.factory.trial_options)
         if found is not None:
             self.state = found
             done = sum(trial.state not in ("running", "waiting") for trial in found.trials)
-            self.watch.event(f"going on in {self.folder}: {done} of {len(found.trials)} trials have ended")
+            self._event(f"going on in {self.folder}: {done} of {len(found.trials)} trials have ended")
         if not self.state.finished:
             with contextlib.closing(self._crew()) as crew:
                 most = math.ceil(self.options.trials / crew.count)
@@ -149,10 +151,10 @@ class Search:
                     self.state.slots, self.state.asked = planned.count, asked
                     together = f"{planned.count} trials train together" if planned.count > 1 else "one trial at a time"
                     on_each = f" on each of {crew.count} workers" if crew.count > 1 else ""
-                    self.watch.event(f"slots: {together}{on_each} ({planned.why})")
+                    self._event(f"slots: {together}{on_each} ({planned.why})")
                 self.state.slots = min(self.state.slots, most)  # there may have been fewer workers before
                 self.state.bar = crew.set_bar(self.state.bar)
-                self.watch.event(f"to beat: {self.bar_words()} in {self.options.metric}")
+                self._event(f"to beat: {self.bar_words()} in {self.options.metric}")
                 self._train(crew)
         return self._conclude()
 
@@ -160,8 +162,8 @@ class Search:
         """What was recognised and done to the rows, and what may well be a mistake: as ``loraloom train`` says it."""
         data = self.setup.data
         for note in data.notes:
-            self.watch.event(note)
-        self.watch.event(
+            self._event(note)
+        self._event(
             f"{len(data.train.examples):,} rows to train on, {len(data.evaluation.examples):,} held out; "
             f"{data.train.tokens:,} tokens an epoch, padding {data.padding:.1%}"
         )
@@ -172,7 +174,7 @@ class Search:
             self.setup.steps(options)[0],
         )
         for text in [*data.warnings, *(finding.text for finding in findings)]:
-            self.watch.event(f"warning: {text}")
+            self._event(f"warning: {text}")
 
     def _crew(self) -> Executor:
         def stop() -> bool:
@@ -222,9 +224,9 @@ class Search:
                     raise MemoryError("out of memory with a single trial")
                 self.state.slots //= 2
                 slots = "1 slot" if self.state.slots == 1 else f"{self.state.slots} slots"
-                self.watch.event(f"out of memory: going on with {slots}")
+                self._event(f"out of memory: going on with {slots}")
             else:
-                self.watch.event(f"worker {worker} died: its trials go on from what was last written down")
+                self._event(f"worker {worker} died: its trials go on from what was last written down")
             self.members[worker] = []
             self._back_to_disk()
             return {}
@@ -245,11 +247,11 @@ class Search:
 
     def _take_note(self, trial: Trial) -> None:
         if trial.state == "failed":
-            self.watch.event(f"trial {trial.number} failed: {trial.reason}")
+            self._event(f"trial {trial.number} failed: {trial.reason}")
         elif trial.state == "finished":
             value = trial.latest(self.options.metric)
             trial.files = hashes_of(self.folder / TRIALS / name_of(trial.number))
-            self.watch.event(f"trial {trial.number} finished: {self.options.metric} {value:.4g}")
+            self._event(f"trial {trial.number} finished: {self.options.metric} {value:.4g}")
         else:
             trial.state = "waiting"
 
@@ -288,12 +290,12 @@ class Search:
         try:
             numbers = load_numbers(self.folder, self.state, trial.number)
         except SaveError as error:
-            self.watch.event(f"{error}; trial {trial.number} begins again from its first step")
+            self._event(f"{error}; trial {trial.number} begins again from its first step")
             self.state.files.pop(trial.number)
             trial.step, trial.measure, trial.curve, numbers = 0, False, Curve(), {}
         if not numbers:
             names = list(trial.values)
-            self.watch.event(f"trial {trial.number} begins: {format.params(trial.values, names, between=', ')}")
+            self._event(f"trial {trial.number} begins: {format.params(trial.values, names, between=', ')}")
         return numbers
 
     def _save(self, numbers: Mapping[int, TensorState]) -> None:
@@ -369,7 +371,7 @@ class Search:
         off = {trial.number: self._off(trial, rung) for trial in here}
         share = f"at {options.rungs[rung]:.0%} of the steps"
         if not any(off.values()):
-            self.watch.event(f"{share} no trial has taken off yet (training loss below that of {self._constant()}): "
+            self._event(f"{share} no trial has taken off yet (training loss below that of {self._constant()}): "
                              f"all {len(here)} train on")  # fmt: skip
             halving.pass_all(numbers)
             return self._send_on(numbers)
@@ -379,7 +381,7 @@ class Search:
             return False
         sent = halving.decide({trial.number: self._standing(trial, off[trial.number]) for trial in here})
         rest = [str(number) for number in numbers if number not in sent and self.trials[number].state == "waiting"]
-        self.watch.event(
+        self._event(
             f"{share} {sum(off.values())} of {len(here)} trials have taken off: {', '.join(map(str, sent))} train on"
             + (f", {', '.join(rest)} are suspended" if rest else "")
         )
@@ -417,7 +419,7 @@ class Search:
             return bool(self.state.halving.suspended([trial.number for trial in self.originals]))
         for number in chosen:
             self.trials[number].goal = self.trials[number].steps
-        self.watch.event(f"no trial that came to its end is above {self.bar_words()}: {', '.join(map(str, chosen))} "
+        self._event(f"no trial that came to its end is above {self.bar_words()}: {', '.join(map(str, chosen))} "
                          "train on to theirs")  # fmt: skip
         return True
 
@@ -468,7 +470,7 @@ class Search:
                 self._add(trial.values, self.options.train.seed + further, repeats=trial.number)
         if finalists and self.options.seeds:
             numbers, more = ", ".join(str(trial.number) for trial in finalists), self.options.seeds
-            self.watch.event(f"finalists {numbers}: again with {more} more {'seed' if more == 1 else 'seeds'} each")
+            self._event(f"finalists {numbers}: again with {more} more {'seed' if more == 1 else 'seeds'} each")
         return bool(finalists and self.options.seeds)
 
     def _seconds_left(self) -> float | None:

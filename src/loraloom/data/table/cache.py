@@ -27,13 +27,12 @@ from loraloom.errors import SaveError
 from loraloom.files.atomic import remove_tree
 from loraloom.files.hashing import file_hash
 from loraloom.files.lock import Taken, exclusive, release
+from loraloom.files.log import Log, info
 
 #: The folder of the cache, where it is to be another than the system's.
 VARIABLE = "LORALOOM_CACHE"
 #: Of the layout of entries. Another one is as good as none.
 FORMAT = 1
-
-Log = Callable[[str], None]
 
 
 def cache_folder() -> Path:
@@ -133,12 +132,12 @@ class Entry:
     _keep: Any = field(default=None, repr=False)  # let go with this: the lock on it, or a folder that is deleted
 
 
-def find(kind: str, key: str, log: Log = lambda text: None) -> Entry | None:
+def find(kind: str, key: str, log: Log = info) -> Entry | None:
     """The entry of this key where there is a whole one. Nothing is written but when it was used."""
     return _read(cache_folder() / kind / key, key, log)
 
 
-def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], log: Log = lambda text: None) -> Entry:
+def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], log: Log = info) -> Entry:
     """The entry of this key: as it lies in the cache, or made by ``build``, which fills a folder and returns its info.
 
     Where the cache cannot be written (read-only, full), the folder is a temporary one, and ``log`` is told. ``build``

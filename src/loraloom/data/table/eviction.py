@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loraloom.errors import ConfigError
 from loraloom.files import sizes
-from loraloom.files.atomic import is_at, remove_tree
+from loraloom.files.atomic import remove_tree
 
 MANIFEST = "manifest.json"
 #: What the cache may take: bytes, or a size such as 20GiB. With 0 nothing is ever deleted.
@@ -48,15 +48,15 @@ class Use:
     """An entry is in use for as long as this is kept."""
 
     def __init__(self, handle: int) -> None:
-        self._handle = handle
+        self.handle = handle
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):
-            os.close(self._handle)
+            os.close(self.handle)
 
 
 class Gone(Exception):
-    """The entry is not there any more: it is being deleted."""
+    """Somebody else uses the entry, or deletes it."""
 
 
 def use(manifest: Path) -> Use | None:
@@ -67,20 +67,27 @@ def use(manifest: Path) -> Use | None:
     Raises:
         Gone: it is being deleted.
     """
+    found = _hold(manifest, os.O_RDONLY, "LOCK_SH")
+    if found is not None:
+        with contextlib.suppress(OSError):  # a cache that can only be read
+            os.utime(found.handle)
+    return found
+
+
+def _hold(manifest: Path, mode: int, how: str) -> Use | None:
     try:
         import fcntl
 
-        found = Use(os.open(manifest, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)))
-        fcntl.flock(found._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        if not is_at(found._handle, manifest):
-            raise Gone
+        found = Use(os.open(manifest, mode | getattr(os, "O_NOFOLLOW", 0)))
+        fcntl.flock(found.handle, getattr(fcntl, how) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Gone from None
     except (OSError, ImportError):
         return None
-    with contextlib.suppress(OSError):  # a cache that can only be read
-        os.utime(found._handle)
-    return found
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(found.handle), manifest.lstat()):
+            return found
+    raise Gone  # another process was faster
 
 
 @dataclass
@@ -131,20 +138,13 @@ def _entries(folder: Path) -> Iterator[_Found]:
 
 def _delete(entry: Path) -> bool:
     """Whether it could be: nobody uses it."""
-    with contextlib.suppress(OSError, ImportError):
-        import fcntl
-
-        handle = os.open(entry / MANIFEST, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not is_at(handle, entry / MANIFEST):
-                return False  # another process was faster
+    with contextlib.suppress(OSError, Gone):
+        held = _hold(entry / MANIFEST, os.O_RDWR, "LOCK_EX")
+        if held is not None:
             aside = entry.with_name(f".{entry.name}.{secrets.token_hex(4)}.part")
             os.rename(entry, aside)  # absent at once, as it was whole at once
             remove_tree(aside)
             return True
-        finally:
-            os.close(handle)
     return False
 
 

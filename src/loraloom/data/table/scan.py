@@ -28,6 +28,7 @@ from loraloom.data.shape.shapes import Shape, recognise
 from loraloom.data.table import cache
 from loraloom.data.tokenize.labels import NUMBER, SEVERAL, class_names
 from loraloom.errors import DataError, nearest
+from loraloom.files.log import Log, info
 
 #: Up to so many rows, of so many bytes, stay in memory. That is tokenised in a few seconds: no cache is touched.
 SMALL_ROWS, SMALL_BYTES = 5000, 16 * 2**20
@@ -146,7 +147,7 @@ def survey(
     problem: str | None = None,
     skip: bool = False,
     known: Survey | None = None,
-    log: cache.Log = lambda text: None,
+    log: Log = info,
     watch: OnProgress = lambda what, done, total: None,
 ) -> Survey:
     """Read and check all rows of ``sources``.

@@ -27,6 +27,7 @@ from loraloom.data.table.workers import MOST, mapped
 from loraloom.data.tokenize.encode import encoder
 from loraloom.errors import DataError
 from loraloom.files.hashing import file_hash
+from loraloom.files.log import Log, info
 from loraloom.files.resources import cores
 
 #: From so many rows on, several processes pay: to begin, each needs a second or two.
@@ -57,7 +58,7 @@ def encode_survey(
     skip: bool = False,
     allow_untrained: bool = False,
     workers: int | None = None,
-    log: cache.Log = lambda text: None,
+    log: Log = info,
     watch: OnProgress = lambda what, done, total: None,
     **settings: Any,
 ) -> Encoded:
@@ -199,7 +200,7 @@ def _records(shape: Shape, rows: Iterable[Row], skip: bool) -> Iterator[tuple[Ro
                 raise
 
 
-def _build(folder: Any, survey: Survey, job: _Job, workers: int, log: cache.Log, watch: OnProgress) -> dict[str, Any]:
+def _build(folder: Any, survey: Survey, job: _Job, workers: int, log: Log, watch: OnProgress) -> dict[str, Any]:
     problems: dict[str, tuple[int, str]] = {}
     notes: dict[str, None] = {}
     writer, lines, bad = Writer(folder), folder.file(BAD), 0

@@ -2,7 +2,8 @@
 
 This file knows processes and pipes. It does not know what the work is. A worker is a fresh interpreter that runs this
 package alone: neither a fork of a process with threads (which tokenizers cannot take) nor a second run of the user's
-script. What goes through the pipes is pickled, between processes of our own.
+script (which the processes of ``concurrent.futures`` are, where it has no guard). What goes through the pipes is
+pickled, between processes of our own.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ import os
 import pickle
 import queue
 import signal
-import struct
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
-from loraloom.errors import FailureError, LoraloomError
+from loraloom.errors import FailureError, LoraloomError, brief
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -30,7 +30,6 @@ B = TypeVar("B")
 AHEAD = 2
 #: Workers at most, where nobody says how many: one process reads for all of them.
 MOST = 16
-_SIZE = struct.Struct("<Q")
 
 
 def mapped(
@@ -95,25 +94,22 @@ class _Worker:
             stdout=subprocess.PIPE,
             env={**os.environ, **quiet},
         )
-        self._opening: bytes | None = opening
+        self._opening = opening
 
     def ask(self, item: Any) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        questions, answers = self._process.stdin, self._process.stdout
+        assert questions is not None
+        assert answers is not None
         try:
-            if self._opening is not None:
-                _send(self._process.stdin, self._opening)
-                self._opening = None
-            _send(self._process.stdin, pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
-            answer = _receive(self._process.stdout)
-        except OSError:  # its end of the pipe is gone
-            answer = None
-        if answer is None:
+            questions.write(self._opening + pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
+            questions.flush()
+            self._opening = b""
+            right, value = pickle.load(answers)
+        except (OSError, EOFError, pickle.UnpicklingError):  # its end of the pipe is gone
             raise FailureError(
                 f"a process that tokenises died (exit status {self._process.wait()}); if memory ran out, lower "
                 "data_workers"
-            )
-        right, value = pickle.loads(answer)
+            ) from None
         if not right:
             raise value
         return value
@@ -121,35 +117,31 @@ class _Worker:
     def end(self) -> None:
         # It holds nothing that it must put away, and may be in the midst of a long text.
         self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        with contextlib.suppress(OSError):
+            self._process.communicate()
 
 
 def serve() -> None:
     """A worker's whole life: make what does the work, answer until nobody asks any more."""
     # A Ctrl-C reaches all processes of a terminal; the one that started us ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    questions = sys.stdin.buffer
+    questions: Any = sys.stdin.buffer
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not come between the answers
     work: Callable[[Any], Any] | None = None
-    opening = _receive(questions)
-    while (question := _receive(questions)) is not None:
+    while questions.peek(1):  # nothing: nobody asks any more
         try:
             if work is None:
-                assert opening is not None
-                make, arguments = pickle.loads(opening)
+                make, arguments = pickle.load(questions)
                 work = make(*arguments)
-            answer: tuple[bool, Any] = (True, work(pickle.loads(question)))
+            answer: tuple[bool, Any] = (True, work(pickle.load(questions)))
         except LoraloomError as error:
             answer = (False, _picklable(error))
         except Exception as error:
-            answer = (False, FailureError(f"a process that tokenises failed: {type(error).__name__}: {error}"))
+            answer = (False, FailureError(f"a process that tokenises failed: {brief(error)}"))
         try:
-            _send(answers, pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
+            answers.write(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
+            answers.flush()
         except OSError:  # nobody listens any more
             return
 
@@ -162,17 +154,3 @@ def _picklable(error: LoraloomError) -> LoraloomError:
         own = next(kind for kind in type(error).__mro__ if kind.__module__ == LoraloomError.__module__)
         return own(str(error))  # type: ignore[no-any-return]
     return error
-
-
-def _send(pipe: BinaryIO | Any, message: bytes) -> None:
-    pipe.write(_SIZE.pack(len(message)))
-    pipe.write(message)
-    pipe.flush()
-
-
-def _receive(pipe: BinaryIO | Any) -> bytes | None:
-    head = pipe.read(_SIZE.size)
-    if len(head) < _SIZE.size:
-        return None
-    message: bytes = pipe.read(_SIZE.unpack(head)[0])
-    return message

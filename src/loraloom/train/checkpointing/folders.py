@@ -31,6 +31,7 @@ from loraloom.errors import ConfigError, SaveError
 from loraloom.files.atomic import make_folder, remove_tree, sync, write_files
 from loraloom.files.hashing import file_hash
 from loraloom.files.jsonio import MALFORMED, exact, restored
+from loraloom.files.log import Log, info
 from loraloom.lora.checkpoint import WEIGHTS_NAME, write_tensors
 
 TENSORS_NAME = "state.safetensors"
@@ -127,7 +128,7 @@ def read(path: str | Path) -> Checkpoint:
 
 def newest(
     folder: str | Path,
-    note: Callable[[str], None] = lambda text: None,
+    note: Log = info,
     fits: Callable[[Checkpoint], str] = lambda checkpoint: "",
 ) -> Checkpoint | None:
     """The whole checkpoint in ``folder`` with the most steps; None where there is none.

@@ -10,7 +10,7 @@ import array
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from loraloom.engine.slot import Curve, Slot
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.files.atomic import interrupted, recover
 from loraloom.files.jsonio import MALFORMED
+from loraloom.files.log import Log, info
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel
 from loraloom.train import early_stopping
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 _DECIDING = ("load_best_model_at_end", "early_stopping_patience")
 
 Resume = bool | str | Path | None
-Log = Callable[[str], None]
 
 
 # -- what a run's numbers depend on -----------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class Found:
     stopped: dict[str, Any] | None = None
 
 
-def find(options: TrainConfig, resume: Resume, log: Log = lambda text: None, *, ended: bool = True) -> Found:
+def find(options: TrainConfig, resume: Resume, log: Log = info, *, ended: bool = True) -> Found:
     """Where a run with ``options`` goes on, which has to be compared with it yet.
 
     Where the options have ``overwrite``, what was trained with other ones is passed over, as it may be replaced.

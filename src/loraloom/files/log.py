@@ -1,0 +1,33 @@
+"""Lines about what happens: to Python's logger ``loraloom``, and to a program's callback where it has one.
+
+Nothing is printed unless the program sets up logging, or shows what its callback is given.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+LOGGER = logging.getLogger("loraloom")
+LOGGER.addHandler(logging.NullHandler())
+
+Log = Callable[[str], None]
+
+
+def info(text: str) -> None:
+    LOGGER.info("%s", text)
+
+
+def warning(text: str) -> None:
+    LOGGER.warning("%s", text)
+
+
+def logged(log: Log) -> Log:
+    """``log``, and each of its lines to the logger too: as a warning where it begins with that word."""
+
+    def both(text: str) -> None:
+        rest = text.removeprefix("warning: ")
+        (info if rest == text else warning)(rest)
+        log(text)
+
+    return info if log is info else both
