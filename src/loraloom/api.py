@@ -104,7 +104,8 @@ def train(
             ``datasets.Dataset``. Rows are kept below the output folder, so that ``run.yaml`` gives the same run again.
         config: a run file, over which the other arguments win.
         tokenizer: of a loaded ``model``.
-        resume: True for the newest checkpoint of the output folder, or the path of one.
+        resume: True for the newest checkpoint of the output folder, or the path of one. Options that are not given are
+            then those of the run that is resumed.
         on_step: called after each step.
         options: any option of ``loraloom train``: ``task``, ``output``, ``r``, ``epochs``, ``learning_rate`` ... The
             held-out rows (``eval_split``, or ``validation``) may be rows too, and ``metrics`` may hold functions.
@@ -114,8 +115,8 @@ def train(
         TrainingError: the training failed; what it reached is saved.
     """
     with _given(config, model, data, tokenizer, options) as given:
-        found = runfile.read(config, (), given)
-        result = train_run(found.options, _console(quiet), resume=_path(resume), on_step=on_step)
+        found = runfile.read(config, (), given, resume=resume)
+        result = train_run(found.options, _console(quiet), resume=_path(resume), on_step=on_step, notes=found.notes)
     assert result is not None  # only a dry run has none
     return _run(result, found.options.output)
 
@@ -199,7 +200,7 @@ def _key(name: str, searching: bool) -> str:
     """
     known = {**runfile.KEYS, **runfile.LORA_KEYS, "validation": "data.validation"}
     if searching:
-        known |= {one: f"tune.{one}" for one in ("preset", *TuneConfig.names())}
+        known |= runfile.TUNE_KEYS
     if name not in known:
         home = runfile.HABITS.get(name, "").rpartition(".")[2]
         close = f"; did you mean {home!r}?" if home else nearest(name, known)

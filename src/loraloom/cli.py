@@ -232,12 +232,15 @@ def train(
     Give a run file, or --model, --data, --task and --output.
     """
     from loraloom.config import runfile
-    from loraloom.report.session import train_run
-    from loraloom.tune.config import check_unread
 
-    found = runfile.read(run_file, settings or (), _given(context))
-    check_unread(found)
-    train_run(found.options, resume=resume == NEWEST or resume, dry_run=dry_run)
+    wanted = resume == NEWEST or resume
+    found = runfile.read(run_file, settings or (), _given(context), resume=wanted)
+    for key, place in found.places.items():
+        if key.startswith("tune.") and place.startswith("--set"):
+            raise ConfigError(f"{place}: does nothing here; it is read by loraloom tune alone")
+    from loraloom.report.session import train_run
+
+    train_run(found.options, resume=wanted, dry_run=dry_run, notes=found.notes)
 
 
 @app.command()
@@ -497,7 +500,7 @@ _LORA_OPTIONS = (
 
 def _field(name: str, value: Any) -> Any:
     """What the text of an option means for the field of ``LoraConfig`` with its name."""
-    from loraloom.config.runfile import split_names
+    from loraloom.config.lora_checks import split_names
 
     if value is None:
         return None

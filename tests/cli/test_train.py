@@ -166,7 +166,7 @@ def test_a_run_file_is_the_same_run_as_its_options_and_options_win_over_it(
     ended = call("train", tmp_path / "run.yaml", "--set", "train.seed=5", "--set", "lora.bias=all", "--r", 4)
     assert (ended.code, ended.err) == (0, "")
     given = [
-        "--eval-split", 11, "--r", 4, "--lora-alpha", 6, "--target-modules", "query,dense",
+        "--eval-split", 11, "--r", 4, "--lora-alpha", 6, "--lora-dropout", 0, "--target-modules", "query,dense",
         "--rank-pattern", '{"query": 2}', "--lr", 1e-3, "--max-steps", 2, "--seed", 5, "--bias", "all",
     ]  # fmt: skip
     assert call(*classify(encoder_folder, reviews, tmp_path / "options", *given)).code == 0
@@ -217,7 +217,7 @@ def test_targets_that_were_found_in_the_model_are_said_once(
     from loraloom.lora.presets import TARGET_MODULES
 
     monkeypatch.delitem(TARGET_MODULES, "bert")
-    ended = call(*classify(encoder_folder, reviews, tmp_path / "run", "--max-steps", 1, "--dry-run"))
+    ended = call(*classify(encoder_folder, reviews, tmp_path / "run", "--dry-run", "--set", "lora.target_modules=null"))
     assert ended.code == 0
     said = "model type 'bert' has no preset: query, value were found in the model"
     assert " ".join((ended.out + ended.err).split()).count(said) == 1

@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraloom import LoraConfig
+from loraloom.config.lora_checks import split_names
 from loraloom.config.names import TASKS
-from loraloom.config.runfile import KEYS, LORA_KEYS, read, split_names, with_values, write
+from loraloom.config.runfile import KEYS, LORA_KEYS, read, with_values, write
 from loraloom.config.train import DTYPES, SCHEDULES, TrainConfig
 from loraloom.errors import ConfigError
 
+STARTER = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 BASE = """\
 task: seq-cls
 model: {name: my-model}
@@ -64,9 +66,9 @@ def test_what_a_file_leaves_out_is_the_options_default(file: Path) -> None:
 
 
 def test_the_section_of_a_search_is_kept_as_it_stands(file: Path) -> None:
-    file.write_text(BASE + "tune:\n  trials: 4\n  anything: [1, {a: b}]\n  space: {lora.r: [1, 2]}\n")
+    file.write_text(BASE + "tune:\n  trials: 4\n  memory: [1, {a: b}]\n  space: {lora.r: [1, 2]}\n")
     found = read(file)
-    assert found.tune == {"trials": 4, "anything": [1, {"a": "b"}], "space": {"lora.r": [1, 2]}}
+    assert found.tune == {"trials": 4, "memory": [1, {"a": "b"}], "space": {"lora.r": [1, 2]}}
     assert (found.line("tune.trials"), found.line("tune.space.lora.r"), found.line("lora.r")) == (6, 8, None)
 
 
@@ -110,9 +112,84 @@ def test_a_search_is_set_by_its_keys_too(file: Path) -> None:
 
 def test_a_run_needs_no_file(file: Path) -> None:
     given = {"task": "seq-cls", "model.name": "my-model", "data.train": "rows.jsonl", "output": "runs/mine"}
-    assert read(None, (), given).options == options()
+    assert read(None, (), given).options == options(lora=LoraConfig(**STARTER))
     with pytest.raises(ConfigError, match=r"^Missing option '--data'\.$"):
+        read(None, (), {"model.name": "m", "task": "seq-cls", "output": "o"})
+    with pytest.raises(ConfigError, match=r"^Missing options --data, --task, --output; give them, or a run file"):
         read(None, (), {"model.name": "m"})
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "note"),
+    [
+        ({}, {}, ""),
+        ({"lora.r": 4}, {"r": 4, "lora_alpha": 8}, "lora_alpha is 8 (2 * r)"),
+        ({"lora.r": 4, "lora.lora_alpha": 3}, {"r": 4, "lora_alpha": 3}, ""),
+        ({"lora.lora_alpha": 8}, {"lora_alpha": 8}, ""),
+        ({"lora.use_rslora": True}, {"use_rslora": True, "lora_alpha": 8}, "lora_alpha is 8 (2 * sqrt(r), with use_rs"),
+        ({"lora.target_modules": ["q"]}, {"target_modules": ["q"]}, ""),
+        ({"lora.target_modules": None}, {"target_modules": None}, ""),
+        ({"lora.layers_to_transform": [0]}, {"layers_to_transform": [0], "target_modules": None}, ""),
+        ({"lora.target_parameters": ["w"]}, {"target_parameters": ["w"], "target_modules": None}, ""),
+    ],
+)
+def test_without_a_file_what_is_not_set_of_the_adapter_is_as_in_a_starter_file(
+    given: dict[str, object], kept: dict[str, object], note: str
+) -> None:
+    needed = {"task": "seq-cls", "model.name": "my-model", "data.train": "rows.jsonl", "output": "runs/mine"}
+    found = read(None, given, needed)
+    assert found.options == options(lora=LoraConfig(**{**STARTER, **kept}))
+    assert [text[: len(note)] for text in found.notes] == ([note] if note else [])
+
+
+def test_ranks_that_a_search_varies_alone_get_twice_the_rank_as_alpha() -> None:
+    given = {"task": "seq-cls", "model.name": "my-model", "data.train": "rows.jsonl", "output": "runs/mine"}
+    found = read(None, {"tune.space.lora.r": [2, 4]}, given)
+    assert found.tune == {"space": {"lora.r": [2, 4], "lora.lora_alpha": "2r"}}
+    assert found.notes == ["lora_alpha is 2 * r in each trial; lora.lora_alpha in tune.space sets another"]
+    for more in ({"tune.space.lora.lora_alpha": [8, 16]}, {"lora.lora_alpha": 8}):
+        assert read(None, {"tune.space.lora.r": [2, 4], **more}, given).notes == []
+
+
+@pytest.mark.parametrize("text", ["", "lora:\n", "lora: {r: 4}\n"])
+def test_a_key_that_a_file_leaves_out_means_what_it_meant_when_the_file_was_written(file: Path, text: str) -> None:
+    file.write_text(BASE + text)
+    found = read(file, ["lora.bias=all"], {"lora.r": 2})
+    assert found.options.lora == LoraConfig(r=2, lora_alpha=8, bias="all", task_type="SEQ_CLS")
+    assert found.notes == []
+
+
+# -- resumed ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_given_on_a_resume_is_what_the_run_had(file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "runs" / "mine"
+    was = options(output=str(output), batch_size=2, save_steps=5, lora=LoraConfig(r=4), max_length=77)
+    write(was, output / "run.yaml")
+    given = {"output": str(output)}
+    for resume, more in ((True, given), (output, {}), (output / "checkpoint-5", {}), (str(output), given)):
+        assert read(None, (), more, resume=resume).options == was
+    (tmp_path / "moved").mkdir()
+    (output / "run.yaml").rename(tmp_path / "moved" / "run.yaml")
+    assert read(None, (), {}, resume=tmp_path / "moved").options == replace(was, output=str(tmp_path / "moved"))
+    found = read(None, ["train.seed=3"], {**given, "lora.r": 8}, resume=tmp_path / "moved" / "checkpoint-1")
+    assert found.options == replace(was, seed=3, lora=was.lora.copy(r=8))
+    assert found.notes == [f"what is not given is as in {tmp_path / 'moved' / 'run.yaml'}"]
+    with pytest.raises(ConfigError, match="^Missing options --model, --data, --task, --output"):
+        read(None, (), {}, resume=tmp_path / "runs")
+
+
+def test_a_run_file_wins_over_what_the_run_had_and_a_moment_replaces_the_other_moments(tmp_path: Path) -> None:
+    output = tmp_path / "mine"
+    write(options(output=str(output), batch_size=2, seed=4, eval_steps=5, save_minutes=2), output / "run.yaml")
+    file = tmp_path / "mine.yaml"
+    file.write_text(BASE.replace("runs/mine", str(output)) + "train: {batch_size: 8, save_strategy: epoch}\n")
+    found = read(file, ["eval.minutes=1"], resume=True).options
+    assert (found.batch_size, found.seed, found.eval_minutes, found.eval_steps) == (8, 4, 1, None)
+    assert (found.save_strategy, found.save_minutes) == ("epoch", None)
+    output.joinpath("run.yaml").write_text("train: {sed: 1}\n")
+    with pytest.raises(ConfigError, match=r"mine/run\.yaml:1: train\.sed: there is no such key; did you mean 'seed'\?"):
+        read(file, resume=True)
 
 
 # -- what is wrong ---------------------------------------------------------------------------------------------------
@@ -190,7 +267,10 @@ def test_an_error_of_a_commands_option_names_the_field_alone(file: Path) -> None
         (lambda p: p.write_text("- 1\n"), ": holds no keys"),
         (lambda p: p.write_bytes(b"task: \xff\n"), ": not UTF-8 at byte 6; save the file as UTF-8"),
         (lambda p: (p.unlink(), p.mkdir()), ": cannot be read as a run file (Is a directory)"),
-        (lambda p: p.write_text("task: seq-cls\n"), ": model.name: not given, and a run needs it"),
+        (
+            lambda p: p.write_text("task: seq-cls\n"),
+            ": model.name, data.train, output: not given, and a run needs them; add them to",
+        ),
     ],
 )
 def test_a_file_that_is_no_run_file_is_said(file: Path, make: object, said: str) -> None:
@@ -307,7 +387,7 @@ def test_a_written_file_says_where_it_is_from_and_how_to_use_it(tmp_path: Path) 
     write(options(lora=LoraConfig(r=16)), tmp_path / "new" / "best.yaml", "The best of 16 trials.\nAccuracy 0.9.")
     text = (tmp_path / "new" / "best.yaml").read_text()
     assert text.startswith("# The best of 16 trials.\n# Accuracy 0.9.\n# Train it with: loraloom train best.yaml; ")
-    assert "\n  r: 16  # rank of the update\n" in text
+    assert "\n  r: 16  # Rank of the update\n" in text
     assert "overwrite" not in text
     assert "megatron" not in text
     assert text.isascii()

@@ -28,6 +28,7 @@ from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, DataError, TrainingError
 from loraloom.inference.evaluation import evaluate
 from loraloom.models.load import load_base
+from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.train.failures import Interrupted
 from loraloom.train.run_record import RUN_NAME
 from loraloom.train.setup import load
@@ -143,7 +144,7 @@ def test_the_finalists_are_trained_again_with_a_further_seed(
     first, repeats = result.record["trials"][:6], result.record["trials"][6:]
     assert all(trial["repeats"] is None and trial["seed"] == 0 for trial in first)
     ends = [trial for trial in first if trial["state"] == "finished"]
-    sign = -1 if options.higher_is_better else 1
+    sign = -1 if greater_is_better(options.metric) else 1
     best = sorted(ends, key=lambda t: (sign * t["metric"], t["parameters"], t["number"]))[:2]
     assert [trial["repeats"] for trial in repeats] == [trial["number"] for trial in best]
     for trial in repeats:

@@ -4,9 +4,9 @@
     model: {name: my-model, dtype: bfloat16}
     data:  {train: chats.jsonl, validation: 0.05, max_length: 512}
     lora:  {r: 16, lora_alpha: 32, target_modules: all-linear}      # any field of LoraConfig
-    train: {learning_rate: 2e-4, batch_size: 16, epochs: 3}          # any other field of TrainConfig
+    train: {learning_rate: 2e-4, batch_size: 16, epochs: 3}
     output: runs/chats
-    tune:  {trials: 16}                                              # left to ``loraloom tune``
+    tune:  {trials: 16}                                              # for ``loraloom tune`` alone
 
 Elsewhere a key is written with dots: ``lora.r``, ``train.learning_rate``, ``data.max_length``. Paths are as from the
 folder in which the command runs. Knows what options there are from their classes alone.
@@ -14,51 +14,37 @@ folder in which the command runs. Knows what options there are from their classe
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from loraloom.config import yamltext
 from loraloom.config.lora import LoraConfig
+from loraloom.config.lora_checks import MODULES, MODULES_OR_PATTERN, split_names
+from loraloom.config.options import NEEDED, Option, options_of
 from loraloom.config.train import TrainConfig
+from loraloom.config.tune import PRESET, SPACE, SearchOptions
 from loraloom.errors import ConfigError, nearest
 
-_ELSEWHERE = {
-    "task": "task",
-    "output": "output",
-    "overwrite": "overwrite",
-    "model": "model.name",
-    **{name: f"model.{name}" for name in ("revision", "dtype", "attn_implementation", "device")},
-    "data": "data.train",
-    "eval_split": "data.validation",
-    "data_workers": "data.workers",
-    **{
-        name: f"data.{name}"
-        for name in (
-            *("format", "columns", "max_length", "overlong", "on_bad_row", "allow_untrained", "chat_template"),
-            *("date", "stride", "problem_type"),
-        )
-    },
-    **{name: f"eval.{name.removeprefix('eval_')}" for name in ("eval_strategy", "eval_steps", "eval_minutes")},
-    "eval_batch_size": "eval.batch_size",
-    **{
-        name: f"eval.{name}"
-        for name in (
-            *("metrics", "metric_for_best_model", "load_best_model_at_end", "early_stopping_patience"),
-            *("early_stopping_threshold", "max_new_tokens"),
-        )
-    },
-}
-#: A field of TrainConfig → its key, such as ``"learning_rate"`` → ``"train.learning_rate"``; ``lora`` is a section.
-KEYS = {s.name: _ELSEWHERE.get(s.name, f"train.{s.name}") for s in fields(TrainConfig) if s.name != "lora"}
-#: A field of LoraConfig → its key. Without those that a run sets itself.
-LORA_KEYS = {s.name: f"lora.{s.name}" for s in fields(LoraConfig) if s.name not in ("task_type", "runtime_config")}
-_FIELDS = {key: name for name, key in (*KEYS.items(), *LORA_KEYS.items())}
+#: The name of the run file that a run leaves in its output folder.
+RUN_FILE = "run.yaml"
+
+_TRAIN = options_of(TrainConfig)
+#: Fields of LoraConfig without those that a run sets itself.
+_LORA = {name: one for name, one in options_of(LoraConfig).items() if name not in ("task_type", "runtime_config")}
+_TUNE = {"preset": PRESET, "space": SPACE, **options_of(SearchOptions)}
+#: Every key of a run file and its option.
+OPTIONS: dict[str, Option] = {one.key: one for group in (_TRAIN, _LORA, _TUNE) for one in group.values()}
+#: A field → its key, such as ``"learning_rate"`` → ``"train.learning_rate"``; ``lora`` is a section.
+KEYS = {name: one.key for name, one in _TRAIN.items()}
+LORA_KEYS = {name: one.key for name, one in _LORA.items()}
+TUNE_KEYS = {name: one.key for name, one in _TUNE.items()}
 _SECTIONS = ("model", "data", "lora", "train", "eval", "tune")
-_NEEDED = ("model", "data", "task", "output")
+_NEEDED = [one for one in _TRAIN.values() if one.default is NEEDED]
 #: What people write from habit.
 HABITS = {
     "lr": "train.learning_rate",
@@ -68,6 +54,7 @@ HABITS = {
     "lora_rank": "lora.r",
     "lora_r": "lora.r",
     "dropout": "lora.lora_dropout",
+    "lora_target": "lora.target_modules",
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
     "per_device_eval_batch_size": "eval.batch_size",
@@ -81,12 +68,14 @@ HABITS = {
 
 @dataclass(frozen=True)
 class RunFile:
-    """What a run file and what was set beside it say. ``tune`` is that section as it was read, unchecked."""
+    """What a run file and what was set beside it say. ``tune`` holds that section's values, which ``tune/`` checks."""
 
     options: TrainConfig
     tune: dict[str, Any] = field(default_factory=dict)
     #: dotted key → where it was given: ``"run.yaml:7"``, ``"--set lora.r"``, or ``""`` for a command's own option
     places: dict[str, str] = field(default_factory=dict)
+    #: What was taken from elsewhere, for people.
+    notes: list[str] = field(default_factory=list)
 
     def line(self, key: str) -> int | None:
         """The line of the file that gave ``key``, from 1; None where the file did not."""
@@ -103,13 +92,22 @@ class RunFile:
 
 
 def read(
-    path: str | Path | None, overrides: Mapping[str, Any] | Sequence[str] = (), given: Mapping[str, Any] | None = None
+    path: str | Path | None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+    *,
+    resume: bool | str | Path | None = None,
 ) -> RunFile:
     """Read and check a run file; with None for ``path``, what is set beside it is all there is.
+
+    Without a file, what is not set of the adapter is as in a starter file; a file's missing keys have the defaults of
+    ``LoraConfig``.
 
     Args:
         overrides: dotted keys and values, or ``"key=value"`` with the value in YAML; they win over the file.
         given: dotted keys from a command's own options. They win over all, and errors begin with the field's name.
+        resume: True, or a checkpoint or output folder: every value that is not given is that of the run file which
+            the earlier run left in its folder.
 
     Raises:
         ConfigError: the file cannot be read; an unknown key, with the nearest known one; a value that the options
@@ -117,29 +115,84 @@ def read(
     """
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
-    tune: dict[str, Any] = {}
+    notes: list[str] = []
     if path is not None:
-        _read_file(Path(path), values, tune, places)
+        _read_file(Path(path), values, places)
     pairs = list(overrides.items()) if isinstance(overrides, Mapping) else [_setting(text) for text in overrides]
     for key, value in pairs:
-        places[key] = f"--set {key}"
-        if key.startswith("tune."):
-            _set_tune(tune, key.split(".")[1:], value)
-        else:
-            check_key(key, places[key])
-            values[key] = value
+        _put(values, key, value, places, f"--set {key}")
     for key, value in (given or {}).items():
-        places[key] = ""
-        if key.startswith("tune."):
-            _set_tune(tune, key.split(".")[1:], value)
-        else:
-            check_key(key)
-            values[key] = value
+        _put(values, key, value, places, "")
+    if earlier := _earlier(values.get("output"), resume):
+        values = _over(earlier, values, places)
+        notes.append(f"what is not given is as in {earlier}")
+    elif path is None:
+        values = with_starter(values, notes)
     _check_complete(values, path)
+    tune = {_leaf(key): value for key, value in values.items() if key.startswith("tune.")}
     try:
-        return RunFile(_build(values), tune, places)
+        return RunFile(_build(values), tune, places, notes)
     except ConfigError as error:
         raise _placed(error, {key: f"{place}: " for key, place in places.items() if place}) from None
+
+
+def _put(values: dict[str, Any], key: str, value: Any, places: dict[str, str], place: str) -> None:
+    check_key(key, place)
+    places[key] = place
+    if key.startswith("tune.space."):
+        space = values.get("tune.space", {})
+        if isinstance(space, dict):
+            values["tune.space"] = {**space, key.removeprefix("tune.space."): value}
+    else:
+        values[key] = value
+
+
+def with_starter(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """``values`` with what starter files have of the adapter, where they say nothing of it.
+
+    A rank alone, or ranks alone that a search varies, get the ``lora_alpha`` that scales the update by 2, as starter
+    files do; ``notes`` says so.
+    """
+    found = {one.key: one.starter for one in _LORA.values() if one.starter is not None}
+    if any(values.get(f"lora.{name}") is not None for name in ("target_parameters", "layers_to_transform")):
+        del found["lora.target_modules"]  # these are for targets of their own, or a list of names
+    found |= values
+    if "lora.lora_alpha" in values:
+        return found
+    r, rslora, space = found["lora.r"], values.get("lora.use_rslora") is True, values.get("tune.space")
+    if (rslora or "lora.r" in values) and isinstance(r, int) and r > 0:
+        found["lora.lora_alpha"] = alpha = 2 * math.sqrt(r) if rslora else 2 * r
+        how = "2 * sqrt(r), with use_rslora" if rslora else "2 * r"
+        notes.append(f"lora_alpha is {alpha:g} ({how}); --lora-alpha sets another")
+    elif not rslora and isinstance(space, Mapping) and "lora.r" in space and "lora.lora_alpha" not in space:
+        found["tune.space"] = {**space, "lora.lora_alpha": "2r"}
+        notes.append("lora_alpha is 2 * r in each trial; lora.lora_alpha in tune.space sets another")
+    return found
+
+
+def _earlier(output: Any, resume: bool | str | Path | None) -> Path | None:
+    """The run file of the run that is resumed, if there is one: in the output folder, or beside the checkpoint."""
+    folders = [Path(str(output))] if output else []
+    if isinstance(resume, str | Path) and str(resume):
+        place = Path(resume)
+        folders.append(place.resolve().parent if place.name.startswith("checkpoint-") else place)
+    found = (folder / RUN_FILE for folder in folders if resume)
+    return next((path for path in found if path.is_file()), None)
+
+
+def _over(earlier: Path, values: Mapping[str, Any], places: dict[str, str]) -> dict[str, Any]:
+    """What the earlier run's file says, in its folder, but for ``values``."""
+    then: dict[str, Any] = {}
+    there: dict[str, str] = {}
+    _read_file(earlier, then, there)
+    for what in ("eval", "train.save"):  # when to evaluate and to save is one choice of three
+        sign = "." if what == "eval" else "_"
+        moment = {f"{what}{sign}{unit}" for unit in ("strategy", "steps", "minutes")}
+        if moment & values.keys():
+            then = {key: value for key, value in then.items() if key not in moment}
+    for key in then.keys() - values.keys():
+        places[key] = there[key]
+    return {**then, "output": str(earlier.parent), **values}
 
 
 def with_values(options: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
@@ -157,24 +210,10 @@ def with_values(options: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
         raise _placed(error, dict.fromkeys(values, "")) from None
 
 
-def split_names(name: str, text: str) -> list[str] | str:
-    """Names with commas between are a list; what holds other signs is an expression, and "all-linear" is itself.
-
-    Raises:
-        ConfigError: there is no name in it. Begins with ``name``.
-    """
-    if text.lower() == "all-linear" or not re.fullmatch(r"[\w.,\- ]+", text):
-        return text
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    if not names:
-        raise ConfigError(f"{name}: holds no name, found {text!r}; give names with commas between, or leave it out")
-    return names
-
-
 # -- reading ------------------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path, values: dict[str, Any], tune: dict[str, Any], places: dict[str, str]) -> None:
+def _read_file(path: Path, values: dict[str, Any], places: dict[str, str]) -> None:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -202,9 +241,6 @@ def _read_file(path: Path, values: dict[str, Any], tune: dict[str, Any], places:
             raise ConfigError(
                 f"{places[name]}: {name}: must be a section such as {name}: {{{_example(name)}}}, found {content!r}"
             )
-        if name == "tune":
-            tune.update(content)
-            continue
         for key, value in content.items():
             check_key(f"{name}.{key}", places[f"{name}.{key}"])
             values[f"{name}.{key}"] = value
@@ -217,24 +253,15 @@ def _setting(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set: must be key=value, such as lora.r=16, found {text!r}")
     try:
         found = yamltext.parse(value, f"--set {key}")[0]
-        listed = key in ("lora.target_modules", "lora.exclude_modules", "lora.modules_to_save")
+        listed = key in OPTIONS and OPTIONS[key].check in (MODULES, MODULES_OR_PATTERN)
         return key, split_names(f"--set {key}", found) if listed and isinstance(found, str) else found
     except ConfigError as error:
         raise ConfigError(str(error).replace(":1: ", ": ", 1)) from None  # an option has no lines
 
 
-def _set_tune(tune: dict[str, Any], parts: list[str], value: Any) -> None:
-    if parts[0] == "space" and len(parts) > 1:
-        space = tune.setdefault("space", {})
-        if isinstance(space, dict):
-            space[".".join(parts[1:])] = value
-    else:
-        tune[".".join(parts)] = value
-
-
 def check_key(key: str, place: str = "") -> None:
     """That ``key`` names an option; the error names the nearest one, and begins with ``place`` where that is given."""
-    if key in _FIELDS:
+    if key in OPTIONS or key.startswith("tune.space."):
         return
     before = f"{place}: " if place else ""
     section, _, name = key.rpartition(".")
@@ -249,7 +276,7 @@ def _hint(section: str, name: str) -> str:
     home = KEYS.get(name) or LORA_KEYS.get(name) or HABITS.get(name)
     if home:
         return f"; did you mean {home!r}?"
-    mates = [key for key in _FIELDS if key.rpartition(".")[0] == section]
+    mates = [key for key in OPTIONS if key.rpartition(".")[0] == section]
     close = nearest(name, [key.rpartition(".")[2] for key in mates] if section else [*mates, *_SECTIONS])
     if close:
         return close
@@ -265,18 +292,37 @@ def _example(section: str, sign: str = ": ") -> str:
 
 
 def _check_complete(values: Mapping[str, Any], path: str | Path | None) -> None:
-    for name in _NEEDED:
-        if KEYS[name] not in values:
-            raise ConfigError(
-                f"Missing option '--{name}'."
-                if path is None
-                else f"{path}: {KEYS[name]}: not given, and a run needs it; add it to the file, or give --{name}"
-            )
+    missing = [one for one in _NEEDED if one.key not in values]
+    if not missing:
+        return
+    flags = [one.flags[0] for one in missing]
+    if path is None:
+        advice = "" if len(flags) == 1 else "; give them, or a run file, which loraloom init writes"
+        raise ConfigError(f"{missing_options(flags)}{advice}")
+    it = "it" if len(missing) == 1 else "them"
+    keys = ", ".join(one.key for one in missing)
+    raise ConfigError(
+        f"{path}: {keys}: not given, and a run needs {it}; add {it} to the file, or give {', '.join(flags)}"
+    )
+
+
+def missing_options(flags: Sequence[str]) -> str:
+    """What is said where a command lacks ``flags``: all of them at once."""
+    return f"Missing option '{flags[0]}'." if len(flags) == 1 else f"Missing options {', '.join(flags)}"
+
+
+def _leaf(key: str) -> str:
+    return key.partition(".")[2]
+
+
+def fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as names of fields."""
+    return {OPTIONS[key].name: value for key, value in values.items()}
 
 
 def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    lora = {_FIELDS[key]: value for key, value in values.items() if key.startswith("lora.")}
-    return lora, {_FIELDS[key]: value for key, value in values.items() if not key.startswith("lora.")}
+    lora = fields_of({key: value for key, value in values.items() if key.startswith("lora.")})
+    return lora, fields_of({key: value for key, value in values.items() if not key.startswith(("lora.", "tune."))})
 
 
 def _build(values: Mapping[str, Any]) -> TrainConfig:
@@ -306,18 +352,6 @@ def _placed(error: ConfigError, places: Mapping[str, str]) -> ConfigError:
 
 # -- writing ------------------------------------------------------------------------------------------------------
 
-_COMMENTS = {
-    "data.validation": "rows to validate on: a share, a count, or a file",
-    "data.max_length": "tokens; longer rows are cut",
-    "lora.r": "rank of the update",
-    "lora.lora_alpha": "the update is scaled by alpha / r, with use_rslora by alpha / sqrt(r)",
-    "lora.lora_dropout": "on the adapter's input, while training",
-    "train.loraplus_lr_ratio": "the rate of B over that of A",
-    "train.lr_scheduler_type": "after the warmup",
-    "train.warmup_ratio": "share of the steps in which the rate rises",
-}
-_SHOWN = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-
 
 def write(options: TrainConfig, path: str | Path, title: str = "") -> None:
     """Write ``options`` as a run file that ``read`` gives back as equal options, with comments for people.
@@ -338,22 +372,19 @@ def write(options: TrainConfig, path: str | Path, title: str = "") -> None:
         if above != section and above:
             lines.append(f"{above}:")
         section = above
-        comment = f"  # {_COMMENTS[key]}" if key in _COMMENTS else ""
-        lines.append(f"{'  ' if above else ''}{name}: {yamltext.write(value)}{comment}")
+        lines.append(f"{'  ' if above else ''}{name}: {yamltext.write(value)}  # {OPTIONS[key].help}")
     write_files(path.parent, {path.name: ("\n".join(lines) + "\n").encode()})
 
 
 def _written(options: TrainConfig) -> Iterable[tuple[str, Any]]:
     """Keys and values, section by section: every option that is not None, and the adapter's that say something."""
-    train = {key: getattr(options, name) for name, key in KEYS.items()}
-    lora = {}
-    for spec in fields(LoraConfig):
-        value = getattr(options.lora, spec.name)
-        default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
-        if spec.name in LORA_KEYS and (spec.name in _SHOWN or value != default):
-            lora[LORA_KEYS[spec.name]] = value
-    values = {key: value for key, value in train.items() if value is not None} | lora
-    if not options.overwrite:
-        del values["overwrite"]
+    values = {
+        one.key: getattr(options, name) for name, one in _TRAIN.items() if name != "overwrite" or options.overwrite
+    }
+    for name, one in _LORA.items():
+        value = getattr(options.lora, name)
+        if value != one.default or one.starter is not None:
+            values[one.key] = value
     order = ["task", "model", "data", "lora", "train", "eval", "output", "overwrite"]
-    return sorted(values.items(), key=lambda item: order.index(item[0].partition(".")[0]))
+    written = ((key, value) for key, value in values.items() if value is not None)
+    return sorted(written, key=lambda item: order.index(item[0].partition(".")[0]))

@@ -38,12 +38,18 @@ class TrainConfig(Options):
 
     unknown = "there is no such training option"
 
+    # On a resume, weights and rows are compared by their contents: they may lie elsewhere.
+    model: str = _run(
+        NEEDED, path(), "Pretrained model: a folder or a name on the hub", section="model", key="name", resume="nothing"
+    )
+    data: Any = _run(
+        NEEDED, SOURCES, "Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, text), a folder, a glob or a dataset",
+        section="data", key="train",
+    )  # fmt: skip
     task: str = _run(NEEDED, choice(*TASKS), "What to train for")
     output: str = _run(NEEDED, path(), "Folder for the adapter, the records and the plots", resume="nothing")
     overwrite: bool = _run(False, flag(), "Replace the adapter and checkpoints in that folder", resume="nothing")
 
-    # Weights and rows are compared by their contents, so that they may move.
-    model: str = _model(NEEDED, path(), "Pretrained model: a folder or a name on the hub", key="name", resume="nothing")
     revision: str | None = _model(None, text(), "Branch, tag or commit of the model on the hub", resume="nothing")
     dtype: str = _model("float32", choice(*DTYPES), "Type of the frozen model's weights; the adapter has float32")
     attn_implementation: str | None = _model(
@@ -53,10 +59,6 @@ class TrainConfig(Options):
         None, text(), "Device: cpu, cuda, cuda:1, mps", unset="an accelerator, if any", resume="rounding"
     )
 
-    data: Any = _data(
-        NEEDED, SOURCES, "Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, text), a folder, a glob or a dataset",
-        key="train",
-    )  # fmt: skip
     eval_split: Any = _data(
         0.1, SPLIT, "Rows to validate on: a share, a count, or a source of their own", key="validation"
     )

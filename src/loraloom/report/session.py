@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def train_run(
     resume: Resume = None,
     dry_run: bool = False,
     on_step: Callable[[Progress], None] | None = None,
+    notes: Sequence[str] = (),
 ) -> RunResult | None:
     """Train as ``options`` say, and tell ``console`` (by default the terminal) about it.
 
@@ -52,12 +53,14 @@ def train_run(
         dry_run: do everything but train: None comes back, and nothing is written but the file of bad rows, if they
             are skipped.
         on_step: called after each step.
+        notes: what there is to know of the options, which is printed first.
 
     Raises:
         LoraloomError: as ``prepare`` and ``run``. What training reached is saved whenever it took a step.
     """
     trackers.check(options.report_to)
     console = console or Console(quiet=rank() > 0)
+    _print(notes, console)
     with Reading(console) as reading:
         job = prepare(options, resume, reading)
     first = job.setup.place.world.is_main_process
@@ -133,6 +136,7 @@ def tune_run(options: TuneConfig, console: Console | None = None) -> SearchResul
         LoraloomError: as ``search``.
     """
     console = console or Console()
+    _print(options.notes, console)
     with TuneMeter(console, options.metric) as meter:
         result = search(options, meter)
     found, folder, metric = result.verdict, result.folder, result.verdict.metric
@@ -149,6 +153,11 @@ def tune_run(options: TuneConfig, console: Console | None = None) -> SearchResul
     lines |= {"record": folder / RESULT_NAME, "pictures": ", ".join(map(str, pictures))}
     console.print(Text("\n" + "\n".join(f"{what:9}{where}" for what, where in lines.items())), soft_wrap=True)
     return result
+
+
+def _print(notes: Sequence[str], console: Console) -> None:
+    for note in notes:
+        console.print(Text(note), soft_wrap=True)
 
 
 def _draw(record: Mapping[str, Any], folder: str) -> Path:
