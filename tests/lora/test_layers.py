@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loraloom import LoraConfig, PeftModel, get_peft_model
 from loraloom.errors import TargetError
-from loraloom.lora.layers import LoraLayer
+from loraloom.lora.layer import LoraLayer
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

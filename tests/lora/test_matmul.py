@@ -30,16 +30,16 @@ def test_a_wide_product_with_a_narrow_weight_is_that_of_the_widened_weight(
     for b in (None, bias):
         wanted = x.double() @ exact.T + (0 if b is None else b.double())
         torch.testing.assert_close(matmul.linear(x, weight, b).double(), wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(matmul.back(dy, weight).double(), dy.double() @ exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(matmul.matmul_grad_input(dy, weight).double(), dy.double() @ exact, rtol=1e-5, atol=1e-5)
     wanted = onto.double() + dy.double() @ exact
-    torch.testing.assert_close(matmul.back(dy, weight, onto).double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(matmul.matmul_grad_input(dy, weight, onto).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_weight_without_rows_or_an_input_without_any_gives_an_empty_answer() -> None:
     for rows, out in ((0, 5), (3, 0)):
         x, weight = torch.randn(rows, 4), torch.randn(out, 4).bfloat16()
         assert matmul.linear(x, weight, None).shape == (rows, out)
-        assert torch.equal(matmul.back(torch.randn(rows, out), weight), torch.zeros(rows, 4))
+        assert torch.equal(matmul.matmul_grad_input(torch.randn(rows, out), weight), torch.zeros(rows, 4))
 
 
 class _Widened(TorchDispatchMode):
@@ -60,23 +60,23 @@ def test_no_wide_copy_of_a_weight_ever_exists(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(matmul, "_BLOCK", 256)
     x, weight = torch.randn(2, 64), torch.randn(128, 64).bfloat16()
     with _Widened() as made:
-        matmul.back(matmul.linear(x, weight, None), weight)
+        matmul.matmul_grad_input(matmul.linear(x, weight, None), weight)
     assert max(made.sizes) <= 256
 
 
 @pytest.mark.usefixtures("without_half")
 def test_products_are_taken_in_float32_where_half_precision_is_not_in_hardware() -> None:
-    assert matmul.arithmetic(torch.empty(8, 4, dtype=torch.bfloat16)) is torch.float32
-    assert matmul.arithmetic(torch.empty(8, 4, dtype=torch.float16), differentiated=False) is torch.float32
+    assert matmul.compute_dtype(torch.empty(8, 4, dtype=torch.bfloat16)) is torch.float32
+    assert matmul.compute_dtype(torch.empty(8, 4, dtype=torch.float16), differentiated=False) is torch.float32
     for dtype in (torch.float32, torch.float64):
-        assert matmul.arithmetic(torch.empty(8, 4, dtype=dtype)) is dtype
+        assert matmul.compute_dtype(torch.empty(8, 4, dtype=dtype)) is dtype
 
 
 @pytest.mark.usefixtures("without_half")
 def test_a_few_rows_without_a_backward_keep_their_dtype() -> None:
     few = torch.empty(1, 7, 4, dtype=torch.bfloat16)
-    assert matmul.arithmetic(few, differentiated=False) is torch.bfloat16
-    assert matmul.arithmetic(few) is torch.float32
+    assert matmul.compute_dtype(few, differentiated=False) is torch.bfloat16
+    assert matmul.compute_dtype(few) is torch.float32
 
 
 def test_another_device_than_a_cpu_multiplies_in_the_dtype_it_is_given() -> None:

@@ -290,7 +290,7 @@ def test_a_config_that_fits_nothing_leaves_the_model_as_it_was(llama) -> None:
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("where", [
-    "loraloom.lora.layers.LoraLayer.add_slot", "loraloom.lora.layers.Factor.__init__",
+    "loraloom.lora.layer.LoraLayer.add_slot", "loraloom.lora.layer.Factor.__init__",
     "loraloom.lora.modules_to_save.ModulesToSaveWrapper.new_copy", "loraloom.lora.biases.Biases.add",
 ])  # fmt: skip
 def test_an_adapter_whose_adding_is_cut_off_leaves_nothing(llama, tokens, logits, monkeypatch, stop, where) -> None:

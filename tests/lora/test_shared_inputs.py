@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from loraloom import LoraConfig, PeftModel, get_peft_model
 from loraloom.lora import functional, shared_inputs
-from loraloom.lora.functional import Frozen, SlotGroup
+from loraloom.lora.frozen import FrozenLinear
+from loraloom.lora.functional import SlotGroup
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -26,7 +27,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many projections each call of the maths computed."""
     counts: list[int] = []
 
-    def counted(x: Tensor, frozen: list[Frozen], lanes: list[SlotGroup]) -> tuple[Tensor, ...]:
+    def counted(x: Tensor, frozen: list[FrozenLinear], lanes: list[SlotGroup]) -> tuple[Tensor, ...]:
         counts.append(len(frozen))
         return functional.lora_projections(x, frozen, lanes)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from loraloom.errors import some
-from loraloom.lora.layers import LoraLayer
+from loraloom.lora.layer import LoraLayer
 from loraloom.lora.model import PeftModel
 from loraloom.lora.parameters import LoraParameter
 from loraloom.tasks.objective import Objective
@@ -74,7 +74,7 @@ def probe(model: PeftModel, objective: Objective, name: str, row: Mapping[str, T
         if name in layer.slots and not isinstance(layer, LoraParameter)
     }
     base = model.get_base_model()
-    factors = [(place, p) for place, layer in layers.items() for p in layer.factors(name) if p.requires_grad]
+    factors = [(place, p) for place, layer in layers.items() for p in layer.tensors(name).values() if p.requires_grad]
     ahead = _reads_ahead(model, objective, inputs, name)
     seen = Seen(tokens=int(inputs["input_ids"].shape[-1]))
     with (
@@ -192,7 +192,8 @@ def _leaves(names: Sequence[str]) -> list[str]:
 @contextmanager
 def _watched(base: nn.Module, layers: Mapping[str, LoraLayer], seen: Seen) -> Iterator[None]:
     running: list[LoraLayer] = []
-    weights = {id(layer.weight): name for name, layer in layers.items() if isinstance(layer.weight, nn.Parameter)}
+    held = {name: getattr(layer.base_layer, "weight", None) for name, layer in layers.items()}
+    weights = {id(weight): name for name, weight in held.items() if isinstance(weight, nn.Parameter)}
 
     def began(name: str, layer: LoraLayer) -> Any:
         def hook(module: nn.Module, args: Any) -> None:

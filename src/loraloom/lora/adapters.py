@@ -23,16 +23,19 @@ from loraloom.lora import merge
 from loraloom.lora.biases import Biases
 from loraloom.lora.dispatch import Plan as ForwardPlan
 from loraloom.lora.dispatch import Router
-from loraloom.lora.file_keys import factor_keys, file_key
-from loraloom.lora.initialize import factors, seed_of
+from loraloom.lora.file_keys import file_key, file_place, places, tensor_key
+from loraloom.lora.frozen import HALF, adapter_dtype
+from loraloom.lora.initialize import seed_of
 from loraloom.lora.injection import ModuleLocator, strip
-from loraloom.lora.layers import HALF, LoraLayer, layer_class
+from loraloom.lora.layer import LoraLayer
+from loraloom.lora.layers import layer_class
 from loraloom.lora.matching import matches_any
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.routing import BASE, Route
 from loraloom.lora.rows import Batch
-from loraloom.lora.targets import Plan, base_modules, plan, plan_on
+from loraloom.lora.targets import Plan, Target, base_modules, plan, plan_on
+from loraloom.lora.variants import variant_of
 
 #: Rank up to which factors are made before a file's are looked at, however small the layer is.
 _LARGEST_MISSING = 1024
@@ -134,9 +137,10 @@ class LoraModel(nn.Module):
                 if target.parameters > max(2 * there, 10**8):
                     raise AdapterError(f"{source}r: {target.name} is to have rank {target.r:,}, which the file lacks")
                 continue
-            a_shape, b_shape = cls.shapes(modules[target.name], target.r)
-            keys = [file_key(f"{target.name}.lora_A.weight"), file_key(f"{target.name}.lora_embedding_A")]
-            found = next((tuple(tensors[key].shape) for key in keys if key in tensors), None)
+            shapes = cls.shapes(modules[target.name], target.r, target.name)
+            (name, a_shape), (_, b_shape) = shapes.items()
+            key = tensor_key(file_place(target.name), name)
+            found = tuple(tensors[key].shape) if key in tensors else None
             if found != a_shape and target.r > max(*a_shape[1:], b_shape[0], _LARGEST_MISSING):
                 raise AdapterError(
                     f"{source}r: the config gives {target.name} rank {target.r:,}, and the file holds "
@@ -154,8 +158,8 @@ class LoraModel(nn.Module):
         tensors: Mapping[str, Tensor] | None,
     ) -> None:
         self.lora_router.forget()
-        places = ModuleLocator(self.model)
-        keys = factor_keys([(target.name, target.kind) for target in made.targets])
+        locator, variant = ModuleLocator(self.model), variant_of(made.config)
+        there = places([(target.name, target.kind) for target in made.targets])
         for target in made.targets:
             layer = self._layers.get(target.name)
             if layer is None:
@@ -164,50 +168,45 @@ class LoraModel(nn.Module):
                 cls = LoraParameter if parameter else layer_class(module)
                 assert cls is not None
                 layer = cls(module, self.lora_router, target.name)
-                places.replace(module, layer)
+                locator.replace(module, layer)
                 self._layers[target.name] = layer
-            a, b = self._new_factors(
-                layer, target.name, target.r, made.config, seed, autocast_adapter_dtype, keys[target.name], tensors
+            new = self._new_tensors(
+                layer, target, made.config, seed, autocast_adapter_dtype, there[target.name], tensors
             )
-            layer.add_slot(adapter_name, a, b, target.r, target.scale, made.config.lora_dropout)
+            layer.add_slot(adapter_name, new, target.r, target.scale, made.config.lora_dropout, variant)
         self._biases.install(())  # a copy starts from the base's biases
-        self._add_saved(adapter_name, [extra.name for extra in made.saved], modules, places, autocast_adapter_dtype)
+        self._add_saved(adapter_name, [extra.name for extra in made.saved], modules, locator, autocast_adapter_dtype)
         self._biases.add(adapter_name, {extra.name: modules[extra.name[: -len(".bias")]] for extra in made.biases})
         self._biases.hook(self.lora_router, self._layers)
         self._follow()
 
-    def _new_factors(
+    def _new_tensors(
         self,
         layer: LoraLayer,
-        name: str,
-        r: int,
+        target: Target,
         config: LoraConfig,
         seed: int,
         autocast: bool,
-        keys: tuple[str, str],
+        place: str,
         tensors: Mapping[str, Tensor] | None,
-    ) -> tuple[nn.Parameter, nn.Parameter]:
-        weight, embedding = layer.frozen_weight, layer.kind == "Embedding"
-        dtype = torch.float32 if autocast and weight.dtype in HALF else weight.dtype
-        if not dtype.is_floating_point:
-            dtype = torch.float32
-        key_a, key_b = keys
-        a_shape, b_shape = layer.shapes_of(r)
-        given = [tensors[key] for key in (key_a, key_b) if tensors and key in tensors]
-        if [tuple(tensor.shape) for tensor in given] == [a_shape, b_shape]:
-            a, b = torch.empty(a_shape), torch.empty(b_shape)
+    ) -> dict[str, nn.Parameter]:
+        device, dtype = layer.like
+        variant, dtype = variant_of(config), adapter_dtype(dtype, autocast)
+        shapes = variant.shapes(layer.shapes_of(target.r))
+        given = {name: (tensors or {}).get(tensor_key(place, name)) for name in shapes}
+        if {name: None if t is None else tuple(t.shape) for name, t in given.items()} == shapes:
+            new = {name: torch.empty(shape) for name, shape in shapes.items()}
         else:  # what does not fit is for the caller to report
-            init = config.init_lora_weights
-            a, b = factors(a_shape, b_shape, init=init, seed=seed_of(seed, name), embedding=embedding, r=r)
+            new = variant.start(layer, shapes, config, target.r, seed_of(seed, target.name))
         trained = not config.inference_mode
-        return nn.Parameter(a.to(weight.device, dtype), trained), nn.Parameter(b.to(weight.device, dtype), trained)
+        return {name: nn.Parameter(tensor.to(device, dtype), trained) for name, tensor in new.items()}
 
     def _add_saved(
         self,
         slot: str,
         names: Iterable[str],
         modules: dict[str, nn.Module],
-        places: ModuleLocator,
+        locator: ModuleLocator,
         autocast: bool,
     ) -> None:
         twins: dict[int, nn.Parameter] = {}
@@ -215,7 +214,7 @@ class LoraModel(nn.Module):
             wrapper = self._saved.get(name)
             if wrapper is None:
                 wrapper = ModulesToSaveWrapper(modules[name], self.lora_router, name)
-                places.replace(modules[name], wrapper)
+                locator.replace(modules[name], wrapper)
                 self._saved[name] = wrapper
             half = any(p.dtype in HALF for p in modules[name].parameters())
             module = wrapper.new_copy(torch.float32 if autocast and half else None)
@@ -476,9 +475,9 @@ class LoraModel(nn.Module):
         self._check_names([adapter_name])
         out: dict[str, Tensor] = {}
         mine = {name: layer for name, layer in self._layers.items() if adapter_name in layer.slots}
-        keys = factor_keys([(name, layer.kind) for name, layer in mine.items()])
+        there = places([(name, layer.kind) for name, layer in mine.items()])
         for name, layer in mine.items():
-            out.update(zip(keys[name], layer.factors(adapter_name), strict=True))
+            out.update({tensor_key(there[name], key): tensor for key, tensor in layer.tensors(adapter_name).items()})
         for name, wrapper in self._saved.items():
             if adapter_name in wrapper.modules_to_save:
                 state = wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True)

@@ -14,8 +14,8 @@ from loraloom.config.lora import LoraConfig, TaskType
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.checkpoint import read_tensors
+from loraloom.lora.frozen import HALF
 from loraloom.lora.keys import normalise
-from loraloom.lora.layers import HALF
 from loraloom.lora.loadreport import LoadReport
 from loraloom.lora.model import PeftModel, check_config, check_options
 

@@ -13,7 +13,7 @@ from loraloom.config.lora import LoraConfig
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.file_keys import file_key
-from loraloom.lora.layers import LoraLayer
+from loraloom.lora.layer import LoraLayer
 from loraloom.lora.modules_to_save import unwrap
 from loraloom.lora.targets import base_modules
 
@@ -41,11 +41,12 @@ def _tables(model: nn.Module) -> dict[str, Tensor]:
         with contextlib.suppress(AttributeError, NotImplementedError):  # not every model has a table of words
             found.append(getattr(model, getter)())
     tables = [unwrap(table) for table in found if isinstance(table, nn.Module)]
-    frozen = {id(unwrap(m)): m.frozen_weight for m in model.modules() if isinstance(m, LoraLayer)}
+    layers = {id(unwrap(module)): module for module in model.modules() if isinstance(module, LoraLayer)}
     out = {}
     for name, module in base_modules(model):
         if any(module is table for table in tables):
-            weight = frozen.get(id(module), getattr(module, "weight", None))
+            layer = layers.get(id(module))
+            weight = getattr(module, "weight", None) if layer is None else getattr(layer, "frozen_weight", None)
             if isinstance(weight, Tensor):
                 out[name] = weight
     return out

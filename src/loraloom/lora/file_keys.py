@@ -20,8 +20,18 @@ def file_key(name: str) -> str:
     return PREFIX + _WRAPPERS.sub("", name)
 
 
-def factor_keys(targets: Sequence[tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """Names and kinds of an adapter's targets, in the model's order → PEFT's keys for A and B.
+def file_place(name: str) -> str:
+    """PEFT's key for a module of the model."""
+    return file_key(f"{name}.")[:-1]
+
+
+def tensor_key(place: str, name: str) -> str:
+    """PEFT's key for the tensor ``name`` (see ``LoraLayer.tensors``) of the target that lies in a file at ``place``."""
+    return f"{place}.{name}.weight" if name in ("lora_A", "lora_B") else f"{place}.{name}"
+
+
+def places(targets: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Names and kinds of an adapter's targets, in the model's order → where PEFT has their tensors in a file.
 
     PEFT puts a wrapper around a module for each of its parameters, the first innermost. What lies further in is under
     ``base_layer``.
@@ -34,9 +44,7 @@ def factor_keys(targets: Sequence[tuple[str, str]]) -> dict[str, tuple[str, str]
         place = (
             _inside(name, around) if owner == name else _inside(owner, around) + _BASE * (around[owner] - done[owner])
         )
-        embedding = kind == "Embedding"
-        a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-        out[name] = file_key(f"{place}.{a}"), file_key(f"{place}.{b}")
+        out[name] = file_place(place)
     return out
 
 

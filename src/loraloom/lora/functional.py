@@ -1,7 +1,7 @@
 """The maths of LoRA over plain tensors. Knows no module, no config, no route.
 
 ``A`` has r rows, ``B`` has r columns. Products are taken in the dtype of ``x``, so a half-precision base computes in
-half precision while the factors keep their own dtype; ``lora.products`` says where that is not so.
+half precision while the factors keep their own dtype; ``lora.matmul`` says where that is not so.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loraloom.lora import matmul
 from loraloom.lora.dropout import Dropped, masked, masks
+from loraloom.lora.frozen import FrozenLinear
 
 
 def lora_linear(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -63,19 +64,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 # -- projections that read one input ------------------------------------------------------------------------------
 
 
-class Frozen(NamedTuple):
-    """A frozen linear layer: weight [out, in], bias [out] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
 class Update(NamedTuple):
-    """What one slot adds beside a frozen layer: a [r, in], b [out, r]."""
+    """What one slot adds beside a frozen layer: a [r, in], b [out, r]; see ``Variant.row_gain`` for the gain [out]."""
 
     a: Tensor
     b: Tensor
     scale: float
+    row_gain: Tensor | None = None
 
 
 class SlotGroup(NamedTuple):
@@ -97,19 +92,31 @@ class SlotGroup(NamedTuple):
 RANKS = 16
 
 
-def lora_projections(x: Tensor, frozen: Sequence[Frozen], lanes: Sequence[SlotGroup]) -> tuple[Tensor, ...]:
-    """``x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ`` for several projections of one ``x``: [..., in] → [..., out] each.
+def lora_projections(x: Tensor, frozen: Sequence[FrozenLinear], lanes: Sequence[SlotGroup]) -> tuple[Tensor, ...]:
+    """``gain · (x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ) + bias`` for several projections of one x: [..., in] → [..., out] each.
 
-    Each row's update is that of its slot in ``lanes``; rows of different slots never meet in a product, and rows in no
-    lane get none. What is kept for the backward is ``x`` once, ``x Aᵀ``, and the factors in the dtype of ``x``;
-    dropout masks are made again. Gradients flow to x, biases, a and b; never to weights. They are exact, and cannot be
-    differentiated a second time.
+    Each row's update and gain are those of its slot in ``lanes``; rows of different slots never meet in a product, and
+    rows in no lane get none. Lanes may share rows only where there is no gain. What is kept for the backward is ``x``
+    once, ``x Aᵀ``, and the factors in the dtype of ``x``; with a gain also what it multiplies. Dropout masks are made
+    again. Gradients flow to x, biases, a, b and gains; never to weights. They are exact, and cannot be differentiated
+    a second time.
     """
-    factors = [factor for lane in lanes for slots in lane.updates for one in slots for factor in (one.a, one.b)]
-    weights, biases = zip(*frozen, strict=True)
-    dtype = matmul.arithmetic(x, differentiated=torch.is_grad_enabled())
-    out: tuple[Tensor, ...] = _Projections.apply(x, lanes, dtype, *weights, *biases, *factors)  # type: ignore[no-untyped-call]
+    updates = [one for lane in lanes for slots in lane.updates for one in slots]
+    factors = [factor for one in updates for factor in (one.a, one.b)]
+    gains = [one.row_gain for one in updates if one.row_gain is not None]
+    dtype = matmul.compute_dtype(x, differentiated=torch.is_grad_enabled())
+    out: tuple[Tensor, ...] = _Projections.apply(  # type: ignore[no-untyped-call]
+        x, lanes, dtype, frozen, *[one.bias for one in frozen], *factors, *gains
+    )
     return out
+
+
+def scale_rows(y: Tensor, gain: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+    """``gain · (y - bias) + bias``, of which ``dim`` is the dimension of y that gain [out] and bias [out] belong to."""
+    shape = [1] * y.dim()
+    shape[dim] = -1
+    gain = gain.view(shape).to(y.dtype)
+    return y * gain if bias is None else (y - bias.view(shape)) * gain + bias.view(shape)
 
 
 class _Projections(torch.autograd.Function):
@@ -118,15 +125,20 @@ class _Projections(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lanes: Sequence[SlotGroup], dtype: torch.dtype, *tensors: Tensor
+        ctx: Any,
+        x: Tensor,
+        lanes: Sequence[SlotGroup],
+        dtype: torch.dtype,
+        frozen: Sequence[FrozenLinear],
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        n = (len(tensors) - 2 * sum(len(slots) for lane in lanes for slots in lane.updates)) // 2
         wide = x.to(dtype)
         rows = _rows(wide)
         # What is returned is no view: a model may change it in place.
-        whole = [matmul.linear(wide, tensors[i], tensors[n + i]) for i in range(n)]
+        whole = [one.matmul(wide) for one in frozen]
         out = [_rows(y) for y in whole]
         kept: list[Tensor] = []
+        scaled: list[Tensor] = []
         for lane in lanes:
             seen = _part(rows, lane, len(x))
             if any(lane.dropped):
@@ -137,10 +149,13 @@ class _Projections(torch.autograd.Function):
                 # Each on its own: the answer of one has the same bits whether or not others are computed beside it.
                 hidden.append(_mm(seen, joined[..., place, :].mT))
                 kept.append(_all_b(lane.updates[i], place.stop - place.start, _scales(lane, i, x)).to(dtype).mT)
-                _add_mm(_part(out[i], lane, len(x)), hidden[-1], kept[-1])
+                mine = _part(out[i], lane, len(x))
+                _add_mm(mine, hidden[-1], kept[-1])
+                if lane.updates[i][0].row_gain is not None:
+                    scaled += _scale(mine, lane.updates[i], frozen[i].bias)
             kept += [joined, *hidden]
-        ctx.save_for_backward(*([x, *kept] if lanes else ()))
-        ctx.weights, ctx.lanes, ctx.shape, ctx.dtypes = tensors[:n], lanes, x.shape, (x.dtype, dtype)
+        ctx.save_for_backward(*([x, *scaled, *kept] if lanes else ()))
+        ctx.frozen, ctx.lanes, ctx.shape, ctx.dtypes = frozen, lanes, x.shape, (x.dtype, dtype)
         ctx.set_materialize_grads(False)
         return tuple(whole if wide is x else [y.to(x.dtype) for y in whole])
 
@@ -151,14 +166,19 @@ class _Projections(torch.autograd.Function):
         kept: list[Tensor] = list(ctx.saved_tensors)
         own, dtype = ctx.dtypes
         x: Any = kept.pop(0).to(dtype) if kept else None
-        weights, needed, n = ctx.weights, ctx.needs_input_grad, len(ctx.weights)
+        frozen, needed, n = ctx.frozen, ctx.needs_input_grad, len(ctx.frozen)
         dys = [None if grad is None else _rows(grad.to(dtype)) for grad in grads]
-        d_bias = [None if dy is None or not needed[3 + n + i] else dy.sum(0) for i, dy in enumerate(dys)]
+        d_bias = [None if dy is None or not needed[4 + i] else dy.sum(0) for i, dy in enumerate(dys)]
+        d_gains: list[Tensor | None] = []
+        for lane in ctx.lanes:
+            for i, slots in enumerate(lane.updates):
+                if slots and slots[0].row_gain is not None:
+                    d_gains += _unscale(dys, i, lane, kept, len(x))
         dx: Tensor | None = None
         if needed[0]:
-            for dy, weight in zip(dys, weights, strict=True):
+            for dy, one in zip(dys, frozen, strict=True):
                 if dy is not None:
-                    dx = matmul.back(dy, weight, dx)
+                    dx = one.matmul_grad_input(dy, dx)
         factors: list[Tensor | None] = []
         for lane in ctx.lanes:
             places = _places(lane)
@@ -174,7 +194,7 @@ class _Projections(torch.autograd.Function):
             mask = _mask(x, lane) if any(lane.dropped) else None
             mine = x[lane.start : lane.stop]
             d_a = None
-            if True in needed[3 + 2 * n :]:
+            if True in needed[4 + n :]:
                 # One product for all A: a thin matrix costs hardly less than a wider one.
                 d_a = _mm(together.mT, _part(_rows(mine if mask is None else masked(mine, mask)), lane))
             all_a = _each_a(d_a, lane, places)
@@ -196,7 +216,31 @@ class _Projections(torch.autograd.Function):
                 else:
                     target.add_(_part(_rows(masked(_mm(together, joined).view(mine.shape), mask)), lane))
         d_x = None if dx is None else dx.to(own).view(ctx.shape)
-        return (d_x, None, None, *[None] * n, *d_bias, *factors)
+        return (d_x, None, None, None, *d_bias, *factors, *d_gains)
+
+
+def _scale(y: Tensor, slots: Sequence[Update], bias: Tensor | None) -> list[Tensor]:
+    """Apply the gains of ``slots`` to their rows y, in place: [the gains, what they multiplied]."""
+    gains = torch.stack([one.row_gain for one in slots if one.row_gain is not None]).to(y.dtype)
+    gains = gains if y.dim() == 2 else gains[:, None]
+    before = y.clone() if bias is None else y - bias
+    torch.mul(before, gains, out=y)
+    if bias is not None:
+        y += bias
+    return [gains, before]
+
+
+def _unscale(dys: list[Tensor | None], i: int, lane: SlotGroup, kept: list[Tensor], count: int) -> list[Tensor | None]:
+    """The gradients of the gains of a lane's projection ``i``; ``dys[i]`` becomes that of what they multiplied."""
+    gains, before = kept.pop(0), kept.pop(0)
+    whole = dys[i]
+    if whole is None:
+        return [None] * len(lane.dropped)
+    whole = dys[i] = whole.clone()  # the gradient that came is others' too
+    dy = _part(whole, lane, count)
+    each = (dy * before).reshape(len(lane.dropped), -1, dy.shape[-1]).sum(1)
+    dy.mul_(gains)
+    return [one.to(slot.row_gain.dtype) for one, slot in zip(each, lane.updates[i], strict=True)]  # type: ignore[union-attr]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -313,21 +357,3 @@ def _add_mm(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.addmm_(left, right)
     else:
         out.baddbmm_(left, right)
-
-
-# -- norms --------------------------------------------------------------------------------------------------------
-
-
-def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, squared: Tensor | None = None) -> Tensor:
-    """``‖W + scale · B A‖`` of each row, without the [out, in] product: what DoRA divides by (Liu et al. 2024, eq. 5).
-
-    Shapes: weight [out, in], a [r, in], b [out, r] → [out], in at least float32. ``squared`` is ``‖W‖²`` of each row,
-    which is frozen and need be computed once. From ``‖W‖² + 2s (W Aᵀ)·B + s² (B A Aᵀ)·B``, row by row.
-    """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    a, b = a.to(dtype), b.to(dtype)
-    if squared is None:
-        squared = weight.to(dtype).square().sum(1)
-    cross = torch.mm(weight, a.T.to(weight.dtype)).to(dtype)
-    total = squared + (b * (2 * scale * cross + scale**2 * torch.mm(b, torch.mm(a, a.T)))).sum(1)
-    return total.clamp_min(0).sqrt()

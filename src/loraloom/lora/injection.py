@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from loraloom.errors import AdapterError
-from loraloom.lora.layers import LoraLayer
+from loraloom.lora.layer import LoraLayer
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper, unwrap
 
 

@@ -14,7 +14,7 @@ from loraloom.lora.file_keys import PREFIX, file_key
 from loraloom.lora.loadreport import LoadReport
 
 #: A factor's key with the adapter's name inside, as it stands in a model's state dict.
-_NAMED = re.compile(r"\.(lora_[AB])\.([^.]+)\.weight$|\.(lora_embedding_[AB])\.([^.]+)$")
+_NAMED = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$|\.lora_(?![AB]\.)\w+\.([^.]+)$")
 
 
 def normalise(
@@ -63,7 +63,7 @@ def _mapped(name: str, key_mapping: Mapping[str, str]) -> str:
 def _name_inside(keys: Iterable[str]) -> str | None:
     """The adapter's name where every factor's key has it inside, and the same."""
     factors = [key for key in keys if ".lora_" in key]
-    found = {(match[2] or match[4]) if (match := _NAMED.search(key)) else None for key in factors}
+    found = {(match[1] or match[2]) if (match := _NAMED.search(key)) else None for key in factors}
     return found.pop() if len(found) == 1 else None
 
 

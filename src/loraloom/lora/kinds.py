@@ -7,15 +7,17 @@ Knows nothing of slots.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from loraloom.lora.frozen import is_conv1d, is_dense, registered
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: The classes whose own forward is known.
@@ -42,7 +44,7 @@ _found: weakref.WeakKeyDictionary[nn.Module, Forward] = weakref.WeakKeyDictionar
 
 def forward_of(module: nn.Module) -> Forward:
     """What the forward of ``module`` (a Linear, Conv1D, Embedding or convolution) does. Found once for each module."""
-    if _has_known_forward(module):
+    if has_known_forward(module):
         return _MAP
     found = _found.get(module)
     if found is None:
@@ -55,27 +57,26 @@ def forward_of(module: nn.Module) -> Forward:
 
 def is_map(module: nn.Module) -> bool:
     """Whether ``module`` computes ``F.linear`` (or a lookup, a convolution) of its weight and bias and no more."""
-    return _has_known_forward(module) or forward_of(module).is_map
+    return has_known_forward(module) or forward_of(module).is_map
 
 
-def conv1d() -> type[nn.Module]:
-    """transformers' Conv1D. Not imported for its own sake: a model can hold one only if transformers is loaded."""
-    found: type[nn.Module] = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", _NoConv1D)
-    return found
+def has_known_forward(module: nn.Module) -> bool:
+    """Whether the forward is that of torch's own class, of transformers' Conv1D, or of a class that is registered."""
+    cls: Any = type(module)
+    return _is_known(cls, cls.forward, registered(cls) is not None)
 
 
-class _NoConv1D(nn.Module):
-    """What no module is."""
-
-
-def _has_known_forward(module: nn.Module) -> bool:
-    cls = type(module)
-    return cls in _KNOWN or any(cls.forward is known.forward for known in (*_KNOWN, conv1d()))
+@cache
+def _is_known(cls: Any, forward: object, read: bool) -> bool:
+    """``forward`` and ``read`` are there to notice that the class was changed, or registered, since."""
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    return owner in _KNOWN or registered(owner) is not None or (owner.__name__ == "Conv1D" and is_conv1d(owner))
 
 
 def _examine(module: nn.Module, weight: Tensor | None) -> Forward:
-    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() < 2:
+    if not is_dense(weight):
         return _UNKNOWN  # quantised or sharded: the module alone knows how to use it
+    assert weight is not None
     if not weight.numel() or getattr(module, "max_norm", None) is not None:  # a trial would clip the table itself
         return _UNKNOWN
     try:
@@ -104,9 +105,10 @@ def _trial(module: nn.Module, weight: Tensor) -> tuple[list[Tensor], Callable[[T
         spans = [d * (k - 1) + 3 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
         x = _numbers(weight, 2, module.in_channels, *spans)
         return [x], lambda x: module._conv_forward(x, weight, bias)
-    width = weight.shape[0] if isinstance(module, conv1d()) else int(module.in_features)  # type: ignore[arg-type]
-    reference = (lambda x: x @ weight + bias) if isinstance(module, conv1d()) else lambda x: F.linear(x, weight, bias)
-    return [_numbers(weight, 2, 3, width), _numbers(weight, 6, width)], reference
+    cls: Any = type(module)
+    rows = weight.T if is_conv1d(cls) else weight
+    width = rows.shape[1] if is_conv1d(cls) else int(module.in_features)  # type: ignore[arg-type]
+    return [_numbers(weight, 2, 3, width), _numbers(weight, 6, width)], lambda x: F.linear(x, rows, bias)
 
 
 def _numbers(like: Tensor, *shape: int) -> Tensor:

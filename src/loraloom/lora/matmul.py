@@ -46,7 +46,7 @@ def _has(instructions: str) -> bool:
     return found is not None and bool(found())
 
 
-def arithmetic(x: Tensor, differentiated: bool = True) -> torch.dtype:
+def compute_dtype(x: Tensor, differentiated: bool = True) -> torch.dtype:
     """The dtype in which products with ``x`` [..., in] are taken: its own, or float32 where that is the faster.
 
     Without a backward, few rows keep their own: what they take is the time to read the weight.
@@ -71,7 +71,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out.add_(bias)
 
 
-def back(dy: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+def matmul_grad_input(dy: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
     """``dy W``, added to ``onto`` if that is given: dy [rows, out], weight [out, in] → [rows, in]."""
     if dy.dtype is weight.dtype:
         return torch.mm(dy, weight) if onto is None else onto.addmm_(dy, weight)

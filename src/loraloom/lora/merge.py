@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import MergeError
-from loraloom.lora.layers import LoraEmbedding, LoraLayer
+from loraloom.lora.layer import LoraLayer
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper, unwrap
 
 
@@ -38,19 +38,14 @@ def merge(layers: Mapping[str, LoraLayer], slots: Sequence[str]) -> None:
 
 
 def _merged(name: str, layer: LoraLayer, slots: tuple[str, ...]) -> Tensor:
-    frozen = layer.table if isinstance(layer, LoraEmbedding) else layer.frozen_weight.detach()
-    total = layer.get_delta_weight(slots[0])
-    for slot in slots[1:]:
-        total = total + layer.get_delta_weight(slot)
-    # One rounding to the weight's dtype, after the sum.
-    merged = total.add_(frozen).to(layer.frozen_weight.dtype)
+    merged = layer.merged_weight(slots)
     if not torch.isfinite(merged).all():
         culprits = [slot for slot in slots if not torch.isfinite(layer.get_delta_weight(slot)).all()] or list(slots)
         raise MergeError(
             f"{name}: merging {', '.join(map(repr, culprits))} gives values that are not finite in "
             f"{str(merged.dtype).removeprefix('torch.')}; nothing was merged. Did the adapter's training diverge?"
         )
-    return merged.contiguous()
+    return merged
 
 
 def check_copies(wrappers: Mapping[str, ModulesToSaveWrapper], slots: Sequence[str]) -> None:
@@ -80,8 +75,9 @@ def untied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> bool:
         w for w in model.modules() if isinstance(w, ModulesToSaveWrapper) and w.current() is not w.original_module
     ]
     left = {id(module) for wrapper in copies for module in wrapper.original_module.modules()}
-    pairs = [(layer.frozen_weight, layer.live_weight) for layer in layers.values() if id(layer.base_layer) not in left]
-    left |= {id(layer.base_layer) for layer in layers.values()}
+    merged = [layer for layer in layers.values() if layer.merged and id(layer.base_layer) not in left]
+    pairs = [(layer.frozen_weight, layer.live_weight) for layer in merged]
+    left |= {id(layer.base_layer) for layer in merged}
     for wrapper in copies:
         mine = wrapper.current()._parameters
         pairs += [(p, mine[key]) for key, p in unwrap(wrapper.original_module)._parameters.items()]  # type: ignore[misc]

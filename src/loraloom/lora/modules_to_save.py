@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loraloom.config.peft_compat import seen_as
 from loraloom.errors import AdapterError
 from loraloom.lora.dispatch import Router
-from loraloom.lora.layers import LoraLayer
+from loraloom.lora.layer import LoraLayer
 from loraloom.lora.rows import leading
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loraloom.lora.layers import LoraLayer
+from loraloom.lora.layer import LoraLayer
+from loraloom.lora.variants.base import Shapes
 
 #: Held while a module's parameter is exchanged in the module itself, which other threads would see.
 _exchange = threading.RLock()
@@ -46,8 +47,16 @@ class LoraParameter(LoraLayer):
         """How many matrices the parameter stacks."""
         return self.frozen_weight.shape[0] if self.frozen_weight.dim() == 3 else 1
 
-    def shapes_of(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return parameter_shapes(self.get_base_layer(), self.parameter_name, r)
+    @staticmethod
+    def shapes(base: nn.Module, r: int, name: str) -> Shapes:
+        """For [E, out, in] or [out, in]; a module that says ``is_transposed`` holds [E, in, out]."""
+        shape = base._parameters[name.rpartition(".")[2]].shape  # type: ignore[union-attr]
+        if len(shape) == 2:
+            return {"lora_A": (r, shape[1]), "lora_B": (shape[0], r)}
+        experts, rows, columns = shape
+        if _is_transposed(base):
+            rows, columns = columns, rows
+        return {"lora_A": (experts * r, columns), "lora_B": (rows, r * experts)}
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -96,23 +105,13 @@ class LoraParameter(LoraLayer):
     def merge_obstacle(self) -> str | None:
         return None  # the module computes with W + scale · B A, merged or not
 
-    def get_delta_weight(self, slot: str) -> Tensor:
+    def delta(self, slot: str) -> Tensor:
         left, right = (factor.detach() for factor in self.pair(slot))
         dtype = torch.promote_types(left.dtype, torch.float32)
         return left.to(dtype) @ right.to(dtype) * self.scaling[slot]
 
-    def swap_weight(self, weight: nn.Parameter, slots: tuple[str, ...]) -> None:
-        if not self._frozen:
-            self._frozen = (self.live_weight,)
+    def _put_weight(self, weight: Any) -> None:
         self.get_base_layer()._parameters[self.parameter_name] = weight
-        self.merged = slots
-
-    def restore_weight(self) -> None:
-        if self._frozen:
-            (frozen,) = self._frozen
-            assert isinstance(frozen, nn.Parameter)
-            self.get_base_layer()._parameters[self.parameter_name] = frozen
-        self.merged, self._frozen = (), ()
 
     @property
     def live_weight(self) -> Tensor:
@@ -122,20 +121,6 @@ class LoraParameter(LoraLayer):
 
     def extra_repr(self) -> str:
         return ", ".join([self.parameter_name, super().extra_repr()])
-
-
-def parameter_shapes(module: nn.Module, name: str, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of A and B of rank ``r`` for the parameter ``name`` of ``module``: [E, out, in] or [out, in].
-
-    A module that says ``is_transposed`` holds [E, in, out].
-    """
-    shape = module._parameters[name].shape  # type: ignore[union-attr]
-    if len(shape) == 2:
-        return (r, shape[1]), (shape[0], r)
-    experts, rows, columns = shape
-    if _is_transposed(module):
-        rows, columns = columns, rows
-    return (experts * r, columns), (rows, r * experts)
 
 
 def parameter_obstacle(module: nn.Module, name: str) -> str | None:

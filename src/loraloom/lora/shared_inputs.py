@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from loraloom.lora.dropout import Dropped
-from loraloom.lora.functional import RANKS, Frozen, SlotGroup, Update, lora_projections
+from loraloom.lora.frozen import FrozenLinear
+from loraloom.lora.functional import RANKS, SlotGroup, Update, lora_projections
 from loraloom.lora.routing import Route
 
 #: Zeros that a slot may be filled up with to be computed beside others of greater rank, times its tokens. A product of
@@ -30,14 +31,13 @@ class Projection(Protocol):
     """What this file needs of a linear layer."""
 
     r: dict[str, int]
+    variants: dict[str, Any]
 
-    @property
-    def frozen(self) -> Frozen: ...
     def factors(self, slot: str) -> tuple[Any, Any]: ...
     def dropped(self, slot: str, times: int, frame: Any) -> Dropped | None: ...
     def drops(self, slot: str) -> bool: ...
     def update_of(self, slot: str) -> Update: ...
-    def fits(self, x: Tensor, frame: Any) -> bool: ...
+    def fusable(self, x: Tensor, frame: Any) -> FrozenLinear | None: ...
     def shares_dropout(self, first: Any) -> bool: ...
 
 
@@ -110,8 +110,8 @@ class Reading:
         """The number of the region of activation checkpointing that the layers run in."""
         return None if self._region is None else self._regions
 
-    def project(self, layer: Projection, x: Tensor, frame: Any, lanes: Lanes) -> Tensor:
-        """What ``layer`` makes of ``x``, computed now or already by the first reader of ``x``.
+    def project(self, layer: Projection, linear: FrozenLinear, x: Tensor, frame: Any, lanes: Lanes) -> Tensor:
+        """What ``layer``, around ``linear``, makes of ``x``, computed now or already by the first reader of ``x``.
 
         ``frame`` is the one that this is the reading of: see ``lora.dispatch``.
         """
@@ -119,12 +119,15 @@ class Reading:
             done = self._ready.pop(layer, None)
             if done is not None:
                 return done
-        together = [layer]
+        together, frozen = [layer], [linear]
         if not self._alone and torch.is_grad_enabled():  # without a backward there is nothing to share
             followers = frame.plan.groups.followers.get(layer, ())
-            together += [one for one in followers if one.fits(x, frame) and one.shares_dropout(layer)]
+            for one in followers:
+                if (found := one.fusable(x, frame)) is not None and one.shares_dropout(layer):
+                    together.append(one)
+                    frozen.append(found)
         self._alone.append(layer)
-        out = lora_projections(x, [one.frozen for one in together], lanes.of(frame, together, x))
+        out = lora_projections(x, frozen, lanes.of(frame, together, x))
         self._ready.update(zip(together[1:], out[1:], strict=True))
         return out[0]
 
@@ -173,8 +176,9 @@ class Lanes:
 def side_by_side(route: Route, layers: Sequence[Projection], x: Tensor) -> list[tuple[int, int | None, list[str]]]:
     """(start, stop, slots): the neighbours of the route that can be computed side by side.
 
-    They adapt the same of ``layers``, have equally many rows and ranks not far apart, and all have dropout or none has,
-    which is rounded differently. Places are rows of ``x``; slots that adapt none of the layers are left out.
+    They adapt the same of ``layers``, by one variant, have equally many rows and ranks not far apart, and all have
+    dropout or none has, which is rounded differently. Places are rows of ``x``; slots that adapt none of the layers
+    are left out.
     """
     times = x.shape[0] // route.rows
     tokens = x.shape[:-1].numel() // route.rows
@@ -183,7 +187,9 @@ def side_by_side(route: Route, layers: Sequence[Projection], x: Tensor) -> list[
     widest = 0
     for block in route.blocks:
         here = tuple(
-            (one, one.factors(block.slot)[0].dtype, one.drops(block.slot)) for one in layers if block.slot in one.r
+            (one, one.factors(block.slot)[0].dtype, one.drops(block.slot), one.variants.get(block.slot))
+            for one in layers
+            if block.slot in one.r
         )
         size = block.stop - block.start
         width = max([-(-one.r[block.slot] // RANKS) * RANKS for one, *_ in here], default=0)

@@ -10,7 +10,8 @@ from torch import nn
 
 from loraloom.errors import ConfigError
 from loraloom.lora.adapters import LoraModel
-from loraloom.lora.layers import LoraConv, LoraConv1D, LoraLayer, LoraLinear
+from loraloom.lora.layer import LoraLayer
+from loraloom.lora.layers import LoraConv, LoraConv1D, LoraLinear
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 
 Some = bool | Literal["irregular"]  # "irregular": it differs from part to part
@@ -63,7 +64,7 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
     out = []
     for name, module in around.named_modules():
         if isinstance(module, LoraLayer):
-            slots = {slot: list(module.factors(slot)) for slot in module.slots}
+            slots = {slot: list(module.tensors(slot).values()) for slot in module.slots}
         elif isinstance(module, ModulesToSaveWrapper):
             slots = {slot: list(copy.parameters()) for slot, copy in module.modules_to_save.items()}
         else:

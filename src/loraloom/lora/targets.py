@@ -18,8 +18,10 @@ from loraloom.config.lora import TASK_HEADS, LoraConfig
 from loraloom.errors import TargetError, some
 from loraloom.lora.experts import TYPES, Experts, Translation, old_names, parameter_names, translate, unadapted
 from loraloom.lora.expressions import check_expressions
+from loraloom.lora.frozen import adapter_dtype, frozen_linear
 from loraloom.lora.kinds import forward_of, is_map
-from loraloom.lora.layers import HALF, LoraConv, LoraConv1D, LoraLayer, LoraLinear, is_never_called, layer_class
+from loraloom.lora.layer import LoraLayer
+from loraloom.lora.layers import LoraConv, LoraConv1D, LoraLinear, is_never_called, layer_class
 from loraloom.lora.matching import (
     ends_as,
     in_layers,
@@ -31,9 +33,11 @@ from loraloom.lora.matching import (
     suffixes,
 )
 from loraloom.lora.modules_to_save import unwrap
-from loraloom.lora.parameters import LoraParameter, parameter_obstacle, parameter_shapes
+from loraloom.lora.parameters import LoraParameter, parameter_obstacle
 from loraloom.lora.peft_targets import Read, as_peft_reads, misread, refused
 from loraloom.lora.presets import found, preset, weight_is_read
+from loraloom.lora.variants import variant_of
+from loraloom.lora.variants.base import Shapes
 
 ALL_LINEAR = "all-linear"
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -203,7 +207,7 @@ def plan_on(
     for one in chosen:
         module = modules[one.module]
         r, alpha = rank_and_alpha(config, one.pattern_name)
-        parameters = sum(math.prod(shape) for shape in _shapes(one, module, r))
+        parameters = sum(math.prod(shape) for shape in _shapes(one, module, r, config).values())
         size = adapter_itemsize(module, autocast_adapter_dtype)
         scale = config.scale(r, alpha)
         targets.append(Target(one.name, _kind(module, one.cls), r, alpha, scale, parameters, parameters * size))
@@ -223,15 +227,14 @@ def plan_on(
     biases = tuple(_biases(modules, config, {t.name for t in targets}, inside_saved))
     if not (targets or extras or biases):
         raise TargetError("target_modules: nothing would be trained; " + _offer(modules))
-    base = _base_parameters(modules)
-    total = sum(p.numel() for p in base)
+    total, size = _base_size(modules)
     return Plan(
         config,
         tuple(targets),
         extras,
         biases,
         total,
-        sum(p.numel() * p.element_size() for p in base),
+        size,
         _note(model, modules, wanted, config.target_modules),
         unadapted(modules, [t.name for t in targets] + [*inside_saved], total),
         tuple(_notes(config, targets, left_out, idle, unreadable)),
@@ -282,15 +285,20 @@ def _chosen(modules: dict[str, nn.Module], names: list[str], parameters: list[st
     return out
 
 
-def _shapes(one: _Chosen, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if one.cls is LoraParameter:
-        return parameter_shapes(module, one.name.rpartition(".")[2], r)
+def _shapes(one: _Chosen, module: nn.Module, r: int, config: LoraConfig) -> Shapes:
+    """The shapes of a slot's tensors around ``module``."""
     if issubclass(one.cls, LoraConv) and r % module.groups:  # type: ignore[operator]
         raise TargetError(
             f"r: {one.name} is a convolution with groups={module.groups}, so its rank must be a multiple of that, "
             f"found {r}; set rank_pattern={{{one.name!r}: ...}} or leave the module out"
         )
-    return one.cls.shapes(module, r)
+    variant = variant_of(config)
+    if variant.kinds and one.cls.kind not in variant.kinds:
+        raise TargetError(
+            f"target_modules: {one.name} is a {_kind(module, one.cls)}, which {variant.name} cannot adapt; name layers "
+            f"of kind {', '.join(variant.kinds)}"
+        )
+    return variant.shapes(one.cls.shapes(module, r, one.name))
 
 
 def _notes(
@@ -312,21 +320,26 @@ def _notes(
 
 def adapter_itemsize(module: nn.Module, autocast_adapter_dtype: bool) -> int:
     """Bytes of one adapter number beside ``module``: float32 for a half-precision base, else the base's own."""
+    if layer_class(module) in (LoraLinear, LoraConv1D):
+        return adapter_dtype(frozen_linear(module).dtype, autocast_adapter_dtype).itemsize
     weight = module._parameters.get("weight")
     if weight is None or not weight.is_floating_point():
         weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if weight is None or (autocast_adapter_dtype and weight.dtype in HALF):
-        return 4
-    return weight.element_size()
+    return 4 if weight is None else adapter_dtype(weight.dtype, autocast_adapter_dtype).itemsize
 
 
 def _kind(module: nn.Module, cls: type[LoraLayer]) -> str:
     return type(module).__name__ if issubclass(cls, LoraConv) else cls.kind
 
 
-def _base_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
-    unique = {id(p): p for m in modules.values() for p in m._parameters.values() if p is not None}
-    return list(unique.values())
+def _base_size(modules: dict[str, nn.Module]) -> tuple[int, int]:
+    """Numbers and bytes of the base, tied weights once and quantised ones as stored."""
+    sizes = {id(p): (p.numel(), p.nbytes) for m in modules.values() for p in m._parameters.values() if p is not None}
+    for module in modules.values():
+        if layer_class(module) in (LoraLinear, LoraConv1D):
+            linear = frozen_linear(module)
+            sizes[id(module._parameters.get("weight", module))] = (math.prod(linear.shape), linear.nbytes)
+    return sum(count for count, _ in sizes.values()), sum(size for _, size in sizes.values())
 
 
 # -- matching -----------------------------------------------------------------------------------------------------

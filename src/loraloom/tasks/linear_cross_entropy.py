@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         for rows in _chunks(hidden, weight.shape[0]):
-            seen = hidden[rows].to(matmul.arithmetic(hidden))
+            seen = hidden[rows].to(matmul.compute_dtype(hidden))
             low = matmul.linear(seen, weight, bias)
             logits, wanted = low.to(dtype), targets[rows].unsqueeze(-1)
             slope = shape.apply_(logits, gradient is not None)
@@ -89,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     shares.mul_(slope)
                 if shape.scale != 1:
                     shares.mul_(shape.scale)
-                gradient[rows] = matmul.back(low.copy_(shares), weight)
+                gradient[rows] = matmul.matmul_grad_input(low.copy_(shares), weight)
         ctx.save_for_backward(gradient)
         return losses
 
@@ -121,7 +121,7 @@ def frozen_head(weight: Tensor, bias: Tensor | None, shape: Logits | None = None
     """A head for ``head_scores``: weight [vocabulary, dim], bias [vocabulary] or None."""
 
     def head(hidden: Tensor) -> Tensor:
-        out = matmul.linear(hidden.to(matmul.arithmetic(hidden, differentiated=False)), weight, bias)
+        out = matmul.linear(hidden.to(matmul.compute_dtype(hidden, differentiated=False)), weight, bias)
         return shape(out) if shape is not None else out
 
     return head

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from loraloom.config.lora import TaskType
 from loraloom.data.example import IGNORE
 from loraloom.errors import ModelError
-from loraloom.lora.layers import HALF
+from loraloom.lora.frozen import HALF
 from loraloom.lora.model import PeftModel
 from loraloom.models import padding
 from loraloom.models.configs import segments, without_cache

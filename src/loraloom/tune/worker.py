@@ -292,6 +292,6 @@ def _used(model: PeftModel, name: str) -> dict[str, tuple[int, int, float]]:
         experts = layer.experts if isinstance(layer, LoraParameter) else 1
         energy = (singular_values(a.detach(), b.detach(), experts) * layer.scaling[name]).square()
         used = int((energy.cumsum(0) < ENERGY * energy.sum()).sum()) + 1 if float(energy.sum()) else 0
-        weight = float(layer.frozen_weight.detach().float().norm())
+        weight = float(layer.rows().float().norm())
         found[module] = (layer.r[name], used, float(energy.sum().sqrt()) / (weight or 1.0))
     return found

@@ -11,7 +11,7 @@ from torch import nn
 
 from loraloom.lora import matmul
 from loraloom.lora.experts import unadapted
-from loraloom.lora.layers import LoraLayer
+from loraloom.lora.layer import LoraLayer
 from loraloom.lora.model import PeftModel
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.parameters import LoraParameter
@@ -69,7 +69,7 @@ def examine(
 
 def _trainable(model: PeftModel, name: str) -> Iterator[Finding]:
     layers = [layer for layer in model.base_model.lora_layers.values() if name in layer.slots]
-    factors = [p for layer in layers for p in layer.factors(name)]
+    factors = [p for layer in layers for p in layer.tensors(name).values()]
     mine = set(map(id, model.adapter_parameters(name).values()))
     trained = [p for p in model.parameters() if p.requires_grad]
     if not any(id(p) in mine for p in trained):
