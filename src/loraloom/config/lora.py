@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -34,6 +32,7 @@ from loraloom.config.lora_checks import (
 from loraloom.config.options import Options, option, options_of
 from loraloom.config.peft_compat import seen_as
 from loraloom.errors import ConfigError, nearest, short
+from loraloom.files.atomic import write_files
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_FORMAT = "0.21.2"  # the version of PEFT whose files we read and write
@@ -361,14 +360,7 @@ class LoraConfig(Options, PeftConfig):
         if options.get("push_to_hub"):
             self.push_to_hub()
         config = self if auto_mapping_dict is None else self.copy(auto_mapping=dict(auto_mapping_dict))
-        path = Path(save_directory) / CONFIG_NAME
-        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(config.to_json(), encoding="utf-8")
-            os.replace(aside, path)  # whole or as it was, and never through a link
-        finally:
-            aside.unlink(missing_ok=True)
+        write_files(save_directory, {CONFIG_NAME: config.to_json().encode()})
 
 
 def not_implemented() -> dict[str, Any]:
