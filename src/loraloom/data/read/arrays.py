@@ -1,14 +1,16 @@
 """From one JSON array of objects to rows, of which only the present one is in memory.
 
-The standard library reads a JSON file as a whole or not at all. Here its decoder is given a stretch of the file,
-and a longer one where a value turns out to go on behind the stretch.
+The standard library reads a JSON file as a whole or not at all. Here its decoder is given a stretch of the file, and a
+longer one where a value does not end in that.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,9 +18,9 @@ from loraloom.data.read.readers import ROW_LIMIT, StrictJson, guarded, open_file
 from loraloom.data.rows import BadRow, OnBad, Row, shown
 from loraloom.errors import DataError
 
-BLANK = " \t\r\n"
-
-#: Bytes taken in at a time.
+BLANKS = re.compile(r"[ \t\r\n]*")
+CUT_SHORT = "the array is not closed; is the file cut short?"
+#: Bytes read at a time.
 STEP = 2**18
 
 
@@ -31,11 +33,10 @@ def read_array(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
     strict, name = StrictJson(), str(path)
     with open_file(path) as file:
         text = _Stretch(file, path)
-        text.skip("[")
-        number = 0
-        while number or text.next_sign() != "]":
-            number += 1
-            text.next_sign()
+        text.expect("[")
+        for number in count(1):
+            if number == 1 and text.peek() == "]":
+                break
             value, raw = text.value(strict)
             reason = strict.fault()
             if not reason and not isinstance(value, dict):
@@ -44,38 +45,32 @@ def read_array(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
                 report(bad, BadRow(name, number, reason, raw=raw, unit="row"))
             else:
                 yield Row(value, number, name, "row")
-            if text.next_sign() == "]":
+            if text.peek() == "]":
                 break
-            text.skip(",")
-        text.skip("]")
-        text.end()
+            text.expect(",")
+        text.expect("]")
+        if text.peek():
+            raise text.broken("there is more behind the array", text.at)
 
 
 class _Stretch:
-    """The text of a file of which only what is around the present place is in memory."""
+    """The text of a file, of which only what is around the present place is in memory."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file = file
-        self._path = path
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")()
-        self._whole = False
-        self.text = ""
-        self.at = 0
+        self._file, self._path = file, path
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.at = "", 0
         # Where ``text`` starts in the file, from 1.
-        self._line = 1
-        self._column = 1
+        self._line, self._column = 1, 1
 
     def more(self) -> bool:
-        """Take in another piece and let go of what was passed; False at the end of the file."""
-        if self._whole:
-            return False
+        """Read on, and let go of what was passed; False at the end of the file."""
         self._line, self._column = self._place(self.at)
         self.text, self.at = self.text[self.at :], 0
         # As much again as there is: a value of any size is decoded a few times at most.
         raw = guarded(self._file, self._path, max(STEP, len(self.text)))
-        self._whole = not raw
         try:
-            self.text += self._decode.decode(raw, final=self._whole)
+            self.text += self._decoder.decode(raw, final=not raw)
         except UnicodeDecodeError as exc:
             self.text += exc.object[: exc.start].decode("utf-8")
             line, column = self._place(len(self.text))
@@ -83,7 +78,7 @@ class _Stretch:
                 f"{self._path}, line {line}: not UTF-8: the byte behind character {column - 1} of the line is "
                 f"0x{exc.object[exc.start]:02x}; save the file as UTF-8"
             ) from None
-        return not self._whole
+        return bool(raw)
 
     def _place(self, at: int) -> tuple[int, int]:
         """Line and character (from 1) of a place in ``text``."""
@@ -92,58 +87,47 @@ class _Stretch:
             return self._line + newlines, at - self.text.rfind("\n", 0, at)
         return self._line, self._column + at
 
-    def _broken(self, message: str, at: int) -> DataError:
+    def broken(self, message: str, at: int) -> DataError:
         line, column = self._place(at)
         return DataError(f"{self._path}, line {line}: not JSON: {message} (character {column})")
 
-    def next_sign(self) -> str:
-        """Go on to the next character that is no blank, and return it; an error where there is none."""
+    def peek(self) -> str:
+        """The next character that is no blank; empty at the end of the file."""
         while True:
-            while self.at < len(self.text):
-                if self.text[self.at] not in BLANK:
-                    return self.text[self.at]
-                self.at += 1
-            if not self.more():
-                raise self._broken("the array is not closed; is the file cut short?", self.at)
+            found = BLANKS.match(self.text, self.at)
+            self.at = found.end() if found else self.at
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
 
-    def skip(self, sign: str) -> None:
-        if self.next_sign() != sign:
-            raise self._broken(f"Expecting {sign!r}", self.at)
+    def expect(self, sign: str) -> None:
+        if (found := self.peek()) != sign:
+            raise self.broken(f"Expecting {sign!r}" if found else CUT_SHORT, self.at)
         self.at += 1
 
-    def end(self) -> None:
-        """Refuse anything but blanks behind the array."""
-        while True:
-            rest = self.text[self.at :].lstrip(BLANK)
-            if rest:
-                raise self._broken("there is more behind the array", len(self.text) - len(rest))
-            self.at = len(self.text)
-            if not self.more():
-                return
-
     def value(self, strict: StrictJson) -> tuple[Any, str]:
-        """The value that starts here, and its text."""
+        """The value that comes next, and its text."""
+        if not self.peek():
+            raise self.broken(CUT_SHORT, self.at)
+        too_large = f"a row of more than {ROW_LIMIT / 2**20:g} MiB"
         while True:
             try:
                 value, end = strict.decode_from(self.text, self.at)
             except json.JSONDecodeError as exc:
                 strict.fault()
                 past = exc.pos - self.at
-                # A value that goes on behind this stretch fails near its end, or in a string without an end.
-                resumes = exc.msg.startswith("Unterminated string") or exc.pos >= len(self.text) - 12
-                if resumes and len(self.text) - self.at > ROW_LIMIT:
-                    limit = f"{ROW_LIMIT / 2**20:g} MiB"
-                    message = f"{exc.msg}: a row of more than {limit}, or a double quote or brace that is not closed"
-                    raise self._broken(message, exc.pos) from None
-                if not resumes or not self.more():
-                    raise self._broken(exc.msg, self.at + past) from None
+                # A value that continues behind this stretch fails near its end, or in a string without an end.
+                continues = exc.msg.startswith("Unterminated string") or exc.pos >= len(self.text) - 12
+                if continues and len(self.text) - self.at > ROW_LIMIT:
+                    message = f"{exc.msg}: {too_large}, or a double quote or brace that is not closed"
+                    raise self.broken(message, exc.pos) from None
+                if not continues or not self.more():
+                    raise self.broken(exc.msg, self.at + past) from None
             except (ValueError, RecursionError) as exc:
-                line, _ = self._place(self.at)
-                raise DataError(f"{self._path}, line {line}: JSON that cannot be read: {exc}") from None
+                raise DataError(
+                    f"{self._path}, line {self._place(self.at)[0]}: JSON that cannot be read: {exc}"
+                ) from None
             else:
-                raw = self.text[self.at : end]
-                self.at = end
+                raw, self.at = self.text[self.at : end], end
                 if len(raw) > ROW_LIMIT:
-                    line, _ = self._place(self.at)
-                    raise DataError(f"{self._path}, line {line}: a row of more than {ROW_LIMIT / 2**20:g} MiB")
+                    raise DataError(f"{self._path}, line {self._place(end)[0]}: {too_large}")
                 return value, raw
