@@ -1,7 +1,7 @@
 """Write the measured figures into the pages, from ``benchmarks/results/*.json``.
 
-Usage: ``python docs/figures.py``. Only what stands between two markers (``<!-- name -->``, ``<!-- /name -->``) is
-replaced. A table whose file is not there is left out; the quickstart's block and the life of an adapter then stay.
+Usage: ``python docs/figures.py``. Only the text between two markers (``<!-- name -->``, ``<!-- /name -->``) is
+replaced. A table whose file is missing is left out; the blocks of the quickstart and of ``lifecycle`` stay as they are.
 """
 
 from __future__ import annotations
@@ -19,97 +19,93 @@ Record = dict[str, Any]
 FLOOR, PEFT, HALF, OURS = "floor", "peft", "peft, adapters in the base's dtype", "loraloom"
 TRAINER, GROUPED = "Trainer and peft", "Trainer and peft, group_by_length"
 
-#: README → the words of its tables; the figures are the same
-WORDS: dict[str, dict[str, Any]] = {
-    "README.md": {
-        "head": ("on {layers} Llama layers", "peft", "loraloom", "times faster", "spread"),
-        "shape": "{layers} Llama layers of width {width}, r={rank} on all seven projections",
-        "inject": "put a new adapter on the model",
-        "load": "load an adapter from its folder",
-        "switch": "switch to another adapter",
-        "save": "save an adapter",
-        "import": "Importing the library's names takes {times:.2f} times as long as `import torch` "
-        "({ours:.2f} s, {torch:.2f} s).",
-        "note": "Medians of {n} turns, both libraries in one process, {shape}. Command: `{command}`.",
+#: language → the words of the blocks that pages of both languages have; the figures are the same
+WORDS: dict[str, Record] = {
+    "en": {
+        "configurations": (
+            "r",
+            "alpha",
+            "targets",
+            "dropout",
+            "rate",
+            "accuracy ({held_out:,} docstrings, used to choose)",
+            "parameters",
+            "state",
+        ),
+        "common": "no LoRA: always the most common area",
+        "new head": "no LoRA: a new head on the frozen encoder",
+        "steps": "{state}, {steps:,} steps",
+        "search took": "The search over all {count} took {search_seconds:.0f} s on two cores, the whole program "
+        "{seconds:.0f} s. For a stopped configuration, the accuracy is the one measured when it was stopped. The same "
+        "{held_out:,} docstrings chose the best configuration, so its accuracy on other text is likely to be lower. "
+        "The search ends with this advice:",
+        "figures": ("", "peft", "loraloom", ""),
+        "search": "search over {trials} configurations; peft trains them one after another",
+        "full": "accuracy after full training: the best of the {trials}, the one that the search chose",
+        "memory": "memory added by a training step ({dtype}, width {width}, {layers} layers, {rows}×{tokens} tokens, "
+        "dropout {dropout:g})",
+        "load": "load an adapter from its folder ({layers} Llama layers)",
+        "faster": "{:.1f} times faster",
+        "below": "{:.4f} below",
+        "share": "{:.2f} times",
+        "advice of the quickstart": "The advice at the end of the search of `make quickstart`:",
+        "prepared": "Preparing {rows:,} {what} ({megabytes:,.0f} MB of JSONL, {tokens:,} tokens) on {cores} cores:",
+        "causal-lm": "chats",
+        "seq-cls": "labelled texts",
+        "first": "the first time",
+        "cached": "again, from the cache",
+        "prepared columns": ("", "time", "peak memory of all processes"),
+        "prepared note": "That is {rate:,.0f} rows per second the first time. The cache took {cache:,.0f} MB. "
+        "Command: `{command}`. Machine: {processor}; Python {python}, transformers {transformers}; {date}.",
+        "missed": "Goals were set for {goals} figures of training, and {missed} of them were missed.",
         "machine": "Machine: {processor}, {threads} threads; Python {python}, torch {torch}, "
         "transformers {transformers}, peft {peft}; {date}.",
-        "speed": ("training", "peft", "loraloom", "goal"),
-        "llama": "{dtype}, width {width}, {layers} layers, {rows}×{tokens}",
-        "dropout": ", dropout {dropout:g}",
-        "step": "step, as a multiple of the floor: ",
-        "memory": "memory that a step adds: ",
-        "loss": "memory that the loss takes: {dtype}, {tokens:,} tokens, vocabulary {vocabulary:,}",
-        "end to end": "the quickstart's job, beside transformers' Trainer",
-        "grouped": "the same, with the Trainer's `group_by_length`",
-        "rows a second": "{:.1f} rows/s",
-        "of peft": "≤ {goal:g} of peft's: {found:.3f}",
-        "of peft, no goal": "{found:.3f} of peft's",
-        "of the logits": "≤ {goal:g} of the logits in float32: {found:.3f}",
-        "times": "≥ {goal:g} times: {found:.2f}",
-        "times, no goal": "{found:.2f} times",
-        "missed": ", missed",
-        "floor": "The floor is the frozen model's own forward and backward. For the loss, the column peft is the plain "
-        "loss. Commands: {commands}.",
-        "and": ", ",
-        "common": "always the most common area",
-        "new head": "a new head on the frozen encoder",
-        "searched": ("accuracy", "trained parameters", ""),
-        "held out": "{held_out:,} docstrings never seen",
-        "one of many": "LoRA, {config}",
-        "steps": "{state}, {steps:,} steps",
-        "search took": "The search over all {count} took {search_seconds:.0f} s on two cores, everything "
-        "{seconds:.0f} s. The accuracy of a stopped one is that of the step at which it was stopped. What it says in "
-        "the end:",
-        "pack": "throughput of {size} adapters together: {shape}",
-        "search": "a search over {trials} configurations, beside training them one after another",
-        "full": "accuracy in full: the best of the {trials}, and the one that the search chose",
-        "below": "≤ {goal:g} below: {found:.4f}",
-        "counted": " PEFT's time for {runs} runs is counted from {steps_measured} measured steps of each.",
     },
-    "README.zh-CN.md": {
-        "head": ("{layers} 层 Llama", "peft", "loraloom", "快多少倍", "波动范围"),
-        "shape": "{layers} 层、宽度 {width} 的 Llama，七个投影全部 r={rank}",
-        "inject": "给模型装上新适配器",
-        "load": "从目录加载适配器",
-        "switch": "切换到另一个适配器",
-        "save": "保存适配器",
-        "import": "导入本库的名字，耗时是 `import torch` 的 {times:.2f} 倍（{ours:.2f} s，{torch:.2f} s）。",
-        "note": "{n} 轮的中位数，两个库在同一进程中轮流运行，{shape}。命令：`{command}`。",
+    "zh": {
+        "configurations": (
+            "r",
+            "alpha",
+            "targets",
+            "dropout",
+            "rate",
+            "准确率（{held_out:,} 条用于挑选配置的 docstring）",
+            "参数量",
+            "状态",
+        ),
+        "common": "不用 LoRA：永远猜最常见的领域",
+        "new head": "不用 LoRA：冻结编码器，只训练新的分类头",
+        "steps": "{state}，{steps:,} 步",
+        "finished": "跑完",
+        "stopped": "提前停止",
+        "failed": "失败",
+        "search took": "搜索全部 {count} 组在两个核上用了 {search_seconds:.0f} s，整个程序一共 {seconds:.0f} s。"
+        "提前停止的配置，准确率是停下那一步测得的。最佳配置也是用这 {held_out:,} 条 docstring 挑出来的，"
+        "所以换一批文本，准确率很可能会低一些。搜索最后给出的建议是：",
+        "figures": ("", "peft", "loraloom", ""),
+        "search": "搜索 {trials} 组配置；peft 一组一组地训练",
+        "full": "完整训练后的准确率：{trials} 组里最好的，和搜索选中的",
+        "memory": "一个训练步增加的内存（{dtype}，宽度 {width}，{layers} 层，{rows}×{tokens} 个 token，"
+        "dropout {dropout:g}）",
+        "load": "从目录加载适配器（{layers} 层 Llama）",
+        "faster": "快 {:.1f} 倍",
+        "below": "低 {:.4f}",
+        "share": "{:.2f} 倍",
+        "advice of the quickstart": "`make quickstart` 的搜索最后给出的建议：",
+        "prepared": "在 {cores} 个核上准备 {rows:,} 条{what}（JSONL {megabytes:,.0f} MB，{tokens:,} 个 token）：",
+        "causal-lm": "对话",
+        "seq-cls": "带标签的文本",
+        "first": "第一次",
+        "cached": "再次运行，读缓存",
+        "prepared columns": ("", "耗时", "所有进程的内存峰值"),
+        "prepared note": "第一次相当于每秒 {rate:,.0f} 行。缓存占用 {cache:,.0f} MB。命令：`{command}`。"
+        "机器：{processor}；Python {python}，transformers {transformers}；{date}。",
+        "missed": "训练方面有 {goals} 项数据设了目标，其中 {missed} 项未达到。",
         "machine": "机器：{processor}，{threads} 线程；Python {python}，torch {torch}，transformers {transformers}，"
         "peft {peft}；{date}。",
-        "speed": ("训练", "peft", "loraloom", "目标"),
-        "llama": "{dtype}，宽度 {width}，{layers} 层，{rows}×{tokens}",
-        "dropout": "，dropout {dropout:g}",
-        "step": "一步是下限的多少倍：",
-        "memory": "一步增加的内存：",
-        "loss": "损失占用的内存：{dtype}，{tokens:,} 个 token，词表 {vocabulary:,}",
-        "end to end": "quickstart 的任务，对比 transformers 的 Trainer",
-        "grouped": "同上，Trainer 打开 `group_by_length`",
-        "rows a second": "{:.1f} 行/s",
-        "of peft": "≤ {goal:g} 倍 peft：{found:.3f}",
-        "of peft, no goal": "{found:.3f} 倍 peft",
-        "of the logits": "≤ {goal:g} 倍 float32 logits：{found:.3f}",
-        "times": "≥ {goal:g} 倍：{found:.2f}",
-        "times, no goal": "{found:.2f} 倍",
-        "missed": "，未达到",
-        "floor": "下限是冻结模型自己的一次前向和反向。损失那几行里，peft 一列是普通算法。命令：{commands}。",
-        "and": "、",
-        "common": "永远猜最常见的领域",
-        "new head": "冻结编码器，只训新的分类头",
-        "searched": ("准确率", "训练的参数", ""),
-        "held out": "{held_out:,} 条没见过的 docstring",
-        "one of many": "LoRA，{config}",
-        "steps": "{state}，{steps:,} 步",
-        "search took": "搜索全部 {count} 组在两个核上用了 {search_seconds:.0f} s，连同其余一共 {seconds:.0f} s。"
-        "被停掉的，准确率是停下那一步的。最后它这样说：",
-        "pack": "{size} 个适配器一起训练的吞吐：{shape}",
-        "search": "搜索 {trials} 组配置，对比一组一组地训练",
-        "full": "完整训练的准确率：{trials} 组里最好的，和搜索选中的",
-        "below": "最多低 {goal:g}：{found:.4f}",
-        "counted": "PEFT 跑 {runs} 次的时间，是由每次实测的 {steps_measured} 步算出来的。",
     },
 }
-ENGLISH = WORDS["README.md"]
+ENGLISH = WORDS["en"]
+MISSED = ", missed"
 
 #: How far the configuration that a search chose may be below the best of all, trained in full.
 NEAR = 0.01
@@ -118,32 +114,153 @@ NEAR = 0.01
 # -- both READMEs --------------------------------------------------------------------------------------------------
 
 
+def four(words: Record, results: Path) -> str:
+    """The four figures that matter most, and how many goals were missed."""
+    rows: list[list[str]] = []
+    used: list[Record] = []
+    parts: dict[str, Callable[[Record, Record], Iterable[list[str]]]] = {
+        "sweep": _short_sweep,
+        "memory": _short_memory,
+        "lifecycle": _short_load,
+    }
+    for name, lines in parts.items():
+        record = _read(results, name)
+        if record is not None:
+            rows += lines(words, record)
+            used.append(record)
+    goals = [row[-1] for _, row in _goals(results) if _has_goal(row[-1])]
+    out = [*_table(words["figures"], rows), ""] if rows else []
+    if goals:
+        missed = sum(goal.endswith(MISSED) for goal in goals)
+        out += [words["missed"].format(goals=len(goals), missed=missed), ""]
+    machines = dict.fromkeys(_machine(words, record) for record in used)
+    return "\n".join([*out, *machines, ""]) if out else ""
+
+
+def _short_sweep(words: Record, record: Record) -> Iterable[list[str]]:
+    trials, full = len(record["search"]["configurations"]), record.get("full")
+    found = [f"{record[name]['seconds']:,.0f} s" for name in ("peft", "search")]
+    yield [words["search"].format(trials=trials), *found, words["faster"].format(record["speedup"])]
+    if full:
+        best, chosen = full["best_accuracy"], full["chosen_accuracy"]
+        found = [f"{one:.4f}" for one in (best, chosen)]
+        yield [words["full"].format(trials=trials), *found, words["below"].format(best - chosen)]
+
+
+def _short_memory(words: Record, record: Record) -> Iterable[list[str]]:
+    figure = record["figures"][0]
+    found = [_mib(statistics.median(figure["bytes"][name])) for name in (PEFT, OURS)]
+    yield [words["memory"].format(**figure["shape"]), *found, words["share"].format(figure["of peft"])]
+
+
+def _short_load(words: Record, record: Record) -> Iterable[list[str]]:
+    figure = record["figures"]["load"]
+    found = [_ms(figure["seconds"][name], 2) for name in (PEFT, OURS)]
+    yield [
+        words["load"].format(**record["shape"]),
+        *found,
+        words["faster"].format(figure["times faster"]["median"]),
+    ]
+
+
+def quickstart(words: Record, results: Path) -> str | None:
+    """Two answers without LoRA, the leaderboard, and the recommendation as the command prints it."""
+    record = _read(results, "quickstart")
+    if record is None:
+        return None
+    head = words["configurations"]
+    names = head[: head.index("rate") + 1]
+    without = ["–"] * len(names)
+    rows = [
+        [*without, f"{record['common']:.3f}", "0", words["common"]],
+        [*without, f"{record['head']:.3f}", f"{record['head_parameters']:,}", words["new head"]],
+    ]
+    for place, entry in enumerate(record["leaderboard"]):
+        values = dict(part.split("=", 1) for part in entry["config"].split(", "))
+        accuracy = "–" if entry["accuracy"] is None else f"{entry['accuracy']:.3f}"
+        accuracy += f" ± {entry['noise']:.3f}" if entry["noise"] is not None else ""
+        state = words["steps"].format(**{**entry, "state": words.get(entry["state"], entry["state"])})
+        best = place == 0 and record.get("learned", True)
+        cells = [*(values.get(name, "–") for name in names), f"**{accuracy}**" if best else accuracy]
+        rows.append([*cells, f"{entry['parameters']:,}", state])
+    took = words["search took"].format(count=len(record["leaderboard"]), **record)
+    table = _table([name.format(**record) for name in head], rows, last="---|")
+    return "\n".join([*table, "", took, "", *_advice(record), ""])
+
+
+def _advice(record: Record) -> list[str]:
+    return ["```text", *(line.rstrip() for line in record["recommendation"].strip("\n").splitlines()), "```"]
+
+
+# -- docs/tune.md --------------------------------------------------------------------------------------------------
+
+
+def example(words: Record, results: Path) -> str:
+    """The advice at the end of the quickstart's search."""
+    record = _read(results, "quickstart")
+    if record is None:
+        return ""
+    return "\n".join([words["advice of the quickstart"], "", *_advice(record), ""])
+
+
+# -- docs/performance.md: beside peft, with goals --------------------------------------------------------------------
+
+
 def lifecycle(words: Record, results: Path) -> str | None:
     """The life of an adapter beside peft's, and the lines under it."""
     record = _read(results, "lifecycle")
     if record is None:
         return None
     figures, shape = record["figures"], record["shape"]
+    operations = {
+        "inject": "put a new adapter on the model",
+        "load": "load an adapter from its folder",
+        "switch": "switch to another adapter",
+        "save": "save an adapter",
+    }
     rows = []
-    for operation in ("inject", "load", "switch", "save"):
+    for operation, what in operations.items():
         figure = figures[operation]
         times = figure["times faster"]
         medians = [_ms(figure["seconds"][name], 2) for name in (PEFT, OURS)]
-        rows.append([words[operation], *medians, f"{times['median']:.1f}", _spread(times, 1)])
+        rows.append([what, *medians, f"{times['median']:.1f}", _spread(times, 1)])
     seconds = dict(figures["import"]["seconds"])
     torch = statistics.median(seconds.pop("import torch"))
     (ours,) = map(statistics.median, seconds.values())
-    note = words["note"].format(n=shape["repetitions"], shape=words["shape"].format(**shape), command=record["command"])
-    imports = words["import"].format(times=figures["import"]["times torch"]["median"], ours=ours, torch=torch)
-    head = [words["head"][0].format(**shape), *words["head"][1:]]
-    return "\n".join([*_table(head, rows), "", note, imports, "", _machine(words, record), ""])
+    head = [f"{shape['layers']} Llama layers", PEFT, OURS, "times faster", "spread"]
+    notes = [
+        f"Medians of {shape['repetitions']} turns, both libraries in one process, {shape['layers']} Llama layers of "
+        f"width {shape['width']}, r={shape['rank']} on all seven projections. Importing the library's names takes "
+        f"{figures['import']['times torch']['median']:.2f} times as long as `import torch` ({ours:.2f} s, "
+        f"{torch:.2f} s).",
+        "",
+        f"Command: `{record['command']}`. {_machine(words, record)}",
+    ]
+    return "\n".join([*_table(head, rows), "", *notes, ""])
 
 
 def speed(words: Record, results: Path) -> str:
-    """One short table of what training costs, each figure beside its goal."""
-    rows: list[list[str]] = []
-    used: list[Record] = []
-    parts: dict[str, Callable[[Record, Record], Iterable[list[str]]]] = {
+    """One table of the training figures, each with its goal."""
+    rows = _goals(results)
+    if not rows:
+        return ""
+    used = list({record["command"]: record for record, _ in rows}.values())
+    note = (
+        "The floor is the frozen model's own forward and backward. In the rows about the loss, the column peft is the "
+        "plain loss. Commands: " + ", ".join(f"`{record['command']}`" for record in used) + "."
+    )
+    for record in used:
+        if "steps_measured" in record.get("peft", {}):
+            note += (
+                f" PEFT's time for {len(record['peft']['runs'])} runs is calculated from "
+                f"{record['peft']['steps_measured']} measured steps of each."
+            )
+    machines = dict.fromkeys(_machine(words, record) for record in used)
+    return "\n".join([*_table(["training", PEFT, OURS, "goal"], [row for _, row in rows]), "", note, "", *machines, ""])
+
+
+def _goals(results: Path) -> list[tuple[Record, list[str]]]:
+    parts: dict[str, Callable[[Record], Iterable[list[str]]]] = {
         "pack": _packs,
         "sweep": _sweeps,
         "step": _steps,
@@ -151,38 +268,27 @@ def speed(words: Record, results: Path) -> str:
         "loss": _losses,
         "end_to_end": _ends,
     }
-    for name, lines in parts.items():
-        record = _read(results, name)
-        if record is not None:
-            rows += lines(words, record)
-            used.append(record)
-    if not rows:
-        return ""
-    note = words["floor"].format(commands=words["and"].join(f"`{record['command']}`" for record in used))
-    note += "".join(
-        words["counted"].format(runs=len(record["peft"]["runs"]), steps_measured=record["peft"]["steps_measured"])
-        for record in used
-        if "steps_measured" in record.get("peft", {})
-    )
-    machines = dict.fromkeys(_machine(words, record) for record in used)
-    return "\n".join([*_table(words["speed"], rows), "", note, "", *machines, ""])
+    found = [(_read(results, name), lines) for name, lines in parts.items()]
+    return [(record, row) for record, lines in found if record is not None for row in lines(record)]
 
 
-def _packs(words: Record, record: Record) -> Iterable[list[str]]:
+def _packs(record: Record) -> Iterable[list[str]]:
     for figure in record["figures"]:
         size, times = _best_size(figure)
-        what = words["pack"].format(size=size, shape=_llama(words, figure["shape"]))
-        yield [what, *_throughput(words, figure, size), _at_least(words, figure["goal"], times["median"])]
+        what = f"throughput of {size} adapters together: {_llama(figure['shape'])}"
+        yield [what, *_throughput(figure, size), _at_least(figure["goal"], times["median"])]
 
 
-def _sweeps(words: Record, record: Record) -> Iterable[list[str]]:
-    search, full = {"trials": len(record["search"]["configurations"]), **record["search"]}, record.get("full")
+def _sweeps(record: Record) -> Iterable[list[str]]:
+    trials, full = len(record["search"]["configurations"]), record.get("full")
     found = [f"{record[name]['seconds']:,.0f} s" for name in ("peft", "search")]
-    yield [words["search"].format(**search), *found, _at_least(words, record["goal"], record["speedup"])]
+    what = f"a search over {trials} configurations, beside training them one after another"
+    yield [what, *found, _at_least(record["goal"], record["speedup"])]
     if full:
         best, chosen = full["best_accuracy"], full["chosen_accuracy"]
-        below = _goal(words, words["below"].format(goal=NEAR, found=best - chosen), best - chosen <= NEAR)
-        yield [words["full"].format(**search), f"{best:.4f}", f"{chosen:.4f}", below]
+        below = _goal(f"≤ {NEAR:g} below: {best - chosen:.4f}", best - chosen <= NEAR)
+        what = f"accuracy after full training: the best of the {trials}, and the one that the search chose"
+        yield [what, f"{best:.4f}", f"{chosen:.4f}", below]
 
 
 def _best_size(figure: Record) -> tuple[str, dict[str, float]]:
@@ -191,98 +297,76 @@ def _best_size(figure: Record) -> tuple[str, dict[str, float]]:
     return max(sizes.items(), key=lambda pair: pair[1]["median"])
 
 
-def _throughput(words: Record, figure: Record, size: str) -> list[str]:
-    """Rows a second of PEFT, which trains one adapter after another, and of a pack."""
+def _throughput(figure: Record, size: str) -> list[str]:
+    """Rows per second of PEFT, which trains one adapter after another, and of a pack."""
     rows, seconds = figure["shape"]["rows"], figure["seconds"]
     rates = [rows / statistics.median(seconds[PEFT]), int(size) * rows / statistics.median(seconds[f"pack of {size}"])]
-    return [words["rows a second"].format(rate) for rate in rates]
+    return [f"{rate:.1f} rows/s" for rate in rates]
 
 
-def _steps(words: Record, record: Record) -> Iterable[list[str]]:
+def _steps(record: Record) -> Iterable[list[str]]:
     for figure in record["figures"]:
         times, goal = figure["times the floor"], figure["goal"]
         found = [f"{times[name]['median']:.3f}" for name in (PEFT, OURS)]
-        met = _goal(words, f"≤ {goal:.2f}", times[OURS]["median"] <= goal)
-        yield [words["step"] + _llama(words, figure["shape"]), *found, met]
+        met = _goal(f"≤ {goal:.2f}", times[OURS]["median"] <= goal)
+        yield [f"step, as a multiple of the floor: {_llama(figure['shape'])}", *found, met]
 
 
-def _memories(words: Record, record: Record) -> Iterable[list[str]]:
+def _memories(record: Record) -> Iterable[list[str]]:
     for figure in record["figures"]:
         found = [_mib(statistics.median(figure["bytes"][name])) for name in (PEFT, OURS)]
-        yield [words["memory"] + _llama(words, figure["shape"]), *found, _of_peft(words, figure)]
+        yield [f"memory that a step adds: {_llama(figure['shape'])}", *found, _of_peft(figure)]
 
 
-def _losses(words: Record, record: Record) -> Iterable[list[str]]:
+def _losses(record: Record) -> Iterable[list[str]]:
+    tokens, vocabulary = record["shape"]["tokens"], record["shape"]["vocabulary"]
     for dtype, figure in record["figures"].items():
         found = [_mib(figure["extra bytes"][name]) for name in ("plain", OURS)]
-        yield [words["loss"].format(dtype=dtype, **record["shape"]), *found, _of_logits(words, figure)]
+        what = f"memory that the loss takes: {dtype}, {tokens:,} tokens, vocabulary {vocabulary:,}"
+        yield [what, *found, _of_logits(figure)]
 
 
-def _ends(words: Record, record: Record) -> Iterable[list[str]]:
+def _ends(record: Record) -> Iterable[list[str]]:
     figures = record["figures"]
-    for name, what in ((TRAINER, "end to end"), (GROUPED, "grouped")):
+    parts = {
+        TRAINER: "the quickstart's training, beside transformers' Trainer",
+        GROUPED: "the same, with the Trainer's `group_by_length`",
+    }
+    for name, what in parts.items():
         if name in figures and OURS in figures:
-            found = [words["rows a second"].format(figures[one]["rows_per_second"]) for one in (name, OURS)]
-            yield [words[what], *found, _times_faster(words, record, name)]
-
-
-def quickstart(words: Record, results: Path) -> str | None:
-    """Two answers without LoRA, the leaderboard, and the recommendation as the command prints it."""
-    record = _read(results, "quickstart")
-    if record is None:
-        return None
-    head = f"{record['head']:.3f}", f"{record['head_parameters']:,}"
-    rows = [[words["common"], f"{record['common']:.3f}", "0", ""], [words["new head"], *head, ""]]
-    for entry in record["leaderboard"]:
-        accuracy = "–" if entry["accuracy"] is None else f"{entry['accuracy']:.3f}"
-        noise = f" ± {entry['noise']:.3f}" if entry["noise"] is not None else ""
-        what = words["one of many"].format(config=entry["config"])
-        rows.append([what, f"{accuracy}{noise}", f"{entry['parameters']:,}", words["steps"].format(**entry)])
-    took = words["search took"].format(count=len(record["leaderboard"]), **record)
-    table = _table([words["held out"].format(**record), *words["searched"]], rows)
-    return "\n".join([*table, "", took, "", *_said(record), ""])
-
-
-def _said(record: Record) -> list[str]:
-    return ["```text", *(line.rstrip() for line in record["recommendation"].strip("\n").splitlines()), "```"]
-
-
-def example(words: Record, results: Path) -> str:
-    """What the quickstart's search says in the end."""
-    record = _read(results, "quickstart")
-    if record is None:
-        return ""
-    return "\n".join(["This is what the search of `make quickstart` says in the end:", "", *_said(record), ""])
+            found = [f"{figures[one]['rows_per_second']:.1f} rows/s" for one in (name, OURS)]
+            yield [what, *found, _times_faster(record, name)]
 
 
 # -- docs/data.md ---------------------------------------------------------------------------------------------------
 
 
 def many_rows(words: Record, results: Path) -> str:
-    """What preparing many rows cost."""
+    """What preparing many rows costs."""
     record = _read(results, "data")
     if record is None:
         return ""
     found, machine = record["figures"], record["machine"]
-    first, again = found["first"], found["cached"]
+    first = found["first"]
     rows = [
-        [what, f"{part['seconds']:,.0f} s", f"{part['peak bytes'] / 1e6:,.0f} MB"]
-        for what, part in (("the first time", first), ("again, from the cache", again))
+        [words[name], f"{found[name]['seconds']:,.0f} s", f"{found[name]['peak bytes'] / 1e6:,.0f} MB"]
+        for name in ("first", "cached")
     ]
-    what = {"causal-lm": "chats", "seq-cls": "texts with labels"}[found["task"]]
-    return "\n".join(
-        [
-            f"Preparing {found['rows']:,} {what} ({found['file bytes'] / 1e6:,.0f} MB of JSONL, {first['tokens']:,} "
-            f"tokens) on {machine['cores']} cores:",
-            "",
-            *_table(["", "time", "memory of all processes, at the peak"], rows),
-            "",
-            f"That is {found['rows per second']:,.0f} rows a second the first time. The cache took "
-            f"{found['cache bytes'] / 1e6:,.0f} MB. Command: `{record['command']}`. Machine: {machine['processor']}; "
-            f"Python {machine['python']}, transformers {machine['transformers']}; {record['date']}.",
-            "",
-        ]
+    head = words["prepared"].format(
+        rows=found["rows"],
+        what=words[found["task"]],
+        megabytes=found["file bytes"] / 1e6,
+        tokens=first["tokens"],
+        cores=machine["cores"],
     )
+    note = words["prepared note"].format(
+        rate=found["rows per second"],
+        cache=found["cache bytes"] / 1e6,
+        command=record["command"],
+        date=record["date"],
+        **machine,
+    )
+    return "\n".join([head, "", *_table(words["prepared columns"], rows), "", note, ""])
 
 
 # -- docs/performance.md -------------------------------------------------------------------------------------------
@@ -321,12 +405,12 @@ def _pack_table(record: Record) -> list[str]:
     for figure in record["figures"]:
         best, _ = _best_size(figure)
         for size, times in figure["throughput over peft"].items():
-            goal = _at_least(ENGLISH, figure["goal"], times["median"]) if size == best else ""
+            goal = _at_least(figure["goal"], times["median"]) if size == best else ""
             rows.append(
                 [
-                    _llama(ENGLISH, figure["shape"]),
+                    _llama(figure["shape"]),
                     size,
-                    *_throughput(ENGLISH, figure, size),
+                    *_throughput(figure, size),
                     f"{times['median']:.2f}",
                     _spread(times, 2),
                     _nothing_added(figure) if size == "8" else "",
@@ -363,7 +447,7 @@ def _sweep_table(record: Record) -> list[str]:
         "",
     ]
     head = ["", "peft, one after another", "loraloom's search", "goal"]
-    lines += _table(head, list(_sweeps(ENGLISH, record)))
+    lines += _table(head, list(_sweeps(record)))
     if not record.get("full"):
         lines += ["", "The configurations have not all been trained in full yet."]
     return lines
@@ -388,9 +472,9 @@ def _profile_table(record: Record) -> list[str]:
             for name in parts
         ]
         times, goal = figure.get("times the floor", figure["step"] / figure["floor"]), figure.get("goal")
-        aim = "" if goal is None else _goal(ENGLISH, f"≤ {goal:.2f}", times <= goal)
+        aim = "" if goal is None else _goal(f"≤ {goal:.2f}", times <= goal)
         found = [f"{figure['floor']:,.1f} ms", *shares, f"{times:.3f}", f"{figure['limit']:.3f}", aim]
-        rows.append([_llama(ENGLISH, figure["shape"]), *found])
+        rows.append([_llama(figure["shape"]), *found])
     return [
         "Each part measured by itself, with the shapes and the number of calls of a step, as time and as a share of "
         "the floor. The limit is a step in which the thin products, with `A` and with `B`, are all that is added to "
@@ -407,9 +491,9 @@ def _step_table(record: Record) -> list[str]:
     for figure in figures:
         times, goal = figure["times the floor"], figure["goal"]
         others = [f"{times[name]['median']:.3f}" for name in names]
-        met = _goal(ENGLISH, f"≤ {goal:.2f}", times[OURS]["median"] <= goal)
+        met = _goal(f"≤ {goal:.2f}", times[OURS]["median"] <= goal)
         mine = [f"{times[OURS]['median']:.3f}", _spread(times[OURS], 2), met]
-        rows.append([_llama(ENGLISH, figure["shape"]), _ms(figure["seconds"][FLOOR]), *others, *mine])
+        rows.append([_llama(figure["shape"]), _ms(figure["seconds"][FLOOR]), *others, *mine])
     turns = len(figures[0]["seconds"][OURS])
     return [
         "Multiples of the floor, which is the frozen model's own forward and backward with gradients to its input. "
@@ -426,7 +510,7 @@ def _memory_table(record: Record) -> list[str]:
     rows = []
     for figure in record["figures"]:
         found = [_mib(statistics.median(figure["bytes"][name])) for name in names]
-        rows.append([_llama(ENGLISH, figure["shape"]), *found, _of_peft(ENGLISH, figure)])
+        rows.append([_llama(figure["shape"]), *found, _of_peft(figure)])
     runs = len(record["figures"][0]["bytes"][OURS])
     return [
         "The peak within two steps over the loaded model with its adapter. Each in a process of its own; "
@@ -441,7 +525,7 @@ def _loss_table(record: Record) -> list[str]:
     for dtype, figure in record["figures"].items():
         for name in sorted(figure["extra bytes"], key=lambda name: (name == OURS, name)):
             extra = figure["extra bytes"][name]
-            goal = _of_logits(ENGLISH, figure).replace(" of the logits in float32", "") if name == OURS else ""
+            goal = _of_logits(figure).replace(" of the logits in float32", "") if name == OURS else ""
             share = f"{extra / figure['logits in float32']:.3f}"
             rows.append(
                 [
@@ -467,7 +551,7 @@ def _end_table(record: Record) -> list[str]:
     rows = []
     for name in sorted(record["figures"], key=lambda name: (name == OURS, name)):
         figure = record["figures"][name]
-        ours = "" if name == OURS or OURS not in record["figures"] else _times_faster(ENGLISH, record, name)
+        ours = "" if name == OURS or OURS not in record["figures"] else _times_faster(record, name)
         found = [f"{figure['rows_per_second']:.1f}", f"{figure['seconds']:.0f} s", f"{figure['accuracy']:.4f}"]
         rows.append([name, *found, ours])
     settings = record["settings"]
@@ -510,7 +594,7 @@ def _half_table(record: Record) -> list[str]:
         for name, times in figure["bfloat16 over float32"].items():
             shape = {**figure["shape"], "dtype": name}
             medians = [_ms(figure["seconds"][f"{name}, {dtype}"], 1) for dtype in ("float32", "bfloat16")]
-            rows.append([_llama(ENGLISH, shape), *medians, f"{times['median']:.2f}", _spread(times, 2)])
+            rows.append([_llama(shape), *medians, f"{times['median']:.2f}", _spread(times, 2)])
     return [
         "A training step over a frozen model that is held in float32, and in bfloat16.",
         "",
@@ -521,36 +605,44 @@ def _half_table(record: Record) -> list[str]:
 # -- cells ---------------------------------------------------------------------------------------------------------
 
 
-def _goal(words: Record, text: str, met: bool) -> str:
-    return text if met else f"{text}{words['missed']}"
+def _goal(text: str, met: bool) -> str:
+    return text if met else f"{text}{MISSED}"
 
 
-def _at_least(words: Record, goal: float, found: float) -> str:
-    return _goal(words, words["times"].format(goal=goal, found=found), found >= goal)
+def _has_goal(cell: str) -> bool:
+    return cell.startswith(("≤", "≥"))
 
 
-def _of_peft(words: Record, figure: Record) -> str:
+def _at_least(goal: float, found: float) -> str:
+    return _goal(f"≥ {goal:g} times: {found:.2f}", found >= goal)
+
+
+def _of_peft(figure: Record) -> str:
     found, goal = figure["of peft"], figure["goal"]
     if goal is None:
-        return str(words["of peft, no goal"].format(found=found))
-    return _goal(words, words["of peft"].format(goal=goal, found=found), found <= goal)
+        return f"{found:.3f} of peft's"
+    return _goal(f"≤ {goal:g} of peft's: {found:.3f}", found <= goal)
 
 
-def _of_logits(words: Record, figure: Record, goal: float = 1 / 8) -> str:
+def _of_logits(figure: Record, goal: float = 1 / 8) -> str:
     found = figure["extra bytes"][OURS] / figure["logits in float32"]
-    return _goal(words, words["of the logits"].format(goal=goal, found=found), found <= goal)
+    return _goal(f"≤ {goal:g} of the logits in float32: {found:.3f}", found <= goal)
 
 
-def _times_faster(words: Record, record: Record, name: str) -> str:
+def _times_faster(record: Record, name: str) -> str:
     figures, goal = record["figures"], record["goal"]
     found = figures[OURS]["rows_per_second"] / figures[name]["rows_per_second"]
     if name != TRAINER:  # the goal is against the Trainer's defaults
-        return str(words["times, no goal"].format(found=found))
-    return _at_least(words, goal, found)
+        return f"{found:.2f} times"
+    return _at_least(goal, found)
 
 
-def _llama(words: Record, shape: Record) -> str:
-    return str(words["llama"].format(**shape)) + (words["dropout"].format(**shape) if shape["dropout"] else "")
+def _llama(shape: Record) -> str:
+    dropout = f", dropout {shape['dropout']:g}" if shape["dropout"] else ""
+    return (
+        f"{shape['dtype']}, width {shape['width']}, {shape['layers']} layers, {shape['rows']}×{shape['tokens']}"
+        + dropout
+    )
 
 
 def _machine(words: Record, record: Record) -> str:
@@ -578,9 +670,9 @@ def _spread(times: dict[str, float], digits: int) -> str:
     return f"{times['min']:.{digits}f} – {times['max']:.{digits}f}"
 
 
-def _table(head: Iterable[str], rows: list[list[str]]) -> list[str]:
+def _table(head: Iterable[str], rows: list[list[str]], last: str = "---:|") -> list[str]:
     head = list(head)
-    return [_row(head), "|---" + "|---:" * (len(head) - 1) + "|", *map(_row, rows)]
+    return [_row(head), "|---|" + "---:|" * (len(head) - 2) + last, *map(_row, rows)]
 
 
 def _row(cells: list[str]) -> str:
@@ -591,11 +683,13 @@ def _row(cells: list[str]) -> str:
 
 #: page → marker → what stands between its two ends; None leaves it as it is
 Block = Callable[[Record, Path], str | None]
-README_BLOCKS: dict[str, Block] = {"quickstart": quickstart, "figures": lifecycle, "speed": speed}
+README_BLOCKS: dict[str, Block] = {"quickstart": quickstart, "figures": four}
 BLOCKS: dict[str, dict[str, Block]] = {
-    **dict.fromkeys(WORDS, README_BLOCKS),
-    "docs/performance.md": {"measured": measured},
+    "README.md": README_BLOCKS,
+    "README.zh-CN.md": README_BLOCKS,
+    "docs/performance.md": {"goals": speed, "lifecycle": lifecycle, "measured": measured},
     "docs/tune.md": {"searched": example},
+    "docs/zh/tune.md": {"searched": example},
     "docs/data.md": {"rows": many_rows},
 }
 
@@ -613,7 +707,7 @@ def refreshed(page: str, results: Path = RESULTS) -> str:
         before, found, rest = text.partition(start)
         if not found or end not in rest:
             raise ValueError(f"{page}: the markers {start.strip()} and {end} are missing")
-        new = block(WORDS.get(page, ENGLISH), results)
+        new = block(WORDS["zh" if "zh" in page else "en"], results)
         if new is not None:
             text = before + start + new + rest[rest.index(end) :]
     return text

@@ -21,8 +21,10 @@ from loraloom.config.lora import LoraConfig, not_implemented
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
-MEASURED = (*READMES, "docs/performance.md", "docs/tune.md", "docs/data.md")
-PAGES = [*READMES, "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+MEASURED = (*READMES, "docs/performance.md", *(f"docs/{name}" for name in ("tune.md", "zh/tune.md", "data.md")))
+ENGLISH = [*READMES, "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+CHINESE = [f"docs/zh/{path.name}" for path in (ROOT / "docs" / "zh").glob("*.md")]
+PAGES = [*ENGLISH, *CHINESE]
 FENCE = re.compile(r"^```(\w*) ?([\w.-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -76,7 +78,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.kind in ("python", "jsonl") for b in blocks(page))])
+@pytest.mark.parametrize("page", [page for page in ENGLISH if any(b.kind in ("python", "jsonl") for b in blocks(page))])
 def test_what_a_page_shows_runs(
     page: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,26 +108,48 @@ def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
         file = (ROOT / page).parent / path if path else ROOT / page
         assert file.exists(), f"{page}: {target}"
         if heading:
-            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+            assert heading in {name for _, name in titles(file)}, target
 
 
-def test_the_two_readmes_have_the_same_headings_code_links_and_figures() -> None:
-    english, chinese = (text_of(page) for page in READMES)
-    first, second = (blocks(page) for page in READMES)
-    assert [(b.kind, b.name, b.text) for b in first] == [(b.kind, b.name, b.text) for b in second]
-    parts = {
-        "headings": r"^(#+) ",
-        "list entries": r"^(-) ",
-        "links": r"\]\(([^)]+)\)",
-        "code": r"(?<!`)`([^`\n]+)`(?!`)",
-    }
-    for what, pattern in parts.items():
-        found = [sorted(re.findall(pattern, FENCE.sub("", text), re.MULTILINE)) for text in (english, chinese)]
+def english_of(path: Path) -> Path:
+    """The English page of a Chinese one; any other path as it is."""
+    return path.parents[1] / path.name if path.parent.name == "zh" else path.with_name(path.name.replace(".zh-CN", ""))
+
+
+def titles(path: Path) -> list[tuple[int, str]]:
+    """Each heading's level, and the name under which links find it."""
+    found = re.findall(r"^(#+) (.*)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return [(len(marks), re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")) for marks, title in found]
+
+
+def links(page: str) -> list[tuple[str, int | None]]:
+    """Where each link leads: the English page of its target, and the number of the heading there."""
+    found: list[tuple[str, int | None]] = []
+    for target in re.findall(r"\]\(([^)]+)\)", FENCE.sub("", text_of(page))):
+        path, _, heading = target.partition("#")
+        file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        place = [name for _, name in titles(file)].index(heading) if heading else None
+        found.append((target if "://" in target else str(english_of(file).relative_to(ROOT)), place))
+    return sorted(found, key=str)
+
+
+def first_codes(text: str) -> list[list[str]]:
+    """The code in the first cell of each row of the tables, in order."""
+    return [re.findall(r"`([^`\n]+)`", row.split("|")[1]) for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize(("first", "second"), [READMES, *((str(english_of(Path(page))), page) for page in CHINESE)])
+def test_a_page_has_the_same_headings_code_links_and_figures_in_both_languages(first: str, second: str) -> None:
+    assert [(b.kind, b.name, b.text) for b in blocks(first)] == [(b.kind, b.name, b.text) for b in blocks(second)]
+    assert [level for level, _ in titles(ROOT / first)] == [level for level, _ in titles(ROOT / second)]
+    assert links(first) == links(second)
+    english, chinese = (FENCE.sub("", text_of(page)) for page in (first, second))
+    assert first_codes(english) == first_codes(chinese)
+    for what, pattern in {"list entries": r"^(-) ", "code": r"(?<!`)`([^`\n]+)`(?!`)"}.items():
+        found = [sorted(re.findall(pattern, text, re.MULTILINE)) for text in (english, chinese)]
         assert found[0] == found[1], what
     tables = [re.findall(r"^\|.*\|$", text, re.MULTILINE) for text in (english, chinese)]
     figures = [[re.findall(r"\d+(?:[.,]\d+)*(?: ms| MiB)?", row) for row in table] for table in tables]
-    assert len(figures[0]) > 5
     assert figures[0] == figures[1]
 
 
@@ -140,12 +164,11 @@ def test_without_results_tables_are_left_out_and_the_text_around_them_stays(page
     between = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
     assert between.sub("", made) == between.sub("", text_of(page))
     tables = {found[2]: "|---" in found[0] for found in between.finditer(made)}
-    assert not any(tables[name] for name in ("speed", "measured", "rows") if name in tables)
-    assert all(tables[name] for name in ("quickstart", "figures") if name in tables)
+    assert not any(tables[name] for name in ("figures", "goals", "measured", "rows") if name in tables)
+    assert all(tables[name] for name in ("quickstart", "lifecycle") if name in tables)
 
 
-@pytest.mark.parametrize("page", MEASURED[:3])
-def test_a_missed_goal_is_said_and_a_met_one_is_not(page: str, tmp_path: Path) -> None:
+def test_every_missed_goal_is_marked_on_the_page_of_figures_and_counted_in_the_readmes(tmp_path: Path) -> None:
     shape = {"dtype": "bfloat16", "width": 64, "layers": 2, "rows": 3, "tokens": 16, "dropout": 0.1}
     times = {name: {"median": 1.5, "min": 1.4, "max": 1.6} for name in ("peft", "loraloom")}
     seconds = {name: [0.25] for name in ("floor", "peft", "loraloom")}
@@ -153,13 +176,25 @@ def test_a_missed_goal_is_said_and_a_met_one_is_not(page: str, tmp_path: Path) -
     machine = {"processor": "A", "threads": 1, "python": "3", "torch": "2", "transformers": "5", "peft": "0"}
     record = {"command": "python step.py", "date": "2026-01-01", "machine": machine, "figures": figures}
     (tmp_path / "step.json").write_text(json.dumps(record))
-    first, second = (row for row in _figures().refreshed(page, tmp_path).splitlines() if "64" in row and "3×16" in row)
-    missed = "未达到" if "zh" in page else "missed"
-    assert "1.500" in first
-    assert "≤ 1.49" in first
-    assert missed in first
-    assert "≤ 1.50" in second
-    assert missed not in second
+    page = _figures().refreshed("docs/performance.md", tmp_path)
+    rows = [row for row in page.splitlines() if "64" in row and "3×16" in row]
+    assert len(rows) == 4  # in the table of goals, and in that of the steps
+    for row in rows:
+        assert "1.500" in row
+        assert ("≤ 1.49, missed" in row) != ("≤ 1.50 |" in row)
+    counts = [re.findall(r"\d+", line) for line in map(_goals_line, READMES)]
+    assert [_goals_line(name, tmp_path) for name in READMES] == [
+        "Goals were set for 2 figures of training, and 1 of them were missed.",
+        "训练方面有 2 项数据设了目标，其中 1 项未达到。",
+    ]
+    marked = text_of("docs/performance.md").partition("<!-- /goals -->")[0]
+    assert counts == [[str(len(re.findall(r"\| [≤≥].* \|$", marked, re.MULTILINE))), str(marked.count(", missed"))]] * 2
+
+
+def _goals_line(readme: str, results: Path | None = None) -> str:
+    text = _figures().refreshed(readme, results) if results else text_of(readme)
+    (line,) = (line for line in text.splitlines() if line.startswith(("Goals were set", "训练方面有")))
+    return line
 
 
 MACHINE = {"processor": "A", "threads": 1, "python": "3", "torch": "2", "transformers": "5", "peft": "0"}
@@ -171,8 +206,7 @@ def written(folder: Path, name: str, record: dict[str, object]) -> None:
     (folder / f"{name}.json").write_text(json.dumps(whole))
 
 
-@pytest.mark.parametrize("page", MEASURED[:3])
-def test_a_pack_and_a_search_stand_beside_peft_with_their_goals(page: str, tmp_path: Path) -> None:
+def test_a_pack_and_a_search_are_shown_beside_peft_with_their_goals(tmp_path: Path) -> None:
     ratios = {"4": {"median": 2.0, "min": 1.9, "max": 2.1}, "8": {"median": 3.2, "min": 3.1, "max": 3.3}}
     seconds = {"peft": [0.5], "pack of 4": [1.0], "pack of 8": [1.25], "floor of 8 rows": [1.0]}
     figures = [
@@ -188,23 +222,38 @@ def test_a_pack_and_a_search_stand_beside_peft_with_their_goals(page: str, tmp_p
         "goal": 8.0,
     }
     written(tmp_path, "sweep", sweep)
-    text = _figures().refreshed(page, tmp_path)
-    missed = "未达到" if "zh" in page else "missed"
-    met, failed = (row for row in text.splitlines() if "3.20" in row)
-    assert "4.0" in met
-    assert "12.8" in met
-    assert missed not in met
-    assert missed in failed
-    (search,) = (row for row in text.splitlines() if "850 s" in row)
-    assert "100 s" in search
-    assert "8.50" in search
-    assert missed not in search
-    (full,) = (row for row in text.splitlines() if "0.8211" in row)
-    assert "0.0200" in full
-    assert missed in full
-    assert "60" in text.partition("850 s")[2 if "README" in page else 0]  # how it was counted
-    written(tmp_path, "sweep", {**sweep, "full": None})
-    assert "0.8211" not in _figures().refreshed(page, tmp_path)
+    for page in (*READMES, "docs/performance.md"):
+        text = _figures().refreshed(page, tmp_path)
+        search = [row for row in text.splitlines() if "850 s" in row]
+        full = [row for row in text.splitlines() if "0.8211" in row]
+        assert len(search) == len(full) == (1 if page in READMES else 2)
+        assert all("100 s" in row and "8.5" in row and "missed" not in row for row in search)
+        assert all("0.0200" in row for row in full)
+        if page not in READMES:
+            assert all("missed" in row for row in full)
+            packs = [row for row in text.splitlines() if "3.20" in row]
+            assert [("4.0" in row and "12.8" in row, "missed" in row) for row in packs] == [
+                (True, False),
+                (True, True),
+            ] * 2
+            assert "calculated from 60 measured steps" in text
+        written(tmp_path, "sweep", {**sweep, "full": None})
+        assert "0.8211" not in _figures().refreshed(page, tmp_path)
+        written(tmp_path, "sweep", sweep)
+
+
+def test_the_readmes_show_the_four_figures_that_matter_and_no_more() -> None:
+    from itertools import takewhile
+
+    for page in READMES:
+        lines = text_of(page).partition("<!-- figures -->\n")[2].splitlines()
+        rows = list(takewhile(lambda line: line.startswith("|"), lines))[2:]
+        assert len(rows) == 4
+        results = {
+            name: json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("sweep", "lifecycle")
+        }
+        assert f"{results['sweep']['speedup']:.1f}" in rows[0]
+        assert f"{results['lifecycle']['figures']['load']['times faster']['median']:.1f}" in rows[3]
 
 
 def test_the_profile_of_a_step_says_how_far_it_could_come(tmp_path: Path) -> None:
@@ -219,7 +268,7 @@ def test_the_profile_of_a_step_says_how_far_it_could_come(tmp_path: Path) -> Non
     assert "5.0 ms, 5.0%" in second
 
 
-@pytest.mark.parametrize("page", [*READMES, "docs/tune.md"])
+@pytest.mark.parametrize("page", [*READMES, "docs/tune.md", "docs/zh/tune.md"])
 def test_the_quickstarts_search_is_shown_with_what_it_recommends(page: str, tmp_path: Path) -> None:
     entry = {"config": "r=8, alpha=2r", "accuracy": 0.812, "noise": 0.004, "parameters": 680075, "state": "finished"}
     poor = {**entry, "config": "r=32, alpha=r", "accuracy": None, "noise": None, "state": "failed"}
@@ -238,14 +287,16 @@ def test_the_quickstarts_search_is_shown_with_what_it_recommends(page: str, tmp_
     assert "```text\nuse r=8, alpha=16\nwhy: it is the best\n```" in text
     if page in READMES:
         rows = [line for line in text.splitlines() if line.startswith("|")]
+        states = ("跑完", "失败") if "zh" in page else ("finished", "failed")
         for words in (
             "| 0.145 |",
             "| 0.731 | 4,235 |",
-            "| 0.812 ± 0.004 | 680,075 | finished",
-            "| – | 680,075 | failed",
+            f"| 8 | 2r | – | – | – | **0.812 ± 0.004** | 680,075 | {states[0]}",
+            f"| 32 | r | – | – | – | – | 680,075 | {states[1]}",
         ):
             assert any(words in row for row in rows), words
-        assert "400" in text
+        chosen = "400 条用于挑选配置的" if "zh" in page else "400 docstrings, used to choose"
+        assert any(chosen in row for row in rows)
         assert "293" in text
 
 
