@@ -25,8 +25,9 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 import common
 from loraloom.config.train import TrainConfig
+from loraloom.tune.conclusion import SearchResult
 from loraloom.tune.config import TuneConfig
-from loraloom.tune.search import SearchResult, search
+from loraloom.tune.search import search
 from loraloom.tune.space import Space
 
 FILL = [f"w{i}" for i in range(12)]

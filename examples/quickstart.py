@@ -32,13 +32,13 @@ from loraloom.config.train import TrainConfig
 from loraloom.data.batches import collate, evaluation_batches
 from loraloom.errors import LoraloomError
 from loraloom.lora import matmul
+from loraloom.report.format import params
 from loraloom.report.session import tune_run
 from loraloom.report.terminal import predictions
 from loraloom.report.tune import conclusion
 from loraloom.train.setup import Setup, TrainJob, load, predict
+from loraloom.tune.conclusion import BEST_FILE, BEST_NAME, SearchResult
 from loraloom.tune.config import TuneConfig
-from loraloom.tune.format import params
-from loraloom.tune.search import BEST_FILE, BEST_NAME, SearchResult
 from loraloom.tune.space import Space
 
 #: Small encoders take higher rates than the default space has, which is made for models of any size.
@@ -138,7 +138,7 @@ def write_record(path: Path, result: SearchResult, baselines: dict[str, float], 
         trial, score = found.trial(number), found.scores[number]
         board.append(
             {
-                "config": params(trial.values, list(trial.values), between=", "),
+                "config": params(trial.values),
                 "accuracy": score.mean,
                 "noise": score.noise,
                 "parameters": trial.parameters,

@@ -35,6 +35,7 @@ FLOORS = {
     "files": 1,
     "config": 2,
     "distributed": 2,
+    "messages": 2,
     "lora": 3,
     "data": 4,
     "models": 4,

@@ -21,8 +21,8 @@ from loraloom.errors import ConfigError, InputError, nearest
 from loraloom.models.given import hold_model
 from loraloom.report.session import train_run, tune_run
 from loraloom.report.tune import conclusion
+from loraloom.tune.conclusion import BEST_NAME, SearchResult
 from loraloom.tune.config import TuneConfig
-from loraloom.tune.search import BEST_NAME, SearchResult
 
 if TYPE_CHECKING:
     from loraloom.engine.loop import Progress

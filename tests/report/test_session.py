@@ -52,7 +52,7 @@ def test_the_terminal_shows_events_the_leaderboard_and_the_recommendation(
     searched: tuple[TuneConfig, session.SearchResult, str],
 ) -> None:
     _, result, said = searched
-    for event in ("slots: 2 trials train together (2 as given)", "trial 3 begins", "again with 1 more seed each"):
+    for event in ("slots: 2 trials train together (2 as given)", "trial 3 starts", "again with 1 more seed each"):
         assert event in said
     for name in ("rate", "accuracy", "params", "state"):
         assert name in said
@@ -123,7 +123,7 @@ def test_a_finished_search_is_said_again_and_pictures_that_were_deleted_are_draw
     assert (folder / "search.png").exists()
     ending = said[said.index("adapter  ") :]
     assert text(console).endswith(ending)
-    assert "begins" not in text(console)
+    assert "starts" not in text(console)
 
 
 def test_a_picture_that_cannot_be_written_is_said_with_where_the_adapter_is(

@@ -18,8 +18,11 @@ from rich.console import Console, RenderableType
 from loraloom import LoraConfig
 from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Curve
-from loraloom.report.tune import TuneMeter, conclusion, count, duration, figure, improvement, leaderboard
+from loraloom.messages import Message
+from loraloom.report.format import count, duration, figure
+from loraloom.report.tune import TuneMeter, conclusion, improvement, leaderboard
 from loraloom.report.tune_plot import plot_pareto, plot_search
+from loraloom.tune.executor import SearchStatus
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import verdict
 
@@ -142,7 +145,7 @@ def test_a_tie_is_called_one() -> None:
 
 def test_the_conclusion_names_what_mattered_or_why_that_cannot_be_told() -> None:
     few = verdict(search()[4:6], "accuracy")
-    assert "which hyperparameters mattered cannot be told: 2 trials can be compared" in shown(conclusion(few))
+    assert "which hyperparameters mattered is unknown: 2 trials can be compared" in shown(conclusion(few))
     assert "one seed" in shown(conclusion(few))
 
 
@@ -153,6 +156,12 @@ def test_advice_and_events_are_text_and_not_markup() -> None:
 
 
 # The live view --------------------------------------------------------------------------------------------
+
+
+def status(
+    running: list[Trial], trials: list[Trial], slots: int = 8, speed: float = 1.0, left: float | None = None
+) -> SearchStatus:
+    return SearchStatus(running, trials, "accuracy", slots, speed, left)
 
 
 def terminal(width: int = 100, height: int = 24) -> Console:
@@ -166,12 +175,14 @@ def test_the_live_view_has_slots_speed_time_trials_and_the_top_five(width: int) 
     running = trials[:4]
     for one in running:
         one.state = "running"
-    with TuneMeter(console, "accuracy") as meter:
-        meter.update(running, trials, 8, 12345.6, 754)
+    with TuneMeter(console) as meter:
+        meter.update(status(running, trials, 8, 12345.6, 754))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "slots 4/8 · 12,346 tokens/s · 12:34 left · 6 finished, 1 failed" in text
     row = next(line for line in text.splitlines() if line.split()[:1] == ["3"] and "40/120" in line)
-    assert row.split()[-5:] == ["16", "40/120", "1.655", "0.660", "+1.65"]
+    assert row.split()[-3:] == ["40/120", "1.655", "0.660"]
+    assert row.split()[1:3] == ["16", "2r"]
+    assert "4.94e-4" in row  # no hyperparameter is lost
     board = text[text.index("params") :].splitlines()[1:6]
     assert [int(line.split()[0]) for line in board] == [7, 6, 5, 4, 3]
     plain = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", text)
@@ -181,8 +192,8 @@ def test_the_live_view_has_slots_speed_time_trials_and_the_top_five(width: int) 
 def test_the_live_view_fits_the_height_of_the_terminal() -> None:
     running = [trial(i, 0.5, "running") for i in range(40)]
     console = terminal(height=24)
-    with TuneMeter(console, "accuracy") as meter:
-        picture = meter._picture(running, running, 64, 1.0, None)
+    with TuneMeter(console) as meter:
+        picture = meter.picture(status(running, running, 64))
     text = shown(picture)
     assert len(text.splitlines()) <= 23
     assert "and 27 more" in text
@@ -192,10 +203,10 @@ def test_the_live_view_is_drawn_at_most_a_few_times_a_second() -> None:
     now = 0.0
     console, trials = terminal(), search()
     drawn = []
-    with TuneMeter(console, "accuracy", clock=lambda: now) as meter:
+    with TuneMeter(console, clock=lambda: now) as meter:
         for i in range(100):
             now = i / 100
-            meter.update(trials[:2], trials, 8, 1.0, None)
+            meter.update(status(trials[:2], trials))
             drawn.append(meter.drawn)
     assert len(set(drawn)) == 4
 
@@ -203,16 +214,16 @@ def test_the_live_view_is_drawn_at_most_a_few_times_a_second() -> None:
 def test_without_a_terminal_there_is_one_line_an_evaluation() -> None:
     console, trials = Console(file=io.StringIO(), width=80), search()
     running = trials[:1]
-    with TuneMeter(console, "accuracy") as meter:
-        meter.update(running, trials, 8, 1.0, None)
-        meter.update(running, trials, 8, 1.0, None)
+    with TuneMeter(console) as meter:
+        meter.update(status(running, trials))
+        meter.update(status(running, trials))
         trials[0].curve.evaluations.append({"step": 60, "loss": 1.0, "accuracy": 0.7})
-        meter.update([], trials, 8, 1.0, None)  # it left the pack at this evaluation
-        meter.event("trial 0 [/b] finished")
+        meter.update(status([], trials))  # it left the pack at this evaluation
+        meter.event(Message("note", text="trial 0 [/b] finished"))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) == 3
     assert lines[0].startswith(
-        "trial 0 (r=2 alpha=rslora targets=q-v dropout=0 rate=1.23e-4) step 40/120: training loss "
+        "trial 0 (r=2 alpha=rslora targets=q-v dropout=0 rate=1.23e-4) step 40 of 120: training loss "
     )
     assert lines[0].endswith("accuracy 0.600 (+1.5 in 100 steps)")
     assert lines[1].endswith("accuracy 0.700 (+0.5 in 100 steps)")

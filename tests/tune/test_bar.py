@@ -14,6 +14,7 @@ from loraloom import LoraConfig, PeftModel
 from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Curve
 from loraloom.inference.jackknife import PARTS, divide, error
+from loraloom.report.sentences import sentence
 from loraloom.train.setup import Setup, load
 from loraloom.tune.bar import Bar, gain, learned, needed, set_bar
 from loraloom.tune.diagnostics.nothing_learned import nothing
@@ -81,7 +82,7 @@ def test_advice_says_what_to_change_for_each_reason() -> None:
 
     still = trial(hits(20), flat(1.1))
     assert kinds(still) == ["stuck"]
-    assert "Raise the learning rates (tried: 1e-5)" in nothing([still], still, BAR, "accuracy")[0].text
+    assert "Raise the learning rates (tried: 1e-5)" in sentence(nothing([still], still, BAR, "accuracy")[0])
     by_heart = trial(hits(20), flat(2.0), [1.1] * 20 + [0.1] * 20)
     assert kinds(by_heart) == ["apart"]
     assert kinds(trial(hits(26), flat(1.2))) == ["rows", "stuck"]

@@ -12,6 +12,8 @@ from loraloom import LoraConfig, PeftModel
 from loraloom.config.train import TrainConfig
 from loraloom.engine.pack import Pack
 from loraloom.errors import ConfigError
+from loraloom.messages import Message
+from loraloom.report.sentences import sentence
 from loraloom.train.setup import Setup, load
 from loraloom.tune import concurrency
 from loraloom.tune.concurrency import measured, one_slot, plan_slots
@@ -80,6 +82,12 @@ def test_one_slot_that_memory_does_not_hold_and_other_errors_are_raised() -> Non
         measured(later, 4)
 
 
+def said(slots: concurrency.Slots) -> str:
+    """What is told of the choice, without the number itself."""
+    text = sentence(Message("slots", slots=slots.count, workers=1, **slots.figures))
+    return text.partition("(")[2].removesuffix(")")
+
+
 # -- with a model -----------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +111,7 @@ def test_the_largest_number_that_is_about_as_fast_as_the_best_is_taken_and_the_f
     slots = plan_slots(pack, setup, ONE, 16, None, None)
     # 8 is below 4 by more than a twentieth.
     assert slots.count == 4
-    assert slots.why == (
+    assert said(slots) == (
         "tokens a second by number of slots: 1: 1,000, 2: 1,900, 4: 2,010 (2,010 to 2,010), 8: 1,900 (1,900 to 1,900)"
     )
 
@@ -121,7 +129,7 @@ def test_no_more_slots_than_fit_into_the_memory(pack: Pack, setup: Setup, monkey
     monkeypatch.setattr(concurrency, "_rate", lambda pack, setup, config, count: float(count))
     slots = plan_slots(pack, setup, ONE, 16, need.base + 3 * each + 5, None)
     assert slots.count == 3
-    assert "no more than 3 fit" in slots.why
+    assert "no more than 3 fit" in said(slots)
     monkeypatch.setattr(concurrency, "free_memory", lambda: int((5 * each + 5) / concurrency.SHARE))
     assert plan_slots(pack, setup, ONE, 16, None, None).count == 5
 
@@ -142,13 +150,14 @@ def test_a_number_that_is_given_is_not_measured_but_clipped_and_that_is_said(
     monkeypatch.setattr(concurrency, "_rate", never)
     need = one_slot(setup, ONE)
     each = int(concurrency.MARGIN * (need.total - need.base))
-    assert plan_slots(pack, setup, ONE, 16, None, 3) == concurrency.Slots(3, "3 as given")
+    given = plan_slots(pack, setup, ONE, 16, None, 3)
+    assert (given.count, said(given)) == (3, "3 as given")
     clipped = plan_slots(pack, setup, ONE, 16, need.base + 2 * each + 5, 3)
     assert clipped.count == 2
-    assert clipped.why.startswith("2 of the 3 given: ")
+    assert said(clipped).startswith("2 of the 3 given: ")
     fewer = plan_slots(pack, setup, ONE, 2, None, 3)
     assert fewer.count == 2
-    assert fewer.why == "2 of the 3 given: there are no more trials"
+    assert said(fewer) == "2 of the 3 given: there are no more trials"
 
 
 def test_a_larger_adapter_and_more_rows_need_more(setup: Setup) -> None:

@@ -12,6 +12,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from loraloom.report.sentences import sentence
 from loraloom.tune.config import TuneConfig
 from loraloom.tune.journal import ASIDE, Journal
 from loraloom.tune.sampler import JOURNAL_NAME
@@ -104,7 +105,7 @@ def test_a_journal_that_is_damaged_is_set_aside_named_and_written_again(
     broken = damage(path.read_text())
     assert broken != path.read_text()
     path.write_text(broken)
-    Journal(given, tmp_path, said.append).keep(ended(given))
+    Journal(given, tmp_path, lambda message: said.append(sentence(message))).keep(ended(given))
     assert [t.user_attrs["trial"] for t in opened(tmp_path)] == [0, 1, 2]
     assert (tmp_path / ASIDE).read_text() == broken
     (text,) = said

@@ -6,7 +6,7 @@ import builtins
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ import torch
 from loraloom import PeftModel
 from loraloom.config.names import TASKS
 from loraloom.errors import ConfigError, TrainingError
+from loraloom.messages import Message
 from loraloom.models.load import load_base
 from loraloom.train.failures import Interrupted
 from loraloom.train.setup import load
 from loraloom.tune import ray_executor, search
 from loraloom.tune.config import TuneConfig
+from loraloom.tune.executor import SearchStatus
 from loraloom.tune.ray_executor import DEATHS, RayExecutor
 from loraloom.tune.trial import Trial
 from loraloom.tune.worker import Report, TensorState, TrialFactory, Worker
@@ -31,16 +33,16 @@ VALUES = {"lora.r": 4, "train.learning_rate": 3e-3}
 GRID = {"lora.r": [2, 4, 8], "train.learning_rate": [1e-3, 5e-3]}
 
 
-class Watch(search.Silent):
+class Watch:
     def __init__(self) -> None:
         self.events: list[str] = []
         self.running: set[int] = set()
 
-    def event(self, text: str) -> None:
-        self.events.append(text)
+    def event(self, message: Message) -> None:
+        self.events.append(message.kind)
 
-    def update(self, running: Sequence[Trial], *rest: Any) -> None:
-        self.running |= {trial.number for trial in running}
+    def update(self, status: SearchStatus) -> None:
+        self.running |= {trial.number for trial in status.running}
 
 
 @pytest.fixture
@@ -149,7 +151,7 @@ def test_a_trial_is_the_same_to_the_bit_elsewhere_also_when_its_worker_is_killed
 @pytest.mark.usefixtures("ray")
 def test_two_workers_share_one_search_and_come_to_a_verdict(classify: Make, crews: list[RayExecutor]) -> None:
     options, watch = classify(GRID, trials=6, finalists=2, seeds=1, slots=2, workers=2), Watch()
-    result = search.search(options, watch)
+    result = search.search(options, watch.event, watch.update)
     trials = result.record["trials"]
     assert len(trials) == 6  # of nine steps nothing is learned, so there are no further seeds
     assert {trial["state"] for trial in trials} <= {"finished", "stopped"}
@@ -177,8 +179,8 @@ def test_a_search_goes_on_when_a_worker_is_killed(
 
     monkeypatch.setattr(RayExecutor, "wait", kill)
     watch = Watch()
-    result = search.search(classify(GRID, trials=6, finalists=2, seeds=1, slots=2, workers=2), watch)
-    assert any(event.startswith("worker 1 died") for event in watch.events)
+    result = search.search(classify(GRID, trials=6, finalists=2, seeds=1, slots=2, workers=2), watch.event)
+    assert "worker_died" in watch.events
     trials = result.record["trials"]
     assert len(trials) == 6  # of nine steps nothing is learned, so there are no further seeds
     assert {trial["state"] for trial in trials} <= {"finished", "stopped"}
@@ -202,7 +204,7 @@ def test_ctrl_c_saves_what_all_workers_have_and_a_worker_that_only_dies_ends_the
 
     with monkeypatch.context() as patch:
         patch.setattr(RayExecutor, "wait", press)
-        with pytest.raises(Interrupted, match="the same command goes on"):
+        with pytest.raises(Interrupted, match="the same command resumes"):
             search.search(options)
     under_way = list((Path(options.train.output) / "under-way").iterdir())
     assert len(under_way) == 4  # those of both workers

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,21 @@ from loraloom.config.names import TASKS
 from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, DataError, TrainingError
 from loraloom.inference.evaluation import evaluate
+from loraloom.messages import Message
 from loraloom.models.load import load_base
+from loraloom.report.sentences import sentence
 from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.train.failures import Interrupted
 from loraloom.train.run_record import RUN_NAME
 from loraloom.train.setup import load
 from loraloom.train.usage import USAGE_NAME
+from loraloom.tune import search as module
 from loraloom.tune import worker
+from loraloom.tune.conclusion import SearchResult
 from loraloom.tune.config import TuneConfig
-from loraloom.tune.search import SearchResult, search
+from loraloom.tune.executor import SearchStatus
 from loraloom.tune.space import Space
 from loraloom.tune.state import STATE_NAME
-from loraloom.tune.trial import Trial
 
 Make = Callable[..., TuneConfig]
 RATES = {"train.learning_rate": [1e-3, 3e-3, 1e-2, 3e-2]}
@@ -58,21 +61,24 @@ LEARNS = {
 
 
 class Watch:
-    """Remembers what it is told; ``then`` is called after each step."""
+    """Remembers events and statuses; ``then`` is called after each step."""
 
     def __init__(self, then: Callable[[int], object] = lambda step: None) -> None:
         self.events: list[str] = []
         self.updates: list[tuple[int, int, float, float | None]] = []
         self._then = then
 
-    def event(self, text: str) -> None:
-        self.events.append(text)
+    def event(self, message: Message) -> None:
+        self.events.append(sentence(message))
 
-    def update(
-        self, running: Sequence[Trial], trials: Sequence[Trial], slots: int, speed: float, left: float | None
-    ) -> None:
-        self.updates.append((len(running), slots, speed, left))
+    def update(self, status: SearchStatus) -> None:
+        self.updates.append((len(status.running), status.slots, status.tokens_per_second, status.seconds_left))
         self._then(len(self.updates))
+
+
+def search(options: TuneConfig, watch: Watch | None = None, sampler: Any = None) -> SearchResult:
+    watch = watch or Watch()
+    return module.search(options, watch.event, watch.update, sampler, describe=sentence)
 
 
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +270,7 @@ def test_nobody_is_stopped_before_one_has_taken_off_and_the_search_ends_with_one
     _, result, watch = found
     waited = [event for event in watch.events if "no trial has taken off yet" in event]
     assert waited[0].startswith("at 11% of the steps no trial has taken off yet")
-    assert all("all 6 train on" in event for event in waited)
+    assert all("all 6 continue" in event for event in waited)
     shares = [trial["steps"] / trial["of_steps"] for trial in result.record["trials"] if trial["state"] == "stopped"]
     assert all(share > len(waited) / 9 for share in shares)
     assert result.verdict.learned
@@ -314,7 +320,7 @@ def test_an_adapter_that_is_damaged_before_the_verdict_gives_way_and_that_is_not
     weights.write_bytes(bytes(data))
     moved = replace(options, train=replace(options.train, output=str(folder)))
     again = search(moved)
-    assert any(f"{weights} is damaged" in note for note in again.verdict.notes)
+    assert any(f"{weights} is damaged" in sentence(note) for note in again.verdict.notes)
     twin = next(trial.number for trial in again.verdict.trials if trial.repeats == number)
     assert again.verdict.best.number == number  # by the adapter of its other seed
     copied = (folder / "best" / "adapter_model.safetensors").read_bytes()
@@ -377,7 +383,7 @@ def test_stopped_after_every_few_steps_it_comes_to_the_same_verdict(classify: Ma
             parts = timeless(search(options("parts"), Watch(ctrl_c)).record)
             break
         except Interrupted as stop:
-            assert str(stop) == f"stopped; the same command goes on with the search in {tmp_path / 'parts'}"
+            assert str(stop) == f"stopped; the same command resumes the search in {tmp_path / 'parts'}"
             times += 1
     assert times > 3
     assert json.dumps(parts).replace(str(tmp_path / "parts"), str(tmp_path / "whole")) == json.dumps(whole)
@@ -462,7 +468,7 @@ def test_out_of_memory_halves_the_slots_and_comes_to_a_verdict(
     monkeypatch.setattr(worker, "advance", fail)
     watch = Watch()
     record = search(classify(RATES, min_share=1, slots=4), watch).record
-    assert "out of memory: going on with 2 slots" in watch.events
+    assert "out of memory: continuing with 2 slots" in watch.events
     assert set(calls[: when + 1]) == {4}
     assert max(calls[when + 1 :]) == 2
     assert [trial["state"] for trial in record["trials"]] == ["finished"] * 4
@@ -482,7 +488,7 @@ def test_memory_too_small_for_a_single_trial_is_said(classify: Make, monkeypatch
     with pytest.raises(MemoryError, match="out of memory with a single trial"):
         search(classify(RATES), watch)
     assert [event for event in watch.events if "memory" in event] == [
-        "out of memory: going on with 2 slots", "out of memory: going on with 1 slot",
+        "out of memory: continuing with 2 slots", "out of memory: continuing with 1 slot",
     ]  # fmt: skip
 
 
@@ -568,11 +574,11 @@ def test_ctrl_c_gives_a_message_and_the_same_command_goes_on(classify: Make, tmp
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"error: stopped; the same command goes on with the search in {tmp_path / 'run'}" in said
+    assert f"error: stopped; the same command resumes the search in {tmp_path / 'run'}" in said
     assert "Traceback" not in said
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
-    assert f"going on in {tmp_path / 'run'}" in done.stdout.replace("\n", "")
+    assert f"resuming in {tmp_path / 'run'}" in done.stdout.replace("\n", "")
     assert (tmp_path / "run" / "result.json").exists()
 
 

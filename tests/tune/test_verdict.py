@@ -17,11 +17,14 @@ from loraloom import LoraConfig
 from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Curve
 from loraloom.errors import TrainingError
+from loraloom.messages import Message
+from loraloom.report.sentences import sentence
 from loraloom.tasks.metrics.registry import greater_is_better
-from loraloom.tune.diagnostics.inputs import Advice
 from loraloom.tune.ranking import compare, goodness
+from loraloom.tune.record import record
+from loraloom.tune.selection import pareto
 from loraloom.tune.trial import Trial
-from loraloom.tune.verdict import Verdict, pareto, plain, record, verdict
+from loraloom.tune.verdict import Verdict, verdict
 
 STEPS = 120
 #: The curves of these trials do not call for advice: they fall, level out, and wobble a little.
@@ -79,7 +82,7 @@ def seeds(number: int, scores: list[float], **more: Any) -> list[Trial]:
     ]
 
 
-def advice(found: Verdict, kind: str) -> Advice | None:
+def advice(found: Verdict, kind: str) -> Message | None:
     return next((item for item in found.advice if item.kind == kind), None)
 
 
@@ -97,14 +100,14 @@ def test_a_tie_goes_to_the_cheaper_and_says_so() -> None:
     large, small = seeds(0, [0.80, 0.81, 0.82], parameters=4000), seeds(1, [0.79, 0.81, 0.82], parameters=1000)
     found = verdict([*large, *small], "accuracy")
     assert (found.best.number, found.runner_up and found.runner_up.number, found.tie) == (1, 0, True)
-    assert "a tie, so the cheaper one wins, with 1,000 parameters against 4,000" in found.why
+    assert "a tie, so the cheaper one wins, with 1,000 parameters against 4,000" in sentence(found.why)
 
 
 def test_a_difference_above_the_noise_goes_to_the_better() -> None:
     large, small = seeds(0, [0.84, 0.85, 0.86], parameters=4000), seeds(1, [0.79, 0.81, 0.82], parameters=1000)
     found = verdict([*large, *small], "accuracy")
     assert (found.best.number, found.tie) == (0, False)
-    assert found.why == "the best accuracy"
+    assert sentence(found.why) == "the best accuracy"
 
 
 def test_the_noise_is_the_pooled_deviation_over_the_root_of_the_seeds() -> None:
@@ -132,7 +135,7 @@ def test_a_single_lucky_seed_does_not_beat_the_finalists() -> None:
 def test_without_repeats_the_noise_is_said_to_be_unknown() -> None:
     found = verdict([trial(0, 0.8), trial(1, 0.79)], "accuracy")
     assert (found.best.number, found.tie) == (0, False)
-    assert any("one seed" in note for note in found.notes)
+    assert any("one seed" in sentence(note) for note in found.notes)
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, None])
@@ -160,7 +163,7 @@ def test_without_a_finished_trial_the_furthest_are_compared_and_that_is_said() -
     trials = [trial(0, 0.9, state="stopped", step=30), trial(1, 0.5, state="running", step=60)]
     found = verdict([*trials, trial(2, 0.6, state="stopped", step=60)], "accuracy")
     assert found.best.number == 2
-    assert found.notes[0] == "no trial finished: compared are the 2 that came furthest, 50% of the way"
+    assert sentence(found.notes[0]) == "no trial finished: the 2 that came furthest are compared, at 50% of their steps"
 
 
 def test_a_failed_trial_never_wins_whatever_it_had_reached() -> None:
@@ -266,7 +269,8 @@ def test_the_importance_is_the_same_each_time_and_leaves_optunas_logging_alone()
 def test_where_the_importance_cannot_be_told_there_is_a_reason(trials: list[Trial], reason: str) -> None:
     found = verdict(trials, "accuracy")
     assert found.importance == {}
-    assert found.importance_reason.startswith(reason)
+    assert found.importance_reason is not None
+    assert sentence(found.importance_reason).startswith(reason)
 
 
 def test_trials_are_compared_at_the_furthest_point_that_half_of_them_and_eight_reached() -> None:
@@ -293,7 +297,7 @@ def top(values: Mapping[str, Any]) -> dict[str, str]:
 def test_a_best_at_the_edge_where_the_trend_leads_there_says_to_widen() -> None:
     item = advice(verdict(rates([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]), "accuracy", edges=top), "edge")
     assert item is not None
-    assert "best rate, 0.0128, is at the upper edge of the space" in item.text
+    assert "best rate, 0.0128, is at the upper edge of the space" in sentence(item)
     assert (item.figures["near"], item.figures["far"]) == (pytest.approx(0.65), pytest.approx(0.25))
 
 
@@ -308,7 +312,7 @@ def test_a_low_edge_of_less_is_better_and_of_words_says_so_too() -> None:
     found = verdict(trials, "perplexity", edges=lambda v: sides, order={"lora.lora_alpha": values})
     item = advice(found, "edge")
     assert item is not None
-    assert "alpha, r, is at the lower edge" in item.text
+    assert "alpha, r, is at the lower edge" in sentence(item)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +352,7 @@ LEARNT = [2 * math.exp(-step / 25) + 0.05 for step in range(STEPS)]
 def test_training_and_held_out_loss_apart_says_more_dropout_less_r_more_data() -> None:
     item = advice(verdict([trial(0, losses=LEARNT, held_out=[0.9, 0.6, 0.7, 0.8], r=32)], "accuracy"), "apart")
     assert item is not None
-    assert "more dropout (now 0), less r (now 32)" in item.text
+    assert "more dropout (now 0), less r (now 32)" in sentence(item)
     assert (item.figures["held_out"], item.figures["lowest"], item.figures["step"]) == (0.8, 0.6, 60)
 
 
@@ -371,7 +375,7 @@ EVEN = [2.0 - step / 100 + 0.01 * (-1) ** step for step in range(STEPS)]
 def test_slow_and_even_says_raise_alpha_or_the_rate() -> None:
     item = advice(verdict([trial(0, losses=EVEN, lora_alpha=16)], "accuracy"), "slow")
     assert item is not None
-    assert "raise lora_alpha (now 16) or the learning rate (now 0.001)" in item.text
+    assert "raise lora_alpha (now 16) or the learning rate (now 0.001)" in sentence(item)
     assert item.figures["fall"] == pytest.approx(0.33, abs=0.02)
 
 
@@ -379,7 +383,7 @@ def test_slow_where_higher_rates_did_worse_says_train_longer() -> None:
     trials = [trial(0, 0.8, losses=EVEN), trial(1, 0.5, rate=4e-3), trial(2, 0.4, rate=8e-3)]
     item = advice(verdict(trials, "accuracy"), "slow")
     assert item is not None
-    assert item.text.endswith("2 of 2 trials with higher rates did worse: train longer")
+    assert sentence(item).endswith("2 of 2 trials with higher rates did worse: train longer")
 
 
 @pytest.mark.parametrize(
@@ -403,8 +407,8 @@ def test_a_spiky_loss_says_lower_the_rate() -> None:
     trials = [trial(0, 0.8, losses=SPIKES), trial(1, 0.7, rate=1e-4)]
     item = advice(verdict(trials, "accuracy"), "spiky")
     assert item is not None
-    assert (
-        "leapt up at 5 of 120 steps; at lower rates the median is 0: lower the learning rate (now 0.001)" in item.text
+    assert "spiked at 5 of 120 steps; at lower rates the median is 0: lower the learning rate (now 0.001)" in sentence(
+        item
     )
 
 
@@ -421,7 +425,7 @@ def modules(r: int, used: int, norm: float = 0.02) -> dict[str, tuple[int, int, 
 def test_a_rank_that_uses_few_directions_says_which_rank_will_do() -> None:
     item = advice(verdict([trial(0, used=modules(32, 5), r=32)], "accuracy"), "rank")
     assert item is not None
-    assert item.text == "r of 32 uses 5 directions in the median layer: r of 8 will do"
+    assert sentence(item) == "r of 32 uses 5 directions in the median layer: r of 8 will do"
 
 
 @pytest.mark.parametrize("used", [modules(8, 5), modules(16, 12), modules(32, 0), {}])
@@ -433,14 +437,14 @@ def test_layers_that_hardly_moved_are_to_be_dropped() -> None:
     used = {name: (r, d, 1e-4 if "k_proj" in name else norm) for name, (r, d, norm) in modules(8, 6).items()}
     item = advice(verdict([trial(0, used=used)], "accuracy"), "still")
     assert item is not None
-    assert item.text.startswith(
+    assert sentence(item).startswith(
         "all 4 k_proj hardly moved (at most 0.0001 of the weight's norm, the median module 0.02)"
     )
     assert item.figures["modules"] == [f"layers.{layer}.k_proj" for layer in range(4)]
     used = {name: (r, d, 1e-4 if "layers.0" in name else norm) for name, (r, d, norm) in modules(8, 6).items()}
     item = advice(verdict([trial(0, used=used)], "accuracy"), "still")
     assert item is not None
-    assert item.text.startswith("all 3 modules of layers.0 hardly moved")
+    assert sentence(item).startswith("all 3 modules of layers.0 hardly moved")
 
 
 def test_layers_that_all_moved_say_nothing() -> None:
@@ -454,7 +458,7 @@ def test_rates_that_diverged_bound_the_space() -> None:
         failed.state = "failed"
     item = advice(verdict(trials, "accuracy"), "failures")
     assert item is not None
-    assert item.text == "2 of 2 trials from rate 8e-4 on diverged; 4e-4 held: make it the upper bound of the rate"
+    assert sentence(item) == "2 of 2 trials from rate 8e-4 on diverged; 4e-4 held: make it the upper bound of the rate"
 
 
 @pytest.mark.parametrize("failed", [[], [0], [0, 2]])
@@ -470,7 +474,7 @@ def test_a_hyperparameter_that_did_not_matter_is_fixed_at_the_cheapest() -> None
     idle = {item.figures["knob"]: item for item in found.advice if item.kind == "idle"}
     assert "train.learning_rate" not in idle
     assert idle["lora.target_modules"].figures["value"] == "q_proj,v_proj"
-    assert "targets made no difference" in idle["lora.target_modules"].text
+    assert "targets made no difference" in sentence(idle["lora.target_modules"])
 
 
 def test_of_few_trials_no_hyperparameter_is_called_idle() -> None:
@@ -487,28 +491,27 @@ def test_a_calm_search_gets_no_advice() -> None:
 def test_the_json_is_plain_and_without_nan() -> None:
     trials = [*searched(), trial(30, math.nan, state="failed", losses=[2.0, math.nan])]
     found = verdict(trials, "accuracy")
-    for built in (found.to_dict(), record(found, trials, adapter="best", seconds=1.5, machine={"cores": 2})):
-        assert json.loads(json.dumps(built, allow_nan=False)) == built
-    assert found.to_dict()["scores"]["30"]["mean"] is None
-
-
-def test_plain_knows_the_numbers_of_torch() -> None:
-    import torch
-
-    assert plain({1: (torch.tensor(2.5), math.inf, {"b", "a"}, True)}) == {"1": [2.5, None, ["a", "b"], True]}
+    built = record(found, trials, adapter="best", seconds=1.5, machine={"cores": 2}).to_json()
+    assert json.loads(json.dumps(built, allow_nan=False)) == built
+    assert built["trials"][-1]["metric"] is None
 
 
 def test_the_record_has_the_promised_keys_and_is_the_same_each_time() -> None:
     trials = [*seeds(0, [0.8, 0.81]), *seeds(1, [0.7, 0.71])]
-    built = record(verdict(trials, "accuracy"), trials, adapter="out/best", seconds=3.0, machine={})
+    built = record(verdict(trials, "accuracy"), trials, adapter="out/best", seconds=3.0, machine={}).to_json(sentence)
     assert built.keys() == {
-        *("learned", "best", "to_beat", "trials", "pareto", "importance", "advice", "seconds", "machine", "usage")
+        *("learned", "best", "to_beat", "trials", "pareto", "importance", "advice", "seconds", "machine", "usage"),
+        "format",
     }
     assert built["best"]["config"] == {"train.learning_rate": 1e-3}
     assert built["best"]["metric"] == pytest.approx(0.805)
     assert built["best"]["adapter"] == "out/best"
+    assert built["best"]["why"] == "the best accuracy"
+    assert built["best"]["decision"] == {"kind": "best", "figures": {"metric": "accuracy", "tied": 1}}
     assert {"config", "state", "curve", "metric", "seconds", "steps"} <= built["trials"][0].keys()
     assert built["trials"][0]["curve"].keys() == {"loss", "learning_rate", "evaluations"}
     assert [t["number"] for t in built["trials"]] == [0, 1, 101, 201]
-    again = record(verdict(trials[::-1], "accuracy"), trials[::-1], adapter="out/best", seconds=3.0, machine={})
+    again = record(
+        verdict(trials[::-1], "accuracy"), trials[::-1], adapter="out/best", seconds=3.0, machine={}
+    ).to_json(sentence)
     assert json.dumps(built) == json.dumps(again)

@@ -21,6 +21,7 @@ from loraloom.report import trackers
 from loraloom.report.data import picture
 from loraloom.report.plot import PLOT_NAME, plot_run
 from loraloom.report.screen import Text
+from loraloom.report.sentences import sentence
 from loraloom.report.terminal import Meter, Reading, expectations, outcome, overview
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
@@ -30,8 +31,9 @@ from loraloom.train.failures import Interrupted
 from loraloom.train.run import RunResult, examine, outlook, prepare, run
 from loraloom.train.run_record import RUN_NAME
 from loraloom.train.setup import TrainJob
+from loraloom.tune.conclusion import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult
 from loraloom.tune.config import TuneConfig
-from loraloom.tune.search import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, search
+from loraloom.tune.search import search
 
 
 def train_run(
@@ -137,8 +139,8 @@ def tune_run(options: TuneConfig, console: Console | None = None) -> SearchResul
     """
     console = console or Console()
     _print(options.notes, console)
-    with TuneMeter(console, options.metric) as meter:
-        result = search(options, meter)
+    with TuneMeter(console) as meter:
+        result = search(options, meter.event, meter.update, describe=sentence)
     found, folder, metric = result.verdict, result.folder, result.verdict.metric
     console.print(leaderboard(found, metric, width=console.width))
     console.print(conclusion(found))

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loraloom.report.format import count, params
 from loraloom.report.plot import literal, write_picture
-from loraloom.report.tune import count
 from loraloom.tasks.metrics.registry import greater_is_better
-from loraloom.tune.format import params
 from loraloom.tune.ranking import last_measured, measured, originals, ranking, scores, varying
 from loraloom.tune.trial import Trial
 from loraloom.tune.verdict import Verdict
@@ -58,7 +57,7 @@ def plot_search(trials: Sequence[Trial], metric: str, path: str | Path, best: in
         text: str | None = trial.state if trial.state not in labelled else None
         if trial.number == best:
             style = {"color": BEST, "linewidth": 2.8, "marker": "o", "markersize": 5}
-            text = f"trial {trial.number}: {params(trial.values, names, WIDE)}"
+            text = f"trial {trial.number}: {params(trial.values, names, WIDE, between=' ')}"
         else:
             labelled.add(trial.state)
         axes.plot(steps, values, label=text, **style)
@@ -127,7 +126,7 @@ def plot_pareto(found: Verdict, trials: Sequence[Trial], metric: str, path: str 
             markersize=large,
             capsize=3,
             zorder=3 if word else 2,
-            label=f"{word}, trial {number}: {params(trial.values, names, WIDE)}" if word else None,
+            label=f"{word}, trial {number}: {params(trial.values, names, WIDE, between=' ')}" if word else None,
         )
         if word or number in front:
             at = (trial.parameters, score.mean)

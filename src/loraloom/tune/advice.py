@@ -1,23 +1,21 @@
-"""What a user should try next, in the user's own terms: each advice has the figures behind it, or is not given.
-
-The diagnoses are in ``tune.diagnostics``; the remedies are those of the literature: see the docs page on tuning.
-"""
+"""What to try next: each diagnosis of ``tune.diagnostics`` that its figures support."""
 
 from __future__ import annotations
 
+from loraloom.messages import Message
 from loraloom.tune.diagnostics import adapter, curves, space
-from loraloom.tune.diagnostics.inputs import Advice, DiagnosticInputs
+from loraloom.tune.diagnostics.inputs import DiagnosticInputs
 
 
-def advise(evidence: DiagnosticInputs) -> list[Advice]:
+def advise(evidence: DiagnosticInputs) -> list[Message]:
     found = [
         space.failures(evidence),
         *space.edge(evidence),
-        curves.spiky(evidence),
-        curves.apart(evidence),
-        curves.slow(evidence),
+        curves.loss_spikes(evidence),
+        curves.overfitting(evidence),
+        curves.undertrained(evidence),
         adapter.rank(evidence),
-        adapter.still(evidence),
-        *space.idle(evidence),
+        adapter.unused_modules(evidence),
+        *space.insensitive_params(evidence),
     ]
-    return [advice for advice in found if advice is not None]
+    return [message for message in found if message is not None]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist, fmean
+from typing import Any
 
 from loraloom.config.lora import TaskType
 from loraloom.inference.jackknife import Figures, error
@@ -55,6 +56,11 @@ class Bar:
             return None
         sign = 1 if greater_is_better(metric) else -1
         return max(finite, key=lambda pair: sign * pair[1][0])
+
+    def figures(self, metric: str) -> dict[str, Any]:
+        """What a message tells of the bar."""
+        best = self.best(metric)
+        return {"metric": metric, "bar_words": best and best[0], "bar": best and best[1][0]}
 
     @property
     def parts(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from loraloom.config.lora import LoraConfig
 from loraloom.engine.loop import advance
@@ -33,10 +34,10 @@ TURNS = 3
 
 @dataclass(frozen=True)
 class Slots:
-    """How many slots, and why, in words."""
+    """How many slots, and the figures that decided: what was measured and asked for, and what fits."""
 
     count: int
-    why: str
+    figures: dict[str, Any]
 
 
 def plan_slots(
@@ -56,7 +57,6 @@ def plan_slots(
     room = (memory - need.base) if memory else int(SHARE * free_memory())
     each = int(MARGIN * (need.total - need.base))
     fit = room // max(each, 1)
-    said = f"{size(room)} for {size(each)} a trial"
     if fit < 1:
         raise ConfigError(
             f"memory: a trial needs {size(each)} beside the model of {size(need.base)}, and there is "
@@ -64,21 +64,12 @@ def plan_slots(
         )
     if wanted is not None:
         count = min(wanted, fit, most)
-        why = said if count == fit else "there are no more trials"
-        return Slots(count, f"{count} as given" if count == wanted else f"{count} of the {wanted} given: {why}")
+        return Slots(count, {"wanted": wanted, "fit": fit, "room": room, "each": each})
     most = min(most, fit)
     rates = measured(lambda count: _rate(pack, setup, config, count), most)
     best = max(map(max, rates.values()))
     count = max(count for count, seen in rates.items() if max(seen) >= AS_FAST * best)
-    figures = ", ".join(f"{n}: {_shown(seen)}" for n, seen in rates.items())
-    limit = f"; no more than {fit} fit ({said})" if fit == most else ""
-    return Slots(count, f"tokens a second by number of slots: {figures}{limit}")
-
-
-def _shown(rates: Sequence[float]) -> str:
-    """``"3,422"``, or ``"3,835 (2,694 to 3,835)"`` of several measurements: the fastest says what there is."""
-    spread = f" ({min(rates):,.0f} to {max(rates):,.0f})" if len(rates) > 1 else ""
-    return f"{max(rates):,.0f}{spread}"
+    return Slots(count, {"rates": rates, "fit": fit if fit == most else None, "room": room, "each": each})
 
 
 def measured(rate: Callable[[int], float], most: int) -> dict[int, list[float]]:

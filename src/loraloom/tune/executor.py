@@ -1,9 +1,10 @@
-"""Who trains for a search, and who is told how it goes: what the search asks of both."""
+"""Where the trials of a search train, in this process or elsewhere, and the status that callbacks get."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from loraloom.tune.bar import Bar, set_bar
 from loraloom.tune.concurrency import Slots, plan_slots
@@ -11,32 +12,18 @@ from loraloom.tune.trial import Trial
 from loraloom.tune.worker import Report, TensorState, Worker
 
 
-class Watcher(Protocol):
-    """Who is told how it goes."""
+@dataclass(frozen=True)
+class SearchStatus:
+    """Where a search stands after a step. ``slots`` are all there are, ``running`` the trials in them."""
 
-    #: what trials are compared by, which may turn out once the rows are read
+    running: Sequence[Trial]
+    trials: Sequence[Trial]
+    #: the one that trials are compared by
     metric: str
-
-    def event(self, text: str) -> None: ...
-
-    def update(
-        self,
-        running: Sequence[Trial],
-        trials: Sequence[Trial],
-        slots: int,
-        tokens_per_second: float,
-        seconds_left: float | None,
-    ) -> None: ...
-
-
-class Silent:
-    metric = ""
-
-    def event(self, text: str) -> None:
-        pass
-
-    def update(self, *args: Any) -> None:
-        pass
+    slots: int
+    tokens_per_second: float
+    seconds_left: float | None
+    format: int = 1
 
 
 class Executor(Protocol):
@@ -45,21 +32,21 @@ class Executor(Protocol):
     count: int
 
     def plan(self, most: int) -> Slots:
-        """How many trials each worker trains together, of ``most`` that there are for it."""
+        """How many trials each worker trains together, ``most`` at most."""
 
     def set_bar(self, known: Bar | None) -> Bar:
-        """What trials have to beat, measured unless it is ``known``; all workers have it then."""
+        """Give all workers the bar that trials have to beat, measured unless it is ``known``."""
 
     def start(self, worker: int, enter: Sequence[tuple[Trial, TensorState]], leave: Sequence[int]) -> None: ...
 
     def wait(self) -> tuple[int, Report | None]:
-        """The next worker to report. None in place of the report: it is gone, and a fresh one stands in its place."""
+        """The next worker to report. None as the report: the worker died and was replaced."""
 
     def close(self) -> None: ...
 
 
 class LocalExecutor:
-    """The crew of a search in one process."""
+    """One worker, in this process."""
 
     count = 1
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.errors import SaveError
 from loraloom.files.atomic import write_files
-from loraloom.files.log import Log, info
 from loraloom.files.quiet import quiet
+from loraloom.messages import Message, OnEvent, ignore
 from loraloom.tune.config import TuneConfig
 from loraloom.tune.ranking import goodness
 from loraloom.tune.sampler import JOURNAL_NAME, frozen
@@ -29,10 +29,10 @@ ASIDE = f"{JOURNAL_NAME}.damaged"
 
 
 class Journal:
-    """The journal in ``folder``. ``log`` is called when it had to be written again."""
+    """The journal in ``folder``."""
 
-    def __init__(self, options: TuneConfig, folder: Path, log: Log = info) -> None:
-        self._options, self._path, self._log = options, folder / JOURNAL_NAME, log
+    def __init__(self, options: TuneConfig, folder: Path, on_event: OnEvent = ignore) -> None:
+        self._options, self._path, self._on_event = options, folder / JOURNAL_NAME, on_event
         self._logs: list[dict[str, Any]] = []
         self._study: Study | None = None
         self._there: set[int] = set()
@@ -100,7 +100,7 @@ class Journal:
         except OSError as failed:
             raise SaveError(f"{self._path}: is damaged, and cannot be set aside ({failed.strerror})") from None
         why = f"{type(error).__name__}: {error}"
-        self._log(f"{self._path}: is damaged ({why}); kept as {aside.name}, and written again from the trials")
+        self._on_event(Message("journal_damaged", path=str(self._path), error=why, kept_as=aside.name))
 
 
 def _same(one: FrozenTrial, other: FrozenTrial) -> bool:

@@ -1,6 +1,6 @@
-"""What the trials together say about the space: its edges, its failures, and hyperparameters that made no difference.
+"""Diagnoses from all trials on the space: its edges, rates that diverge, hyperparameters that made no difference.
 
-Every function looks at one symptom and answers None when its figures do not support a word.
+Every function looks at one symptom and returns None if its figures do not show it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from loraloom.tune.diagnostics.inputs import FEW_STEPS, Advice, DiagnosticInputs
-from loraloom.tune.format import label, shown
+from loraloom.messages import Message
+from loraloom.tune.diagnostics.inputs import FEW_STEPS, DiagnosticInputs
 from loraloom.tune.ranking import same, varying
 from loraloom.tune.trial import Trial
 
@@ -30,8 +30,8 @@ IDLE_PAIRS = 0.7
 IDLE_TRIALS = 12
 
 
-def failures(evidence: DiagnosticInputs) -> Advice | None:
-    """Rates from which on most trials failed, where lower ones held."""
+def failures(evidence: DiagnosticInputs) -> Message | None:
+    """Most trials from some rate on failed, and lower ones held."""
     rates = {trial.number: trial.options.learning_rate for trial in evidence.trials}
     failed = {trial.number for trial in evidence.trials if trial.state == "failed"}
     for bound in sorted({rates[number] for number in failed}):
@@ -39,18 +39,11 @@ def failures(evidence: DiagnosticInputs) -> Advice | None:
         held = [rate for number, rate in rates.items() if rate < bound and number not in failed]
         count = len(failed.intersection(above))
         if held and count >= FAILED * len(above):
-            what = f"{count} of {len(above)} trials from rate {shown(bound)} on"
-            if len(above) == 1:
-                what = f"the trial with rate {shown(bound)}"
-            return Advice(
-                "failures",
-                f"{what} diverged; {shown(max(held))} held: make it the upper bound of the rate",
-                {"failed": count, "trials": len(above), "rate": bound, "held": max(held)},
-            )
+            return Message("failures", failed=count, trials=len(above), rate=bound, held=max(held))
     return None
 
 
-def edge(evidence: DiagnosticInputs) -> Iterator[Advice]:
+def edge(evidence: DiagnosticInputs) -> Iterator[Message]:
     """The best lies at an edge of the space, and trials nearer that edge did better."""
     if evidence.comparison.steps < FEW_STEPS:
         return
@@ -69,14 +62,8 @@ def edge(evidence: DiagnosticInputs) -> Iterator[Advice]:
             continue
         values = evidence.comparison.values
         means = {"near": median(values[n] for n in near), "far": median(values[n] for n in far)}
-        words = ("upper", "lower") if side == "high" else ("lower", "upper")
-        yield Advice(
-            "edge",
-            f"the best {label(param)}, {shown(evidence.best.values[param])}, is at the {words[0]} edge of the space: "
-            f"widen it there. The {words[0]} half of the trials has a median {evidence.comparison.metric} of "
-            f"{means['near']:.3g}{evidence.when}, the {words[1]} half {means['far']:.3g}",
-            {"knob": param, "side": side, "value": evidence.best.values[param], **means, "pairs": share},
-        )
+        figures = {"knob": param, "side": side, "value": evidence.best.values[param], **means, "pairs": share}
+        yield Message("edge", **figures, metric=evidence.comparison.metric, at=evidence.comparison.share)
 
 
 def _failed_beyond(evidence: DiagnosticInputs, param: str, at: float, side: str) -> bool:
@@ -105,8 +92,8 @@ def _beats(ones: Sequence[float], others: Sequence[float]) -> float:
     return fmean(1.0 if one > other else 0.5 if one == other else 0.0 for one in ones for other in others)
 
 
-def idle(evidence: DiagnosticInputs) -> Iterator[Advice]:
-    """Knobs that made no difference: fix them where the adapter is smallest."""
+def insensitive_params(evidence: DiagnosticInputs) -> Iterator[Message]:
+    """Hyperparameters that made no difference: fix them where the adapter is smallest."""
     compared = [trial for trial in evidence.trials if trial.number in evidence.comparison.values]
     if len(compared) < IDLE_TRIALS or evidence.comparison.steps < FEW_STEPS:
         return
@@ -120,13 +107,8 @@ def idle(evidence: DiagnosticInputs) -> Iterator[Advice]:
             continue
         medians = [median(evidence.comparison.values[trial.number] for trial in group) for group in groups]
         value = _cheapest(compared, evidence.best, param)
-        yield Advice(
-            "idle",
-            f"{label(param)} made no difference ({share:.0%} of the importance, median {evidence.comparison.metric} "
-            f"{min(medians):.3g} to {max(medians):.3g}{evidence.when}): fix it at "
-            f"{shown(value)} and spend the trials elsewhere",
-            {"knob": param, "share": share, "lowest": min(medians), "highest": max(medians), "value": value},
-        )
+        figures = {"knob": param, "share": share, "lowest": min(medians), "highest": max(medians), "value": value}
+        yield Message("idle", **figures, metric=evidence.comparison.metric, at=evidence.comparison.share)
 
 
 def _groups(evidence: DiagnosticInputs, trials: Sequence[Trial], param: str) -> list[list[Trial]]:

@@ -1,7 +1,8 @@
-"""Knobs and their values in few words, for tables, pictures and sentences."""
+"""Numbers, times, hyperparameters and their values in few words, for tables, pictures and sentences."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,6 +56,46 @@ def _without_endings(names: list[str]) -> list[str]:
     return names
 
 
-def params(values: Mapping[str, Any], names: Iterable[str], width: int | None = None, between: str = " ") -> str:
-    """``"r=8 alpha=2r rate=0.001"`` of those ``names`` that this configuration has."""
-    return between.join(f"{label(name)}={shown(values[name], width)}" for name in names if name in values)
+def params(
+    values: Mapping[str, Any], names: Iterable[str] | None = None, width: int | None = None, between: str = ", "
+) -> str:
+    """``"r=8, alpha=2r, rate=0.001"`` of the configuration, or of those ``names`` that it has."""
+    chosen = [name for name in (values if names is None else names) if name in values]
+    return between.join(f"{label(name)}={shown(values[name], width)}" for name in chosen)
+
+
+def figure(value: float, noise: float | None = None) -> str:
+    """``"0.801 ±0.006"``; as many digits as the noise needs."""
+    if not math.isfinite(value):
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:.3g}"
+    digits = 4 if noise and noise < 0.0005 else 3
+    return f"{value:.{digits}f}" + (f" ±{noise:.{digits}f}" if noise and round(noise, digits) else "")
+
+
+def gap(value: float) -> str:
+    """A small difference: as ``figure``, but never ``"0.000"``."""
+    return figure(value) if value >= 0.0005 else f"{value:.1g}"
+
+
+def count(number: float) -> str:
+    """``"295k"``, ``"1.18M"``."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``"1 row"``, ``"2,000 rows"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """``"41 s"``, ``"12:34"``, ``"1:02:03"``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

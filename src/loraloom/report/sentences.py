@@ -1,0 +1,330 @@
+"""The sentences of all messages, by kind. Another language is another table of the same kinds.
+
+An entry is a template or a function of the message's figures. In a template a figure without a format is written for
+people (``format.shown``), one with a noun is counted: ``{rows:row}`` gives ``"2,000 rows"``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from loraloom.files.sizes import size
+from loraloom.messages import Message
+from loraloom.report.format import counted, figure, gap, label, shown
+from loraloom.report.format import params as settings
+from loraloom.tasks.metrics.registry import greater_is_better
+
+Table = Mapping[str, str | Callable[..., str]]
+
+
+class _Figure:
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __format__(self, spec: str) -> str:
+        if not spec:
+            return self._value if isinstance(self._value, str) else shown(self._value)
+        return counted(self._value, spec) if len(spec) > 1 and spec.isalpha() else format(self._value, spec)
+
+
+def sentence(message: Message, table: Table | None = None) -> str:
+    """What ``message`` says, in the language of ``table``, by default English."""
+    entry = (ENGLISH if table is None else table)[message.kind]
+    if callable(entry):
+        return entry(**message.figures)
+    return entry.format(**{name: _Figure(value) for name, value in message.figures.items()})
+
+
+# -- a search under way -----------------------------------------------------------------------------------------------
+
+
+def _slots(
+    slots: int,
+    workers: int,
+    room: int,
+    each: int,
+    fit: int | None,
+    rates: Mapping[int, Sequence[float]] | None = None,
+    wanted: int = 0,
+) -> str:
+    memory = f"{size(room)} for {size(each)} a trial"
+    if rates is None:
+        why = f"{wanted} as given"
+        if slots != wanted:
+            why = f"{slots} of the {wanted} given: {memory if slots == fit else 'there are no more trials'}"
+    else:
+        found = [f"{n}: {max(seen):,.0f}{_spread(seen)}" for n, seen in rates.items()]
+        limit = f"; no more than {fit} fit ({memory})" if fit is not None else ""
+        why = f"tokens a second by number of slots: {', '.join(found)}{limit}"
+    together = f"{slots} trials train together" if slots > 1 else "one trial at a time"
+    return f"slots: {together}{f' on each of {workers} workers' if workers > 1 else ''} ({why})"
+
+
+def _spread(rates: Sequence[float]) -> str:
+    """Of several measurements the fastest says what the machine can do."""
+    return f" ({min(rates):,.0f} to {max(rates):,.0f})" if len(rates) > 1 else ""
+
+
+def _bar(metric: str, bar_words: str | None, bar: float | None) -> str:
+    return "any answer that does not depend on the rows" if bar is None else f"{bar_words} ({bar:.3g})"
+
+
+def _none_taken_off(share: float, trials: int, constant: bool) -> str:
+    below = "that of the best constant answer" if constant else "that of its first steps"
+    return (
+        f"at {share:.0%} of the steps no trial has taken off yet (training loss below {below}): all {trials} continue"
+    )
+
+
+def _rung(
+    share: float, taken_off: int, trials: int, reduction: int, promoted: Sequence[int], paused: Sequence[int]
+) -> str:
+    part = {2: "half", 3: "third", 4: "quarter"}.get(reduction, f"1/{reduction}")
+    rest = f"; {_listed(paused)} paused: not (yet) in the top {part} of this rung" if paused else ""
+    return (
+        f"at {share:.0%} of the steps {taken_off} of {trials} trials have taken off: {_listed(promoted)} continue{rest}"
+    )
+
+
+def _finalists(trials: Sequence[int], seeds: int) -> str:
+    return f"finalists {_listed(trials)}: again with {seeds} more {'seed' if seeds == 1 else 'seeds'} each"
+
+
+def _paused_resume(trials: Sequence[int], **bar: Any) -> str:
+    return f"no trial that came to its end is above {_bar(**bar)}: {_listed(trials)} resume and train to their end"
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+SEARCH: Table = {
+    "note": "{text}",
+    "data": "{rows:,} rows to train on, {held_out:,} held out; {tokens:,} tokens an epoch, padding {padding:.1%}",
+    "left_for_full": "not used by the search, but when the best is trained in full ({file}): {keys}",
+    "resumed": "resuming in {folder}: {ended} of {trials} trials have ended",
+    "slots": _slots,
+    "to_beat": lambda metric, **bar: f"to beat: {_bar(metric, **bar)} in {metric}",
+    "started": lambda trial, params: f"trial {trial} starts: {settings(params)}",
+    "restarted": "{error}; trial {trial} starts again from its first step",
+    "failed": "trial {trial} failed: {reason}",
+    "finished": "trial {trial} finished: {metric} {value:.4g}",
+    "none_taken_off": _none_taken_off,
+    "rung": _rung,
+    "finalists": _finalists,
+    "paused_resume": _paused_resume,
+    "out_of_memory": "out of memory: continuing with {slots:slot}",
+    "worker_died": "worker {worker} died; its trials resume from their last saved state",
+    "journal_damaged": "{path}: is damaged ({error}); kept as {kept_as}, and written again from the trials",
+}
+
+# -- the verdict ------------------------------------------------------------------------------------------------------
+
+
+def _tie(top: int, winner: int, gap: float, noise: float, metric: str, parameters: int, top_parameters: int) -> str:
+    less = f", less than the noise of {noise:.3g}" if noise else ""
+    return (
+        f"trials {top} and {winner} differ by {gap:.3g} in {metric}{less}: a tie, so the cheaper one wins, with "
+        f"{parameters:,} parameters against {top_parameters:,}"
+    )
+
+
+def _best(metric: str, tied: int) -> str:
+    return f"the best {metric}" + (f" of {tied} that are tied within the noise, and the cheapest" if tied > 1 else "")
+
+
+def _reached(metric: str, value: float, noise: float | None, seeds: int) -> str:
+    # A noise of 0 is that of seeds that all did the same: it says nothing.
+    return f"{metric} {figure(value)}{f' ± {gap(noise)}' if noise else ''}{f' over {seeds} seeds' if seeds > 1 else ''}"
+
+
+def _above(metric: str, gain: float, error: float, bar: float, bar_words: str) -> str:
+    """``"0.43 ± 0.05 above always 'a' (accuracy 0.333), by the held-out rows"``."""
+    spread = f" ± {gap(error)}" if math.isfinite(error) and error else ""
+    side = "above" if greater_is_better(metric) == (gain > 0) else "below"
+    far = f"{gap(abs(gain))}{spread} {side}" if gain else "no better than"
+    return f"{far} {bar_words} ({metric} {figure(bar)}), by the held-out rows"
+
+
+def _runner_up(
+    trial: int, params: Mapping[str, Any], ratio: float, distance: float, tie: bool, tie_noise: float, **reached: Any
+) -> str:
+    extent = "of the same size" if 0.95 < ratio < 1.05 else f"{ratio:.2g} times the size"
+    if ratio <= 0.95:
+        parts = {2: "half", 3: "a third of", 4: "a quarter of"}
+        near = [words for part, words in parts.items() if abs(ratio * part - 1) < 0.1]
+        extent = f"{near[0]} the size" if near else f"{ratio:.0%} of the size"
+    where = f"{gap(abs(distance))} {'above' if distance > 0 else 'below'}" if distance else "equal to it"
+    end = "" if not tie else f": a tie within the noise of {gap(tie_noise)}" if tie_noise else ": a tie"
+    return f"runner-up, trial {trial} ({settings(params)}): {_reached(**reached)}; {extent}, {where}{end}"
+
+
+def _mattered(mattered: Mapping[str, float], rest: Mapping[str, float]) -> str:
+    def listed(shares: Mapping[str, float]) -> str:
+        return ", ".join(f"{label(name)} {share:.0%}" for name, share in shares.items())
+
+    if not mattered:
+        return f"no hyperparameter mattered more than chance ({listed(rest)})"
+    return f"what mattered: {listed(mattered)}" + (f"; no more than chance: {listed(rest)}" if rest else "")
+
+
+VERDICT: Table = {
+    "use": lambda params: f"use {settings(params)}",
+    "trial": lambda trial, parameters, bytes, **reached: (
+        f"trial {trial}: {_reached(**reached)}, {parameters:,} parameters{f', {size(bytes)}' if bytes else ''}"
+    ),
+    "above": _above,
+    "runner_up": _runner_up,
+    "nothing_learned": "nothing was learned: no configuration is recommended",
+    "best_of_them": lambda trial, params, **reached: (
+        f"the best of them is trial {trial} ({settings(params)}), {_reached(**reached)}"
+    ),
+    "only_one": "the only one that could be compared",
+    "best": _best,
+    "tie": _tie,
+    "none_finished": "no trial finished: the {compared} that came furthest are compared, at {share:.0%} of their steps",
+    "one_seed": "each configuration was trained with one seed: how much of a difference is noise is unknown",
+    "adapter_damaged": "the adapter of trial {trial} is not used: {damage}",
+    "mattered": _mattered,
+    "few_trials": "{trials} trials can be compared; {needed} are needed to say which hyperparameter mattered",
+    "few_steps": "{steps} steps are too few to say which hyperparameter mattered; {needed} are needed",
+    "nothing_varied": "no hyperparameter had more than one value",
+    "all_equal": "all trials have the same {metric}",
+    "nothing_in_common": "the best trials have nothing in common that the others lack",
+}
+
+# -- what to try next -------------------------------------------------------------------------------------------------
+
+
+def _failures(failed: int, trials: int, rate: float, held: float | None = None) -> str:
+    if held is None:
+        return (
+            f"{failed} of {trials} trials diverged, the one with the lowest rate at {shown(rate)}: lower the learning "
+            "rates of the space"
+        )
+    which = (
+        f"{failed} of {trials} trials from rate {shown(rate)} on"
+        if trials > 1
+        else f"the trial with rate {shown(rate)}"
+    )
+    return f"{which} diverged; {shown(held)} held: make it the upper bound of the rate"
+
+
+def _edge(knob: str, side: str, value: Any, near: float, far: float, metric: str, at: float, pairs: float) -> str:
+    this, other = ("upper", "lower") if side == "high" else ("lower", "upper")
+    return (
+        f"the best {label(knob)}, {shown(value)}, is at the {this} edge of the space: widen it there. The {this} half "
+        f"of the trials has a median {metric} of {near:.3g}{_when(at)}, the {other} half {far:.3g}"
+    )
+
+
+def _idle(knob: str, share: float, lowest: float, highest: float, value: Any, metric: str, at: float) -> str:
+    return (
+        f"{label(knob)} made no difference ({share:.0%} of the importance, median {metric} {lowest:.3g} to "
+        f"{highest:.3g}{_when(at)}): fix it at {shown(value)} and spend the trials elsewhere"
+    )
+
+
+def _when(share: float) -> str:
+    return "" if share > 0.995 else f" after {share:.0%} of the steps"
+
+
+def _spiky(jumps: int, steps: int, at_lower_rates: float | None, rate: float, lora_alpha: float) -> str:
+    beside = "" if at_lower_rates is None else f"; at lower rates the median is {at_lower_rates:.0f}"
+    return (
+        f"the training loss spiked at {jumps} of {steps} steps{beside}: lower the learning rate (now {shown(rate)}) or "
+        f"lora_alpha (now {lora_alpha:g})"
+    )
+
+
+def _apart(
+    training: float,
+    held_out: float | None,
+    lowest: float = math.nan,
+    step: int = 0,
+    dropout: float = 0.0,
+    r: int = 0,
+    trial: int | None = None,
+) -> str:
+    if trial is None:
+        return (
+            f"training loss is down to {training:.3g} while held-out loss rose to {held_out:.3g} from {lowest:.3g} at "
+            f"step {step}: the adapter is overfitting. Use more dropout (now {shown(dropout)}), less r (now {r}), "
+            "fewer steps, or more data"
+        )
+    beside = "" if held_out is None else f" while its held-out loss is {held_out:.3g}"
+    return (
+        f"the training loss of trial {trial} came down to {training:.3g}{beside}: it is overfitting. Check that the "
+        "labels are right and the held-out rows are of the same kind (loraloom data), get more rows, or train for "
+        "fewer epochs with less r and more dropout"
+    )
+
+
+def _slow(fall: float, faster: int, faster_and_worse: int, lora_alpha: float, rate: float, scatter: float) -> str:
+    still = f"the training loss still fell by {fall:.0%} over the last third of the steps, evenly"
+    if faster and faster_and_worse > faster / 2:
+        return f"{still}, and {faster_and_worse} of {faster} trials with higher rates did worse: train longer"
+    return f"{still}: raise lora_alpha (now {lora_alpha:g}) or the learning rate (now {shown(rate)}), or train longer"
+
+
+def _rank(r: int, used: int, largest: int, enough: int, modules: int) -> str:
+    most = f" ({largest} in the layer that uses most)" if largest > enough else ""
+    return f"r of {r} uses {counted(used, 'direction')} in the median layer{most}: r of {enough} will do"
+
+
+def _still(modules: Sequence[str], groups: Sequence[Mapping[str, Any]], largest: float, median: float) -> str:
+    parts = [f"all {g['count']} {g['type']}" for g in groups if "type" in g]
+    parts += [f"all {g['count']} modules of {g['layer']}" for g in groups if "layer" in g]
+    single = [g["module"] for g in groups if "module" in g]
+    parts += single[:3] + ([f"{len(single) - 3} more"] if len(single) > 3 else [])
+    which = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return (
+        f"{which} hardly moved (at most {largest:.2g} of the weight's norm, the median module {median:.2g}): drop them "
+        "from the targets"
+    )
+
+
+def _rows(tried: int, gain: float, metric: str, bar_words: str, rows: int, enough: int, error: float) -> str:
+    about = f"; if it is real, about {enough:,} would show it" if rows < enough < 100 * rows else ""
+    return (
+        f"the best of {tried} is {gain:.3g} better in {metric} than {bar_words}, which {counted(rows, 'held-out row')} "
+        f"cannot tell from luck{about}: hold out more"
+    )
+
+
+def _stuck(lowest: float, base: float | None, rates: Sequence[float], steps: int) -> str:
+    below = "its first values" if base is None else f"that of the best constant answer ({base:.3g})"
+    seen = f": the lowest is {lowest:.3g}" if math.isfinite(lowest) else ""
+    tried = shown(rates[0]) if rates[0] == rates[1] else f"{shown(rates[0])} to {shown(rates[1])}"
+    return (
+        f"in {steps} steps no trial's training loss came clearly below {below}{seen}. Raise the learning rates (tried: "
+        f"{tried}), train longer (epochs, max_steps), or adapt more modules; and check that the labels follow from the "
+        "rows at all (loraloom data)"
+    )
+
+
+ADVICE: Table = {
+    "failures": _failures,
+    "edge": _edge,
+    "spiky": _spiky,
+    "apart": _apart,
+    "slow": _slow,
+    "rank": _rank,
+    "still": _still,
+    "idle": _idle,
+    "stuck": _stuck,
+    "rows": _rows,
+    "metric": (
+        "the held-out loss of the best is {gain:.3g} below {bar:.3g}, and its {metric} is no better than that of "
+        "{bar_words}: it has learned something that {metric} does not see. Compare by the loss (metric: loss) or by a "
+        "metric that counts rare classes, or train longer"
+    ),
+    "full": (
+        "{bar_words} has {metric} {bar:.3g} already, which leaves no room: compare by another metric (loss, or one "
+        "that counts rare classes such as f1_macro), or hold out harder rows"
+    ),
+}
+
+ENGLISH: Table = {**SEARCH, **VERDICT, **ADVICE}
