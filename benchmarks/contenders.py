@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 import loraloom
-from loraloom.config.lora import TaskType
+from loraloom import tasks
 from loraloom.engine.flat_adamw import FlatAdamW
 from loraloom.models import activation_checkpointing
 from loraloom.tasks.objective import Objective
@@ -87,7 +87,7 @@ def stepper(name: str, shape: Shape, device: str) -> Callable[[], Any]:
         adapted: Any = loraloom.get_peft_model(model, loraloom.LoraConfig(**fields))
         if shape.checkpointing:
             activation_checkpointing.enable(adapted)
-        objective = Objective(adapted, TaskType.CAUSAL_LM)
+        objective = Objective(adapted, tasks.get("causal-lm"))
         flat = FlatAdamW([(p, 1.0) for p in adapted.parameters() if p.requires_grad], 0.01)
 
         def ours() -> None:

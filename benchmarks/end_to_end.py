@@ -26,10 +26,10 @@ import torch
 import common
 import docstrings
 import loraloom
-from loraloom.config.names import TASKS
 from loraloom.config.train import TrainConfig
 from loraloom.lora import matmul
 from loraloom.models.load import load_base, load_tokenizer
+from loraloom.tasks import TASKS
 from loraloom.train.dataset import read_data
 from loraloom.train.run import prepare, run
 

@@ -33,7 +33,7 @@ import torch
 import common
 import docstrings
 from loraloom.config.train import TrainConfig
-from loraloom.data.batches import bucketed, collate, evaluation_batches
+from loraloom.data.batches import bucketed, evaluation_batches
 from loraloom.lora import matmul
 from loraloom.models.load import load_base
 from loraloom.train.setup import Setup, load
@@ -151,7 +151,7 @@ def one_run(setup: Setup, options: TrainConfig, steps: int) -> dict[str, float]:
     set_up = time.perf_counter() - started
 
     def inputs(rows: list[int], part: Any) -> dict[str, torch.Tensor]:
-        return collate([part.examples[row] for row in rows], setup.tokenizer.pad_token_id, setup.task)
+        return setup.task.collate([part.examples[row] for row in rows], setup.tokenizer.pad_token_id)
 
     order = bucketed(setup.data.train.lengths, setup.options.batch_size, 0, 0)[: steps + 3]
     for number, rows in enumerate(order):

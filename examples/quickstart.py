@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import docstrings
 from loraloom import PeftModel, plan
 from loraloom.config.train import TrainConfig
-from loraloom.data.batches import collate, evaluation_batches
+from loraloom.data.batches import evaluation_batches
 from loraloom.errors import LoraloomError
 from loraloom.lora import matmul
 from loraloom.report.format import params
@@ -198,7 +198,7 @@ def features(setup: Setup, examples: Any) -> tuple[Tensor, Tensor]:
     labels: list[Tensor] = []
     with torch.inference_mode():
         for rows in evaluation_batches([len(e.input_ids) for e in examples], 64):
-            inputs = collate([examples[row] for row in rows], setup.tokenizer.pad_token_id, setup.task)
+            inputs = setup.task.collate([examples[row] for row in rows], setup.tokenizer.pad_token_id)
             labels.append(inputs.pop("labels"))
             hidden = encoder(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"].unsqueeze(-1)

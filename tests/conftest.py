@@ -214,14 +214,14 @@ Maker = Callable[..., Any]
 
 def _maker(folder: Path, task: str) -> Maker:
     from loraloom import LoraConfig, get_peft_model
-    from loraloom.config.names import TASKS
     from loraloom.models.load import load_base
+    from loraloom.tasks import TASKS
 
     def make(dtype: str = "float64", seed: int = 0, **fields: object) -> Any:
         torch.manual_seed(0)  # a new head's numbers
         base, _ = load_base(str(folder), TASKS[task], dtype, LABELS)
         fields = {"target_modules": "all-linear", "init_lora_weights": False, "r": 4, "lora_alpha": 4, **fields}
-        return get_peft_model(base, LoraConfig(task_type=TASKS[task], **fields), seed=seed)
+        return get_peft_model(base, LoraConfig(task_type=TASKS[task].task_type, **fields), seed=seed)
 
     return make
 
@@ -241,10 +241,11 @@ def _examples(task: str, folder: Path, path: Path) -> list[Any]:
     from loraloom.data.shape.shapes import recognise
     from loraloom.data.tokenize.encode import encoder
     from loraloom.models.load import load_tokenizer
+    from loraloom.tasks import TASKS
 
     rows = list(resolve(path)[0])
-    shape = recognise(rows, task)
-    made = encoder(task, load_tokenizer(str(folder)), max_length=64, labels=LABELS)
+    shape = recognise(rows, TASKS[task])
+    made = encoder(TASKS[task], load_tokenizer(str(folder)), max_length=64, labels=LABELS)
     return [example for one in made.encode([(row, shape.read(row)) for row in rows]) for example in one.examples]
 
 

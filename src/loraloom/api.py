@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from loraloom import tasks
 from loraloom.config import objects, runfile
 from loraloom.data.read.given import is_rows, write_rows
 from loraloom.errors import ConfigError, InputError, nearest
@@ -115,7 +116,7 @@ def train(
         TrainingError: the training failed; what it reached is saved.
     """
     with _given(config, model, data, tokenizer, options) as given:
-        found = runfile.read(config, (), given, resume=resume)
+        found = runfile.read(config, (), given, tasks.check, resume=resume)
         result = train_run(found.options, _console(quiet), resume=_path(resume), on_step=on_step, notes=found.notes)
     assert result is not None  # only a dry run has none
     return _run(result, found.options.output)

@@ -121,6 +121,13 @@ def root(
     """Fine-tune LoRA adapters on a frozen model."""
 
 
+def _check_task(options: Any) -> None:
+    """``tasks.check``, loaded once all else is right: it takes torch along."""
+    from loraloom import tasks
+
+    tasks.check(options)
+
+
 @app.command()
 def train(
     context: typer.Context,
@@ -234,7 +241,7 @@ def train(
     from loraloom.config import runfile
 
     wanted = resume == NEWEST or resume
-    found = runfile.read(run_file, settings or (), _given(context), resume=wanted)
+    found = runfile.read(run_file, settings or (), _given(context), _check_task, resume=wanted)
     for key, place in found.places.items():
         if key.startswith("tune.") and place.startswith("--set"):
             raise ConfigError(f"{place}: does nothing here; it is read by loraloom tune alone")
@@ -316,7 +323,7 @@ def data(
 
     given = _given(context)
     if source.lower().endswith((".yaml", ".yml")):
-        options = runfile.read(source, settings or (), {**given, "output": "-"}).options
+        options = runfile.read(source, settings or (), {**given, "output": "-"}, _check_task).options
     else:
         if model is None:
             raise ConfigError("Missing option '--model'.")
@@ -324,7 +331,7 @@ def data(
         given.setdefault(
             "task", task or guess(source, None, format, given.get("data.columns"), on_bad_row == "skip")[0]
         )
-        options = runfile.read(None, settings or (), given).options
+        options = runfile.read(None, settings or (), given, _check_task).options
     data_run(options, rows=rows)
 
 

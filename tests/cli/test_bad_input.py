@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from loraloom import PeftModel
-from loraloom.config.names import TASKS
 from loraloom.errors import AdapterError
 from loraloom.models.load import load_base
+from loraloom.tasks import TASKS
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from loraloom import PeftModel
-from loraloom.config.names import TASKS
 from loraloom.models.load import load_base
+from loraloom.tasks import TASKS
 from loraloom.train.run_record import RUN_NAME
 
 WEIGHTS = "adapter_model.safetensors"

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from loraloom import LoraConfig, PeftModel
-from loraloom.config.names import TASKS
 from loraloom.models.load import load_base
+from loraloom.tasks import TASKS
 from loraloom.train.run_record import RUN_NAME
 
 WEIGHTS = "adapter_model.safetensors"

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraloom.data.batches import bucketed, collate, evaluation_batches, join, padding_share
+from loraloom.data.batches import bucketed, collate, evaluation_batches, padding_share
 from loraloom.data.example import IGNORE, Example
 
 CALM = settings(max_examples=60, deadline=None)  # two cores are shared: a slow example is no failure
@@ -104,7 +104,7 @@ def test_evaluation_starts_with_the_longest_rows() -> None:
 @CALM
 @given(st.lists(TOKENS, min_size=1, max_size=8))
 def test_padding_is_on_the_right_masked_and_left_out_of_the_loss(rows: list[list[int]]) -> None:
-    batch = collate([Example(ids, [IGNORE, *ids[1:]]) for ids in rows], PAD, "causal-lm")
+    batch = collate([Example(ids, [IGNORE, *ids[1:]]) for ids in rows], PAD, "token")
     width = max(map(len, rows))
     assert {name: (tuple(t.shape), t.dtype) for name, t in batch.items()} == {
         name: ((len(rows), width), torch.int64) for name in ("input_ids", "attention_mask", "labels")
@@ -116,27 +116,27 @@ def test_padding_is_on_the_right_masked_and_left_out_of_the_loss(rows: list[list
 
 
 def test_a_class_is_one_number_per_row() -> None:
-    batch = collate([Example([5, 6], 2), Example([7], 0)], PAD, "seq-cls")
+    batch = collate([Example([5, 6], 2), Example([7], 0)], PAD, "row")
     assert batch["labels"].tolist() == [2, 0]
     assert batch["labels"].dtype == torch.int64
 
 
 def test_numbers_and_several_classes_are_float32() -> None:
-    numbers = collate([Example([5, 6], 2.0), Example([7], -0.5)], PAD, "seq-cls")["labels"]
+    numbers = collate([Example([5, 6], 2.0), Example([7], -0.5)], PAD, "row")["labels"]
     assert (numbers.tolist(), numbers.dtype) == ([2.0, -0.5], torch.float32)
-    several = collate([Example([5, 6], [1.0, 0.0]), Example([7], [0.0, 0.0])], PAD, "seq-cls")["labels"]
+    several = collate([Example([5, 6], [1.0, 0.0]), Example([7], [0.0, 0.0])], PAD, "row")["labels"]
     assert (several.tolist(), several.dtype) == ([[1.0, 0.0], [0.0, 0.0]], torch.float32)
 
 
 def test_an_answer_is_two_places_per_row() -> None:
-    labels = collate([Example([5, 6, 7], [1, 2]), Example([7], [0, 0])], PAD, "question-answering")["labels"]
+    labels = collate([Example([5, 6, 7], [1, 2]), Example([7], [0, 0])], PAD, "row")["labels"]
     assert (labels.tolist(), labels.dtype) == ([[1, 2], [0, 0]], torch.int64)
 
 
 def test_tags_are_as_long_as_the_tokens_and_targets_have_a_length_of_their_own() -> None:
-    tags = collate([Example([5, 6, 7], [IGNORE, 1, 2]), Example([7], [0])], PAD, "token-cls")
+    tags = collate([Example([5, 6, 7], [IGNORE, 1, 2]), Example([7], [0])], PAD, "token")
     assert tags["labels"].tolist() == [[IGNORE, 1, 2], [0, IGNORE, IGNORE]]
-    targets = collate([Example([5, 6, 7], [1, 2]), Example([7], [3, 4, 5, 6])], PAD, "seq2seq-lm")
+    targets = collate([Example([5, 6, 7], [1, 2]), Example([7], [3, 4, 5, 6])], PAD, "target")
     assert targets["labels"].tolist() == [[1, 2, IGNORE, IGNORE], [3, 4, 5, 6]]
     assert targets["input_ids"].shape == (2, 3)
     assert targets["labels"].dtype == torch.int64
@@ -144,22 +144,5 @@ def test_tags_are_as_long_as_the_tokens_and_targets_have_a_length_of_their_own()
 
 def test_segments_are_there_where_a_row_has_them_and_padded_with_the_first() -> None:
     pairs = [Example([5, 6, 7], 0, [0, 1, 1]), Example([7, 8], 1)]
-    assert collate(pairs, PAD, "seq-cls")["token_type_ids"].tolist() == [[0, 1, 1], [0, 0, 0]]
-    assert "token_type_ids" not in collate(pairs[1:], PAD, "seq-cls")
-
-
-@CALM
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.lists(TOKENS, max_size=4)), min_size=1, max_size=4))
-def test_a_pack_names_the_slot_of_each_row_and_keeps_the_order(parts: list[tuple[str, list[list[int]]]]) -> None:
-    named = [(f"{name}{i}", [Example(ids, len(ids)) for ids in rows]) for i, (name, rows) in enumerate(parts)]
-    flat = [(slot, example) for slot, examples in named for example in examples]
-    if not flat:
-        return
-    batch = join(named, PAD, "seq-cls")
-    assert batch.slots == [slot for slot, _ in flat]
-    assert batch.rows == len(flat) == len(batch.inputs["input_ids"])
-    assert batch.tokens == int(batch.inputs["attention_mask"].sum())
-    for i, (_, example) in enumerate(flat):
-        n = len(example.input_ids)
-        assert batch.inputs["input_ids"][i, :n].tolist() == example.input_ids
-        assert batch.inputs["labels"][i] == n
+    assert collate(pairs, PAD, "row")["token_type_ids"].tolist() == [[0, 1, 1], [0, 0, 0]]
+    assert "token_type_ids" not in collate(pairs[1:], PAD, "row")

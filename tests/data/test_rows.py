@@ -12,8 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraloom.config.lora import TaskType
-from loraloom.config.names import as_task
 from loraloom.data.read.holdout import held_out
 from loraloom.data.read.sources import resolve
 from loraloom.data.rows import Row, ordered_labels
@@ -195,21 +193,6 @@ def test_no_bytes_at_all_raise_anything_but_a_data_error(
             assert str(path) in str(error)
         else:
             assert rows
-
-
-# Tasks ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["seq-cls", "SEQ_CLS", TaskType.SEQ_CLS])
-def test_a_task_goes_by_its_option_its_peft_name_and_its_enum(name: str) -> None:
-    assert as_task(name) is TaskType.SEQ_CLS
-
-
-def test_a_task_that_rows_are_not_read_for_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'seq_cl' is not one of seq-cls, causal-lm, .*; did you mean 'seq-cls'"):
-        as_task("seq_cl")
-    with pytest.raises(ConfigError, match="FEATURE_EXTRACTION"):
-        as_task(TaskType.FEATURE_EXTRACTION)
 
 
 # Labels ---------------------------------------------------------------------------------------------------

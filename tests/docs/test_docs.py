@@ -351,27 +351,30 @@ def test_the_page_on_the_command_line_has_every_option_of_a_run_with_its_key_and
 
 def test_the_page_on_the_command_line_names_every_metric_and_schedule() -> None:
     from loraloom.config.train import SCHEDULES
-    from loraloom.tasks.metrics.registry import DEFAULTS, MEASURES
+    from loraloom.tasks import TASKS
+    from loraloom.tasks.metrics.registry import known_metrics
 
     page = text_of("docs/train.md")
-    words = {*SCHEDULES, *(name for kind in (*MEASURES.values(), *DEFAULTS.values()) for name in kind)}
+    problems = (None, "regression", "multi_label_classification")
+    words = {*SCHEDULES, *(n for task in TASKS.values() for p in problems for n in known_metrics(task.kinds(p)))}
     assert {word for word in words if f"`{word}`" not in page} == set()
 
 
 def test_the_page_on_data_names_every_shape_in_order_and_shows_the_default_template() -> None:
-    from loraloom.config.names import TASKS
-    from loraloom.data.shape.forms import SHAPES
+    from loraloom.config.names import TASKS as NAMES
     from loraloom.data.tokenize.templates import PLAIN_TEXT
+    from loraloom.tasks import TASKS
 
     page = text_of("docs/data.md")
     assert PLAIN_TEXT in {block.text.removesuffix("\n") for block in blocks("docs/data.md")}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
     head = rows.index(["task", "`format`", "columns", "may be there as well"])
-    names = {kind: name for name, kind in TASKS.items()}
     wanted = []
-    for kind, forms in SHAPES.items():
-        for number, form in enumerate(forms):
-            task = "" if number else f"`{names[kind]}`"
+    order = [name for row in rows[head:] if (name := row[0].strip("`")) in NAMES]
+    assert sorted(order) == sorted(TASKS) == sorted(NAMES)
+    for name in order:
+        for number, form in enumerate(TASKS[name].forms):
+            task = "" if number else f"`{name}`"
             columns = [", ".join(f"`{name}`" for name in part) for part in (form.needs, form.may)]
             wanted.append([task, f"`{form.name}`", *columns])
     assert rows[head + 1 : head + 1 + len(wanted)] == wanted

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraloom import LoraConfig, PeftModel, TaskType
+from loraloom import LoraConfig, PeftModel, tasks
 from loraloom.data.example import Example
 from loraloom.engine.loop import Progress, train_pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import TrainingError
 from loraloom.inference.evaluation import evaluate
+from loraloom.tasks.base import Task
 
-CLASSES, LM = TaskType.SEQ_CLS, TaskType.CAUSAL_LM
+CLASSES, LM = tasks.get("seq-cls"), tasks.get("causal-lm")
 Maker = Callable[..., PeftModel]
 
 #: Two that differ in all that slots can differ in: r, targets, scale, start, rows, rates, how long they train.
@@ -43,7 +44,7 @@ def two(make: Maker) -> PeftModel:
 
 
 def train(
-    model: PeftModel, task: TaskType, examples: list[Example], *names: str, **options: Any
+    model: PeftModel, task: Task, examples: list[Example], *names: str, **options: Any
 ) -> tuple[dict[str, Slot], int]:
     slots = {name: Slot(name, model.adapter_parameters(name), examples, **SLOTS[name]) for name in names}
     options = {"evaluate_every": 3, "evaluate": lambda slot: {"loss": 0.0}, **options}
@@ -55,7 +56,7 @@ def weights(model: PeftModel, name: str) -> dict[str, Tensor]:
 
 
 @pytest.fixture(params=["seq-cls", "causal-lm"])
-def pack(request: pytest.FixtureRequest) -> tuple[Maker, TaskType, list[Example]]:
+def pack(request: pytest.FixtureRequest) -> tuple[Maker, Task, list[Example]]:
     if request.param == "seq-cls":
         return request.getfixturevalue("classifier"), CLASSES, request.getfixturevalue("classes")
     return request.getfixturevalue("decoder"), LM, request.getfixturevalue("completions")
@@ -64,7 +65,7 @@ def pack(request: pytest.FixtureRequest) -> tuple[Maker, TaskType, list[Example]
 # One and many ---------------------------------------------------------------------------------------------
 
 
-def test_a_pack_of_two_is_each_of_them_alone(pack: tuple[Maker, TaskType, list[Example]]) -> None:
+def test_a_pack_of_two_is_each_of_them_alone(pack: tuple[Maker, Task, list[Example]]) -> None:
     make, task, examples = pack
     together = two(make)
     start = {name: weights(together, name) for name in ADAPTERS}

@@ -214,7 +214,7 @@ def python(code: str, url: str, home: Path) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in kept.items() if not name.upper().endswith("_PROXY")}
     head = (
         "import time, datasets, transformers, transformers.models.bert.modeling_bert\n"
-        "from loraloom.config.lora import TaskType\nfrom loraloom.data.read.sources import resolve\n"
+        "from loraloom.data.read.sources import resolve\nfrom loraloom.tasks import TASKS\n"
         "from loraloom.errors import LoraloomError\nfrom loraloom.models.load import load_base, load_tokenizer\n"
         "started = time.monotonic()\n"
     )
@@ -255,7 +255,7 @@ def test_a_model_of_a_mirror_is_fetched_and_afterwards_found_without_it(
     url, served = hub
     shutil.copytree(encoder_folder, tmp_path / "served")
     code = (
-        'model, new = load_base("somebody/tiny", TaskType.SEQ_CLS, "float32", ["a", "b"])\n'
+        'model, new = load_base("somebody/tiny", TASKS["seq-cls"], "float32", ["a", "b"])\n'
         'print(new, len(load_tokenizer("somebody/tiny")), float(model.bert.embeddings.word_embeddings.weight.sum()))'
     )
     first = python(code, url, tmp_path / "home")

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraloom import LoraConfig, PeftModel, TaskType, get_peft_model
-from loraloom.data.batches import collate
+from loraloom import LoraConfig, PeftModel, get_peft_model, tasks
 from loraloom.data.example import IGNORE, Example
 from loraloom.data.records import Asked, Labelled, Pair, Record, Tagged, Translated
 from loraloom.data.rows import Row
@@ -24,15 +23,17 @@ from loraloom.data.tokenize.answers import Window
 from loraloom.data.tokenize.encode import encoder
 from loraloom.engine.loop import train_pack
 from loraloom.engine.slot import Slot
-from loraloom.inference.evaluation import HeldOut, best_answer, evaluate, prompt_and_target
+from loraloom.inference.evaluation import HeldOut, evaluate
 from loraloom.models.load import load_base, load_tokenizer
+from loraloom.tasks.base import Task
 from loraloom.tasks.metrics.registry import Metrics, OwnMetric, choose
+from loraloom.tasks.question_answering import best_answer
 
-CLASSES, LM = TaskType.SEQ_CLS, TaskType.CAUSAL_LM
+CLASSES, LM = tasks.get("seq-cls"), tasks.get("causal-lm")
 Maker = Callable[..., PeftModel]
 
 
-def first_loss(model: PeftModel, task: TaskType, examples: list[Example]) -> tuple[float, list[Tensor]]:
+def first_loss(model: PeftModel, task: Task, examples: list[Example]) -> tuple[float, list[Tensor]]:
     """The loss that one step over all ``examples`` notes down, and the gradients that it takes."""
     parameters = model.adapter_parameters("default")
     slot = Slot("default", parameters, examples, steps=1, batch_size=len(examples), learning_rate=1e-30)
@@ -136,7 +137,7 @@ def test_padding_is_not_seen(classifier: Maker, classes: list[Example]) -> None:
     rows = sorted(classes[:12], key=lambda e: len(e.input_ids))
     short, long = rows[0], rows[-1]
     assert len(short.input_ids) < len(long.input_ids)
-    inputs = collate([short, long], 0, CLASSES)
+    inputs = CLASSES.collate([short, long], 0)
     inputs.pop("labels")
     with torch.no_grad():
         together = model(**inputs).logits[0]
@@ -150,15 +151,17 @@ TAGS = ["B-X", "I-X", "O"]
 ENCODER_WORDS = ["the", "good", "film", "was", "a", "bad", "book", "with", "the", "cat", "in", "it"]
 
 
-def adapted(folder: Path, task: TaskType, labels: Sequence[str] = (), problem: str | None = None) -> PeftModel:
+def adapted(folder: Path, task: Task, labels: Sequence[str] = (), problem: str | None = None) -> PeftModel:
     torch.manual_seed(0)
     base, _ = load_base(str(folder), task, "float64", labels, problem)
-    config = LoraConfig(task_type=task, target_modules="all-linear", init_lora_weights=False, r=4, lora_alpha=16)
+    config = LoraConfig(
+        task_type=task.task_type, target_modules="all-linear", init_lora_weights=False, r=4, lora_alpha=16
+    )
     return get_peft_model(base, config, seed=1)
 
 
 def encoded(
-    tokenizer: Any, task: TaskType, records: Sequence[Record], max_length: int = 64, **settings: Any
+    tokenizer: Any, task: Task, records: Sequence[Record], max_length: int = 64, **settings: Any
 ) -> tuple[list[Example], list[tuple[Row, Record]], list[int]]:
     """Examples, the records with their rows, and the row of each example."""
     named = [(Row({}, i), record) for i, record in enumerate(records, start=1)]
@@ -168,7 +171,7 @@ def encoded(
     return [example for result in results for example in result.examples], named, rows
 
 
-def seen(task: TaskType, problem: str | None = None) -> tuple[Metrics, list[tuple[Any, Any]]]:
+def seen(task: Task, problem: str | None = None) -> tuple[Metrics, list[tuple[Any, Any]]]:
     """Metrics that note down what they are given."""
     notes: list[tuple[Any, Any]] = []
 
@@ -192,7 +195,7 @@ def test_numbers_and_several_classes_are_measured_row_by_row(encoder_folder: Pat
     examples, _, _ = encoded(tokenizer, CLASSES, records, problem_type="regression")
     model = adapted(encoder_folder, CLASSES, problem="regression")
     metrics, notes = seen(CLASSES, "regression")
-    found = evaluate(model, "default", CLASSES, examples, 0, 3, HeldOut(metrics))
+    found = evaluate(model, "default", CLASSES, examples, 0, 3, HeldOut(metrics=metrics))
     said = [float(outputs_by_hand(model, example).logits) for example in examples]
     assert notes[0] == (pytest.approx(said, rel=1e-6), [i / 2 for i in range(7)])
     assert list(found) == ["loss", "mse", "mae", "pearson", "spearman", "r2", "note"]
@@ -203,7 +206,7 @@ def test_numbers_and_several_classes_are_measured_row_by_row(encoder_folder: Pat
     examples, _, _ = encoded(tokenizer, CLASSES, several, problem_type=kind, labels=names)
     model = adapted(encoder_folder, CLASSES, names, kind)
     metrics, notes = seen(CLASSES, kind)
-    found = evaluate(model, "default", CLASSES, examples, 0, 3, HeldOut(metrics, labels=names))
+    found = evaluate(model, "default", CLASSES, examples, 0, 3, HeldOut(metrics=metrics, labels=names))
     logits = [outputs_by_hand(model, example).logits[0] for example in examples]
     assert notes[0][0] == [[n for n, logit in zip(names, row.tolist(), strict=True) if logit > 0] for row in logits]
     assert notes[0][1] == [record.label for record in several]
@@ -214,12 +217,12 @@ def test_numbers_and_several_classes_are_measured_row_by_row(encoder_folder: Pat
 
 def test_tags_are_those_of_words_and_parts_of_a_row_are_joined(encoder_folder: Path) -> None:
     tokenizer = load_tokenizer(str(encoder_folder))
-    task = TaskType.TOKEN_CLS
+    task = tasks.get("token-cls")
     model = adapted(encoder_folder, task, TAGS)
     records = [Tagged(ENCODER_WORDS[:n], [TAGS[i % 3] for i in range(n)]) for n in (12, 3, 7)]
     whole, _, _ = encoded(tokenizer, task, records, labels=TAGS)
     metrics, notes = seen(task)
-    found = evaluate(model, "default", task, whole, 0, 2, HeldOut(metrics, labels=TAGS))
+    found = evaluate(model, "default", task, whole, 0, 2, HeldOut(metrics=metrics, labels=TAGS))
     for said, right, example, record in zip(*notes[0], whole, records, strict=True):
         best = outputs_by_hand(model, example).logits[0].argmax(-1).tolist()
         assert said == [TAGS[best[i]] for i, label in enumerate(example.labels) if label != IGNORE]  # type: ignore[arg-type]
@@ -228,7 +231,7 @@ def test_tags_are_those_of_words_and_parts_of_a_row_are_joined(encoder_folder: P
 
     parts, _, rows = encoded(tokenizer, task, records, 6, labels=TAGS, overlong="split")
     assert rows == [0, 0, 0, 1, 2, 2]
-    evaluate(model, "default", task, parts, 0, 2, HeldOut(metrics, labels=TAGS, rows=rows))
+    evaluate(model, "default", task, parts, 0, 2, HeldOut(metrics=metrics, labels=TAGS, rows=rows))
     assert notes[1][1] == [record.tags for record in records]
     assert list(evaluate(model, "default", task, whole, 0, 2)) == ["loss"]  # what the numbers stand for is not known
 
@@ -242,12 +245,12 @@ QUESTIONS = [
 
 def test_answers_are_the_best_span_of_all_windows(encoder_folder: Path) -> None:
     tokenizer = load_tokenizer(str(encoder_folder))
-    task = TaskType.QUESTION_ANS
+    task = tasks.get("question-answering")
     model = adapted(encoder_folder, task)
     examples, named, rows = encoded(tokenizer, task, QUESTIONS, 14, stride=4)
     assert len(set(rows)) == 3 < len(rows)
     metrics, notes = seen(task)
-    held = HeldOut(metrics, named, rows, tokenizer=tokenizer, max_length=14, stride=4)
+    held = HeldOut(metrics=metrics, records=named, rows=rows, tokenizer=tokenizer, max_length=14, stride=4)
     found = evaluate(model, "default", task, examples, 0, 2, held)
     assert list(found) == ["loss", "f1", "exact_match", "note"]
     said, right = notes[0]
@@ -306,7 +309,13 @@ def test_texts_are_generated_from_prompts_and_compared_with_the_whole_completion
     examples, named, _ = encoded(tokenizer, LM, records, 12)
     metrics, notes = seen(LM)
     found = evaluate(
-        model, "default", LM, examples, 0, 8, HeldOut(metrics, named, tokenizer=tokenizer, max_new_tokens=5)
+        model,
+        "default",
+        LM,
+        examples,
+        0,
+        8,
+        HeldOut(metrics=metrics, records=named, tokenizer=tokenizer, max_new_tokens=5),
     )
     assert notes[0][1] == [" good and great", " bad"]
     for said, record in zip(notes[0][0], records, strict=True):
@@ -315,18 +324,18 @@ def test_texts_are_generated_from_prompts_and_compared_with_the_whole_completion
         assert said == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert list(found) == ["loss", "perplexity", "note"]
     asked = choose(LM, None, ["rougeL", "exact_match"])
-    found = evaluate(model, "default", LM, examples, 0, 8, HeldOut(asked, named, tokenizer=tokenizer))
+    found = evaluate(model, "default", LM, examples, 0, 8, HeldOut(metrics=asked, records=named, tokenizer=tokenizer))
     assert list(found) == ["loss", "rougeL", "exact_match"]
 
 
 def test_a_translators_texts_are_generated_from_sources(translator_folder: Path) -> None:
-    task = TaskType.SEQ_2_SEQ_LM
+    task = tasks.get("seq2seq-lm")
     tokenizer = load_tokenizer(str(translator_folder))
     model = adapted(translator_folder, task)
     records = [Translated("the good film", "a bad book in it"), Translated("cat", "now")]
     examples, named, _ = encoded(tokenizer, task, records)
     metrics, notes = seen(task)
-    held = HeldOut(metrics, named, tokenizer=tokenizer, max_new_tokens=6)
+    held = HeldOut(metrics=metrics, records=named, tokenizer=tokenizer, max_new_tokens=6)
     found = evaluate(model, "default", task, examples, 0, 8, held)
     assert notes[0][1] == ["a bad book in it", "now"]
     for said, record in zip(notes[0][0], records, strict=True):
@@ -345,12 +354,12 @@ def test_a_translators_texts_are_generated_from_sources(translator_folder: Path)
 
 def test_of_a_conversation_the_last_thing_said_is_asked_for() -> None:
     chat = Example([9, 8, 7, 6, 5, 4, 3, 2], [IGNORE, IGNORE, 7, 6, IGNORE, IGNORE, 3, 2])
-    assert prompt_and_target(chat, LM) == ([9, 8, 7, 6, 5, 4], [3, 2])
+    assert LM.prompt_and_target(chat) == ([9, 8, 7, 6, 5, 4], [3, 2])
     closed = Example([9, 9, 8, 7, 6], [IGNORE, IGNORE, 8, 7, IGNORE])
-    assert prompt_and_target(closed, LM) == ([9, 9], [8, 7])
+    assert LM.prompt_and_target(closed) == ([9, 9], [8, 7])
     text = Example(list(range(20)), list(range(20)))
-    assert prompt_and_target(text, LM) == (list(range(8)), list(range(8, 20)))
-    assert prompt_and_target(Example([1, 2], [1, 2]), LM) == ([1], [2])
+    assert LM.prompt_and_target(text) == (list(range(8)), list(range(8, 20)))
+    assert LM.prompt_and_target(Example([1, 2], [1, 2])) == ([1], [2])
 
 
 def test_an_evaluation_leaves_the_mode_of_every_module(decoder: Maker, completions: list[Example]) -> None:
@@ -363,21 +372,21 @@ def test_an_evaluation_leaves_the_mode_of_every_module(decoder: Maker, completio
 
 def test_some_of_the_examples_in_any_order_are_measured_too(encoder_folder: Path) -> None:
     tokenizer = load_tokenizer(str(encoder_folder))
-    task = TaskType.QUESTION_ANS
+    task = tasks.get("question-answering")
     model = adapted(encoder_folder, task)
     examples, named, rows = encoded(tokenizer, task, QUESTIONS, 14, stride=4)
     metrics, notes = seen(task)
     given: dict[str, Any] = {"records": named, "tokenizer": tokenizer, "max_length": 14, "stride": 4}
     some = list(range(len(examples)))[::-2]
     chosen = [examples[i] for i in some]
-    evaluate(model, "default", task, chosen, 0, 2, HeldOut(metrics, rows=[rows[i] for i in some], **given))
+    evaluate(model, "default", task, chosen, 0, 2, HeldOut(metrics=metrics, rows=[rows[i] for i in some], **given))
     asked = dict.fromkeys(rows[i] for i in some)
     assert notes[0][1] == [[text for text, _ in QUESTIONS[row].answers] for row in asked]
     forwards = sorted(range(len(examples)), key=lambda i: (-rows[i], i))
     for order in (range(len(examples)), forwards):
         evaluate(
             model, "default", task, [examples[i] for i in order], 0, 2,
-            HeldOut(metrics, rows=[rows[i] for i in order], **given),
+            HeldOut(metrics=metrics, rows=[rows[i] for i in order], **given),
         )  # fmt: skip
     assert notes[1][0] == notes[2][0][::-1]
 
@@ -387,32 +396,32 @@ def test_some_of_the_examples_in_any_order_are_measured_too(encoder_folder: Path
 
 def test_tags_that_mark_no_entities_are_measured_by_word(encoder_folder: Path) -> None:
     tags = ["DET", "NOUN", "VERB"]
-    tokenizer, task = load_tokenizer(str(encoder_folder)), TaskType.TOKEN_CLS
+    tokenizer, task = load_tokenizer(str(encoder_folder)), tasks.get("token-cls")
     model = adapted(encoder_folder, task, tags)
     records = [Tagged(ENCODER_WORDS[:n], [tags[i % 3] for i in range(n)]) for n in (12, 3, 7)]
     examples, _, _ = encoded(tokenizer, task, records, labels=tags)
     metrics, notes = seen(task)
     for either in (None, metrics):
-        found = evaluate(model, "default", task, examples, 0, 2, HeldOut(either, labels=tags))
+        found = evaluate(model, "default", task, examples, 0, 2, HeldOut(metrics=either, labels=tags))
         assert list(found)[:4] == ["loss", "accuracy", "f1_macro", "f1_micro"]
     said, right = ([tag for row in side for tag in row] for side in notes[0])
     assert found["accuracy"] == sum(map(str.__eq__, said, right)) / len(right) < 1
 
 
-@pytest.mark.parametrize("task", [CLASSES, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS])
-def test_a_model_whose_numbers_are_none_is_right_nowhere(task: TaskType, encoder_folder: Path) -> None:
+@pytest.mark.parametrize("task", [CLASSES, tasks.get("token-cls"), tasks.get("question-answering")])
+def test_a_model_whose_numbers_are_none_is_right_nowhere(task: Task, encoder_folder: Path) -> None:
     tokenizer = load_tokenizer(str(encoder_folder))
-    records: dict[TaskType, list[Record]] = {
+    records: dict[Task, list[Record]] = {
         CLASSES: [Labelled("the good film", None, "O"), Labelled("a bad book", None, "B-X")],
-        TaskType.TOKEN_CLS: [Tagged(["the", "film"], ["O", "B-X"])],
-        TaskType.QUESTION_ANS: [Asked("was it", "the film was a bad film", [])],
+        tasks.get("token-cls"): [Tagged(["the", "film"], ["O", "B-X"])],
+        tasks.get("question-answering"): [Asked("was it", "the film was a bad film", [])],
     }
-    labels = () if task is TaskType.QUESTION_ANS else ("B-X", "O")
+    labels = () if task is tasks.get("question-answering") else ("B-X", "O")
     model = adapted(encoder_folder, task, labels)
     for parameter in model.adapter_parameters("default").values():
         parameter.data.fill_(math.nan)
     examples, named, _ = encoded(tokenizer, task, records[task], labels=labels)
-    held = HeldOut(None, named, labels=labels, tokenizer=tokenizer, max_length=64)
+    held = HeldOut(records=named, labels=labels, tokenizer=tokenizer, max_length=64)
     found = evaluate(model, "default", task, examples, 0, 2, held)
     assert math.isnan(found.pop("loss"))
     assert len(found) > 1

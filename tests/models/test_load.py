@@ -14,12 +14,14 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from loraloom import LoraConfig, TaskType, get_peft_model
+from loraloom import LoraConfig, get_peft_model
 from loraloom.errors import ConfigError, ModelError
 from loraloom.models.configs import tokens_at_most
 from loraloom.models.load import build_empty, length_within, load_base, load_limit, load_tokenizer
+from loraloom.tasks import TASKS
+from loraloom.tasks.base import Task
 
-CLASSES, LM = TaskType.SEQ_CLS, TaskType.CAUSAL_LM
+CLASSES, LM = TASKS["seq-cls"], TASKS["causal-lm"]
 
 
 def test_a_new_head_is_named_and_knows_its_labels(encoder_folder: Path) -> None:
@@ -192,7 +194,7 @@ def test_a_name_that_was_fetched_before_loads_without_a_network(decoder_folder: 
 
 # Other tasks ----------------------------------------------------------------------------------------------
 
-TAGS, ANSWERS, SEQ2SEQ = TaskType.TOKEN_CLS, TaskType.QUESTION_ANS, TaskType.SEQ_2_SEQ_LM
+TAGS, ANSWERS, SEQ2SEQ = TASKS["token-cls"], TASKS["question-answering"], TASKS["seq2seq-lm"]
 
 
 def test_tags_and_answers_get_new_heads_that_train_in_full(encoder_folder: Path) -> None:
@@ -203,7 +205,7 @@ def test_tags_and_answers_get_new_heads_that_train_in_full(encoder_folder: Path)
         if labels:
             assert model.config.id2label == dict(enumerate(labels))  # type: ignore[union-attr]
             assert model.config.label2id == {label: i for i, label in enumerate(labels)}  # type: ignore[union-attr]
-        adapted = get_peft_model(model, LoraConfig(task_type=task, target_modules=["query"]))
+        adapted = get_peft_model(model, LoraConfig(task_type=task.task_type, target_modules=["query"]))
         assert any(f"{head}.weight" in name for name in adapted.adapter_parameters("default"))
 
 
@@ -282,7 +284,7 @@ def test_a_decoder_is_none_that_reads_in_both_directions_whatever_its_config_lea
 
 @pytest.mark.parametrize("task", [CLASSES, TAGS, ANSWERS, SEQ2SEQ])
 def test_an_empty_model_of_every_task_has_the_shapes_of_the_loaded_one(
-    encoder_folder: Path, translator_folder: Path, task: TaskType
+    encoder_folder: Path, translator_folder: Path, task: Task
 ) -> None:
     name = str(translator_folder if task is SEQ2SEQ else encoder_folder)
     loaded, _ = load_base(name, task, "float32", ["a", "b", "c"])

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from loraloom import LoraConfig, TaskType, get_peft_model
-from loraloom.data.batches import collate
+from loraloom import LoraConfig, get_peft_model
 from loraloom.data.example import Example
 from loraloom.errors import ModelError
 from loraloom.models.configs import levels
 from loraloom.models.load import load_base, load_tokenizer
+from loraloom.tasks import TASKS
 from loraloom.tasks.objective import Objective
 
 SMALL = {"vocab_size": 21, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -51,18 +51,18 @@ def folder(kind: str, tokenizer: Path, to: Path) -> tuple[str, Any]:
 def test_a_row_is_classified_in_a_batch_as_alone(kind: str, decoder_folder: Path, tmp_path: Path) -> None:
     name, tokenizer = folder(kind, decoder_folder, tmp_path)
     said: list[str] = []
-    base, _ = load_base(name, TaskType.SEQ_CLS, "float32", ["a", "b"], tokenizer=tokenizer, log=said.append)
+    base, _ = load_base(name, TASKS["seq-cls"], "float32", ["a", "b"], tokenizer=tokenizer, log=said.append)
     assert all(one.pad_token_id == tokenizer.pad_token_id for one in levels(base.config) if hasattr(one, "vocab_size"))
     assert any("the tokenizer's is used" in text for text in said) is (kind != "t5gemma")
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear")).eval()
-    objective = Objective(model, TaskType.SEQ_CLS)
+    objective = Objective(model, TASKS["seq-cls"])
     end = [2] if kind.startswith("t5") else []
     # The last row but one ends in what its folder's config pads with, the last one in the tokenizer's end token.
     texts = [[1, 5, 9], [1, 7, 8, 9, 10, 11, 12, 13], [1, 6, 5, 0], [1, 9, 7, 2]]
     rows = [Example([*text[: len(text) - len(end)], *end], 0, None) for text in texts]
 
     def logits(chosen: list[Example]) -> torch.Tensor:
-        inputs = collate(chosen, tokenizer.pad_token_id, TaskType.SEQ_CLS)
+        inputs = TASKS["seq-cls"].collate(chosen, tokenizer.pad_token_id)
         inputs.pop("labels")
         with torch.no_grad():
             return objective.forward(inputs)
@@ -76,4 +76,4 @@ def test_a_reader_that_finds_the_end_token_needs_another_to_pad_with(decoder_fol
     name, tokenizer = folder("t5", decoder_folder, tmp_path)
     tokenizer.pad_token = tokenizer.eos_token
     with pytest.raises(ModelError, match=r"pads with the end token \('</s>'\), by which t5 finds where a text ends"):
-        load_base(name, TaskType.SEQ_CLS, "float32", ["a", "b"], tokenizer=tokenizer)
+        load_base(name, TASKS["seq-cls"], "float32", ["a", "b"], tokenizer=tokenizer)

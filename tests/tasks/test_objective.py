@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loraloom import LoraConfig, TaskType, get_peft_model
+from loraloom import LoraConfig, TaskType, get_peft_model, tasks
 from loraloom.tasks.head_split import Split, Whole, split
 from loraloom.tasks.objective import Objective
 
@@ -55,7 +55,7 @@ def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 def test_the_loss_is_the_models_own_on_every_family(family: str) -> None:
     model = adapted(family)
     inputs, labels = batch()
-    objective = Objective(model, TaskType.CAUSAL_LM)
+    objective = Objective(model, tasks.get("causal-lm"))
     assert isinstance(objective.way, Split)
     assert str(objective.way.logits) == FAMILIES[family][1]
     with model.base_model.lora_routed(["default"] * 3):
@@ -80,7 +80,7 @@ def test_the_loss_is_the_models_own_on_every_family(family: str) -> None:
 def test_a_head_with_an_adapter_or_a_copy_of_its_own_trains(fields: dict[str, Any]) -> None:
     model = adapted("llama", **fields)
     inputs, labels = batch()
-    objective = Objective(model, TaskType.CAUSAL_LM)
+    objective = Objective(model, tasks.get("causal-lm"))
     parameters = model.adapter_parameters("default")
     with model.base_model.lora_routed(["default"] * 3):
         found = torch.autograd.grad(objective.loss(objective.forward(inputs), labels), list(parameters.values()))
@@ -114,7 +114,7 @@ def test_a_model_that_is_none_of_transformers_is_taken_whole() -> None:
 
     model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["out"]))
     assert isinstance(split(model), Whole)
-    objective = Objective(model, TaskType.CAUSAL_LM)
+    objective = Objective(model, tasks.get("causal-lm"))
     ids = torch.tensor([[1, 2, 3]])
     assert float(objective.loss(objective.forward({"input_ids": ids}), ids)) > 0
 
@@ -178,7 +178,7 @@ def labelled(name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 def test_the_loss_of_every_task_is_transformers_own(name: str) -> None:
     model, task = other(name), OTHERS[name][2]
     inputs, labels = labelled(name)
-    objective = Objective(model, task)
+    objective = Objective(model, tasks.get(task))
     with model.base_model.lora_routed(["default"] * len(labels)):
         out = objective.forward(inputs, labels)
         found = objective.loss(out, labels)
@@ -199,7 +199,7 @@ def test_the_loss_of_every_task_is_transformers_own(name: str) -> None:
 
 def test_padding_is_no_answer_so_a_rows_loss_does_not_depend_on_its_neighbours() -> None:
     model = other("an answer")
-    objective = Objective(model, ANSWERS)
+    objective = Objective(model, tasks.get(ANSWERS))
     inputs, labels = labelled("an answer")
     wide = {
         "input_ids": F.pad(inputs["input_ids"], (0, 5)),
@@ -221,7 +221,7 @@ def test_segments_reach_a_model_that_tells_them_apart_and_no_other() -> None:
     outs = {}
     for name in ("one class", "a decoder's class"):
         model = other(name)
-        objective = Objective(model, CLASSES)
+        objective = Objective(model, tasks.get(CLASSES))
         with model.base_model.lora_routed(["default"] * 3):
             outs[name] = [objective.forward(x) for x in (inputs, {**inputs, "token_type_ids": types})]
     assert not torch.allclose(*outs["one class"])
@@ -233,7 +233,7 @@ def test_a_decoder_begins_from_the_labels_where_only_the_models_forward_shifts_t
     from transformers import LlamaConfig, LlamaForCausalLM, M2M100Config, M2M100ForConditionalGeneration
 
     from loraloom.errors import ModelError
-    from loraloom.tasks.objective import decoder_inputs
+    from loraloom.tasks.seq2seq_lm import decoder_inputs
 
     config = M2M100Config(
         vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
@@ -276,7 +276,7 @@ def test_no_forward_fills_a_cache_whatever_its_arguments_are(
         seen.append(out.get("past_key_values"))
 
     getattr(base, base.base_model_prefix).register_forward_hook(note)
-    objective = Objective(model, task)
+    objective = Objective(model, tasks.get(task))
     seen.clear()
     ids = torch.ones(2, 5, dtype=torch.long)
     objective.forward({"input_ids": ids, "attention_mask": ids})

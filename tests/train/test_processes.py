@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from loraloom import PeftModel
-from loraloom.config.names import TASKS
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.models.load import load_base
+from loraloom.tasks import TASKS
 from loraloom.train.run_record import RUN_NAME
 
 OPTIONS = ["--max-steps", 7, "--batch-size", 5, "--gradient-accumulation-steps", 2, "--target-modules", "all-linear"]

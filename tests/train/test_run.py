@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import load_file
 
 from loraloom import LoraConfig, PeftModel
-from loraloom.config.names import TASKS
 from loraloom.config.train import TrainConfig
 from loraloom.data.batches import bucketed, padding_share
 from loraloom.engine.loop import Progress
 from loraloom.errors import ConfigError, DataError, LoraloomError, SaveError, TrainingError
 from loraloom.lora.routing import BASE
 from loraloom.models.load import load_base
+from loraloom.tasks import TASKS
 from loraloom.train.failures import Interrupted
 from loraloom.train.output import RUN_FILE
 from loraloom.train.run import examine, prepare, run

@@ -104,7 +104,7 @@ def loaded_rows(rows: list[dict[str, Any]], task: str, model: Path, folder: Path
 
 def bar_of(setup: Setup) -> Bar:
     model = PeftModel(setup.base)
-    model.add_adapter("span", LoraConfig(r=1, target_modules="all-linear", task_type=setup.task))
+    model.add_adapter("span", LoraConfig(r=1, target_modules="all-linear", task_type=setup.task.task_type))
     return set_bar(setup, model)
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from loraloom import PeftModel
-from loraloom.config.names import TASKS
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.messages import Message
 from loraloom.models.load import load_base
+from loraloom.tasks import TASKS
 from loraloom.train.failures import Interrupted
 from loraloom.train.setup import load
 from loraloom.tune import ray_executor, search

@@ -23,13 +23,13 @@ from optuna.storages.journal import JournalFileBackend
 
 from loraloom import LoraConfig, PeftModel
 from loraloom.cli import _run
-from loraloom.config.names import TASKS
 from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, DataError, TrainingError
 from loraloom.inference.evaluation import evaluate
 from loraloom.messages import Message
 from loraloom.models.load import load_base
 from loraloom.report.sentences import sentence
+from loraloom.tasks import TASKS
 from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.train.failures import Interrupted
 from loraloom.train.run_record import RUN_NAME

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from loraloom.config.lora import TaskType
-from loraloom.errors import ConfigError, nearest
 
 #: The tasks that a run can train, by their option.
 TASKS = {
@@ -19,19 +18,3 @@ OVERLONG = ("error", "truncate", "drop", "split")
 
 #: Keys of one source of data.
 SOURCE_KEYS = ("path", "weight", "name", "split", "revision")
-
-
-def as_task(task: TaskType | str) -> TaskType:
-    """``"seq-cls"``, ``"SEQ_CLS"`` or the enum itself as a ``TaskType`` that a run can train."""
-    if isinstance(task, str) and task in TASKS:
-        return TASKS[task]
-    name = (task.value if isinstance(task, TaskType) else str(task)).upper().replace("-", "_")
-    known = {kind.value: kind for kind in TASKS.values()}
-    if name not in known:
-        raise ConfigError(f"task: {task!r} is not one of {', '.join(TASKS)}{nearest(str(task), TASKS)}")
-    return known[name]
-
-
-def task_option(task: TaskType) -> str:
-    """The task by its option, as messages name it: ``"seq2seq-lm"``."""
-    return next(option for option, kind in TASKS.items() if kind is task)

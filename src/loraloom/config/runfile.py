@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,6 +95,7 @@ def read(
     path: str | Path | None,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     given: Mapping[str, Any] | None = None,
+    check: Callable[[TrainConfig], None] = lambda options: None,
     *,
     resume: bool | str | Path | None = None,
 ) -> RunFile:
@@ -106,6 +107,7 @@ def read(
     Args:
         overrides: dotted keys and values, or ``"key=value"`` with the value in YAML; they win over the file.
         given: dotted keys from a command's own options. They win over all, and errors begin with the field's name.
+        check: raises ``ConfigError`` for options that do not fit: ``tasks.check``.
         resume: True, or a checkpoint or output folder: every value that is not given is that of the run file which
             the earlier run left in its folder.
 
@@ -131,9 +133,11 @@ def read(
     _check_complete(values, path)
     tune = {_leaf(key): value for key, value in values.items() if key.startswith("tune.")}
     try:
-        return RunFile(_build(values), tune, places, notes)
+        options = _build(values)
+        check(options)
     except ConfigError as error:
         raise _placed(error, {key: f"{place}: " for key, place in places.items() if place}) from None
+    return RunFile(options, tune, places, notes)
 
 
 def _put(values: dict[str, Any], key: str, value: Any, places: dict[str, str], place: str) -> None:

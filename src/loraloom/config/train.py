@@ -1,4 +1,7 @@
-"""The options of one training run, checked as a whole before anything is loaded. Names are TrainingArguments'."""
+"""The options of one training run, checked as a whole before anything is loaded. Names are TrainingArguments'.
+
+What follows from the task is checked by ``tasks.check``.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +140,6 @@ class TrainConfig(Options):
         if self.optim_args and self.optim == "adamw":
             raise ConfigError("optim_args: adamw takes none; for torch's own class with arguments give optim: AdamW")
         self._check_moments()
-        self._check_of_task()
         if not isinstance(self.lora, LoraConfig):
             raise ConfigError(f"lora: must be a LoraConfig, found {type(self.lora).__name__}")
         self.lora = self.lora.copy(task_type=TASKS[self.task])
@@ -159,18 +161,6 @@ class TrainConfig(Options):
                 raise ConfigError(f"{name}: needs evaluations, and eval_strategy is no")
         if self.load_best_model_at_end and self.save_at == "no":
             raise ConfigError("load_best_model_at_end: needs checkpoints, and save_strategy is no")
-
-    def _check_of_task(self) -> None:
-        """What does nothing is an error: an option of other tasks than this one."""
-        for name, (tasks, what) in _OF_TASKS.items():
-            if self.task not in tasks and getattr(self, name) != _DEFAULTS[name]:
-                raise ConfigError(
-                    f"{name}: does nothing with task={self.task}; it is {what} ({', '.join(tasks)}); leave it out"
-                )
-        if self.overlong == "split" and self.task in _WHOLE:
-            raise ConfigError(
-                f"overlong: {self.task} cannot split a row, for {_WHOLE[self.task]}; choose truncate, drop or error"
-            )
         if self.early_stopping_threshold and self.early_stopping_patience is None:
             raise ConfigError("early_stopping_threshold: does nothing without early_stopping_patience; give both")
 
@@ -195,19 +185,3 @@ class TrainConfig(Options):
         return {
             spec.name: self.lora.to_dict() if spec.name == "lora" else getattr(self, spec.name) for spec in fields(self)
         }
-
-
-_DEFAULTS = {spec.name: spec.default for spec in fields(TrainConfig)}
-#: Options of some tasks alone, and what they are.
-_OF_TASKS = {
-    "stride": (("question-answering",), "how much the windows of a long context share"),
-    "problem_type": (("seq-cls",), "what the labels of texts are"),
-    "chat_template": (("causal-lm",), "how conversations are written"),
-    "date": (("causal-lm",), "the day that a chat template writes"),
-    "max_new_tokens": (("causal-lm", "seq2seq-lm"), "how much is generated for metrics"),
-}
-#: Tasks whose rows are one whole, and why.
-_WHOLE = {
-    "seq-cls": "its label is of the text as a whole",
-    "seq2seq-lm": "it is not known which part of the target belongs to which part of the source",
-}

@@ -8,32 +8,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from loraloom.config.lora import TaskType
-from loraloom.config.names import as_task
 from loraloom.data.example import IGNORE, Example
+from loraloom.data.task import Layout
 
 #: Batches whose rows are sorted by length together. More means less padding, fewer means more shuffling.
 CHUNK = 50
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one forward of a pack takes.
-
-    ``inputs`` are the model's keyword arguments (see ``collate``); ``slots`` names the slot of each row, the
-    rows of one slot being contiguous; ``rows`` and ``tokens`` count what is there, padding left out.
-    """
-
-    inputs: dict[str, Tensor]
-    slots: list[str]
-    rows: int
-    tokens: int
 
 
 def bucketed(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -77,14 +61,14 @@ def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> f
     return 1 - tokens / places if places else 0.0
 
 
-def collate(examples: Sequence[Example], pad_id: int, task: TaskType | str) -> dict[str, Tensor]:
+def collate(examples: Sequence[Example], pad_id: int, layout: Layout) -> dict[str, Tensor]:
     """Tensors of one batch (at least one example), padded on the right to its longest example.
 
     ``input_ids`` [rows, longest] are filled with ``pad_id``, ``attention_mask`` [rows, longest] is 1 on tokens and 0 on
     padding, and ``token_type_ids`` [rows, longest] are there where an example has them, filled with 0; all int64.
-    ``labels`` are int64, or float32 where they are numbers or several classes: [rows] for seq-cls and regression,
-    [rows, classes] for several classes, [rows, 2] for question-answering, [rows, longest] for causal-lm and token-cls,
-    [rows, longest target] for seq2seq-lm; where they are by token, with ``IGNORE`` on the padding.
+    ``labels`` are int64, or float32 where they are numbers or several classes: [rows] or [rows, numbers of a row] of
+    the layout ``row``, [rows, longest] of ``token`` and [rows, longest target] of ``target``, with ``IGNORE`` on the
+    padding.
     """
     width = max(len(example.input_ids) for example in examples)
     # Not ids == pad_id: many tokenizers pad with the end-of-text token, which is a real token at the end.
@@ -96,13 +80,13 @@ def collate(examples: Sequence[Example], pad_id: int, task: TaskType | str) -> d
     if any(example.token_type_ids is not None for example in examples):
         types = [example.token_type_ids or [0] * len(example.input_ids) for example in examples]
         found["token_type_ids"] = torch.tensor([_padded(row, width, 0) for row in types])
-    return {**found, "labels": _labels([example.labels for example in examples], width, as_task(task))}
+    return {**found, "labels": _labels([example.labels for example in examples], width, layout)}
 
 
-def _labels(labels: Sequence[int | float | list[int] | list[float]], width: int, task: TaskType) -> Tensor:
-    if task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS, TaskType.SEQ_2_SEQ_LM):
+def _labels(labels: Sequence[int | float | list[int] | list[float]], width: int, layout: Layout) -> Tensor:
+    if layout != "row":
         rows = [row for row in labels if isinstance(row, list)]
-        if task is TaskType.SEQ_2_SEQ_LM:
+        if layout == "target":
             width = max(map(len, rows))
         return torch.tensor([_padded(row, width, IGNORE) for row in rows], dtype=torch.int64)
     first = labels[0][0] if isinstance(labels[0], list) else labels[0]
@@ -111,14 +95,3 @@ def _labels(labels: Sequence[int | float | list[int] | list[float]], width: int,
 
 def _padded(values: Sequence[float], width: int, filler: int) -> list[float]:
     return [*values, *[filler] * (width - len(values))]
-
-
-def join(parts: Sequence[tuple[str, Sequence[Example]]], pad_id: int, task: TaskType | str) -> Batch:
-    """One batch of a pack: the examples of each (slot name, examples) in order, padded to one width."""
-    examples = [example for _, part in parts for example in part]
-    return Batch(
-        inputs=collate(examples, pad_id, task),
-        slots=[slot for slot, part in parts for _ in part],
-        rows=len(examples),
-        tokens=sum(len(example.input_ids) for example in examples),
-    )

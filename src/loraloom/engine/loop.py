@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from loraloom.config.lora import TaskType
-from loraloom.data.batches import collate
 from loraloom.distributed.process_group import SINGLE
 from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import TrainingError
 from loraloom.lora.model import PeftModel
+from loraloom.tasks.base import Task
 
 #: What to do about a loss that is not finite.
 CALMER = "lower the learning rate or lora_alpha, or use dtype bfloat16 or float32 instead of float16"
@@ -61,7 +60,7 @@ def advance(pack: Pack, slots: Sequence[Slot]) -> int:
     batches, shares, tokens = {}, {}, 0
     for slot in slots:
         examples, shares[slot.name] = slot.next_examples()
-        batches[slot.name] = collate(examples, pack.pad_id, pack.task)
+        batches[slot.name] = pack.task.collate(examples, pack.pad_id)
         tokens += sum(len(example.input_ids) for example in examples)
     seeds = {slot.name: slot.dropout_seed for slot in slots}
     losses = pack.backward(batches, dropout_seeds=seeds, weights=shares)
@@ -73,7 +72,7 @@ def advance(pack: Pack, slots: Sequence[Slot]) -> int:
 def train_pack(
     model: PeftModel,
     slots: Sequence[Slot],
-    task: TaskType,
+    task: Task | str,
     pad_id: int,
     *,
     evaluate_every: int | Every,

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from loraloom.config.lora import LoraConfig, TaskType
+from loraloom import tasks
+from loraloom.config.lora import LoraConfig
 from loraloom.data.example import IGNORE
 from loraloom.engine import gradient_probe
 from loraloom.engine.gradient_probe import Fault
@@ -27,14 +28,13 @@ from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.models import configs as model_configs
 from loraloom.models.activation_checkpointing import recomputed
 from loraloom.models.fsdp import sharded
+from loraloom.tasks.base import Task
 from loraloom.tasks.head_split import Split, Whole
 from loraloom.tasks.objective import Objective
 
 #: What fills up shorter rows, by the name of a model's argument; ids take the padding token.
 _FILLERS = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
 _IDS = {"input_ids", "decoder_input_ids"}
-#: Tasks whose labels are some numbers for each row, and not one for each token.
-_BY_ROWS = (TaskType.SEQ_CLS, TaskType.QUESTION_ANS)
 
 
 class Pack:
@@ -58,7 +58,7 @@ class Pack:
         model: nn.Module,
         configs: Mapping[str, LoraConfig] | None = None,
         *,
-        task: TaskType | str | None = None,
+        task: Task | str | None = None,
         seeds: Mapping[str, int] | None = None,
         pad_id: int | None = None,
         pad_to_multiple_of: int = 1,
@@ -79,7 +79,7 @@ class Pack:
         known = [config.task_type for config in self.model.peft_config.values() if config.task_type]
         if task is None and not known:
             raise ConfigError("task: not given, and no config has a task_type; give TaskType.CAUSAL_LM, for example")
-        self.task = TaskType(task or known[0])
+        self.task = tasks.get(task or known[0])
         if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
             raise ConfigError(f"pad_to_multiple_of: must be a whole number of at least 1, found {pad_to_multiple_of!r}")
         self.pad_id, self._multiple = self._padding(pad_id), pad_to_multiple_of
@@ -93,7 +93,7 @@ class Pack:
 
     def _padding(self, given: int | None) -> int:
         own = model_configs.token(getattr(self.model.get_base_model(), "config", None), "pad")
-        if given is not None and own not in (None, given) and self.task is TaskType.SEQ_CLS:
+        if given is not None and own not in (None, given) and self.task.by_last_token:
             warnings.warn(
                 f"pad_id: a classifier may find the end of a row by its config's pad_token_id, which is {own}, found "
                 f"{given}; leave pad_id out, or set the config's",
@@ -230,10 +230,8 @@ class Pack:
             if places in known:  # the same modules get the same gradients
                 continue
             known.add(places)
-            batch = batches[name]
-            mask = batch.get("attention_mask", batch["input_ids"])
-            row = int(mask.ne(0).flatten(1).sum(1).argmax())  # the longest says the most
-            inputs, _ = self._joined([(name, {key: value[row : row + 1] for key, value in batch.items()})])
+            rows = self.task.probe_rows(batches[name])
+            inputs, _ = self._joined([(name, {key: value[rows] for key, value in batches[name].items()})])
             found += gradient_probe.probe(self.model, self._objective, name, inputs)
         return found
 
@@ -272,7 +270,7 @@ class Pack:
 
     def _cat(self, key: str, tensors: Sequence[Tensor]) -> Tensor:
         fillable = key in {*_IDS, *_FILLERS} and {tensor.dim() for tensor in tensors} == {2}
-        if key == "labels" and self.task in _BY_ROWS:
+        if key == "labels" and self.task.layout == "row":
             fillable = False
         if len({tensor.shape[1:] for tensor in tensors}) > 1 or (fillable and tensors[0].shape[1] % self._multiple):
             if not fillable:

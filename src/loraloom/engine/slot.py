@@ -12,20 +12,19 @@ from typing import Any
 
 from torch import nn
 
-from loraloom.config.lora import TaskType
+from loraloom import tasks
 from loraloom.data.batches import bucketed
-from loraloom.data.example import IGNORE, Example
+from loraloom.data.example import Example
 from loraloom.data.table.store import lengths_of
 from loraloom.distributed.process_group import SINGLE, ProcessGroup
 from loraloom.engine import optimizers
 from loraloom.engine.lr_schedule import Schedule
 from loraloom.lora.initialize import seed_of
+from loraloom.tasks.base import Task
 
 #: Half precision's gradients are lost below 2**-24: losses are multiplied with this, and with half as much after each
 #: step whose gradients were not finite, and with twice as much after so many in a row that were.
 SCALE, GROWS_AFTER = 2.0**16, 2000
-#: Tasks whose loss is a mean over tokens; elsewhere it is one over rows.
-PER_TOKEN = (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS, TaskType.SEQ_2_SEQ_LM)
 
 
 @dataclass
@@ -73,11 +72,11 @@ class Slot:
         optim_args: Mapping[str, Any] | None = None,
         max_grad_norm: float = 1.0,
         seed: int = 0,
-        task: TaskType = TaskType.CAUSAL_LM,
+        task: Task | str = "causal-lm",
         scaled: bool = False,
         world: ProcessGroup | None = None,
     ) -> None:
-        self.name, self.seed, self._task = name, seed, task
+        self.name, self.seed, self._task = name, seed, tasks.get(task)
         self.steps, self.step = steps, 0
         self.accumulation = gradient_accumulation_steps
         warmup = math.ceil(warmup_ratio * steps) if warmup_steps is None else warmup_steps
@@ -132,7 +131,7 @@ class Slot:
         return [self._examples[row] for row in rows], share * self.scale[0]
 
     def _labels(self, rows: Sequence[int]) -> int:
-        return sum(_asked(self._examples[row], self._task) for row in rows)
+        return sum(self._task.count(self._examples[row]) for row in rows)
 
     def _batch(self, number: int) -> list[int]:
         """Batch ``number`` of this slot's order, which goes through the rows again and again, each time anew."""
@@ -206,10 +205,3 @@ class Slot:
 
 def _is_b(key: str) -> bool:
     return ".lora_B." in f"{key}." or ".lora_embedding_B." in f"{key}."
-
-
-def _asked(example: Example, task: TaskType) -> int:
-    """How many predictions of a row are asked for: one, or one for each labelled token, in causal-lm but the first."""
-    if task in PER_TOKEN and isinstance(example.labels, list):
-        return sum(label != IGNORE for label in example.labels[task is TaskType.CAUSAL_LM :])
-    return 1

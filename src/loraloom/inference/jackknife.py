@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from loraloom.config.lora import TaskType
 from loraloom.data.table.store import Examples
 from loraloom.distributed.process_group import SINGLE, ProcessGroup
-from loraloom.inference.evaluation import HeldOut, Predictions, predictions, run
-from loraloom.tasks.metrics.registry import Metrics, Scores, total
+from loraloom.inference.evaluation import HeldOut, predictions, run
+from loraloom.tasks.base import Task
+from loraloom.tasks.metrics.kinds import Scores, total
+from loraloom.tasks.metrics.registry import Metrics
+from loraloom.tasks.outputs import Predictions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +62,7 @@ def figures(metrics: Metrics, scores: Sequence[Scores], said: Predictions, parts
 def evaluate_parts(
     model: PeftModel,
     name: str,
-    task: TaskType,
+    task: Task,
     examples: Examples,
     pad_id: int,
     batch_size: int,

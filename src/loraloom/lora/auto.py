@@ -20,7 +20,8 @@ from loraloom.lora.loadreport import LoadReport
 from loraloom.lora.model import PeftModel, check_config, check_options
 
 _ADAPTERS_OWN = ("ephemeral_gpu_offload", "autocast_adapter_dtype", "key_mapping", "strict", "subfolder")
-_AUTO = {
+#: Task → the class of transformers that has a model for it.
+AUTO_CLASS = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
     TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
     TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
@@ -83,7 +84,7 @@ class AutoPeftModel:
 
         task = cls._task or config.task_type
         if task is not None:
-            return getattr(transformers, _AUTO[task])
+            return getattr(transformers, AUTO_CLASS[task])
         found = config.auto_mapping or {}
         library, kind = found.get("parent_library"), found.get("base_model_class")
         # The file names code to import: only transformers' own.

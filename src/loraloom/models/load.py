@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from loraloom.config.lora import TaskType
-from loraloom.config.names import task_option
 from loraloom.errors import ConfigError, ModelError, first_line, some
 from loraloom.files import network
 from loraloom.files.log import Log, info
@@ -22,16 +20,28 @@ from loraloom.models.given import find
 from loraloom.models.labels import SHOWN, in_order, known_labels
 from loraloom.models.parts import auto_class, one_way, reads, reads_both_ways, why_none
 
-#: Task → the class of transformers that has a model for it.
-AUTO = {
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
-    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
-}
-#: Tasks whose head is new in most folders, and is trained in full.
-HEADED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
+class ModelTask(Protocol):
+    """The part of ``tasks.base.Task`` that loading reads; what each member means is said there."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def auto_class(self) -> str: ...
+    @property
+    def new_head(self) -> bool: ...
+    @property
+    def class_word(self) -> str: ...
+    @property
+    def by_last_token(self) -> bool: ...
+    @property
+    def one_way(self) -> bool: ...
+    @property
+    def without_pooler(self) -> bool: ...
+
+    def head(self, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]: ...
+    def key_mapping(self, config: Any) -> dict[str, str]: ...
+    def check_model(self, name: str, config: Any) -> None: ...
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
@@ -99,7 +109,7 @@ def length_within(limit: int | None, wanted: int | None, name: str) -> int:
 
 def load_base(
     name: str,
-    task: TaskType,
+    task: ModelTask,
     dtype: str,
     labels: Sequence[str] = (),
     problem_type: str | None = None,
@@ -125,7 +135,7 @@ def load_base(
 
     if given := find(name):
         _check_direction(name, given.model.config, task)
-        given.check(AUTO[task], _head(task, labels, problem_type).get("num_labels"))
+        given.check(task.auto_class, task.head(labels, problem_type).get("num_labels"))
         return given.model, []
     _check_folder(name, revision)
     options: dict[str, Any] = {
@@ -134,7 +144,7 @@ def load_base(
         "ignore_mismatched_sizes": True,  # a head for other labels makes way for a new one; see _check_new
         **_source(name, revision),
         **({"attn_implementation": attn_implementation} if attn_implementation else {}),
-        **_head(task, labels, problem_type),
+        **task.head(labels, problem_type),
     }
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -142,7 +152,8 @@ def load_base(
         with quiet("transformers"):
             config = load_config(name, revision)
             _check_direction(name, config, task)
-            options |= _renamed(config, task)
+            if mapping := task.key_mapping(config):
+                options["key_mapping"] = mapping
             model, info = _auto(name, config, task).from_pretrained(name, **options)
     except ModelError:
         raise
@@ -154,18 +165,18 @@ def load_base(
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     new = {*info["missing_keys"], *mismatched}
     _check_new(name, model, task, new, mismatched)
-    if task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+    if task.class_word:
         new |= _own_head(name, model, config, labels, new, mismatched, log)
-    if task is TaskType.CAUSAL_LM and one_way(model):
+    if task.one_way and one_way(model):
         log(f"{config.model_type} reads the text beside an image in both directions; here text is read in one")
-    if tokenizer is None and task is TaskType.SEQ_CLS and not reads_both_ways(config):
+    if tokenizer is None and task.by_last_token and not reads_both_ways(config):
         tokenizer = load_tokenizer(name, revision)
     if tokenizer is not None:
         _same_ends(name, model, task, tokenizer, log)
-    return model, sorted({key.rpartition(".")[0] for key in new})
+    return model, sorted({key.rpartition(".")[0] for key in new}) if task.new_head else []
 
 
-def _auto(name: str, config: Any, task: TaskType) -> Any:
+def _auto(name: str, config: Any, task: ModelTask) -> Any:
     """The class of transformers that loads a model with this config for ``task``.
 
     Raises:
@@ -173,13 +184,13 @@ def _auto(name: str, config: Any, task: TaskType) -> Any:
     """
     import transformers
 
-    found = auto_class(config, AUTO[task])
+    found = auto_class(config, task.auto_class)
     if found is None:
-        raise ModelError(f"{_where(name)}: {why_none(config, task_option(task))}")
+        raise ModelError(f"{_where(name)}: {why_none(config, task.name)}")
     return getattr(transformers, found)
 
 
-def _same_ends(name: str, model: nn.Module, task: TaskType, tokenizer: Any, log: Log) -> None:
+def _same_ends(name: str, model: nn.Module, task: ModelTask, tokenizer: Any, log: Log) -> None:
     """Let the model's config have the tokenizer's padding token, by which a decoder finds a text's last token.
 
     Models with encoder and decoder find it by the end token.
@@ -189,7 +200,7 @@ def _same_ends(name: str, model: nn.Module, task: TaskType, tokenizer: Any, log:
     if both and ask(config, "decoder_start_token_id") is None:
         start = field(field(model, "generation_config"), "decoder_start_token_id")
         config.decoder_start_token_id = tokenizer.pad_token_id if start is None else start  # T5's, where none is named
-    by_end = both and task is TaskType.SEQ_CLS and "gemma" not in config.model_type
+    by_end = both and task.by_last_token and "gemma" not in config.model_type
     if by_end and tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ModelError(
             f"{name}: its tokenizer pads with the end token ({tokenizer.eos_token!r}), by which {config.model_type} "
@@ -197,7 +208,7 @@ def _same_ends(name: str, model: nn.Module, task: TaskType, tokenizer: Any, log:
         )
     for which in ("pad", "eos") if by_end else ("pad",):
         mine, theirs = getattr(tokenizer, f"{which}_token_id"), token(config, which)
-        if mine is None or not set_token(config, which, mine) or theirs is None or task is not TaskType.SEQ_CLS:
+        if mine is None or not set_token(config, which, mine) or theirs is None or not task.by_last_token:
             continue
         if theirs != mine and not reads_both_ways(config):
             what = "pads with" if which == "pad" else "ends a text with"
@@ -239,45 +250,18 @@ def _by_labels(model: Any) -> list[str]:
     return [key for key, parameter in model.named_parameters() if shapes.get(key, parameter.shape) != parameter.shape]
 
 
-def _head(task: TaskType, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
-    """What the config is to say of a classifier's outputs."""
-    if task is TaskType.QUESTION_ANS:
-        return {"num_labels": 2}  # first and last token, whatever the folder's head was for
-    if task not in HEADED:
-        return {}
-    if problem_type == "regression":
-        return {"num_labels": 1, "problem_type": problem_type}
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    if task is TaskType.TOKEN_CLS:
-        return {"num_labels": len(labels), **names}
-    return {"num_labels": len(labels), "problem_type": problem_type or "single_label_classification", **names}
-
-
-def _renamed(config: Any, task: TaskType) -> dict[str, Any]:
-    """Of Llama's kin, the model for answers names its body otherwise than the models whose weights are published."""
-    if task is not TaskType.QUESTION_ANS:
-        return {}
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
-
-    wanted, given = (
-        getattr(mapping.get(type(config), None), "base_model_prefix", "")
-        for mapping in (MODEL_FOR_QUESTION_ANSWERING_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
-    )
-    return {"key_mapping": {rf"^{given}\.": f"{wanted}."}} if given and wanted and given != wanted else {}
-
-
 def _source(name: str, revision: str | None) -> dict[str, Any]:
     """Where transformers looks for ``name``: in its cache alone where the hub cannot be reached."""
     here = {"local_files_only": True} if not Path(name).exists() and network.unreachable() else {}
     return here | ({"revision": revision} if revision else {})
 
 
-def _check_new(name: str, model: Any, task: TaskType, new: set[str], mismatched: set[str]) -> None:
+def _check_new(name: str, model: Any, task: ModelTask, new: set[str], mismatched: set[str]) -> None:
     """A new head is what fine-tuning is for. Anything else without weights is a folder that is not whole."""
     inside = f"{model.base_model_prefix}."
-    head = {key for key in new if task in HEADED and not key.startswith(inside)}
+    head = {key for key in new if task.new_head and not key.startswith(inside)}
     # Many encoders are published without their pooler, which only a classifier reads.
-    head |= {key for key in new - mismatched if task is TaskType.SEQ_CLS and ".pooler." in key}
+    head |= {key for key in new - mismatched if task.without_pooler and ".pooler." in f".{key}"}
     lost = sorted(new - head)
     if lost:
         what = "are of another size in its file" if lost[0] in mismatched else "are not in its file"
@@ -287,32 +271,15 @@ def _check_new(name: str, model: Any, task: TaskType, new: set[str], mismatched:
         )
 
 
-def _check_direction(name: str, config: Any, task: TaskType) -> None:
+def _check_direction(name: str, config: Any, task: ModelTask) -> None:
     both = has_decoder_and_encoder(config)
     if both and reads(config) != "text":
-        raise ModelError(f"{name}: {why_none(config, task_option(task))}")
-    if task is TaskType.SEQ_2_SEQ_LM and not both:
-        instead = "seq-cls or token-cls" if reads_both_ways(config) else "causal-lm"
-        raise ModelError(
-            f"{name}: {config.model_type} has no encoder and decoder, which seq2seq-lm needs; choose a model such as "
-            f"T5 or BART, or the task {instead}"
-        )
-    # Some of them load as their decoder alone, which has learnt to read what their encoder says.
-    if task is TaskType.CAUSAL_LM and both:
-        raise ModelError(
-            f"{name}: {config.model_type} has an encoder and a decoder, so it cannot learn causal-lm; choose a decoder "
-            "such as Llama or GPT-2, or the task seq2seq-lm with source and target"
-        )
-    # An encoder's language head would see the tokens that it is to predict.
-    if task is TaskType.CAUSAL_LM and reads_both_ways(config):
-        raise ModelError(
-            f"{name}: {config.model_type} reads a text in both directions, so it cannot learn causal-lm; "
-            "choose a decoder, or the task seq-cls"
-        )
+        raise ModelError(f"{name}: {why_none(config, task.name)}")
+    task.check_model(name, config)
 
 
 def build_empty(
-    name: str, task: TaskType, labels: int = 2, problem_type: str | None = None, *, revision: str | None = None
+    name: str, task: ModelTask, labels: int = 2, problem_type: str | None = None, *, revision: str | None = None
 ) -> nn.Module:
     """The model without its weights (on the meta device), for planning: needs the folder's config alone."""
     if given := find(name):
@@ -320,8 +287,8 @@ def build_empty(
     config = load_config(name, revision)
     try:
         _check_direction(name, config, task)
-        if task in HEADED:
-            config.num_labels = 2 if task is TaskType.QUESTION_ANS else 1 if problem_type == "regression" else labels
+        if task.new_head:
+            config.num_labels = task.head([""] * labels, problem_type)["num_labels"]
             if token(config, "pad") is None:
                 set_token(config, "pad", 0)  # decoders find the last real token by it
         with quiet("transformers"), torch.device("meta"):
@@ -329,9 +296,7 @@ def build_empty(
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(
-            f"{_where(name)}: its config gives no model for {task_option(task)} ({_reason(error)})"
-        ) from None
+        raise ModelError(f"{_where(name)}: its config gives no model for {task.name} ({_reason(error)})") from None
     return model
 
 
@@ -353,14 +318,14 @@ def _check_folder(name: str, revision: str | None) -> None:
         raise ModelError(f"{name}: no such folder")
 
 
-def _unloadable(name: str, task: TaskType, error: Exception) -> ModelError:
+def _unloadable(name: str, task: ModelTask, error: Exception) -> ModelError:
     for path in sorted(Path(name).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as damage:
             return ModelError(f"{path}: cut off or damaged ({_reason(damage)}); copy it again")
-    return ModelError(f"{_where(name)}: cannot be loaded as a model for {task_option(task)} ({_reason(error)})")
+    return ModelError(f"{_where(name)}: cannot be loaded as a model for {task.name} ({_reason(error)})")
 
 
 def _where(name: str) -> str:

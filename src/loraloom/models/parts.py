@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from loraloom.config.lora import LoraConfig
+from loraloom.config.names import TASKS
+from loraloom.lora.auto import AUTO_CLASS
 from loraloom.lora.targets import plan
 from loraloom.models.configs import field, has_decoder_and_encoder, is_decoder, text_part
 
@@ -44,19 +46,12 @@ def why_none(config: Any, task: str) -> str:
         kind = "an image" if what == "images" else "an audio"
         return f"{config.model_type} is {kind} model; loraloom's command line trains text"
     one_way = not (has_decoder_and_encoder(config) or reads_both_ways(config))
-    others = {name: auto for name, auto in _OTHERS.items() if name != task and (one_way or name != "causal-lm")}
-    fits = [name for name, auto in others.items() if auto_class(config, auto)]
+    others = [name for name in TASKS if name != task and (one_way or name != "causal-lm")]
+    fits = [name for name in others if auto_class(config, AUTO_CLASS[TASKS[name]])]
     instead = f"; it can be trained for {' or '.join(fits)}" if fits else ""
     return f"cannot be loaded as a model for {task} (transformers has no such class of {config.model_type}){instead}"
 
 
-_OTHERS = {
-    "causal-lm": "AutoModelForCausalLM",
-    "seq-cls": "AutoModelForSequenceClassification",
-    "token-cls": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-}
 _INPUTS = {
     "pixel_values": "images",
     "pixel_values_videos": "images",

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from rich.console import Group, RenderableType
 
-from loraloom.config.lora import TaskType
 from loraloom.data.example import IGNORE, Example
 from loraloom.report.screen import Text
+from loraloom.tasks.base import Task
 from loraloom.train.dataset import Data, Part
 
 #: How trained tokens look, and the others; and what stands around trained ones where there are no colours.
@@ -25,7 +25,7 @@ HEAD, TAIL, BARS, WIDE = 300, 100, 10, 40
 
 
 def picture(
-    data: Data, tokenizer: Any, task: TaskType, rows: int = 3, max_length: int | None = None, marks: bool = False
+    data: Data, tokenizer: Any, task: Task, rows: int = 3, max_length: int | None = None, marks: bool = False
 ) -> RenderableType:
     """The first training rows as the model sees them, what was noticed, and the figures.
 
@@ -40,26 +40,14 @@ def picture(
     return Group(*parts)
 
 
-def shown(example: Example, tokenizer: Any, task: TaskType, names: Sequence[str] = (), marks: bool = False) -> Text:
+def shown(example: Example, tokenizer: Any, task: Task, names: Sequence[str] = (), marks: bool = False) -> Text:
     """One example: what is trained on in colour, what the model only reads dim."""
     ids, labels = example.input_ids, example.labels
-    if task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS) and isinstance(labels, list):
-        tags = names if task is TaskType.TOKEN_CLS else ()
-        return _pieces(tokenizer, ids, [int(label) for label in labels], tags, marks and not tags)
-    text = _pieces(tokenizer, ids, [IGNORE] * len(ids))
-    if task is TaskType.SEQ_2_SEQ_LM and isinstance(labels, list):
-        return text.append("\n→ ").append(tokenizer.decode(labels), TRAINED)
-    if task is TaskType.QUESTION_ANS and isinstance(labels, list):
-        start, end = int(labels[0]), int(labels[1])
-        answer = tokenizer.decode(ids[start : end + 1]) if end else "(not in this window)"
-        return text.append("\n→ ").append(answer, TRAINED)
-    return text.append("\n→ ").append(_label(labels, names), TRAINED)
-
-
-def _label(labels: Any, names: Sequence[str]) -> str:
-    if isinstance(labels, list):
-        return ", ".join(name for name, applies in zip(names, labels, strict=True) if applies) or "(none)"
-    return names[labels] if names and isinstance(labels, int) else f"{labels:g}"
+    target = task.shown_target(example, tokenizer, names)
+    if target is None:
+        assert isinstance(labels, list)
+        return _pieces(tokenizer, ids, [int(label) for label in labels], names, marks and not names)
+    return _pieces(tokenizer, ids, [IGNORE] * len(ids)).append("\n→ ").append(target, TRAINED)
 
 
 def _pieces(
@@ -84,7 +72,7 @@ def _pieces(
     return text
 
 
-def figures(data: Data, task: TaskType) -> Iterator[Text]:
+def figures(data: Data, task: Task) -> Iterator[Text]:
     """Counts in lines."""
     for what, part in (("train", data.train), ("validation", data.evaluation)):
         lengths = np.asarray(part.lengths)
@@ -106,9 +94,9 @@ def _between(lengths: np.ndarray) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}, median {int(np.median(lengths)):,}"
 
 
-def _share_trained(part: Part, task: TaskType) -> str:
+def _share_trained(part: Part, task: Task) -> str:
     """Of the first thousand examples, how many tokens carry loss."""
-    if task not in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS):
+    if task.layout != "token":
         return ""
     some = [part.examples[number] for number in range(min(1000, len(part.examples)))]
     labels = [label for example in some if isinstance(example.labels, list) for label in example.labels]

@@ -8,20 +8,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loraloom.config.lora import TaskType
 from loraloom.data.example import IGNORE
-from loraloom.errors import ModelError
 from loraloom.lora.frozen import HALF
 from loraloom.lora.model import PeftModel
-from loraloom.models import padding
 from loraloom.models.configs import segments, without_cache
+from loraloom.tasks.base import Task
 from loraloom.tasks.head_split import Split, split
 from loraloom.tasks.linear_cross_entropy import (
     Logits,
@@ -30,16 +27,16 @@ from loraloom.tasks.linear_cross_entropy import (
     head_scores,
     linear_cross_entropy,
 )
-from loraloom.tasks.metrics.registry import Scores
+from loraloom.tasks.metrics.kinds import Scores
 
 #: Tokens in a row up to which plain attention is the faster in half precision on a CPU.
 PLAIN_ATTENTION = 128
 
 
 class Objective:
-    """What ``task`` asks of ``model``, whose structure is looked at once, here."""
+    """The forward and the loss of ``task`` on ``model``, whose structure is inspected once, here."""
 
-    def __init__(self, model: PeftModel, task: TaskType) -> None:
+    def __init__(self, model: PeftModel, task: Task) -> None:
         self._task = task
         self._router = model.base_model.lora_router
         self._model = model.get_base_model()
@@ -47,7 +44,7 @@ class Objective:
         self._dtype = next(p.dtype for p in self._model.parameters() if p.is_floating_point())
         self._head: nn.Module | None = None
         #: how a causal language model comes to its logits
-        self.way = split(model) if task is TaskType.CAUSAL_LM else None
+        self.way = split(model) if task.head_in_loss else None
         self._logits = Logits()
         if isinstance(self.way, Split):
             self._model, self._head, self._logits = self.way.trunk, self.way.head, self.way.logits
@@ -55,28 +52,23 @@ class Objective:
         #: For forwards that read it from their arguments alone; see ``forward`` for the others.
         self._options = {"use_cache": False} if "use_cache" in arguments else {}
         #: Tokenizers may tell segments apart that the model does not.
-        self._arranged = padding.for_rows(self._config) if task is TaskType.SEQ_CLS else None
         self._segments = "token_type_ids" in arguments and segments(self._config) > 1
 
     def forward(self, inputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
         """[rows, ...] for ``losses`` and ``score``: hidden states where the head is applied later, else logits.
 
-        For question-answering [rows, length, 2]: each token as the start and as the end of the answer. ``labels`` are
-        read by models alone whose decoder begins from them (seq2seq-lm).
+        ``labels`` are read by models alone whose decoder begins from them (seq2seq-lm).
         """
-        if self._task is TaskType.SEQ_2_SEQ_LM and labels is not None and "decoder_input_ids" not in inputs:
-            inputs = {**inputs, "decoder_input_ids": decoder_inputs(self._model, labels)}
         if not self._segments:
             inputs = {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
-        if self._arranged is not None:
-            inputs = self._arranged(inputs)
+        inputs = self._task.inputs(self._model, inputs, labels)
         # A cache of keys and values is for generation; filling it costs time and memory in every step.
         with self.attention(inputs["input_ids"]), without_cache(self._config):
             out = self._model(**inputs, **self._options)
-        if self._task is TaskType.QUESTION_ANS:
-            return _spans(out, inputs.get("attention_mask"))
-        found: Tensor = out.logits if self._head is None else out[0]
-        return found
+        if self._head is None:
+            return self._task.output(out, inputs, self._config)
+        hidden: Tensor = out[0]
+        return hidden
 
     def attention(self, ids: Tensor) -> AbstractContextManager[None]:
         """How attention is computed on ``ids`` [rows, length]; a backward that runs a layer again needs it as well."""
@@ -87,14 +79,12 @@ class Objective:
         return self.losses(out, labels, {"": slice(None)})[""]
 
     def losses(self, out: Tensor, labels: Tensor, rows: Mapping[str, slice]) -> dict[str, Tensor]:
-        """Each slot's mean over its rows or, where labels are [rows, length], over its labelled tokens.
+        """Each slot's mean over its rows or, where tokens are labelled, over its labelled tokens.
 
-        By rows go seq-cls (labels [rows], whole numbers or measured ones, or [rows, classes] of 0 and 1) and
-        question-answering (labels [rows, 2], the first and the last token of the answer). For causal-lm each position
-        predicts the next. ``rows`` tile the batch in its order.
+        ``rows`` tile the batch in its order.
         """
-        if self._by_rows(labels):
-            each = self._row_losses(_wide(out), labels)
+        if self._task.layout == "row":
+            each = self._task.row_losses(_wide(out), labels, list(rows.values()), self._config)
             return {name: each[own].mean() for name, own in rows.items()}
         if self._head is not None and not _frozen(self._head):
             return {name: self._through_head(name, out[own], labels[own]).mean() for name, own in rows.items()}
@@ -122,8 +112,9 @@ class Objective:
         return head_cross_entropy(hidden, head, self._vocabulary, targets)
 
     def score(self, out: Tensor, labels: Tensor) -> Scores:
-        if self._by_rows(labels):
-            return Scores(float(self._row_losses(_wide(out), labels).sum()), len(labels))
+        if self._task.layout == "row":
+            each = self._task.row_losses(_wide(out), labels, [slice(None)], self._config)
+            return Scores(float(each.sum()), len(labels))
         found, targets = self._predictions(out, labels)
         if self._head is None:
             return Scores(float(F.cross_entropy(found, targets, reduction="sum")), targets.numel())
@@ -142,67 +133,22 @@ class Objective:
         assert isinstance(weight, Tensor)
         return weight.shape[0]
 
-    def _by_rows(self, labels: Tensor) -> bool:
-        return self._task in (TaskType.SEQ_CLS, TaskType.QUESTION_ANS) or labels.dim() == 1
-
-    def _row_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """[rows]. Which loss a classifier has follows from its config or, as in transformers, from its labels."""
-        if self._task is TaskType.QUESTION_ANS:
-            return F.cross_entropy(logits, labels, reduction="none").mean(-1)
-        kind = getattr(self._config, "problem_type", None)
-        if kind == "regression" or (kind is None and logits.shape[-1] == 1):
-            wanted = labels.to(logits.dtype).view(logits.shape)
-            return F.mse_loss(logits, wanted, reduction="none").mean(-1)
-        if kind == "multi_label_classification" or labels.is_floating_point():
-            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1)
-        return F.cross_entropy(logits, labels, reduction="none")
-
     def _asked(self, labels: Tensor) -> Tensor:
         """Which positions a prediction is asked for: [rows, ...] of truth values."""
-        return (labels[:, 1:] if self._task is TaskType.CAUSAL_LM else labels) != IGNORE
+        return (labels[:, 1:] if self._task.shifted else labels) != IGNORE
 
     def _predictions(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What is asked for: hidden states [n, dim] or logits [n, classes] in at least float32, and targets [n]."""
         kept = self._asked(labels).flatten().nonzero().squeeze(-1)
-        if self._task is TaskType.CAUSAL_LM:
+        if self._task.shifted:
             out, labels = out[:, :-1], labels[:, 1:]
         out, labels = out.flatten(0, 1).index_select(0, kept), labels.flatten().index_select(0, kept)
         return (out if self._head is not None else _wide(out)), labels
 
 
-def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
-    """What a decoder begins from to say ``labels``, both [rows, length]: a start token, then all labels but the last.
-
-    Raises:
-        ModelError: the model has no decoder beside an encoder, or its config no start token.
-    """
-    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is not None:
-        found: Tensor = shift(labels=labels)
-        return found
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"task: seq2seq-lm is for an encoder and a decoder, and {type(model).__name__} is a decoder alone; "
-            "train its text as causal-lm"
-        )
-    start = getattr(config, "decoder_start_token_id", None)
-    if start is None:
-        raise ModelError(f"model: the config of {type(model).__name__} has no decoder_start_token_id; set it there")
-    padding = getattr(config, "pad_token_id", None) or 0  # as M2M100 and its kin do inside their forward
-    before = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE, padding)
-    return torch.cat([torch.full_like(labels[:, :1], start), before], 1)
-
-
 def _wide(logits: Tensor) -> Tensor:
     """In at least float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _spans(out: Any, mask: Tensor | None) -> Tensor:
-    """[rows, length, 2], with no weight on padding: a row's loss is not to depend on the length of other rows."""
-    both = torch.stack([out.start_logits, out.end_logits], -1)
-    return both if mask is None else both.masked_fill((mask == 0).unsqueeze(-1), -torch.inf)
 
 
 def _attention(length: int, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:

@@ -19,8 +19,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from loraloom.config.lora import TaskType
-from loraloom.config.names import TASKS
+from loraloom import tasks
 from loraloom.config.train import TrainConfig
 from loraloom.data.batches import bucketed, padding_share
 from loraloom.data.read.holdout import held_out, weighted
@@ -33,7 +32,6 @@ from loraloom.data.table.tokenize import Encoded, encode_survey
 from loraloom.data.tokenize.templates import find_template
 from loraloom.errors import ConfigError, DataError, SaveError
 from loraloom.models.load import length_within
-from loraloom.tasks.metrics.tagging import described
 
 #: Where bad rows go that are skipped, in the output folder.
 BAD_ROWS = "bad-rows.jsonl"
@@ -167,7 +165,7 @@ def read_run_rows(options: TrainConfig, watch: OnProgress = silent) -> Rows:
     Raises:
         DataError: a source or a row cannot be used; there are too few rows.
     """
-    task, skip = TASKS[options.task], options.on_bad_row == "skip"
+    task, skip = tasks.get(options.task), options.on_bad_row == "skip"
     notes: list[str] = []
     given: dict[str, Any] = {"format": options.format, "columns": options.columns, "skip": skip}
     given |= {"log": notes.append, "watch": watch}
@@ -202,7 +200,7 @@ def encode_run_rows(rows: Rows, options: TrainConfig, tokenizer: Any, watch: OnP
         InputError: a setting does not fit, or a row leaves nothing to train on.
         SaveError: neither the cache nor the system's folder for temporary files has room.
     """
-    task, skip = TASKS[options.task], options.on_bad_row == "skip"
+    task, skip = tasks.get(options.task), options.on_bad_row == "skip"
     notes, length = list(rows.notes), length_within(None, options.max_length, options.model)
     settings: dict[str, Any] = {
         "max_length": length,
@@ -222,8 +220,7 @@ def encode_run_rows(rows: Rows, options: TrainConfig, tokenizer: Any, watch: OnP
     made = encode_survey(rows.train, task, tokenizer, **settings)
     other = encode_survey(rows.evaluation, task, tokenizer, **settings) if own else made
     notes += [note for note in made.notes if note not in notes]
-    if task is TaskType.TOKEN_CLS:
-        notes.append(described(rows.names))
+    notes += task.notes(rows.names)
     parts, warnings = [], list[str]()
     for what, encoded, numbers in (("training", made, rows.train_rows), ("held-out", other, rows.evaluation_rows)):
         flags = encoded.table.row_flags[np.unique(numbers)]
@@ -262,7 +259,7 @@ def with_date(rows: Rows, options: TrainConfig, tokenizer: Any, date: str) -> Tr
     Raises:
         ConfigError: one is set and nothing writes it.
     """
-    talks = TASKS[options.task] is TaskType.CAUSAL_LM and (_talks(rows.train) or _talks(rows.evaluation))
+    talks = _talks(rows.train) or _talks(rows.evaluation)
     if talks and find_template(tokenizer, options.chat_template, options.date or date).dated:
         return replace(options, date=options.date or date)
     if options.date is not None:
@@ -273,13 +270,12 @@ def with_date(rows: Rows, options: TrainConfig, tokenizer: Any, date: str) -> Tr
 def _talks(found: Survey) -> bool:
     """Are there conversations, by the first rows of each source?"""
     for source, shape in zip(found.sources, found.shapes, strict=True):
-        if shape.name in ("messages", "sharegpt", "alpaca"):
+        if shape.form.chat:
             return True
-        if shape.name == "prompt-completion":  # of texts, or of messages
-            for row in source.first(SHOWN, lambda bad: None):
-                with contextlib.suppress(RowError):
-                    if isinstance(shape.read(row), Chat):
-                        return True
+        for row in source.first(SHOWN, lambda bad: None):  # prompts and completions of texts, or of messages
+            with contextlib.suppress(RowError):
+                if isinstance(shape.read(row), Chat):
+                    return True
     return False
 
 
@@ -293,7 +289,7 @@ def _part(table: Table, numbers: Array, flags: Array, overlong: str) -> Part:
 def _said(what: str, flags: Array, options: TrainConfig, length: int) -> list[str]:
     """What was done to the rows, in sentences."""
     done = {"truncate": "cut", "drop": "left out", "split": "split into several"}
-    if TASKS[options.task] is TaskType.QUESTION_ANS:
+    if tasks.get(options.task).windows:
         done |= dict.fromkeys(("truncate", "split"), "read in windows")
     over = {
         OVERLONG: f"over max_length={length} tokens and {done.get(options.overlong, '')}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from loraloom.config.lora import TaskType
 from loraloom.config.train import TrainConfig
 from loraloom.data.example import Example
 from loraloom.engine.loop import CALMER
@@ -14,6 +13,7 @@ from loraloom.errors import FailureError, brief
 from loraloom.files.sizes import size
 from loraloom.inference import evaluation
 from loraloom.lora.model import PeftModel
+from loraloom.tasks.base import Task
 
 #: Rows that are named; more are counted.
 NAMED = 5
@@ -92,9 +92,7 @@ def not_finite(failure: str, failed: Sequence[int], guilty: Sequence[int], where
     return f"{failure} on {which} ({rows}), so training cannot go on; {CALMER}" if rows else f"{failure}; {CALMER}"
 
 
-def nonfinite_examples(
-    model: PeftModel, slot: Slot, examples: Sequence[Example], task: TaskType, pad_id: int
-) -> list[int]:
+def nonfinite_examples(model: PeftModel, slot: Slot, examples: Sequence[Example], task: Task, pad_id: int) -> list[int]:
     """Of the examples that ``slot`` failed on, those whose loss is not finite by themselves, as numbers."""
 
     def loss(number: int) -> float:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loraloom import tasks
 from loraloom.config import yamltext
 from loraloom.config.lora import LoraConfig
-from loraloom.config.names import TASKS
+from loraloom.config.names import TASKS as NAMES
 from loraloom.config.train import TrainConfig
 from loraloom.data.read.sources import resolve
 from loraloom.data.shape.shapes import Shape, proposals, recognise
@@ -17,10 +18,9 @@ from loraloom.errors import ConfigError, DataError, nearest
 from loraloom.files.atomic import write_files
 from loraloom.models.configs import tokens_at_most, width
 from loraloom.models.load import build_empty, length_within, load_config
+from loraloom.tasks import TASKS
 from loraloom.train.preflight.rates import start
 
-#: Tasks in the order in which rows are tried for them: what says the most comes first.
-_ORDER = ("question-answering", "token-cls", "seq-cls", "seq2seq-lm", "causal-lm")
 #: More rows than this are many.
 _MANY = 30_000
 #: Rows by which the shape is recognised.
@@ -43,20 +43,20 @@ def guess(
     rows = source.first(_LOOK, (lambda bad: None) if skip else None)
     if task is not None:
         if task not in TASKS:
-            raise ConfigError(f"task: must be one of {', '.join(TASKS)}, found {task!r}{nearest(task, TASKS)}")
+            raise ConfigError(f"task: must be one of {', '.join(NAMES)}, found {task!r}{nearest(task, NAMES)}")
         return task, recognise(rows, TASKS[task], format, columns, skip=skip)
     wrong: list[ConfigError] = []
-    for name in _ORDER:
+    for name in TASKS:
         try:
             return name, recognise(rows, TASKS[name], format, columns, skip=skip)
         except DataError:
             continue
         except ConfigError as error:
             wrong.append(error)
-    if len(wrong) == len(_ORDER):  # a format or columns that no task knows
+    if len(wrong) == len(TASKS):  # a format or columns that no task knows
         raise next((error for error in wrong if "did you mean" in str(error)), wrong[-1])
     there = ", ".join(map(repr, rows[0].fields))
-    seem = [f"--task {name} {option}" for name in _ORDER for option in proposals(rows[0], name)[:1]]
+    seem = [f"--task {name} {option}" for name in TASKS for option in proposals(rows[0], TASKS[name])[:1]]
     if seem:
         raise DataError(
             f"{rows[0].where}: the columns {there} fit no task as they are called; give what they are, for example "
@@ -103,6 +103,7 @@ def begin(
     rows |= {"learning_rate": rate, "epochs": epochs}
     # Checked as a whole: what is written can be read.
     options = TrainConfig(model=model, data=data, task=found, output=name, lora=LoraConfig(**_LORA), **rows)
+    tasks.check(options)
     write_files(path.parent, {path.name: _text(options, shape, length, path.name, count).encode()})
     return found
 
@@ -137,7 +138,7 @@ def _text(options: TrainConfig, shape: Shape, length: int, name: str, count: int
 # Find better values:    loraloom tune {name}
 # Change one value:      --set lora.r=8, or the option --lora-r 8
 
-task: {options.task}  # {", ".join(TASKS)}
+task: {options.task}  # {", ".join(NAMES)}
 
 model:
   name: {value(options.model)}  # a folder or a hub name

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraloom.config.train import TrainConfig
-from loraloom.data.batches import collate
 from loraloom.data.table.scan import OnProgress
 from loraloom.distributed.launch import find as find_device
 from loraloom.distributed.launch import single_process_warning
@@ -108,7 +107,7 @@ def _probed(job: TrainJob) -> list[Finding]:
     pack = Pack(job.model, task=job.task, pad_id=job.tokenizer.pad_token_id)
     train = job.data.train.examples
     rows = [train[number] for number in range(min(len(train), job.options.batch_size))]
-    found = pack.probe({ADAPTER: collate(rows, pack.pad_id, pack.task)})
+    found = pack.probe({ADAPTER: pack.task.collate(rows, pack.pad_id)})
     if stops := next((fault for fault in found if fault.stops), None):
         raise TargetError(stops.text)
     return [Finding("untrained", fault.text) for fault in found]

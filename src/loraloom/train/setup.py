@@ -11,8 +11,8 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from loraloom.config.lora import TASK_HEADS, LoraConfig, TaskType
-from loraloom.config.names import TASKS
+from loraloom import tasks
+from loraloom.config.lora import LoraConfig
 from loraloom.config.train import TrainConfig
 from loraloom.data.records import Record
 from loraloom.data.rows import Row
@@ -34,6 +34,7 @@ from loraloom.models.given import hash_of_weights
 from loraloom.models.labels import SHOWN, as_the_model
 from loraloom.models.load import build_empty, length_within, load_base, load_config, load_tokenizer
 from loraloom.models.parts import text_only
+from loraloom.tasks.base import Task
 from loraloom.tasks.metrics.registry import Metrics, choose
 from loraloom.train import early_stopping
 from loraloom.train.dataset import Data, encode_run_rows, read_run_rows, silent, with_date
@@ -48,7 +49,7 @@ class Setup:
     data: Data
     tokenizer: Any
     base: nn.Module
-    task: TaskType
+    task: Task
     #: modules without weights in the model's folder, which are therefore trained in full
     new_modules: list[str]
     metrics: Metrics
@@ -59,7 +60,7 @@ class Setup:
     def config(self, options: TrainConfig) -> LoraConfig:
         """The adapter of ``options`` on this model: its new modules train with it."""
         given = list(options.lora.modules_to_save or ())
-        known = [*given, *TASK_HEADS.get(self.task, ())]
+        known = [*given, *self.task.heads]
         new = [n for n in self.new_modules if not any(matches_name(k, n) or f".{k}." in f".{n}." for k in known)]
         return text_only(self.base, options.lora.copy(modules_to_save=[*given, *new] or None))
 
@@ -155,7 +156,7 @@ class TrainJob:
         return self.setup.tokenizer
 
     @property
-    def task(self) -> TaskType:
+    def task(self) -> Task:
         return self.setup.task
 
     @property
@@ -217,14 +218,15 @@ def load(
     Raises:
         InputError: anything wrong with what the user gave.
     """
-    task = TASKS[options.task]
+    tasks.check(options)
+    task = tasks.get(options.task)
     where = where or launch.find(options.device)
     if options.fsdp and where.world.size == 1:
         how = launch.single_process_warning() or "start them with torchrun or accelerate launch"
         raise ConfigError(f"fsdp: needs several processes; {how}")
     if options.optim != "adamw":
         optimizers.find(options.optim, options.weight_decay, options.optim_args)
-    if options.problem_type or task is not TaskType.SEQ_CLS:
+    if options.problem_type or "problem_type" not in task.options:
         choose(task, options.problem_type, options.metrics)  # before anything is read
     rows = read_run_rows(options, reading)
     config = load_config(options.model, options.revision)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from loraloom.config.lora import TaskType
 from loraloom.train.dataset import TEMPLATE_NAME
 from loraloom.train.setup import Setup
 
@@ -29,12 +28,9 @@ def usage(setup: Setup) -> dict[str, Any]:
         "max_length": options.max_length,
         "overlong": options.overlong,
     }
-    if setup.task is TaskType.SEQ_CLS:
-        found["problem_type"] = data.problem or "single_label_classification"
+    found |= setup.task.usage(options, data.problem)
     if data.names:
         found["id2label"] = {str(number): name for number, name in enumerate(data.names)}
-    if setup.task is TaskType.QUESTION_ANS:
-        found["stride"] = options.stride
     if data.template is not None:
         found["chat_template"] = TEMPLATE_NAME
     return found

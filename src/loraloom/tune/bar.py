@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from statistics import NormalDist, fmean
 from typing import Any
 
-from loraloom.config.lora import TaskType
 from loraloom.inference.jackknife import Figures, error
 from loraloom.lora.model import PeftModel
 from loraloom.lora.routing import BASE
@@ -31,8 +30,6 @@ SHARE = 0.02
 FIRST = 4
 #: Metrics that no constant answer has: it goes along with nothing.
 _CORRELATIONS = ("pearson", "spearman")
-#: Heads of these tasks are of no use before they are trained.
-_NEW_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
 
 
 @dataclass
@@ -99,7 +96,7 @@ def set_bar(setup: Setup, model: PeftModel) -> Bar:
     bar = Bar(len(setup.data.evaluation_rows))
     if (found := constant(setup)) is not None:
         bar.base, bar.answers = training_loss(found, setup), measure(found, setup)
-    bar.begins = not (setup.new_modules and setup.task in _NEW_HEADS)
+    bar.begins = not (setup.new_modules and setup.task.class_word)  # a new head for classes is of no use untrained
     if bar.begins:
         bar.answers["the frozen model"] = setup.evaluate_parts(model, BASE)
     return bar

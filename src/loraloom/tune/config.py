@@ -10,13 +10,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from loraloom import tasks
 from loraloom.config import runfile
-from loraloom.config.names import TASKS
 from loraloom.config.options import options_of
 from loraloom.config.train import TrainConfig
 from loraloom.config.tune import PRESET, SearchOptions
 from loraloom.errors import ConfigError, nearest
-from loraloom.tasks.metrics.registry import DEFAULTS, kind_of
 from loraloom.tune.space import PRESETS, Space
 
 #: What a training has and a search does not.
@@ -60,9 +59,9 @@ class TuneConfig(SearchOptions):
 
     def _check_metric(self) -> None:
         train = self.train
-        kind = kind_of(TASKS[train.task], train.problem_type)
-        # Whether tags mark entities is not known before the data is read.
-        measured = train.metrics or (*DEFAULTS[kind], *(DEFAULTS["words"] if kind == "tags" else ()))
+        # Which of its kinds a task has, such as whether tags mark entities, is not known before the data is read.
+        kinds = tasks.get(train.task).kinds(train.problem_type)
+        measured = train.metrics or list(dict.fromkeys(name for kind in kinds for name in kind.unasked))
         given = [name for name in measured if ":" not in name and name != "loss"]
         own = [spec.partition(":")[2] for spec in train.metrics or () if ":" in spec]
         self.metric = self.metric or next(iter([*given, *own]), "loss")
@@ -108,7 +107,7 @@ class TuneConfig(SearchOptions):
         Raises:
             ConfigError: begins with the file and the line.
         """
-        found = runfile.read(path, overrides, given)
+        found = runfile.read(path, overrides, given, tasks.check)
         try:
             config = cls(train=found.options, **_with_preset(found.tune, found.options))
         except ConfigError as error:

@@ -17,13 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraloom.config.lora import TaskType
 from loraloom.engine.slot import Curve
 from loraloom.errors import ConfigError, DataError, SaveError
 from loraloom.files import lock
 from loraloom.files.atomic import replace_links
 from loraloom.messages import Describe, Message, OnEvent, Warn, ignore, logged
-from loraloom.tasks.metrics.registry import metric_name
 from loraloom.train.failures import Interrupted
 from loraloom.train.output import check_output
 from loraloom.train.preflight.doctor import amount
@@ -98,11 +96,12 @@ def _prepare(options: TuneConfig) -> tuple[TuneConfig, Setup]:
     setup = load(options.train, date=None if options.train.overwrite else date_of(folder))
     _check_validation(setup)
     metric, own = options.metric, setup.metrics
-    if metric == metric_name(setup.task) and metric not in own.names and not own.own:
+    if metric == setup.task.kind().unasked[0] and metric not in own.names and not own.own:
         metric = own.first  # labels turned out to be numbers or several classes, or tags to mark no entities
     if metric != "loss" and metric not in own.names and not own.own:
         raise ConfigError(f"metric: {metric!r} is not measured of this data; there are {', '.join(own.names)}, loss")
-    options = replace(options, train=replace(setup.options, problem_type=setup.data.problem), metric=metric)
+    problem = setup.data.problem if "problem_type" in setup.task.options else None
+    options = replace(options, train=replace(setup.options, problem_type=problem), metric=metric)
     options.space.check(setup.base, options.train)
     return options, setup
 
@@ -311,7 +310,7 @@ class Search:
 def _check_validation(setup: Setup) -> None:
     """Rows that all are of one class cannot tell a good configuration from a poor one."""
     labels = {example.labels for example in setup.data.evaluation.examples if isinstance(example.labels, int)}
-    if setup.task is TaskType.SEQ_CLS and len(labels) == 1:
+    if len(labels) == 1:
         raise DataError(
             f"{setup.options.eval_split if isinstance(setup.options.eval_split, str) else setup.options.data}: all "
             f"{len(setup.data.evaluation.examples)} held-out rows are labelled "

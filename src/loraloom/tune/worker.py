@@ -114,7 +114,7 @@ class Worker:
         span = {(target.name, target.kind) for one in factory.largest() for target in factory.plan(one).targets}
         modules = sorted(name for name, kind in span if kind != LoraParameter.kind)
         parameters = sorted(name for name, kind in span if kind == LoraParameter.kind)
-        config = LoraConfig(r=1, target_modules=modules, target_parameters=parameters, task_type=setup.task)
+        config = LoraConfig(r=1, target_modules=modules, target_parameters=parameters, task_type=setup.task.task_type)
         self.model.add_adapter(SPAN, config)
         if options.train.gradient_checkpointing:
             activation_checkpointing.enable(self.model)

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraloom.config.lora import TaskType
 from loraloom.data.records import Asked, Chat, Labelled, Pair, Record, Tagged, Text, Translated
 from loraloom.data.rows import Row, RowError
-from loraloom.data.shape.forms import SHAPES
 from loraloom.data.shape.shapes import Shape, recognise
 from loraloom.errors import ConfigError, DataError
+from loraloom.tasks import TASKS
 
 CALM = settings(max_examples=60, deadline=None)  # two cores are shared: a slow example is no failure
 
@@ -29,7 +28,7 @@ def row(fields: dict[str, Any], line: int = 1) -> Row:
 
 
 def read(task: str, fields: dict[str, Any], **options: Any) -> tuple[str, Record]:
-    shape = recognise(row(fields), task, **options)
+    shape = recognise(row(fields), TASKS[task], **options)
     return shape.name, shape.read(row(fields))
 
 
@@ -168,7 +167,7 @@ def test_each_shape_is_recognised_and_made_its_record(
 
 
 def test_every_shape_has_a_row_above() -> None:
-    names = {form.name for forms in SHAPES.values() for form in forms}
+    names = {form.name for task in TASKS.values() for form in task.forms}
     assert {name for _, name, _, _ in GOOD} == names
 
 
@@ -183,18 +182,18 @@ def test_a_row_is_left_as_it_was() -> None:
 
 
 def test_a_shape_goes_to_another_process() -> None:
-    shape = recognise(row({"body": "t", "label": 1}), "seq-cls", columns={"text": "body"})
+    shape = recognise(row({"body": "t", "label": 1}), TASKS["seq-cls"], columns={"text": "body"})
     copy = pickle.loads(pickle.dumps(shape))
     assert copy.read(row({"body": "t", "label": 1})) == Labelled("t", None, 1)
 
 
 def test_what_was_recognised_is_said_with_what_is_not_read_and_what_would_fit_as_well() -> None:
     fields = {"question": "p", "completion": "c", "text": "t", "id": 1}
-    said = recognise(row(fields), "causal-lm", columns={"prompt": "question"}).describe()
+    said = recognise(row(fields), TASKS["causal-lm"], columns={"prompt": "question"}).describe()
     assert said == "prompt-completion (prompt from 'question'); not read: 'text', 'id'"
-    said = recognise(row({"prompt": "p", "completion": "c", "text": "t"}), "causal-lm").describe()
+    said = recognise(row({"prompt": "p", "completion": "c", "text": "t"}), TASKS["causal-lm"]).describe()
     assert "would also fit: text (choose with format)" in said
-    assert "regression" in recognise(row({"text": "t", "label": 0.5}), "seq-cls").describe()
+    assert "regression" in recognise(row({"text": "t", "label": 0.5}), TASKS["seq-cls"]).describe()
 
 
 # Named and mapped -----------------------------------------------------------------------------------------
@@ -252,7 +251,7 @@ def test_a_mapped_column_that_is_not_there_is_refused_with_the_nearest() -> None
 
 def test_an_optional_column_may_be_missing_from_the_first_row() -> None:
     rows = [row({"instruction": "q", "output": "a"}), row({"instruction": "q", "output": "a", "sys": "s"}, 2)]
-    shape = recognise(rows, "causal-lm", columns={"system": "sys"})
+    shape = recognise(rows, TASKS["causal-lm"], columns={"system": "sys"})
     assert [len(shape.read(one).messages) for one in rows] == [2, 3]  # type: ignore[union-attr]
 
 
@@ -260,7 +259,7 @@ def test_an_optional_column_may_be_missing_from_the_first_row() -> None:
 
 
 def labelled(*labels: object) -> Shape:
-    return recognise([row({"text": "t", "label": label}, n) for n, label in enumerate(labels, 1)], "seq-cls")
+    return recognise([row({"text": "t", "label": label}, n) for n, label in enumerate(labels, 1)], TASKS["seq-cls"])
 
 
 @pytest.mark.parametrize(
@@ -355,7 +354,7 @@ def test_in_a_table_of_whole_numbers_a_fraction_is_no_class() -> None:
         with pytest.raises(DataError, match=f"'label' must be a whole number as in the rows before, {words}"):
             shape.read(row({"text": "t", "label": label}))
     assert shape.read(row({"text": "t", "label": "none"})).label == "none"  # type: ignore[union-attr]
-    chosen = recognise(row({"text": "t", "label": "1"}), "seq-cls", problem_type="single_label_classification")
+    chosen = recognise(row({"text": "t", "label": "1"}), TASKS["seq-cls"], problem_type="single_label_classification")
     assert chosen.read(row({"text": "t", "label": "1.5"})).label == "1.5"  # type: ignore[union-attr]
 
 
@@ -494,17 +493,17 @@ def test_a_row_that_is_wrong_is_refused_with_its_place_and_column(
 
 
 def test_a_later_row_of_another_shape_is_refused() -> None:
-    shape = recognise(row({"prompt": "p", "completion": "c"}), "causal-lm")
+    shape = recognise(row({"prompt": "p", "completion": "c"}), TASKS["causal-lm"])
     with pytest.raises(RowError, match=r"f\.jsonl, line 9: no column 'prompt'; the columns are 'text'"):
         shape.read(row({"text": "t"}, 9))
 
 
 def test_bad_rows_in_front_are_passed_over_where_they_are_skipped() -> None:
     rows = [row({"txt": "t"}, 1), row({}, 2), row({"prompt": "p", "completion": "c"}, 3), row({"text": "t"}, 4)]
-    assert recognise(rows, "causal-lm", skip=True).name == "prompt-completion"
+    assert recognise(rows, TASKS["causal-lm"], skip=True).name == "prompt-completion"
     for some, skip in ((rows, False), (rows[:2], True)):
         with pytest.raises(RowError, match=r"f\.jsonl, line 1: no column"):
-            recognise(some, "causal-lm", skip=skip)
+            recognise(some, TASKS["causal-lm"], skip=skip)
 
 
 def test_openai_and_sharegpt_are_told_apart_by_what_is_in_them() -> None:
@@ -526,15 +525,15 @@ JSONS = st.recursive(
     ),
     max_leaves=12,
 )
-COLUMNS = sorted({name for forms in SHAPES.values() for form in forms for name in (*form.needs, *form.may)})
+COLUMNS = sorted({name for task in TASKS.values() for form in task.forms for name in (*form.needs, *form.may)})
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from(COLUMNS), JSONS, max_size=6), st.sampled_from(list(SHAPES)))
-def test_no_row_at_all_raises_anything_but_a_data_error(fields: dict[str, Any], task: TaskType) -> None:
-    for format in (None, *(form.name for form in SHAPES[task])):
+@given(st.dictionaries(st.sampled_from(COLUMNS), JSONS, max_size=6), st.sampled_from(list(TASKS)))
+def test_no_row_at_all_raises_anything_but_a_data_error(fields: dict[str, Any], task: str) -> None:
+    for format in (None, *(form.name for form in TASKS[task].forms)):
         try:
-            record = recognise(row(fields), task, format=format).read(row(fields))
+            record = recognise(row(fields), TASKS[task], format=format).read(row(fields))
         except DataError as error:
             assert "f.jsonl, line 1" in str(error)
         else:

@@ -14,6 +14,7 @@ from loraloom.data.rows import Row
 from loraloom.data.tokenize.answers import AnswerEncoder
 from loraloom.data.tokenize.encode import encoder
 from loraloom.data.tokenize.pairs import NOTE
+from loraloom.tasks import TASKS
 
 CALM = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CONTEXT = "the cat sat on the mat in London, the cats sat on the mat in New York."
@@ -24,13 +25,13 @@ def asked(answer: str | None, context: str = CONTEXT, question: str = "who sat?"
 
 
 def encoded(tokenizer: Any, record: Asked, max_length: int = 64, stride: int = 4, **settings: Any) -> EncodedRow:
-    made = encoder("question-answering", tokenizer, max_length=max_length, stride=stride, **settings)
+    made = encoder(TASKS["question-answering"], tokenizer, max_length=max_length, stride=stride, **settings)
     (result,) = made.encode([(Row({}, 1), record)])
     return result
 
 
 def test_a_line_break_parts_question_and_context_where_the_tokenizer_puts_nothing(byte_pieces: Any) -> None:
-    made = encoder("question-answering", byte_pieces, max_length=200, stride=4)
+    made = encoder(TASKS["question-answering"], byte_pieces, max_length=200, stride=4)
     (result,) = made.encode([(Row({}, 1), asked("the mat"))])
     ids, (first, last) = result.examples[0].input_ids, result.examples[0].labels  # type: ignore[misc]
     assert byte_pieces.decode(ids) == byte_pieces.decode(byte_pieces("who sat?\n", CONTEXT).input_ids)

@@ -15,6 +15,7 @@ from loraloom.data.records import Chat, Pair, Record, Text
 from loraloom.data.rows import Row
 from loraloom.data.tokenize.encode import encoder
 from loraloom.errors import ConfigError, ModelError
+from loraloom.tasks import TASKS
 
 CALM = settings(max_examples=60, deadline=None)
 BOS, EOS = 0, 1
@@ -35,7 +36,9 @@ def text(first: int, last: int) -> str:
 
 
 def one(record: Record, max_length: int, overlong: str = "truncate", made: Any = None) -> EncodedRow:
-    return encoder("causal-lm", made or words(), max_length=max_length, overlong=overlong).encode([(ROW, record)])[0]
+    return encoder(TASKS["causal-lm"], made or words(), max_length=max_length, overlong=overlong).encode(
+        [(ROW, record)]
+    )[0]
 
 
 def shown(result: EncodedRow) -> list[tuple[list[int], list[int]]]:
@@ -111,7 +114,7 @@ def test_texts_pairs_and_chats_of_one_chunk_keep_their_order() -> None:
     made = words()
     made.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
     chat = Chat([{"role": "user", "content": "w2"}, {"role": "assistant", "content": "w3"}])
-    both = encoder("causal-lm", made, max_length=9)
+    both = encoder(TASKS["causal-lm"], made, max_length=9)
     assert both.notes == []  # no conversation was met yet
     results = both.encode([(ROW, Text("w5 w6")), (ROW, chat), (ROW, Pair("w7", " w8"))])
     assert [result.examples[0].input_ids for result in results] == [[BOS, 5, 6, EOS], [2, 3], [BOS, 7, 8, EOS]]
@@ -120,7 +123,7 @@ def test_texts_pairs_and_chats_of_one_chunk_keep_their_order() -> None:
 
 def test_a_broken_template_that_was_asked_for_is_told_before_any_row() -> None:
     with pytest.raises(ModelError, match="chat_template, line 1: "):
-        encoder("causal-lm", words(), max_length=9, chat_template="{% if %}")
+        encoder(TASKS["causal-lm"], words(), max_length=9, chat_template="{% if %}")
 
 
 def test_an_unknown_choice_for_rows_over_length_is_refused_with_the_nearest() -> None:
@@ -129,4 +132,4 @@ def test_an_unknown_choice_for_rows_over_length_is_refused_with_the_nearest() ->
 
 
 def test_no_records_are_no_examples() -> None:
-    assert encoder("causal-lm", words(), max_length=9).encode([]) == []
+    assert encoder(TASKS["causal-lm"], words(), max_length=9).encode([]) == []

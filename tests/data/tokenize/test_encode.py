@@ -15,6 +15,7 @@ from loraloom.data.rows import Row
 from loraloom.data.shape.shapes import recognise
 from loraloom.data.tokenize.encode import encoder
 from loraloom.errors import ConfigError, ModelError
+from loraloom.tasks import TASKS
 
 CALM = settings(max_examples=60, deadline=None)  # two cores are shared: a slow example is no failure
 BOS, EOS, SEP = 0, 1, 2
@@ -57,8 +58,8 @@ LLAMA = byte_level()
 def encode(
     rows: list[Row], tokenizer: Any, task: str, max_length: int, labels: tuple[str, ...] = ("a", "b")
 ) -> list[EncodedRow]:
-    made = encoder(task, tokenizer, max_length=max_length, labels=labels)
-    shape = recognise(rows, task)
+    made = encoder(TASKS[task], tokenizer, max_length=max_length, labels=labels)
+    shape = recognise(rows, TASKS[task])
     return made.encode([(row, shape.read(row)) for row in rows])
 
 

@@ -13,10 +13,11 @@ from loraloom.data.tokenize.encode import encoder
 from loraloom.data.tokenize.labels import NUMBER, SEVERAL, SINGLE
 from loraloom.data.tokenize.pairs import NOTE
 from loraloom.errors import ConfigError
+from loraloom.tasks import TASKS
 
 
 def encoded(tokenizer: Any, *records: Labelled, max_length: int = 32, **settings: Any) -> list[EncodedRow]:
-    made = encoder("seq-cls", tokenizer, max_length=max_length, **settings)
+    made = encoder(TASKS["seq-cls"], tokenizer, max_length=max_length, **settings)
     return made.encode([(Row({}, i), record) for i, record in enumerate(records, start=1)])
 
 
@@ -37,7 +38,7 @@ def test_a_line_break_parts_the_texts_where_the_tokenizer_puts_nothing_and_it_is
 ) -> None:
     one, two = Labelled("the cat", None, "a"), Labelled("the cat", "who sat", "a")
     for tokenizer, between in ((byte_pieces, "\n"), (word_pieces, "")):
-        made = encoder("seq-cls", tokenizer, max_length=32, labels=["a"])
+        made = encoder(TASKS["seq-cls"], tokenizer, max_length=32, labels=["a"])
         (found,) = made.encode([(Row({}, 1), one)])
         assert found.examples[0].input_ids == tokenizer("the cat").input_ids
         assert made.notes == []

@@ -12,13 +12,14 @@ from loraloom.data.example import IGNORE, EncodedRow
 from loraloom.data.records import Tagged
 from loraloom.data.rows import Row
 from loraloom.data.tokenize.encode import encoder
+from loraloom.tasks import TASKS
 
 CALM = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TAGS = ["B-PER", "I-PER", "O"]
 
 
 def encoded(tokenizer: Any, words: list[str], tags: list[Any], max_length: int = 64, **settings: Any) -> EncodedRow:
-    made = encoder("token-cls", tokenizer, max_length=max_length, **{"labels": TAGS, **settings})
+    made = encoder(TASKS["token-cls"], tokenizer, max_length=max_length, **{"labels": TAGS, **settings})
     (result,) = made.encode([(Row({}, 1), Tagged(words, tags))])
     return result
 

@@ -11,12 +11,13 @@ from loraloom.data.records import Translated
 from loraloom.data.rows import Row
 from loraloom.data.tokenize.encode import encoder
 from loraloom.errors import ConfigError
+from loraloom.tasks import TASKS
 
 ENGLISH, GERMAN = "translate English to German: the house is wonderful", "das Haus ist wunderbar"
 
 
 def encoded(tokenizer: Any, source: str, target: str, max_length: int = 64, **settings: Any) -> EncodedRow:
-    made = encoder("seq2seq-lm", tokenizer, max_length=max_length, **settings)
+    made = encoder(TASKS["seq2seq-lm"], tokenizer, max_length=max_length, **settings)
     (result,) = made.encode([(Row({}, 1), Translated(source, target))])
     return result
 

@@ -10,23 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from loraloom import TaskType
+from loraloom import tasks
 from loraloom.errors import ConfigError
-from loraloom.tasks.metrics.registry import (
-    MEASURES,
-    OwnMetric,
-    Scores,
-    choose,
-    greater_is_better,
-    known_metrics,
-    metric_name,
-    own_metric,
-)
+from loraloom.tasks.base import Task
+from loraloom.tasks.metrics.kinds import TAGS, Scores
+from loraloom.tasks.metrics.registry import OwnMetric, choose, greater_is_better, known_metrics, own_metric
 
-CLASSES, LM = TaskType.SEQ_CLS, TaskType.CAUSAL_LM
+CLASSES, LM, TOKENS = tasks.get("seq-cls"), tasks.get("causal-lm"), tasks.get("token-cls")
+SEQ2SEQ, QA = tasks.get("seq2seq-lm"), tasks.get("question-answering")
 TASKS = [
     (CLASSES, None), (CLASSES, "regression"), (CLASSES, "multi_label_classification"), (LM, None),
-    (TaskType.TOKEN_CLS, None), (TaskType.SEQ_2_SEQ_LM, None), (TaskType.QUESTION_ANS, None),
+    (TOKENS, None), (SEQ2SEQ, None), (QA, None),
 ]  # fmt: skip
 
 
@@ -37,33 +31,33 @@ TASKS = [
         (CLASSES, "multi_label_classification", ["f1_micro", "f1_macro", "subset_accuracy"]),
         (CLASSES, "regression", ["mse", "mae", "pearson", "spearman", "r2"]),
         (LM, None, ["perplexity"]),
-        (TaskType.SEQ_2_SEQ_LM, None, ["perplexity"]),
-        (TaskType.TOKEN_CLS, None, ["f1", "precision", "recall", "accuracy"]),
-        (TaskType.QUESTION_ANS, None, ["f1", "exact_match"]),
+        (SEQ2SEQ, None, ["perplexity"]),
+        (TOKENS, None, ["f1", "precision", "recall", "accuracy"]),
+        (QA, None, ["f1", "exact_match"]),
     ],
 )
 def test_a_task_is_measured_by_its_own_metrics_and_generates_nothing_unasked(
-    task: TaskType, problem: str | None, names: list[str]
+    task: Task, problem: str | None, names: list[str]
 ) -> None:
     chosen = choose(task, problem)
     assert list(chosen.names) == names
     assert not chosen.needs_generation
-    assert chosen.first == metric_name(task, problem) == names[0]
+    assert chosen.first == task.kind(problem).unasked[0] == names[0]
 
 
 @pytest.mark.parametrize(("task", "problem"), TASKS)
-def test_every_known_metric_can_be_asked_for(task: TaskType, problem: str | None) -> None:
-    known = known_metrics(task, problem)
-    if task is TaskType.TOKEN_CLS:  # half of them are of entities, the others of words
-        known = [name for name in known if name in ("loss", *MEASURES["tags"])]
+def test_every_known_metric_can_be_asked_for(task: Task, problem: str | None) -> None:
+    known = known_metrics(task.kinds(problem))
+    if task is TOKENS:  # half of them are of entities, the others of words
+        known = [name for name in known if name in ("loss", *TAGS.measures)]
     chosen = choose(task, problem, known)
     kinds: dict[str, list[Any]] = {"numbers": [1.0, 2.0], "several classes": [["a"], ["b"]], "tags": [["B-A", "O"]]}
-    said = kinds.get(chosen.kind, ["x y", "y z"])
-    right = [[one] for one in said] if chosen.kind == "answers" else said
+    said = kinds.get(chosen.kind.name, ["x y", "y z"])
+    right = [[one] for one in said] if chosen.kind.name == "answers" else said
     found = chosen.measure(Scores(6.0, 4), said, right)
     assert list(found) == known
     assert found["loss"] == 1.5
-    for name in MEASURES[chosen.kind]:
+    for name in chosen.kind.measures:
         assert found[name] == pytest.approx(1 if greater_is_better(name) else 0), name
 
 
@@ -94,12 +88,12 @@ POS, NER = ["DET", "NOUN", "VERB"], ["B-PER", "I-PER", "O"]
 
 
 def test_tags_that_mark_no_entities_are_measured_by_word_and_watched_by_accuracy() -> None:
-    chosen = choose(TaskType.TOKEN_CLS).of_labels(POS)
+    chosen = choose(TOKENS).of_labels(POS)
     assert chosen.names == ("accuracy", "f1_macro", "f1_micro")
     assert chosen.first == "accuracy"
     wrong = chosen.measure(Scores(1.0, 1), [["NOUN", "DET"]], [["DET", "NOUN"]])
     assert wrong == {"loss": 1.0, "accuracy": 0.0, "f1_macro": 0.0, "f1_micro": 0.0}
-    assert choose(TaskType.TOKEN_CLS).of_labels(NER).names == ("f1", "precision", "recall", "accuracy")
+    assert choose(TOKENS).of_labels(NER).names == ("f1", "precision", "recall", "accuracy")
 
 
 @pytest.mark.parametrize(
@@ -112,14 +106,14 @@ def test_tags_that_mark_no_entities_are_measured_by_word_and_watched_by_accuracy
 )
 def test_a_metric_that_tags_do_not_have_is_an_error(labels: list[str], asked: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        choose(TaskType.TOKEN_CLS, None, asked).of_labels(labels)
+        choose(TOKENS, None, asked).of_labels(labels)
 
 
 def test_a_users_function_sees_the_tags_as_they_are() -> None:
     def saw(predictions: Any, references: Any) -> float:
         return float(predictions == [["PER_U", math.nan]])
 
-    chosen = dataclasses.replace(choose(TaskType.TOKEN_CLS), own=(OwnMetric("m:saw", saw),)).of_labels(["O", "PER_U"])
+    chosen = dataclasses.replace(choose(TOKENS), own=(OwnMetric("m:saw", saw),)).of_labels(["O", "PER_U"])
     found = chosen.measure(Scores(1.0, 1), [["PER_U", math.nan]], [["PER_U", "O"]])
     assert found == {"loss": 1.0, "f1": 1.0, "precision": 1.0, "recall": 1.0, "accuracy": 0.5, "saw": 1.0}
 

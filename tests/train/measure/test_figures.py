@@ -20,28 +20,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraloom import TaskType
-from loraloom.tasks.metrics.registry import MEASURES, Scores, choose, kind_of
+from loraloom import tasks
+from loraloom.tasks.metrics import kinds
+from loraloom.tasks.metrics.kinds import Kind, Scores
+from loraloom.tasks.metrics.registry import choose
 
 CALM = settings(max_examples=40, deadline=None)
 Rows = Sequence[Any]
 
-TASKS: dict[str, tuple[TaskType, str | None, list[str]]] = {
-    "classes": (TaskType.SEQ_CLS, None, ["a", "b", "c"]),
-    "several classes": (TaskType.SEQ_CLS, "multi_label_classification", ["a", "b", "c"]),
-    "numbers": (TaskType.SEQ_CLS, "regression", []),
-    "tags": (TaskType.TOKEN_CLS, None, ["O", "B-P", "I-P", "B-L", "I-L", "E-P", "S-P"]),
-    "words": (TaskType.TOKEN_CLS, None, ["DET", "NOUN", "O"]),
-    "answers": (TaskType.QUESTION_ANS, None, []),
-    "texts": (TaskType.CAUSAL_LM, None, []),
+KINDS = {kind.name: kind for kind in vars(kinds).values() if isinstance(kind, Kind)}
+TASKS: dict[str, tuple[str, str | None, list[str]]] = {
+    "classes": ("seq-cls", None, ["a", "b", "c"]),
+    "several classes": ("seq-cls", "multi_label_classification", ["a", "b", "c"]),
+    "numbers": ("seq-cls", "regression", []),
+    "tags": ("token-cls", None, ["O", "B-P", "I-P", "B-L", "I-L", "E-P", "S-P"]),
+    "words": ("token-cls", None, ["DET", "NOUN", "O"]),
+    "answers": ("question-answering", None, []),
+    "texts": ("causal-lm", None, []),
 }
 
 
 def measured(kind: str, said: Rows, right: Rows, labels: Sequence[str] | None = None) -> dict[str, float]:
     """What a run measures of these predictions, the loss left out."""
     task, problem, usual = TASKS[kind]
-    chosen = choose(task, problem, list(MEASURES[kind])).of_labels(usual if labels is None else labels)
-    assert chosen.kind == kind
+    chosen = choose(tasks.get(task), problem, list(KINDS[kind].measures)).of_labels(usual if labels is None else labels)
+    assert chosen.kind.name == kind
     found = chosen.measure(Scores(), said, right)
     del found["loss"]
     return found
@@ -149,13 +152,13 @@ def theirs(kind: str, said: Rows, right: Rows) -> dict[str, float]:
 
 
 def test_every_metric_has_a_library_beside_it() -> None:
-    assert LIBRARIES.keys() == TASKS.keys() == MEASURES.keys()
+    assert LIBRARIES.keys() == TASKS.keys() == KINDS.keys()
     for kind, (task, problem, labels) in TASKS.items():
-        assert kind_of(task, problem) == ("tags" if kind == "words" else kind)
+        assert tasks.get(task).kind(problem).name == ("tags" if kind == "words" else kind)
         rows = [labels[:1]] if kind in ("tags", "words", "several classes") else [1.0, 2.0] if kind == "numbers" else []
         rows = rows or [["x"] if kind == "answers" else "x"]
         said = ["x"] if kind == "answers" else rows
-        assert theirs(kind, said, rows).keys() == MEASURES[kind].keys()
+        assert theirs(kind, said, rows).keys() == KINDS[kind].measures.keys()
 
 
 # Random and degenerate ----------------------------------------------------------------------------------------
@@ -236,7 +239,7 @@ def test_a_metric_of_shuffled_answers_is_at_chance(kind: str) -> None:
 
     said = [one() for _ in range(25)]
     right = [[answer] if kind == "answers" else answer for answer in said]  # all right, before they are shuffled
-    perfect = {name: 0.0 if name in ("mse", "mae") else 1.0 for name in MEASURES[kind]}
+    perfect = {name: 0.0 if name in ("mse", "mae") else 1.0 for name in KINDS[kind].measures}
     assert measured(kind, said, right) == pytest.approx(perfect)
     chance = theirs(kind, [a for a in said for _ in right], right * len(said))
     found = [measured(kind, said, source.sample(right, len(right))) for _ in range(60)]

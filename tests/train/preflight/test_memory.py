@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from loraloom import LoraConfig, PeftModel, get_peft_model
-from loraloom.config.names import TASKS
 from loraloom.data.example import Example
 from loraloom.engine.loop import train_pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, ModelError
 from loraloom.models.load import load_base
+from loraloom.tasks import TASKS
 from loraloom.train.preflight.memory import Memory, forecast
 
 ROWS, LENGTH = 4, 16
@@ -38,7 +38,7 @@ def config(folder: Path, knobs: str) -> LoraConfig:
 
 def setup(folder: Path, task: str, dtype: str, settings: LoraConfig) -> PeftModel:
     base, _ = load_base(str(folder), TASKS[task], dtype, ["a", "b"])
-    return get_peft_model(base, settings.copy(task_type=TASKS[task]))
+    return get_peft_model(base, settings.copy(task_type=TASKS[task].task_type))
 
 
 def told(folder: Path, task: str, dtype: str, settings: LoraConfig) -> Memory:

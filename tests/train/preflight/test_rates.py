@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.config.lora import TaskType
+from loraloom.tasks import TASKS
 from loraloom.train.preflight.rates import HIGHEST, LOWEST, falls, start
 
 
 @pytest.mark.parametrize(
     ("hidden", "task", "rows", "rate", "epochs"),
     [
-        (384, TaskType.SEQ_CLS, 300, 1.8e-3, 15),  # a 22M encoder
-        (768, TaskType.TOKEN_CLS, 10_000, 1.0e-3, 3),
-        (2048, TaskType.CAUSAL_LM, 50_000, 4.9e-4, 2),
-        (4096, TaskType.CAUSAL_LM, 1_000, 2.9e-4, 3),
-        (4096, TaskType.CAUSAL_LM, 50, 4.3e-4, 5),  # under 100 steps
-        (8, TaskType.SEQ_CLS, 300, HIGHEST, 15),
-        (10**6, TaskType.CAUSAL_LM, 5_000, LOWEST, 3),
-        (None, TaskType.SEQ_2_SEQ_LM, 5_000, 5e-4, 3),
+        (384, "seq-cls", 300, 1.8e-3, 15),  # a 22M encoder
+        (768, "token-cls", 10_000, 1.0e-3, 3),
+        (2048, "causal-lm", 50_000, 4.9e-4, 2),
+        (4096, "causal-lm", 1_000, 2.9e-4, 3),
+        (4096, "causal-lm", 50, 4.3e-4, 5),  # under 100 steps
+        (8, "seq-cls", 300, HIGHEST, 15),
+        (10**6, "causal-lm", 5_000, LOWEST, 3),
+        (None, "seq2seq-lm", 5_000, 5e-4, 3),
     ],
 )
 def test_rate_and_epochs_follow_width_task_and_rows(
-    hidden: int | None, task: TaskType, rows: int, rate: float, epochs: int
+    hidden: int | None, task: str, rows: int, rate: float, epochs: int
 ) -> None:
-    assert start(hidden, task, rows, 16) == (rate, epochs)
+    assert start(hidden, TASKS[task], rows, 16) == (rate, epochs)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loraloom.data.rows import Row, RowError, row_error, shown
@@ -15,16 +16,32 @@ from loraloom.errors import nearest
 
 #: What ``found`` gives where there is nothing.
 ABSENT = object()
+#: True and false as JSON has them.
+JSON_NAMES = ("false", "true")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of seq-cls are, as the first rows have them.
+
+    ``problem`` is transformers' ``problem_type``. ``whole``: nobody said so, and all are whole numbers, also as text.
+    ``multi_hot``: how many classes lists of 0 and 1 are of, one place for each; 0 where lists name the classes.
+    """
+
+    problem: str | None = None
+    whole: bool = False
+    multi_hot: int = 0
 
 
 class Fields:
     """A row seen through ``columns``, which maps our names to the user's where they differ."""
 
-    __slots__ = ("columns", "row")
+    __slots__ = ("columns", "labels", "row")
 
-    def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
+    def __init__(self, row: Row, columns: Mapping[str, str], labels: Labels | None = None) -> None:
         self.row = row
         self.columns = columns
+        self.labels = labels or Labels()
 
     def named(self, name: str) -> str:
         """The user's name of our column ``name``."""

@@ -8,20 +8,19 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from loraloom.config.lora import TaskType
-from loraloom.config.names import as_task, task_option
 from loraloom.data.records import Record
 from loraloom.data.rows import Row, RowError, row_error, shown
-from loraloom.data.shape.fields import ABSENT, Fields, lookup
-from loraloom.data.shape.forms import SHAPES, Form, Labels, labels_of
+from loraloom.data.shape.fields import ABSENT, Fields, Labels, lookup
+from loraloom.data.shape.forms import Form
+from loraloom.data.shape.labels import labels_of
+from loraloom.data.task import RowTask
 from loraloom.errors import ConfigError, DataError, nearest
 
 #: Names of ``format`` that say how plain text is cut into rows; their shape is ``text``.
 TEXT_FORMATS = ("text-lines", "text-file")
-
-_FORMS = {(kind, form.name): form for kind, forms in SHAPES.items() for form in forms}
 
 
 @dataclass(frozen=True)
@@ -32,20 +31,26 @@ class Shape:
     the other shapes that would fit as well.
     """
 
-    name: str
-    task: TaskType
+    form: Form
     columns: dict[str, str] = field(default_factory=dict)
     problem_type: str | None = None
     ignored: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
-    #: what the labels of seq-cls are beside that: see ``forms.Labels``
+    #: what the labels of seq-cls are beside that: see ``fields.Labels``
     whole: bool = False
     multi_hot: int = 0
 
+    @property
+    def name(self) -> str:
+        return self.form.name
+
+    def plain(self) -> dict[str, Any]:
+        """All that it says, as plain values."""
+        return {"name": self.name, **{key: value for key, value in asdict(self).items() if key != "form"}}
+
     def read(self, row: Row) -> Record:
         """The record of ``row``; ``RowError`` with file, line and column for one that is not of this shape."""
-        labels = Labels(self.problem_type, self.whole, self.multi_hot)
-        return _FORMS[self.task, self.name].read(Fields(row, self.columns), labels)
+        return self.form.read(Fields(row, self.columns, Labels(self.problem_type, self.whole, self.multi_hot)))
 
     def describe(self) -> str:
         """The shape in a few words, for saying aloud what was recognised."""
@@ -64,7 +69,7 @@ class Shape:
 
 def recognise(
     rows: Row | Sequence[Row],
-    task: TaskType | str,
+    task: RowTask,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     problem_type: str | None = None,
@@ -87,9 +92,8 @@ def recognise(
             return recognise(first[place - 1 :], task, format, columns, problem_type)
         except RowError:
             continue
-    kind = as_task(task)
     named = dict(columns or {})
-    forms = _forms(kind, format, named)
+    forms = _forms(task, format, named)
     row = first[0]
     for ours, theirs in named.items():
         theirs = named[ours] = _as_written(row, theirs)
@@ -99,20 +103,20 @@ def recognise(
             raise row_error(row, f"{reason}{nearest(theirs, row.fields)}", theirs)
     fitting = [(form, renamed) for form in forms for renamed in _fits(form, row, named, len(forms) == 1)]
     if not fitting:
-        raise _nothing_fits(row, kind, forms, named)
+        raise _nothing_fits(row, task, forms, named)
     form, renamed = fitting[0]
     labels = Labels(problem_type)
-    if form.name in ("text-label", "pair-label"):
+    if "label" in form.needs:
         labels = labels_of(first, renamed.get("label", "label"), problem_type)
     used = {renamed.get(name, name).split(".")[0] for name in (*form.needs, *form.may)} | set(renamed.values())
     ignored = dict.fromkeys(name for other in first for name in other.fields if name not in used)
     also = tuple(dict.fromkeys(other.name for other, _ in fitting[1:] if other.name != form.name))
-    return Shape(form.name, kind, renamed, labels.problem, tuple(ignored), also, labels.whole, labels.multi_hot)
+    return Shape(form, renamed, labels.problem, tuple(ignored), also, labels.whole, labels.multi_hot)
 
 
-def _forms(kind: TaskType, format: str | None, columns: dict[str, str]) -> list[Form]:
+def _forms(task: RowTask, format: str | None, columns: dict[str, str]) -> list[Form]:
     """The forms of the task that ``format`` and the names in ``columns`` leave."""
-    option, forms = task_option(kind), list(SHAPES[kind])
+    option, forms = task.name, list(task.forms)
     if format is not None:
         wanted = "text" if format in TEXT_FORMATS else format
         names = [form.name for form in forms]
@@ -135,26 +139,30 @@ def _forms(kind: TaskType, format: str | None, columns: dict[str, str]) -> list[
     return left
 
 
+#: Keys that tell the two forms of conversations apart.
+_ITEMS = ("role", "from")
+
+
 def _fits(form: Form, row: Row, columns: dict[str, str], forced: bool) -> Iterator[dict[str, str]]:
     """The mapping of columns by which the row has all that the form needs; none where it does not."""
     columns = dict(columns)
     for name in (*form.needs, *form.may):
         if name not in columns and (there := _as_written(row, name)) != name:
             columns[name] = there
-    if form.name not in ("messages", "sharegpt"):
+    if not form.item:
         if all(lookup(row, columns.get(name, name)) is not ABSENT for name in form.needs):
             yield columns
         return
     # These two are told apart by what is in the column, because both names are used for both.
     ours = form.needs[0]
     own = columns.get(ours, ours)
-    key, other = ("role", "from") if form.name == "messages" else ("from", "role")
+    other = next(item for item in _ITEMS if item != form.item)
     for theirs in [own] if ours in columns else dict.fromkeys([own, "messages", "conversations"]):
         value = lookup(row, theirs)
         item = value[0] if isinstance(value, list) and value else value  # or an object of lists
         keys = item if isinstance(item, dict) else {}
         # What is neither is taken by its name, to be refused with words that fit it.
-        if key in keys or (theirs == own and value is not ABSENT and (forced or other not in keys)):
+        if form.item in keys or (theirs == own and value is not ABSENT and (forced or other not in keys)):
             yield columns if theirs == own else {**columns, ours: theirs}
 
 
@@ -185,7 +193,7 @@ OTHER_NAMES = {
 }
 
 
-def _nothing_fits(row: Row, kind: TaskType, forms: Sequence[Form], columns: dict[str, str]) -> DataError:
+def _nothing_fits(row: Row, task: RowTask, forms: Sequence[Form], columns: dict[str, str]) -> DataError:
     """The error that names what is missing of the form that the row has most of."""
 
     def there(form: Form) -> float:
@@ -207,7 +215,7 @@ def _nothing_fits(row: Row, kind: TaskType, forms: Sequence[Form], columns: dict
     forms_said = "; ".join(f"{' and '.join(map(repr, form.needs))} ({form.name})" for form in forms)
     found = ", ".join(map(repr, row.fields)) or "none"
     reason = (
-        f"no column {wanted!r}; {task_option(kind)} reads {forms_said}; "
+        f"no column {wanted!r}; {task.name} reads {forms_said}; "
         f"the columns are {found}{hint or nearest(wanted, row.fields)}"
     )
     if lookup(row, wanted) is not ABSENT:
@@ -230,10 +238,10 @@ def option_for(renamed: Mapping[str, str | None]) -> str:
     return f"--columns {shlex.quote(json.dumps(moved, ensure_ascii=False))}"
 
 
-def proposals(row: Row, task: TaskType | str) -> list[str]:
+def proposals(row: Row, task: RowTask) -> list[str]:
     """The options by which ``row`` could be read for ``task``, should its columns be what their names say."""
     found = []
-    for form in SHAPES[as_task(task)]:
+    for form in task.forms:
         renamed = {name: _other_name(row, name, {}) for name in form.needs}
         if None not in renamed.values() and len(set(renamed.values())) == len(renamed):
             found.append(option_for(renamed))

@@ -51,9 +51,10 @@ def key_of(parts: Mapping[str, Any]) -> str:
 
 @functools.cache
 def code_hash() -> str:
-    """The hash of all that makes rows into tokens, beside what the user chose: this package and its libraries."""
+    """The hash of all that makes rows into tokens, beside what the user chose: this package, tasks, libraries."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    data, tasks = Path(__file__).parents[1], Path(__file__).parents[2] / "tasks"
+    for path in sorted([*data.rglob("*.py"), *tasks.rglob("*.py")]):
         digest.update(path.read_bytes())
     for package in ("loraloom", "tokenizers", "transformers", "jinja2"):
         with contextlib.suppress(PackageNotFoundError):

@@ -12,21 +12,20 @@ import os
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from loraloom.config.lora import TaskType
-from loraloom.config.names import as_task
 from loraloom.data.read.source import Source
-from loraloom.data.records import Labelled, Record, Tagged
+from loraloom.data.records import Record
 from loraloom.data.rows import BadRow, Row, RowError, ordered_labels, row_error
+from loraloom.data.shape.labels import NUMBER, SEVERAL
 from loraloom.data.shape.shapes import Shape, recognise
 from loraloom.data.table import cache
-from loraloom.data.tokenize.labels import NUMBER, SEVERAL, class_names
+from loraloom.data.task import RowTask
 from loraloom.errors import DataError, nearest
 from loraloom.files.log import Log, info
 
@@ -140,7 +139,7 @@ def bad_line(row: BadRow) -> bytes:
 
 def survey(
     sources: Sequence[Source],
-    task: TaskType | str,
+    task: RowTask,
     *,
     format: str | None = None,
     columns: dict[str, str] | None = None,
@@ -163,9 +162,9 @@ def survey(
         DataError: a source that cannot be read, a bad row, a label never seen in training, classes too few to tell
             apart.
     """
-    kind, on_bad = as_task(task), _pass_over if skip else None
+    on_bad = _pass_over if skip else None
     problem = known.problem if known else problem
-    shapes = [recognise(source.first(LOOK, on_bad), kind, format, columns, problem, skip) for source in sources]
+    shapes = [recognise(source.first(LOOK, on_bad), task, format, columns, problem, skip) for source in sources]
     _check_alike(sources, shapes)
     # What was found of the first rows holds for those of the other sources, and for those of validation.
     whole, multi_hot = all(shape.whole for shape in shapes), shapes[0].multi_hot
@@ -180,7 +179,7 @@ def survey(
             "code": cache.code_hash(),
             "files": list(hashes.items()),
             "text": [source.text_by for source in sources],
-            "shapes": [asdict(shape) | {"task": kind.value} for shape in shapes],
+            "shapes": [shape.plain() | {"task": task.name} for shape in shapes],
             "skip": skip,
             "known": known and known.names,
         }
@@ -188,7 +187,7 @@ def survey(
     found = cache.find(KIND, key)
     if found is not None:
         return _opened(made, found)
-    tally = _Tally(kind, shapes[0].problem_type, known)
+    tally = _Tally(task, shapes[0].problem_type, known)
     with_bad = tempfile.SpooledTemporaryFile(SPOOL)  # noqa: SIM115 - the survey keeps it
     kept: list[list[Row]] | None = [[] for _ in sources]
     if sum(size for size, _ in stamps.values()) > SMALL_BYTES:
@@ -269,18 +268,16 @@ def _opened(made: Survey, entry: cache.Entry) -> Survey:
 class _Tally:
     """The classes of the rows, as they come."""
 
-    def __init__(self, task: TaskType, problem: str | None, known: Survey | None) -> None:
+    def __init__(self, task: RowTask, problem: str | None, known: Survey | None) -> None:
         self.task, self.problem, self.known = task, problem, known
+        self.has_classes = bool(task.class_word) and problem != NUMBER
         self.numbers: dict[str, int] = {name: i for i, name in enumerate(known.names)} if known else {}
         self.ids, self.counts = array("i"), array("i")
 
     def add(self, row: Row, record: Record, skip: bool) -> None:
-        if isinstance(record, Tagged):
-            names = dict.fromkeys(str(tag) for tag in record.tags)
-        elif isinstance(record, Labelled) and self.problem != NUMBER:
-            names = dict.fromkeys(class_names(record.label))
-        else:
+        if not self.has_classes:
             return
+        names = dict.fromkeys(self.task.class_names(record))
         if self.known is not None:
             self._check(row, names, skip)
             return
@@ -291,7 +288,7 @@ class _Tally:
         """A class that training does not have. Where bad rows are skipped, the encoder finds it again and notes it."""
         for name in names:
             if name not in self.numbers and not skip:
-                what = "tag" if self.task is TaskType.TOKEN_CLS else "label"
+                what = self.task.class_word
                 raise row_error(
                     row,
                     f"the {what} {name!r} is never seen in training, which has {len(self.numbers)} {what}s"
@@ -308,16 +305,12 @@ class _Tally:
         if self.known is not None:
             made.names = self.known.names
             return
-        if self.task not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or made.problem == NUMBER:
+        if not self.has_classes:
             return
         made.names = ordered_labels(self.numbers)
         if len(made.names) < (1 if made.problem == SEVERAL else 2):
             only = made.names[0] if made.names else "none"
-            if self.task is TaskType.TOKEN_CLS:
-                raise DataError(f"{source}: two tags or more are needed; all words are tagged {only!r}")
-            raise DataError(
-                f"{source}: a classifier needs two classes or more; all {made.rows} rows are labelled {only!r}"
-            )
+            raise DataError(f"{source}: {self.task.one_class.format(rows=made.rows, only=repr(only))}")
         places = {name: place for place, name in enumerate(made.names)}
         order = np.array([places[name] for name in self.numbers], "<i4")  # a dict keeps the order of first sight
         made.label_ids = order[np.frombuffer(self.ids, np.intc)] if self.ids else _NONE

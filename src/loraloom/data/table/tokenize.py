@@ -11,11 +11,10 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraloom.config.lora import TaskType
 from loraloom.data.example import CHUNK, Example
 from loraloom.data.records import Record
 from loraloom.data.rows import BadRow, Row, RowError, row_error
@@ -24,6 +23,7 @@ from loraloom.data.table import cache
 from loraloom.data.table.scan import OnProgress, Survey, bad_line
 from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Memory, Packed, Table, Writer, pack
 from loraloom.data.table.workers import MOST, mapped
+from loraloom.data.task import RowTask
 from loraloom.data.tokenize.encode import encoder
 from loraloom.errors import DataError
 from loraloom.files.hashing import file_hash
@@ -52,7 +52,7 @@ class Encoded:
 
 def encode_survey(
     survey: Survey,
-    task: TaskType,
+    task: RowTask,
     tokenizer: Any,
     *,
     skip: bool = False,
@@ -98,7 +98,7 @@ def encode_survey(
             "code": cache.code_hash(),
             "files": list(survey.hashes.items()),
             "text": [source.text_by for source in survey.sources],
-            "shapes": [asdict(shape) | {"task": task.value} for shape in survey.shapes],
+            "shapes": [shape.plain() | {"task": task.name} for shape in survey.shapes],
             "tokenizer": tokenizer_hash(tokenizer),
             "settings": settings,
             "template": _template_hash(settings.get("chat_template")),
@@ -144,7 +144,7 @@ def _template_hash(given: str | None) -> str | None:
 class _Job:
     """What a worker needs to know; it goes there as it is."""
 
-    task: TaskType
+    task: RowTask
     tokenizer: Any
     settings: dict[str, Any]
     shapes: list[Shape]

@@ -1,40 +1,25 @@
 """From records to token ids and labels: the one door to the encoders of all tasks.
 
-This file knows which encoder a task has and what must be right before any row is encoded. What the loss is taken
-on is known to each task's own file. Encoders need a fast tokenizer, because only those say where in the text a
-token starts.
+This file knows what must be right before any row is encoded. Encoders need a fast tokenizer, because only those say
+where in the text a token starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from loraloom.config.lora import TaskType
-from loraloom.config.names import OVERLONG, as_task
+from loraloom.config.names import OVERLONG
 from loraloom.data.example import Encoder, Settings
-from loraloom.data.tokenize.answers import AnswerEncoder
-from loraloom.data.tokenize.causal import CausalEncoder
-from loraloom.data.tokenize.labels import LabelEncoder
-from loraloom.data.tokenize.tags import TagEncoder
-from loraloom.data.tokenize.translations import TranslationEncoder
+from loraloom.data.task import RowTask
 from loraloom.errors import ConfigError, ModelError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: What makes the encoder of a task from a tokenizer and the settings, and the tokens it needs beside the special ones.
-ENCODERS: dict[TaskType, tuple[Callable[[Any, Settings], Encoder], int]] = {
-    TaskType.CAUSAL_LM: (CausalEncoder, 2),  # the first token is never predicted
-    TaskType.SEQ_CLS: (LabelEncoder, 1),
-    TaskType.TOKEN_CLS: (TagEncoder, 1),
-    TaskType.SEQ_2_SEQ_LM: (TranslationEncoder, 1),
-    TaskType.QUESTION_ANS: (AnswerEncoder, 2),
-}
-
 
 def encoder(
-    task: TaskType | str,
+    task: RowTask,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -54,18 +39,26 @@ def encoder(
     Raises ``ConfigError`` for a ``max_length`` that has no room for text and an ``overlong`` that is unknown, and
     ``ModelError`` for a tokenizer that is not a fast one or a chat template that is broken.
     """
-    kind = as_task(task)
     if overlong not in OVERLONG:
         raise ConfigError(
             f"overlong: {overlong!r} is not one of {', '.join(OVERLONG)}{nearest(str(overlong), OVERLONG)}"
         )
+    check_overlong(task, overlong)
     if not tokenizer.is_fast:
         raise ModelError(
             f"{type(tokenizer).__name__} is not a fast tokenizer, which says where in the text a token "
             f"starts; the model's folder needs a tokenizer.json"
         )
-    make, least = ENCODERS[kind]
-    room = tokenizer.num_special_tokens_to_add() + least
+    room = tokenizer.num_special_tokens_to_add() + task.min_tokens
     if max_length < room:
         raise ConfigError(f"max_length: {max_length} leaves no room for text; give at least {room}")
-    return make(tokenizer, Settings(max_length, overlong, tuple(labels), problem_type, chat_template, stride, date))
+    settings = Settings(max_length, overlong, tuple(labels), problem_type, chat_template, stride, date)
+    return task.encoder(tokenizer, settings)
+
+
+def check_overlong(task: RowTask, overlong: str) -> None:
+    """Raise ``ConfigError`` where rows are to be split that are one whole."""
+    if overlong == "split" and task.indivisible:
+        raise ConfigError(
+            f"overlong: {task.name} cannot split a row, for {task.indivisible}; choose truncate, drop or error"
+        )

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.data.example import CHUNK, EncodedRow, Example, Settings, over_length
 from loraloom.data.records import Labelled, Record
+from loraloom.data.shape.labels import NUMBER, SEVERAL, SINGLE
 from loraloom.data.tokenize import pairs
-from loraloom.errors import ConfigError, nearest
+from loraloom.errors import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from loraloom.data.rows import Row
-
-SINGLE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
 
 
 def class_names(label: str | int | float | list[str | int]) -> list[str]:
@@ -36,11 +35,6 @@ class LabelEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
-        if settings.overlong == "split":
-            raise ConfigError(
-                "overlong: seq-cls cannot split a row, whose label is of the text as a whole; choose truncate, drop "
-                "or error"
-            )
         self.tokenizer = tokenizer
         self.settings = settings
         self.notes: list[str] = []

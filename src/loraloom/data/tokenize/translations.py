@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from loraloom.data.example import EncodedRow, Example, Settings, over_length
 from loraloom.data.records import Record, Translated
-from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,11 +24,6 @@ class TranslationEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
-        if settings.overlong == "split":
-            raise ConfigError(
-                "overlong: seq2seq-lm cannot split a row, since it is not known which part of the target belongs to "
-                "which part of the source; choose truncate, drop or error"
-            )
         self.tokenizer = tokenizer
         self.settings = settings
         self.notes: list[str] = []

@@ -7,7 +7,6 @@ come from ``train.evaluation``'s.
 from __future__ import annotations
 
 import importlib
-import math
 import numbers
 import os
 import sys
@@ -17,120 +16,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loraloom.config import objects
-from loraloom.config.lora import TaskType
-from loraloom.config.names import task_option
 from loraloom.errors import ConfigError, nearest
-from loraloom.tasks.metrics import functions
-from loraloom.tasks.metrics.tagging import Scheme, scheme_of
+from loraloom.tasks.base import Task
+from loraloom.tasks.metrics.kinds import Kind, Scores
 
-#: (predictions, what was right) → figure
-Measure = Callable[[Sequence[Any], Sequence[Any]], float]
-
-_TEXTS: dict[str, Measure] = {
-    "exact_match": functions.text_exact,
-    "rouge1": functions.rouge1,
-    "rouge2": functions.rouge2,
-    "rougeL": functions.rouge_l,
-}
-#: What is measured → metric → how. Perplexity follows from the loss. "tags" mark entities, and "words" are tagged with
-#: anything else; which of the two it is shows in the tags' names.
-MEASURES: dict[str, dict[str, Measure]] = {
-    "classes": {
-        "accuracy": functions.accuracy,
-        "f1_macro": lambda a, b: functions.f1_macro([(x,) for x in a], [(x,) for x in b]),
-        "f1_micro": lambda a, b: functions.f1_micro([(x,) for x in a], [(x,) for x in b]),
-    },
-    "several classes": {
-        "f1_micro": functions.f1_micro,
-        "f1_macro": functions.f1_macro,
-        "subset_accuracy": lambda a, b: functions.accuracy([*map(set, a)], [*map(set, b)]),
-    },
-    "numbers": {
-        "mse": functions.mse,
-        "mae": functions.mae,
-        "pearson": functions.pearson,
-        "spearman": functions.spearman,
-        "r2": functions.r2,
-    },
-    "tags": {
-        "f1": functions.entity_f1,
-        "precision": functions.entity_precision,
-        "recall": functions.entity_recall,
-        "accuracy": functions.word_accuracy,
-    },
-    "words": {
-        "accuracy": functions.word_accuracy,
-        "f1_macro": functions.word_f1_macro,
-        "f1_micro": functions.word_f1_micro,
-    },
-    "answers": {"f1": functions.answer_f1, "exact_match": functions.answer_exact},
-    "texts": _TEXTS,
-}
-#: What is measured where nothing is asked for, the most telling first. Texts are generated only when asked for.
-DEFAULTS = {
-    "classes": ("accuracy", "f1_macro"),
-    "several classes": ("f1_micro", "f1_macro", "subset_accuracy"),
-    "numbers": ("mse", "mae", "pearson", "spearman", "r2"),
-    "tags": ("f1", "precision", "recall", "accuracy"),
-    "words": ("accuracy", "f1_macro", "f1_micro"),
-    "answers": ("f1", "exact_match"),
-    "texts": ("perplexity",),
-}
-_KINDS = {
-    TaskType.TOKEN_CLS: "tags",
-    TaskType.QUESTION_ANS: "answers",
-    TaskType.CAUSAL_LM: "texts",
-    TaskType.SEQ_2_SEQ_LM: "texts",
-}
-_PROBLEMS = {"regression": "numbers", "multi_label_classification": "several classes"}
 _LESS = ("loss", "perplexity", "mse", "mae", "rmse", "error", "wer", "cer")
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Sums over rows or tokens, so that batches of any size add up to the exact mean."""
-
-    loss_sum: float = 0.0
-    count: int = 0
-
-    def __add__(self, other: Scores) -> Scores:
-        return Scores(self.loss_sum + other.loss_sum, self.count + other.count)
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / self.count if self.count else math.nan
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf if self.loss >= 700 else math.nan
-
-
-def total(parts: Iterable[Scores]) -> Scores:
-    return sum(parts, Scores())
-
-
-def kind_of(task: TaskType, problem_type: str | None = None) -> str:
-    """What is predicted: a key of ``MEASURES``."""
-    return _KINDS.get(task) or _PROBLEMS.get(problem_type or "", "classes")
-
-
-def _kinds_of(task: TaskType, problem_type: str | None) -> list[str]:
-    kind = kind_of(task, problem_type)
-    return ["tags", "words"] if kind == "tags" else [kind]
-
-
-def known_metrics(task: TaskType, problem_type: str | None = None) -> list[str]:
-    """The names that can be asked for, the loss among them, which is always measured.
-
-    Of token-cls both those of entities and those of words: see ``Metrics.of_labels``.
-    """
-    kinds = _kinds_of(task, problem_type)
-    return list(dict.fromkeys(["loss", *(name for kind in kinds for name in (*DEFAULTS[kind], *MEASURES[kind]))]))
-
-
-def metric_name(task: TaskType, problem_type: str | None = None) -> str:
-    """The metric by which a task's adapters are told apart where nothing else is asked for."""
-    return DEFAULTS[kind_of(task, problem_type)][0]
+def known_metrics(kinds: Iterable[Kind]) -> list[str]:
+    """The names that can be asked for, the loss among them, which is always measured."""
+    return list(dict.fromkeys(["loss", *(name for kind in kinds for name in (*kind.unasked, *kind.measures))]))
 
 
 def greater_is_better(name: str) -> bool:
@@ -227,12 +122,10 @@ def own_metric(spec: str) -> OwnMetric:
 class Metrics:
     """What is measured of one task's held-out rows beside the loss."""
 
-    task: TaskType
-    kind: str
+    task: Task
+    kind: Kind
     names: tuple[str, ...]
     own: tuple[OwnMetric, ...] = ()
-    #: how the tags mark entities, once they were seen
-    scheme: Scheme | None = None
 
     def of_labels(self, labels: Sequence[str]) -> Metrics:
         """The metrics that fit these classes or tags: tags that mark no entities are measured word by word.
@@ -240,26 +133,25 @@ class Metrics:
         Raises:
             ConfigError: a metric was asked for that such tags do not have.
         """
-        if self.kind != "tags" or not labels:
+        kind = self.task.kind(self.kind.problem, labels)
+        if kind == self.kind or not labels:
             return self
-        scheme = scheme_of(labels)
-        kind = "tags" if scheme else "words"
-        names = DEFAULTS[kind] if self.names == DEFAULTS["tags"] else self.names
+        names = kind.unasked if self.names == self.kind.unasked else self.names
         for name in names:
-            if name != "loss" and name not in MEASURES[kind]:
+            if name != "loss" and name not in kind.measures:
                 raise ConfigError(
-                    f"metrics: {name!r} is not measured of these tags ({', '.join(labels[:3])}, ...), which mark "
-                    f"{'' if scheme else 'no '}entities; there are loss, {', '.join(MEASURES[kind])}"
+                    f"metrics: {name!r} is not measured of these {self.task.class_word}s "
+                    f"({', '.join(labels[:3])}, ...), {kind.which}; there are loss, {', '.join(kind.measures)}"
                 )
-        return replace(self, kind=kind, names=names, scheme=scheme)
+        return replace(self, kind=kind, names=names)
 
     @property
     def needs_predictions(self) -> bool:
-        return bool(self.own) or any(name in MEASURES[self.kind] for name in self.names)
+        return bool(self.own) or any(name in self.kind.measures for name in self.names)
 
     @property
     def needs_generation(self) -> bool:
-        return self.kind == "texts" and self.needs_predictions
+        return self.task.generates and self.needs_predictions
 
     @property
     def first(self) -> str:
@@ -275,12 +167,10 @@ class Metrics:
             ConfigError: a user's function fails, or names its figures as others are named.
         """
         found = {"loss": scores.loss}
-        plain = predictions, references
-        if self.scheme is not None:  # a user's own function sees the tags as they are
-            plain = self.scheme.rows(predictions), self.scheme.rows(references)
+        plain = [self.kind.plain(given) for given in (predictions, references)]  # a user's own sees them as they are
         for name in self.names:
-            if name in MEASURES[self.kind]:
-                found[name] = MEASURES[self.kind][name](*plain)
+            if name in self.kind.measures:
+                found[name] = self.kind.measures[name](*plain)
             elif name == "perplexity":
                 found[name] = scores.perplexity
         for own in self.own:
@@ -291,22 +181,22 @@ class Metrics:
         return found
 
 
-def choose(task: TaskType, problem_type: str | None = None, metrics: Sequence[str] | None = None) -> Metrics:
+def choose(task: Task, problem: str | None = None, metrics: Sequence[str] | None = None) -> Metrics:
     """What to measure; None is the task's defaults.
 
     Raises:
         ConfigError: a name that the task does not have, or a function that cannot be had.
     """
-    kind = kind_of(task, problem_type)
+    kind = task.kind(problem)
     if metrics is None:
-        return Metrics(task, kind, DEFAULTS[kind])
-    known = known_metrics(task, problem_type)
+        return Metrics(task, kind, kind.unasked)
+    known = known_metrics(task.kinds(problem))
     names = []
     for name in metrics:
         if ":" in name:
             continue
         if name not in known:
-            what = task_option(task) + (f" ({problem_type})" if kind in _PROBLEMS.values() else "")
+            what = task.name + (f" ({kind.problem})" if kind.problem else "")
             raise ConfigError(
                 f"metrics: {name!r} is none of {what}, which has {', '.join(known)}; a function of your own is given "
                 f"as package.module:function{nearest(name, known)}"

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from loraloom.config.lora import LoraConfig
-from loraloom.data.batches import collate
 from loraloom.data.example import Example
 from loraloom.engine.pack import Pack
 from loraloom.files.resources import memory_free
@@ -63,7 +62,7 @@ def estimate_resources(
     order = sorted(range(len(train)), key=lambda row: len(train[row].input_ids))
     middle = max(0, (len(order) - batch_size) // 2)
     examples = [train[row] for row in order[middle : middle + batch_size]]
-    batch = {adapter: collate(examples, pack.pad_id, pack.task)}
+    batch = {adapter: pack.task.collate(examples, pack.pad_id)}
     times = []
     for _ in range(TIMED + 1):
         started = time.perf_counter()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from loraloom.config.lora import LoraConfig, TaskType
+from loraloom import tasks
+from loraloom.config.lora import LoraConfig
 from loraloom.config.names import TASKS
 from loraloom.config.train import DTYPES
 from loraloom.errors import ConfigError, nearest
@@ -22,6 +23,7 @@ from loraloom.lora.targets import Plan, plan
 from loraloom.models.activation_checkpointing import repeated
 from loraloom.models.load import build_empty, length_within, load_limit
 from loraloom.models.parts import text_only
+from loraloom.tasks.base import Task
 from loraloom.tasks.head_split import Split, Whole, split
 from loraloom.tasks.linear_cross_entropy import AT_A_TIME
 
@@ -58,8 +60,8 @@ def estimate(
     config = text_only(model, config)
     made = plan(model, config)
     peft = get_peft_model(model, config)
-    task = peft.peft_config["default"].task_type or TaskType.SEQ_CLS
-    way = split(peft) if task is TaskType.CAUSAL_LM else None
+    task = tasks.get(peft.peft_config["default"].task_type or "seq-cls")
+    way = split(peft) if task.head_in_loss else None
     return made, Memory(
         base=made.base_bytes,
         adapter=made.bytes,
@@ -95,10 +97,10 @@ def forecast(
             raise ConfigError(f"{name}: must be a whole number of at least 1, found {number}")
     if labels > MOST_LABELS:  # the config names each of them
         raise ConfigError(f"labels: must be at most {MOST_LABELS:,}, found {labels:,}")
-    if labels != 2 and TASKS[task] not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+    if labels != 2 and not tasks.get(task).class_word:
         raise ConfigError(f"labels: does nothing with task={task}, which has no classes; leave it out")
     length = length_within(load_limit(model), max_length, model)
-    base = build_empty(model, TASKS[task], labels)
+    base = build_empty(model, tasks.get(task), labels)
     made, memory = estimate(
         base,
         config.copy(task_type=TASKS[task]),
@@ -111,7 +113,7 @@ def forecast(
 
 
 def _saved_bytes(
-    model: PeftModel, task: TaskType, way: Split | Whole | None, rows: int, length: int, recompute: bool
+    model: PeftModel, task: Task, way: Split | Whole | None, rows: int, length: int, recompute: bool
 ) -> int | None:
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
@@ -123,7 +125,7 @@ def _saved_bytes(
         return tensor
 
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    given = {"input_ids": ids} | ({"decoder_input_ids": ids} if task is TaskType.SEQ_2_SEQ_LM else {})
+    given = {"input_ids": ids} | ({"decoder_input_ids": ids} if task.layout == "target" else {})
     inputs: list[int] = []
     for layer in repeated(model) if recompute else ():
         layer.register_forward_hook(lambda module, args, out: inputs.append(args[0].numel() * args[0].element_size()))
@@ -141,10 +143,7 @@ def _saved_bytes(
             # Not by ``Objective``: without a cache, transformers looks at the numbers of a mask.
             inputs.clear()
             result = part(**given)
-        if task is TaskType.QUESTION_ANS:
-            out: Tensor = torch.stack([result.start_logits, result.end_logits])
-        else:
-            out = result.logits if found is None else result[0]
+        out: Tensor = task.output(result, {}, model.config) if found is None else result[0]
     except Exception:  # models that look at values in their forward cannot be counted this way
         return None
     if found is None:  # the loss works on a float32 copy of the logits and its gradient

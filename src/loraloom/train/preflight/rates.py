@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loraloom.config.lora import TaskType
+from loraloom.tasks.base import Task
 
 #: Ten times the rate of full fine-tuning at a width of 2000, falling with the width (Schulman et al. 2025, "LoRA
 #: Without Regret", on Llama); half as much again for runs under 100 steps.
@@ -22,11 +22,10 @@ MOST = {True: 15, False: 5}
 FALLS = 0.02
 
 
-def start(hidden: int | None, task: TaskType, rows: int, batch_size: int) -> tuple[float, int]:
+def start(hidden: int | None, task: Task, rows: int, batch_size: int) -> tuple[float, int]:
     """Peak learning rate and epochs for a model of width ``hidden`` on ``rows`` rows."""
-    classifies = task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
     steps = max(1, math.ceil(rows / batch_size))
-    epochs = min(MOST[classifies], max(2 if rows > 20_000 else 3, math.ceil(STEPS[classifies] / steps)))
+    epochs = min(MOST[task.new_head], max(2 if rows > 20_000 else 3, math.ceil(STEPS[task.new_head] / steps)))
     rate = RATE * (WIDTH / (hidden or WIDTH)) ** POWER * (SHORT if steps * epochs < 100 else 1)
     rate = min(HIGHEST, max(LOWEST, rate))
     digits = 1 - math.floor(math.log10(rate))

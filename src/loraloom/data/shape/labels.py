@@ -1,0 +1,138 @@
+"""Labels of classification and regression as rows have them: one class, several classes, or a number.
+
+What is found of the first rows holds for all. This file does not know which columns make a shape.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from loraloom.data.rows import Row, shown
+from loraloom.data.shape.fields import ABSENT, JSON_NAMES, Fields, Labels, is_name, lookup, text_fault
+
+#: What to do where a class turns out to be a number.
+REGRESSION = "; where labels are numbers to be predicted, set problem_type: regression"
+
+SINGLE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
+
+#: A number with a point or an exponent, as CSV has it, and any number; Python would take ``1_000`` for one, too.
+FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")
+NUMERIC = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
+
+
+def labels_of(rows: Sequence[Row], column: str, problem: str | None = None) -> Labels:
+    """What the labels of these rows are: several classes each, numbers, or one class each, unless ``problem`` says."""
+    labels = [label for label in (lookup(row, column) for row in rows) if label is not ABSENT]
+    if problem == SEVERAL or (problem is None and any(_as_list(label) is not None for label in labels)):
+        return Labels(SEVERAL, multi_hot=_multi_hot(labels))
+    numbers = [_number(label) for label in labels if label is not None]
+    numeric = all(number is not None for number in numbers)
+    if problem is None and numeric and any(map(_has_fraction, labels)):
+        return Labels(NUMBER)
+    return Labels(problem or SINGLE, whole=problem is None and numeric and bool(numbers))
+
+
+def _as_list(label: object) -> list[Any] | None:
+    """A list, also one that is written as JSON in a string."""
+    if isinstance(label, str) and label.startswith("["):
+        try:
+            label = json.loads(label)
+        except (ValueError, RecursionError):
+            return None
+    return label if isinstance(label, list) else None
+
+
+def _multi_hot(labels: Sequence[object]) -> int:
+    """The length of all these lists, if it is one and they hold 0 and 1 (or false and true) alone; else 0."""
+    lists = [_as_list(label) for label in labels]
+    size = len(lists[0]) if lists and lists[0] is not None else 0
+    # Of one place alone it may as well be the name of the one class that applies.
+    alike = size > 1 and all(one is not None and len(one) == size and all(map(_is_bit, one)) for one in lists)
+    return size if alike else 0
+
+
+def _is_bit(value: object) -> bool:
+    return isinstance(value, int | float) and value in (0, 1)  # also False and True
+
+
+def _has_fraction(label: object) -> bool:
+    if isinstance(label, str) and not FRACTION.fullmatch(label.strip()):
+        return False
+    number = _number(label)
+    return number is not None and math.isfinite(number) and not number.is_integer()
+
+
+def _number(label: object) -> float | None:
+    if isinstance(label, bool) or not isinstance(label, int | float | str):
+        return None
+    if isinstance(label, str) and not NUMERIC.fullmatch(label.strip()):
+        return None
+    try:
+        return float(label)
+    except (ValueError, OverflowError):
+        return None
+
+
+def label(fields: Fields) -> str | int | float | list[str | int]:
+    """What the column ``label`` holds of one row."""
+    labels = fields.labels
+    if labels.multi_hot:
+        return _bits(fields, labels.multi_hot)
+    if labels.problem == SEVERAL:
+        classes = fields.items("label")
+        for item in classes:
+            if not is_name(item) or (isinstance(item, str) and text_fault(item)):
+                raise fields.wrong("label", f"must hold strings or whole numbers, found {shown(item)}")
+            if classes.count(item) > 1:
+                raise fields.wrong("label", f"names {item!r} twice")
+        return list(classes)
+    value = fields.get("label")
+    if labels.problem == NUMBER:
+        number = _number(value)
+        if number is None or not math.isfinite(number):
+            raise fields.wrong("label", f"must be a number that is finite (regression), found {shown(value)}")
+        return number
+    if isinstance(value, bool):
+        return JSON_NAMES[value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if labels.whole and isinstance(value, str):
+        value = _whole(fields, value)
+    if not is_name(value):
+        hint = ""
+        if isinstance(value, float) and math.isfinite(value):
+            hint = REGRESSION
+        if isinstance(value, list):
+            hint = f"; where a text has several labels, set problem_type: {SEVERAL}"
+        raise fields.wrong("label", f"must be a string or a whole number, found {shown(value)}{hint}")
+    if isinstance(value, str) and (fault := text_fault(value)):
+        raise fields.wrong("label", fault)
+    return value  # type: ignore[no-any-return]
+
+
+def _bits(fields: Fields, size: int) -> list[str | int]:
+    """The numbers of the classes at whose places there is a 1."""
+    bits = fields.items("label")
+    if len(bits) != size or not all(map(_is_bit, bits)):
+        raise fields.wrong(
+            "label", f"must be multi-hot, {size} times 0 or 1 as in the rows before, found {shown(bits)}"
+        )
+    return [place for place, bit in enumerate(bits) if bit]
+
+
+def _whole(fields: Fields, value: str) -> str | int:
+    """A label of text where the others are whole numbers: ``1.0`` is 1, and a fraction is no class, as in JSON.
+
+    Text that is no number is a class like any other.
+    """
+    number = _number(value)
+    if number is None:
+        return value
+    if not number.is_integer():  # nor are NaN and infinity
+        hint = REGRESSION if math.isfinite(number) else ""
+        raise fields.wrong("label", f"must be a whole number as in the rows before, found {value.strip()}{hint}")
+    return int(number) if FRACTION.fullmatch(value.strip()) else value

@@ -1,0 +1,79 @@
+"""causal-lm: a decoder learns to write texts, completions and the assistant's part of conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loraloom.config.lora import TaskType
+from loraloom.data.example import IGNORE, Encoder, Example, Settings
+from loraloom.data.records import Pair, Record
+from loraloom.data.shape.conversations import read_alpaca, read_messages, read_prompt_completion, read_sharegpt
+from loraloom.data.shape.forms import Form, read_text
+from loraloom.data.tokenize.causal import CausalEncoder
+from loraloom.errors import ModelError
+from loraloom.models.configs import has_decoder_and_encoder
+from loraloom.models.parts import reads_both_ways
+from loraloom.tasks.texts import TextTask
+
+#: Tokens that are taken for the prompt where all of a text is trained on.
+PROMPT = 8
+
+
+class CausalLM(TextTask):
+    name = "causal-lm"
+    task_type = TaskType.CAUSAL_LM
+    options: Mapping[str, str] = {
+        "chat_template": "how conversations are written",
+        "date": "the day that a chat template writes",
+        **TextTask.options,
+    }
+    forms = (
+        Form("messages", ("messages",), read_messages, ("tools",), chat=True, item="role"),
+        Form("sharegpt", ("conversations",), read_sharegpt, ("system", "tools"), chat=True, item="from"),
+        Form("alpaca", ("instruction", "output"), read_alpaca, ("input", "system", "history"), chat=True),
+        Form("prompt-completion", ("prompt", "completion"), read_prompt_completion, ("tools",)),
+        Form("text", ("text",), read_text),
+    )
+    layout = "token"
+    min_tokens = 2  # the first token is never predicted
+    one_way = True
+    head_in_loss = True
+    shifted = True
+
+    def encoder(self, tokenizer: Any, settings: Settings) -> Encoder:
+        return CausalEncoder(tokenizer, settings)
+
+    def check_model(self, name: str, config: Any) -> None:
+        # Some of them load as their decoder alone, which has learnt to read what their encoder says.
+        if has_decoder_and_encoder(config):
+            raise ModelError(
+                f"{name}: {config.model_type} has an encoder and a decoder, so it cannot learn causal-lm; choose a "
+                "decoder such as Llama or GPT-2, or the task seq2seq-lm with source and target"
+            )
+        # An encoder's language head would see the tokens that it is to predict.
+        if reads_both_ways(config):
+            raise ModelError(
+                f"{name}: {config.model_type} reads a text in both directions, so it cannot learn causal-lm; "
+                "choose a decoder, or the task seq-cls"
+            )
+
+    def prompt_and_target(self, example: Example) -> tuple[list[int], list[int]]:
+        """The last part that is trained on, and all before it; the end of a text, where there is no prompt."""
+        labels = example.labels
+        assert isinstance(labels, list)
+        trained = [i for i, label in enumerate(labels) if label != IGNORE]
+        stop = start = trained[-1] + 1 if trained else len(labels)
+        while start > 0 and labels[start - 1] != IGNORE:
+            start -= 1
+        # A row's first token is never predicted; where all are trained on, some are the prompt.
+        start = start if start > 1 else max(1, min(PROMPT, stop - 1))
+        return example.input_ids[:start], example.input_ids[start:stop]
+
+    def target_of(self, record: Record) -> str | None:
+        return record.completion if isinstance(record, Pair) else None
+
+    def shown_input(self, record: Record, example: Example, tokenizer: Any) -> str:
+        if isinstance(record, Pair) and record.prompt:
+            return record.prompt
+        return str(tokenizer.decode(self.prompt_and_target(example)[0], skip_special_tokens=True))

@@ -1,0 +1,119 @@
+"""The kinds of what is predicted: which metrics each has, and which are measured where none are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraloom.tasks.metrics import functions
+
+#: (predictions, what was right) → figure
+Measure = Callable[[Sequence[Any], Sequence[Any]], float]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Metrics by name, the most telling first. Without ``defaults`` all of them are measured unasked.
+
+    ``problem`` is the user's name of it, the ``problem_type``. ``plain`` is done to predictions and to what is right
+    before they are measured; ``which`` says what sets labels of this kind apart.
+    """
+
+    name: str
+    measures: dict[str, Measure] = field(repr=False)
+    defaults: tuple[str, ...] = ()
+    problem: str | None = None
+    plain: Callable[[Sequence[Any]], Sequence[Any]] = field(default=lambda rows: rows, repr=False)
+    which: str = ""
+
+    @property
+    def unasked(self) -> tuple[str, ...]:
+        return self.defaults or tuple(self.measures)
+
+
+CLASSES = Kind(
+    "classes",
+    {
+        "accuracy": functions.accuracy,
+        "f1_macro": lambda a, b: functions.f1_macro([(x,) for x in a], [(x,) for x in b]),
+        "f1_micro": lambda a, b: functions.f1_micro([(x,) for x in a], [(x,) for x in b]),
+    },
+    ("accuracy", "f1_macro"),
+)
+SEVERAL_CLASSES = Kind(
+    "several classes",
+    {
+        "f1_micro": functions.f1_micro,
+        "f1_macro": functions.f1_macro,
+        "subset_accuracy": lambda a, b: functions.accuracy([*map(set, a)], [*map(set, b)]),
+    },
+    problem="multi_label_classification",
+)
+NUMBERS = Kind(
+    "numbers",
+    {
+        "mse": functions.mse,
+        "mae": functions.mae,
+        "pearson": functions.pearson,
+        "spearman": functions.spearman,
+        "r2": functions.r2,
+    },
+    problem="regression",
+)
+#: Tags that mark entities, which are ``plain`` once their scheme is known; and all others, which are tags of words.
+TAGS = Kind(
+    "tags",
+    {
+        "f1": functions.entity_f1,
+        "precision": functions.entity_precision,
+        "recall": functions.entity_recall,
+        "accuracy": functions.word_accuracy,
+    },
+    which="which mark entities",
+)
+WORDS = Kind(
+    "words",
+    {
+        "accuracy": functions.word_accuracy,
+        "f1_macro": functions.word_f1_macro,
+        "f1_micro": functions.word_f1_micro,
+    },
+    which="which mark no entities",
+)
+ANSWERS = Kind("answers", {"f1": functions.answer_f1, "exact_match": functions.answer_exact})
+#: Texts are generated only when asked for; perplexity follows from the loss.
+TEXTS = Kind(
+    "texts",
+    {
+        "exact_match": functions.text_exact,
+        "rouge1": functions.rouge1,
+        "rouge2": functions.rouge2,
+        "rougeL": functions.rouge_l,
+    },
+    ("perplexity",),
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over rows or tokens, so that batches of any size add up to the exact mean."""
+
+    loss_sum: float = 0.0
+    count: int = 0
+
+    def __add__(self, other: Scores) -> Scores:
+        return Scores(self.loss_sum + other.loss_sum, self.count + other.count)
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.count if self.count else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf if self.loss >= 700 else math.nan
+
+
+def total(parts: Iterable[Scores]) -> Scores:
+    return sum(parts, Scores())

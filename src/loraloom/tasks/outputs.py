@@ -1,0 +1,65 @@
+"""What predictions are made of and made into, for all tasks: held-out rows beside their examples, and the results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraloom.data.records import Record
+from loraloom.data.rows import Row
+
+#: What is predicted where the model's numbers are none: equal to nothing, so it counts as wrong everywhere.
+NOTHING = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRows:
+    """What predictions need to know of held-out rows beside their examples.
+
+    ``records`` are the rows as they were read; ``rows`` gives each example's place among them (by default each has one,
+    in order). ``labels`` are the classes or tags by number. ``max_length`` and ``stride`` are those that the examples
+    of question-answering were made with. Metrics for which something is not given are left out.
+    """
+
+    records: Sequence[tuple[Row, Record]] = ()
+    rows: Sequence[int] | None = None
+    labels: Sequence[str] = ()
+    tokenizer: Any = None
+    max_length: int = 0
+    stride: int = 128
+
+    def row(self, example: int) -> int:
+        """The row that an example is of."""
+        return example if self.rows is None else int(self.rows[example])
+
+    def by_row(self, count: int) -> dict[int, list[int]]:
+        """Row → its examples, of the first ``count`` examples."""
+        found: dict[int, list[int]] = {}
+        for example in range(count):
+            found.setdefault(self.row(example), []).append(example)
+        return found
+
+
+@dataclass
+class Predictions:
+    """What was predicted and what is right, and whose example each is of (the first, of a row with several)."""
+
+    predictions: list[Any] = field(default_factory=list)
+    references: list[Any] = field(default_factory=list)
+    examples: list[int] = field(default_factory=list)
+
+    def add(self, predicted: Any, right: Any, example: int) -> None:
+        self.predictions.append(predicted)
+        self.references.append(right)
+        self.examples.append(example)
+
+
+def words_of(value: Any) -> str:
+    """A class, a number, several classes or a text, for a person to read."""
+    if isinstance(value, float) and math.isnan(value):
+        return "(no number)"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "(none)"
+    return f"{value:.4g}" if isinstance(value, float) else str(value).strip()

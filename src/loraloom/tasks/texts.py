@@ -1,0 +1,33 @@
+"""What tasks have in common whose adapters write texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from loraloom.data.example import IGNORE, Example
+from loraloom.tasks.base import Task
+from loraloom.tasks.baseline import Constant, Known, commonest_text
+from loraloom.tasks.metrics.kinds import TEXTS, Kind
+
+
+class TextTask(Task):
+    options: Mapping[str, str] = {"max_new_tokens": "how much is generated for metrics"}
+    generates = True
+
+    def kinds(self, problem: str | None = None) -> tuple[Kind, ...]:
+        return (TEXTS,)
+
+    def labelled(self, example: Example) -> tuple[int, ...]:
+        """The tokens that are trained on."""
+        assert isinstance(example.labels, list)
+        return tuple(int(label) for label in example.labels[self.shifted :] if label != IGNORE)
+
+    def written(self, examples: Iterable[Example], tokenizer: Any) -> list[str]:
+        """The texts that are asked for."""
+        targets = [self.prompt_and_target(example)[1] for example in examples]
+        return [str(tokenizer.decode(target, skip_special_tokens=True)) for target in targets]
+
+    def constant(self, examples: Sequence[Example], known: Known) -> Constant | None:
+        targets = [self.labelled(example) for example in examples]
+        return commonest_text(targets, self.written(examples, known.tokenizer), known.tokens, self.labelled)
