@@ -691,6 +691,7 @@ BLOCKS: dict[str, dict[str, Block]] = {
     "docs/tune.md": {"searched": example},
     "docs/zh/tune.md": {"searched": example},
     "docs/data.md": {"rows": many_rows},
+    "docs/zh/data.md": {"rows": many_rows},
 }
 
 

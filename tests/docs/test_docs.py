@@ -21,7 +21,11 @@ from loraloom.config.lora import LoraConfig, not_implemented
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
-MEASURED = (*READMES, "docs/performance.md", *(f"docs/{name}" for name in ("tune.md", "zh/tune.md", "data.md")))
+MEASURED = (
+    *READMES,
+    "docs/performance.md",
+    *(f"docs/{name}" for name in ("tune.md", "zh/tune.md", "data.md", "zh/data.md")),
+)
 ENGLISH = [*READMES, "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 CHINESE = [f"docs/zh/{path.name}" for path in (ROOT / "docs" / "zh").glob("*.md")]
 PAGES = [*ENGLISH, *CHINESE]
@@ -134,8 +138,10 @@ def links(page: str) -> list[tuple[str, int | None]]:
 
 
 def first_codes(text: str) -> list[list[str]]:
-    """The code in the first cell of each row of the tables, in order."""
-    return [re.findall(r"`([^`\n]+)`", row.split("|")[1]) for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)]
+    """The code in the first cell of each row of the tables."""
+    return [
+        sorted(re.findall(r"`([^`\n]+)`", row.split("|")[1])) for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)
+    ]
 
 
 @pytest.mark.parametrize(("first", "second"), [READMES, *((str(english_of(Path(page))), page) for page in CHINESE)])
@@ -368,7 +374,7 @@ def test_the_page_on_data_names_every_shape_in_order_and_shows_the_default_templ
     page = text_of("docs/data.md")
     assert PLAIN_TEXT in {block.text.removesuffix("\n") for block in blocks("docs/data.md")}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
-    head = rows.index(["task", "`format`", "columns", "may be there as well"])
+    head = rows.index(["task", "`format`", "columns", "optional columns"])
     wanted = []
     order = [name for row in rows[head:] if (name := row[0].strip("`")) in NAMES]
     assert sorted(order) == sorted(TASKS) == sorted(NAMES)
