@@ -1,4 +1,4 @@
-"""The life of adapters on one base: add, set, disable, delete. ``LoraModel`` owns the slots and the route.
+"""The life of adapters on one base: add, set, disable, merge, delete. ``LoraModel`` decides which slots a forward uses.
 
 The layers are indexed once, so that switching is setting a route and costs the same for any number of layers.
 Knows nothing of files.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, is_dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -20,25 +20,21 @@ from torch import Tensor, nn
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import AdapterError, ConfigError, TargetsWarning, nearest
 from loraloom.lora import merge
-from loraloom.lora.biases import Biases
 from loraloom.lora.dispatch import Plan as ForwardPlan
 from loraloom.lora.dispatch import Router
-from loraloom.lora.file_keys import file_key, file_place, places, tensor_key
-from loraloom.lora.frozen import HALF, adapter_dtype
 from loraloom.lora.initialize import seed_of
-from loraloom.lora.injection import ModuleLocator, strip
+from loraloom.lora.injection import strip
 from loraloom.lora.layer import LoraLayer
-from loraloom.lora.layers import layer_class
 from loraloom.lora.matching import matches_any
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.routing import BASE, Route
 from loraloom.lora.rows import Batch
-from loraloom.lora.targets import Plan, Target, base_modules, plan, plan_on
-from loraloom.lora.variants import variant_of
+from loraloom.lora.slots import Slots
+from loraloom.lora.targets import Plan, base_modules, plan, plan_on
 
-#: Rank up to which factors are made before a file's are looked at, however small the layer is.
-_LARGEST_MISSING = 1024
+#: Numbers that an adapter may have beyond twice those of its file.
+_MISSING = 10**8
 #: Names without ``lora_`` that this class had before; they hid what models call so.
 EARLIER = ("layers", "router", "enabled", "saved_modules", "routed")
 
@@ -46,13 +42,12 @@ EARLIER = ("layers", "router", "enabled", "saved_modules", "routed")
 class LoraModel(nn.Module):
     """A frozen model and the adapters on it. ``model`` is changed in place: targets are wrapped, nothing is copied.
 
-    Every parameter of ``model`` stops requiring gradients. Adapters train from the moment they are added; which of
-    them are active is another matter (``set_adapter``), and inactive ones simply get no gradient.
+    With the first adapter every parameter of ``model`` stops requiring gradients. Adapters train from the moment they
+    are added; which of them are active is another matter (``set_adapter``), and inactive ones get no gradient.
     """
 
     #: PEFT's: what the names of an adapter's tensors begin with.
     prefix = "lora_"
-    _biases: Biases
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -61,20 +56,19 @@ class LoraModel(nn.Module):
                 "model: it carries adapters already; use add_adapter or load_adapter on the PeftModel that you have, "
                 "or unload() it first"
             )
-        self._thawed = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.model = model.requires_grad_(False)
+        self.model = model
+        #: the base's parameters that required gradients before the first adapter
+        self._thawed: list[nn.Parameter] = []
         self.peft_config: dict[str, LoraConfig] = {}
         #: adapter → the names that PEFT would not find in its folder
         self.lora_unreadable: dict[str, tuple[str, ...]] = {}
         self.lora_router = Router()
         self.training = model.training
-        self._layers: dict[str, LoraLayer] = {}
-        self._saved: dict[str, ModulesToSaveWrapper] = {}
-        vars(self)["_biases"] = Biases()  # a child while there are some
+        self._slots = Slots(model, self.lora_router)
         self._active: tuple[str, ...] = ()
         self._merged: tuple[str, ...] = ()
         self._enabled = True
-        self._told = False
+        self._compiled = False
 
     # -- add and delete -----------------------------------------------------------------------------------------
 
@@ -88,6 +82,7 @@ class LoraModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         tensors: Mapping[str, Tensor] | None = None,
         source: str = "",
+        fill: Callable[[Plan], None] | None = None,
     ) -> Plan:
         """Give ``adapter_name`` its slot in every layer that ``config`` targets. The active adapters stay active.
 
@@ -95,9 +90,10 @@ class LoraModel(nn.Module):
             seed: of the initialisation; by default it follows from ``adapter_name``.
             strict: as in ``plan``.
             autocast_adapter_dtype: keep factors in float32 where the base is float16 or bfloat16.
-            tensors: an adapter's tensors under PEFT's keys, which the caller will copy into the slot once they are
-                checked; factors that they hold are left without numbers until then.
+            tensors: an adapter's tensors under PEFT's keys, which ``fill`` will copy into the slot; until then those
+                that they hold are left without numbers.
             source: of ``tensors``, which opens the error messages about them.
+            fill: called when the slot is there. If it raises, the slot goes again.
 
         Raises:
             AdapterError: the name is taken or cannot be a name, or adapters are merged.
@@ -109,121 +105,32 @@ class LoraModel(nn.Module):
         made = plan_on(self.model, modules, config, strict, autocast_adapter_dtype, follow_ties=tensors is None)
         seed = seed_of(adapter_name) if seed is None else seed
         if tensors is not None:
-            self._check_ranks(made, modules, tensors, source)
-        # Other threads may run the model meanwhile, unless biases change places in it.
-        alone = self.lora_router.changing("add_adapter") if self._biases.slots or made.biases else nullcontext()
+            _check_size(made, tensors, source)
+        thawed = [] if self.peft_config else [p for p in self.model.parameters() if p.requires_grad]
         try:
-            with alone:
-                self._place(adapter_name, made, modules, seed, autocast_adapter_dtype, tensors)
+            with self._slots.exclusive("add_adapter", made):
+                self._freeze(thawed)
+                self._slots.add(adapter_name, made, modules, seed, autocast_adapter_dtype, tensors or {})
+                self._follow()
             self.peft_config[adapter_name] = made.config
             self.lora_unreadable[adapter_name] = made.unreadable
             if made.note:
                 warnings.warn(made.note, TargetsWarning, stacklevel=4)
             if made.config.inference_mode and (made.saved or made.biases):
                 self.set_requires_grad(adapter_name, False)
+            if fill is not None:
+                fill(made)
         except BaseException:  # Ctrl-C among them
             self._remove(adapter_name)
+            for parameter in thawed:
+                parameter.requires_grad_(True)
             raise
         return made
 
-    def _check_ranks(
-        self, made: Plan, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], source: str
-    ) -> None:
-        """A small file must not ask for a large adapter: no factor is made that ``tensors`` lack the room for."""
-        there = sum(tensor.numel() for tensor in tensors.values())
-        for target in made.targets:
-            cls = layer_class(modules[target.name]) if target.name in modules else None
-            if cls is None:  # a parameter: see lora.parameters
-                if target.parameters > max(2 * there, 10**8):
-                    raise AdapterError(f"{source}r: {target.name} is to have rank {target.r:,}, which the file lacks")
-                continue
-            shapes = cls.shapes(modules[target.name], target.r, target.name)
-            (name, a_shape), (_, b_shape) = shapes.items()
-            key = tensor_key(file_place(target.name), name)
-            found = tuple(tensors[key].shape) if key in tensors else None
-            if found != a_shape and target.r > max(*a_shape[1:], b_shape[0], _LARGEST_MISSING):
-                raise AdapterError(
-                    f"{source}r: the config gives {target.name} rank {target.r:,}, and the file holds "
-                    f"{'no tensor for it' if found is None else f'one of shape {found}'}; config and file are of "
-                    "different adapters, or damaged"
-                )
-
-    def _place(
-        self,
-        adapter_name: str,
-        made: Plan,
-        modules: dict[str, nn.Module],
-        seed: int,
-        autocast_adapter_dtype: bool,
-        tensors: Mapping[str, Tensor] | None,
-    ) -> None:
-        self.lora_router.forget()
-        locator, variant = ModuleLocator(self.model), variant_of(made.config)
-        there = places([(target.name, target.kind) for target in made.targets])
-        for target in made.targets:
-            layer = self._layers.get(target.name)
-            if layer is None:
-                parameter = target.kind == LoraParameter.kind
-                module = modules[target.name.rpartition(".")[0] if parameter else target.name]
-                cls = LoraParameter if parameter else layer_class(module)
-                assert cls is not None
-                layer = cls(module, self.lora_router, target.name)
-                locator.replace(module, layer)
-                self._layers[target.name] = layer
-            new = self._new_tensors(
-                layer, target, made.config, seed, autocast_adapter_dtype, there[target.name], tensors
-            )
-            layer.add_slot(adapter_name, new, target.r, target.scale, made.config.lora_dropout, variant)
-        self._biases.install(())  # a copy starts from the base's biases
-        self._add_saved(adapter_name, [extra.name for extra in made.saved], modules, locator, autocast_adapter_dtype)
-        self._biases.add(adapter_name, {extra.name: modules[extra.name[: -len(".bias")]] for extra in made.biases})
-        self._biases.hook(self.lora_router, self._layers)
-        self._follow()
-
-    def _new_tensors(
-        self,
-        layer: LoraLayer,
-        target: Target,
-        config: LoraConfig,
-        seed: int,
-        autocast: bool,
-        place: str,
-        tensors: Mapping[str, Tensor] | None,
-    ) -> dict[str, nn.Parameter]:
-        device, dtype = layer.like
-        variant, dtype = variant_of(config), adapter_dtype(dtype, autocast)
-        shapes = variant.shapes(layer.shapes_of(target.r))
-        given = {name: (tensors or {}).get(tensor_key(place, name)) for name in shapes}
-        if {name: None if t is None else tuple(t.shape) for name, t in given.items()} == shapes:
-            new = {name: torch.empty(shape) for name, shape in shapes.items()}
-        else:  # what does not fit is for the caller to report
-            new = variant.start(layer, shapes, config, target.r, seed_of(seed, target.name))
-        trained = not config.inference_mode
-        return {name: nn.Parameter(tensor.to(device, dtype), trained) for name, tensor in new.items()}
-
-    def _add_saved(
-        self,
-        slot: str,
-        names: Iterable[str],
-        modules: dict[str, nn.Module],
-        locator: ModuleLocator,
-        autocast: bool,
-    ) -> None:
-        twins: dict[int, nn.Parameter] = {}
-        for name in names:
-            wrapper = self._saved.get(name)
-            if wrapper is None:
-                wrapper = ModulesToSaveWrapper(modules[name], self.lora_router, name)
-                locator.replace(modules[name], wrapper)
-                self._saved[name] = wrapper
-            half = any(p.dtype in HALF for p in modules[name].parameters())
-            module = wrapper.new_copy(torch.float32 if autocast and half else None)
-            # Modules that share storage in the base share their copies too, so that they stay tied.
-            for leaf, original in modules[name]._parameters.items():
-                mine = module._parameters[leaf]
-                if original is not None and mine is not None:
-                    module._parameters[leaf] = twins.setdefault(original.data_ptr() or id(original), mine)
-            wrapper.modules_to_save[slot] = module
+    def _freeze(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        self._thawed = parameters or self._thawed
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter away. Layers that carry no other adapter become what they were before.
@@ -247,21 +154,10 @@ class LoraModel(nn.Module):
 
     def _remove(self, adapter_name: str) -> None:
         """Take away what there is of an adapter that is not active, be it half of one."""
-        for layer in self._layers.values():
-            if adapter_name in layer.slots:
-                layer.remove_slot(adapter_name)
-        for wrapper in self._saved.values():
-            if adapter_name in wrapper.modules_to_save:
-                del wrapper.modules_to_save[adapter_name]
-        self._biases.remove(adapter_name)
+        self._slots.remove(adapter_name)
         self._follow()
         self.peft_config.pop(adapter_name, None)
         self.lora_unreadable.pop(adapter_name, None)
-        strip(self.model, only_empty=True)
-        self._layers = {name: layer for name, layer in self._layers.items() if layer.slots}
-        self._saved = {name: wrapper for name, wrapper in self._saved.items() if len(wrapper.modules_to_save)}
-        self._biases.hook(self.lora_router, self._layers)
-        self.lora_router.forget()
 
     # -- which adapters are active --------------------------------------------------------------------------------
 
@@ -282,12 +178,12 @@ class LoraModel(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """PEFT's name for the names of the adapted modules."""
-        return [name for name, layer in self._layers.items() if self.lora_parameter_of(layer) is None]
+        return [name for name, layer in self.lora_layers.items() if self.lora_parameter_of(layer) is None]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
         """PEFT's name for the names of the adapted parameters."""
-        return [name for layer in self._layers.values() if (name := self.lora_parameter_of(layer)) is not None]
+        return [name for layer in self.lora_layers.values() if (name := self.lora_parameter_of(layer)) is not None]
 
     def lora_parameter_of(self, layer: LoraLayer) -> str | None:
         """The parameter for which ``layer`` is there; None where its module is what adapters target.
@@ -340,8 +236,8 @@ class LoraModel(nn.Module):
         if by_hand or route.active != self.lora_router.resting.active:
             self.lora_router.rest(route)
         self._install(self.lora_router.resting)
-        if self._biases.slots:
-            self._modules["biases"] = self._biases
+        if self._slots.biases.slots:
+            self._modules["biases"] = self._slots.biases
         else:
             self._modules.pop("biases", None)
 
@@ -351,21 +247,22 @@ class LoraModel(nn.Module):
         Not while another thread's forward needs it otherwise: then ``what`` is refused, or, without a name for it, the
         next forward does it.
         """
-        # Once told, always told: what a layer noted must not grow old when dynamo forgets that it compiled.
-        self._told = self._told or _compiles()
-        if not (self._biases.slots or self._told):
+        # Once a compile was seen, keep updating: dynamo may reset its counters while layers still hold old factors.
+        self._compiled = self._compiled or _compiles()
+        biases = self._slots.biases
+        if not (biases.slots or self._compiled):
             return
         if any(plan.route.active != route.active or plan.route.blocks for plan in self.lora_router.elsewhere()):
             if what is None:
                 return
             raise AdapterError(
                 f"{what}: another thread runs this model by other adapters at the moment, and "
-                f"{'biases that adapters train' if self._biases.slots else 'a compiled model'} can follow one of them "
-                "alone; wait for it, or give each thread a model of its own"
+                f"{'biases that adapters train' if biases.slots else 'a compiled model'} can follow one of them alone; "
+                "wait for it, or give each thread a model of its own"
             )
-        self._biases.install(route.active)
-        if self._told:
-            for layer in self._layers.values():
+        biases.install(route.active)
+        if self._compiled:
+            for layer in self.lora_layers.values():
                 layer.follow(route.active)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -473,20 +370,7 @@ class LoraModel(nn.Module):
     def tensors_of(self, adapter_name: str) -> dict[str, Tensor]:
         """Every tensor of one adapter, live, under PEFT's key for it in a file (with ``base_model.model.``)."""
         self._check_names([adapter_name])
-        out: dict[str, Tensor] = {}
-        mine = {name: layer for name, layer in self._layers.items() if adapter_name in layer.slots}
-        there = places([(name, layer.kind) for name, layer in mine.items()])
-        for name, layer in mine.items():
-            out.update({tensor_key(there[name], key): tensor for key, tensor in layer.tensors(adapter_name).items()})
-        for name, wrapper in self._saved.items():
-            if adapter_name in wrapper.modules_to_save:
-                state = wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True)
-                out.update({file_key(f"{name}.{key}"): value for key, value in state.items()})
-        for name, bias in self._biases.of(adapter_name).items():
-            owner = name[: -len(".bias")]
-            targeted = owner in self._layers and adapter_name in self._layers[owner].slots
-            out[file_key(f"{owner}{'.base_layer' if targeted else ''}.bias")] = bias
-        return out
+        return self._slots.tensors_of(adapter_name)
 
     def parameters_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The trainable part of ``tensors_of``; tied parameters once."""
@@ -499,12 +383,12 @@ class LoraModel(nn.Module):
     @property
     def lora_layers(self) -> Mapping[str, LoraLayer]:
         """The adapted layers by the name of the module that they wrap."""
-        return self._layers
+        return self._slots.layers
 
     @property
     def lora_saved_modules(self) -> Mapping[str, ModulesToSaveWrapper]:
         """The modules that adapters train in full, by the name of the module that they stand for."""
-        return self._saved
+        return self._slots.saved
 
     # -- merging --------------------------------------------------------------------------------------------------
 
@@ -539,7 +423,7 @@ class LoraModel(nn.Module):
         self._check_together(what, names)
         merged = tuple(dict.fromkeys(names))
         with self.lora_router.changing(what):
-            merge.merge(self._layers, merged)
+            merge.merge(self.lora_layers, merged)
             self._merged = merged
             self._follow()
 
@@ -548,7 +432,7 @@ class LoraModel(nn.Module):
         if not self._merged:
             return
         with self.lora_router.changing("unmerge_adapter"):
-            merge.unmerge(self._layers)
+            merge.unmerge(self.lora_layers)
             self._merged = ()
             self._follow()
 
@@ -564,11 +448,11 @@ class LoraModel(nn.Module):
             MergeError, AdapterError: as ``merge_adapter``. Nothing was changed.
         """
         names = list(self._active) if adapter_names is None else list(adapter_names)
-        merge.check_copies(self._saved, names)
+        merge.check_copies(self.lora_saved_modules, names)
         self._merge("merge_and_unload", names)
         if not self._merged:
             return self.unload()
-        untied = merge.untied(self.model, self._layers)
+        untied = merge.untied(self.model, self.lora_layers)
         strip(self.model, keep_copies=True)
         if untied:
             merge.untie(self.model)
@@ -578,7 +462,7 @@ class LoraModel(nn.Module):
         """The plain model as it was, bit for bit. This object is empty afterwards."""
         self.unmerge_adapter()
         with self.lora_router.changing("unload"):
-            self._biases.install(())
+            self._slots.biases.install(())
             strip(self.model)
             return self._emptied()
 
@@ -589,13 +473,10 @@ class LoraModel(nn.Module):
 
     def _emptied(self) -> nn.Module:
         self.thaw()
-        self._biases.unhook()
-        self._layers, self._saved, vars(self)["_biases"] = {}, {}, Biases()
+        self._slots.clear()
         self._modules.pop("biases", None)
-        self.lora_unreadable = {}
-        self.peft_config, self._active, self._merged = {}, (), ()
+        self.peft_config, self.lora_unreadable, self._active, self._merged = {}, {}, (), ()
         self.lora_router.rest(Route())
-        self.lora_router.forget()
         return self.model
 
     # -- checks and plumbing ----------------------------------------------------------------------------------------
@@ -614,7 +495,8 @@ class LoraModel(nn.Module):
         """Whether ``config`` describes the adapter ``name``, so that it can take another's numbers."""
         self._check_unmerged("load_adapter")
         planned = plan(self.model, config, strict=False, follow_ties=False)
-        there = {key: (layer.r[name], layer.scaling[name]) for key, layer in self._layers.items() if name in layer.r}
+        layers = self.lora_layers.items()
+        there = {key: (layer.r[name], layer.scaling[name]) for key, layer in layers if name in layer.r}
         if {target.name: (target.r, target.scale) for target in planned.targets} != there:
             raise AdapterError(
                 f"{source}adapter {name!r} exists already and has other targets, ranks or scales than this one; "
@@ -631,8 +513,7 @@ class LoraModel(nn.Module):
                 )
 
     def _check_together(self, what: str, names: Sequence[str]) -> None:
-        copies = {name: set(wrapper.modules_to_save) for name, wrapper in self._saved.items()}
-        for thing, owners in {"biases": set(self._biases.slots), **copies}.items():
+        for thing, owners in self._slots.owners().items():
             clash = [name for name in dict.fromkeys(names) if name in owners]
             if len(clash) > 1:
                 raise AdapterError(
@@ -665,6 +546,16 @@ def media_tokens(model: nn.Module) -> list[int]:
     config = getattr(model, "config", None)
     names = [f"{medium}_token_{kind}" for medium in ("image", "video", "audio") for kind in ("id", "index")]
     return [token for name in names if isinstance(token := getattr(config, name, None), int)]
+
+
+def _check_size(made: Plan, tensors: Mapping[str, Tensor], source: str) -> None:
+    """A small file must not ask for a large adapter."""
+    there, largest = sum(tensor.numel() for tensor in tensors.values()), max(made.rows, key=lambda row: row.parameters)
+    if made.parameters > 2 * there + _MISSING:
+        raise AdapterError(
+            f"{source}r: the config asks for {made.parameters:,} numbers, most of them for {largest.name}, and the "
+            f"file holds {there:,}; config and file are of different adapters, or damaged"
+        )
 
 
 def _compiles() -> bool:

@@ -184,18 +184,10 @@ def inject_adapter_in_model(
     check_config(peft_config)
     if state_dict is not None:
         raise ConfigError("state_dict: loraloom takes the targets from the config alone; name them in target_modules")
-    lora: LoraModel | None = vars(model).get("_loraloom")
-    if lora is None:
-        lora = LoraModel(model)
-        vars(model)["_loraloom"] = lora  # past torch's registry: a model is no part of itself
-        vars(model)["peft_config"] = lora.peft_config
-    try:
-        lora.add_adapter(adapter_name, peft_config)
-    except BaseException:
-        if not lora.peft_config:
-            lora.thaw()
-            del vars(model)["_loraloom"], vars(model)["peft_config"]
-        raise
+    lora: LoraModel = vars(model).get("_loraloom") or LoraModel(model)
+    lora.add_adapter(adapter_name, peft_config)
+    # Past torch's registry: a model is no part of itself.
+    vars(model).update(_loraloom=lora, peft_config=lora.peft_config)
     lora.set_adapter(adapter_name)
     return model
 

@@ -25,7 +25,7 @@ from loraloom.lora.embeddings import dtype_name, overflows
 from loraloom.lora.file_keys import PREFIX, file_key
 from loraloom.lora.keys import follow_renamings, normalise
 from loraloom.lora.loadreport import LoadReport as LoadReport
-from loraloom.lora.targets import base_modules
+from loraloom.lora.targets import Plan, base_modules
 from loraloom.lora.unstacked import restack
 
 #: In the header of the tensors' file: the dropout of an adapter whose config may not name one.
@@ -190,29 +190,27 @@ def load(
     if config.target_parameters and not config.lora_dropout:
         config = config.copy(lora_dropout=_noted_dropout(folder))
     base = embeddings.take(model, renamed, config)
-    new = adapter_name not in model.peft_config
-    if new:
-        made = model.add_adapter(
-            adapter_name,
-            config,
-            strict=False,  # every tensor is checked below, which says more than the patterns do
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            tensors=renamed,
-            source=f"{folder}: ",
-        )
-    else:
-        made = model.check_same(adapter_name, config, f"{folder}: ")
-    for key in [key for key in renamed for name in made.idle if key.startswith(file_key(f"{name}.lora_"))]:
-        report.skipped.append(key)
-        del renamed[key]
-    try:
+
+    def put(made: Plan) -> None:
+        for key in [key for key in renamed for name in made.idle if key.startswith(file_key(f"{name}.lora_"))]:
+            report.skipped.append(key)
+            del renamed[key]
         embeddings.check(model, base, f"{folder}: ")
         _fill(model, adapter_name, renamed, report, strict=strict, source=f"{folder}: ")
         _replace(base, report)
-    except BaseException:  # Ctrl-C among them
-        if new:
-            model.delete_adapter(adapter_name)
-        raise
+
+    if adapter_name in model.peft_config:
+        put(model.check_same(adapter_name, config, f"{folder}: "))
+    else:
+        model.add_adapter(
+            adapter_name,
+            config,
+            strict=False,  # every tensor is checked by ``put``, which says more than the patterns do
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            tensors=renamed,
+            source=f"{folder}: ",
+            fill=put,
+        )
     return report
 
 

