@@ -335,7 +335,8 @@ def make_cache() -> None:
     with inside(FILES):
         os.environ["LORALOOM_CACHE"] = "cache"
         many_rows(Path("many.jsonl"))
-        assert forked(partial(loraloom, MANY)) == 0
+        _write("many.yaml", MANY)
+        assert forked(partial(loraloom, ["train", "many.yaml"])) == 0
         shutil.copyfile(f"aside/{WEIGHTS}", "ends/cache.safetensors")
         shutil.copyfile("aside/run.json", "ends/cache.json")
         shutil.rmtree("aside")
@@ -345,11 +346,15 @@ def make_cache() -> None:
 # -- searches ---------------------------------------------------------------------------------------------------------
 
 
-def _in_the_midst(path: Path) -> bool:
-    """Does this ``search.json`` have trials that run, that wait at a rung, and that came to their end?"""
-    trials = json.loads(path.read_bytes())["trials"]
-    steps = {state: [trial["step"] for trial in trials if trial["state"] == state] for state in ("running", "waiting")}
-    return any(steps["running"]) and any(steps["waiting"]) and any(trial["state"] == "finished" for trial in trials)
+def _in_the_midst(path: Path, late: bool = False) -> bool:
+    """Does this ``search.json`` have trials that run, that wait at a rung, and that came to their end?
+
+    ``late``: all there are have begun, so that the last ones are repeats of the best.
+    """
+    trials = json.loads(path.read_bytes())["trials"] if path.exists() else []
+    begun = [trial for trial in trials if trial["step"]]
+    there = {"running", "waiting", "finished"} <= {trial["state"] for trial in begun}
+    return there and (not late or (begun == trials and trials[-1]["repeats"] is not None))
 
 
 def make_tune() -> None:
@@ -361,12 +366,13 @@ def make_tune() -> None:
         assert forked(partial(loraloom, ["tune", "tune/search.yaml"])) == 0
         _tidy(Path("tune/finished"))
         onto, command = r"/search\.json$", ["tune", "tune/search.yaml", "--output"]
-        # The first trial that ends is noted in Optuna's journal, once where the search stands is written.
-        journal = Death(r"/\.loraloom-commit\.json$", before=True, holds=lambda path: b"study.log" in path.read_bytes())
-        journal.of(partial(loraloom, [*command, "tune/killed"]))
-        assert _in_the_midst(Path("tune/killed/search.json"))
+        saving, there = (
+            r"/\.loraloom-commit\.json$",
+            lambda path: _in_the_midst(path.with_name("search.json"), late=True),
+        )
+        Death(saving, before=True, holds=there).of(partial(loraloom, [*command, "tune/killed"]))
         Death(onto, before=True, holds=_in_the_midst).of(partial(loraloom, [*command, "tune/interrupted"]))
-        Death("", stop=(onto, 7)).of(partial(loraloom, ["tune", "tune/stopped.yaml"]))
+        Death("", stop=(onto, 3 * 15 + 2)).of(partial(loraloom, ["tune", "tune/stopped.yaml"]))
         assert forked(partial(loraloom, ["tune", "tune/stopped.yaml", "--output", "ends/stopped"])) == 0
         _tidy(Path("ends/stopped"))
 
