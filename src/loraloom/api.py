@@ -117,7 +117,7 @@ def train(
     """
     with _given(config, model, data, tokenizer, options) as given:
         found = runfile.read(config, (), given, tasks.check, resume=resume)
-        result = train_run(found.options, _console(quiet), resume=_path(resume), on_step=on_step, notes=found.notes)
+        result = train_run(found.options, _console(quiet), resume=found.resume, on_step=on_step, notes=found.notes)
     assert result is not None  # only a dry run has none
     return _run(result, found.options.output)
 
@@ -160,10 +160,6 @@ def _recommendation(result: SearchResult) -> str:
 
 def _console(quiet: bool) -> Console | None:
     return Console(quiet=True) if quiet else None
-
-
-def _path(resume: bool | str | Path | None) -> bool | str | None:
-    return str(resume) if isinstance(resume, Path) else resume
 
 
 # -- what was given, by the keys of a run file ------------------------------------------------------------------------

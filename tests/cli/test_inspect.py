@@ -20,13 +20,15 @@ def test_a_plan_shows_modules_totals_and_memory_from_the_config_alone(
     call: Callable[..., Any], decoder_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copy(decoder_folder / "config.json", tmp_path)
-    ended = call("plan", "--model", tmp_path, "--task", "causal-lm", "--r", 4, "--batch-size", 3, "--max-length", 10)
+    given = ["--r", 4, "--target-modules", "q_proj,v_proj", "--batch-size", 3, "--max-length", 10]
+    ended = call("plan", "--model", tmp_path, "--task", "causal-lm", *given)
     assert (ended.code, ended.err) == (0, "")
     assert "model.layers.1.self_attn.v_proj" in ended.out
     assert f"{4 * (2 * (32 + 32) + 2 * (32 + 16)):,} of" in ended.out
     assert "3 rows of 10 tokens in float32" in ended.out
     for part in ("frozen model", "adapter", "its gradients", "AdamW", "kept for backward", "in all"):
         assert part in ended.out
+    assert ended.out.startswith("lora_alpha is 8 (2 * r); --lora-alpha sets another\n")
     assert os.listdir(tmp_path) == ["config.json"]
 
 
@@ -46,7 +48,7 @@ def test_the_singular_values_of_inspect_are_those_of_the_whole_update(call: Call
     assert found["parameters"] == sum(t.numel() for t in tensors.values())
     assert found["bytes"] == sum(t.numel() * t.element_size() for t in tensors.values())
     assert found["config"]["task_type"] == "SEQ_CLS"
-    assert len(found["updates"]) == 4
+    assert len(found["updates"]) == 13  # every linear layer of two layers, and the pooler's
     for update in found["updates"]:
         key = f"base_model.model.{update['name']}.lora_"
         delta = tensors[f"{key}B.weight"].double() @ tensors[f"{key}A.weight"].double()

@@ -142,7 +142,8 @@ def _runtime(name: str, value: Any) -> LoraRuntimeConfig:
     return LoraRuntimeConfig()
 
 
-_adapter = partial(option, section="lora", group="Adapter")
+_field = partial(option, section="lora")
+_adapter = partial(_field, group="Adapter", search="varies")
 _START = Check(
     _start,
     {"enum": [True, False, "gaussian"]},
@@ -170,7 +171,7 @@ def _unsupported(default: Any, variant: bool = False) -> Any:
     mark = {"supported": False, **({"is_lora_variant": True} if variant else {})}
     nothing: list[Any] = [None, False, {}, [], ""]
     check = Check(test, {"enum": nothing if default in nothing else [default, *nothing]})
-    return _adapter(default, check, metadata=mark)
+    return _field(default, check, metadata=mark)
 
 
 @dataclass(kw_only=True)
@@ -196,7 +197,7 @@ class LoraConfig(Options, PeftConfig):
         unset="by model type", starter="all-linear",
     )  # fmt: skip
     target_parameters: list[str] | None = _adapter(
-        None, MODULES, "Parameters to adapt that no layer calls, such as stacked weights of experts"
+        None, MODULES, "Parameters to adapt that no layer calls, such as stacked weights of experts", search="same"
     )
     exclude_modules: list[str] | str | None = _adapter(
         None, MODULES_OR_PATTERN, "Modules that are never adapted: names or a regular expression"
@@ -204,10 +205,10 @@ class LoraConfig(Options, PeftConfig):
     bias: Literal["none", "all", "lora_only"] = _adapter(
         "none", choice("none", "all", "lora_only"), "Biases of the base of which the adapter trains a copy"
     )
-    task_type: TaskType | None = _adapter(None, Check(_task_type, {"enum": [task.value for task in TaskType]}))
+    task_type: TaskType | None = _field(None, Check(_task_type, {"enum": [task.value for task in TaskType]}))
     modules_to_save: list[str] | None = _adapter(None, MODULES, "Modules trained in full and saved with the adapter")
     #: Weight stored as [in, out]. Conv1D is recognised whatever this says.
-    fan_in_fan_out: bool = _adapter(False, flag())
+    fan_in_fan_out: bool = _field(False, flag())
     init_lora_weights: bool | Literal["gaussian"] = _adapter(
         True, _START, "How A starts: true (Kaiming uniform), gaussian (deviation 1/r); B is zero. false: both random",
         metadata={"lora_variants": ("mica",)},
@@ -224,16 +225,16 @@ class LoraConfig(Options, PeftConfig):
         None, LAYER_LISTS, "Name of the list of layers in which layers_to_transform counts", unset="found in the model"
     )
     #: Made for inference: the adapter is frozen.
-    inference_mode: bool = _adapter(False, flag())
-    base_model_name_or_path: str | None = _adapter(None, _STRING)
-    revision: str | None = _adapter(None, _STRING)
+    inference_mode: bool = _field(False, flag())
+    base_model_name_or_path: str | None = _field(None, _STRING)
+    revision: str | None = _field(None, _STRING)
 
     # What PEFT records of itself.
-    peft_type: PeftType = _adapter(PeftType.LORA, Check(_peft_type, {"enum": ["LORA", None]}))
-    peft_version: str = _adapter(PEFT_FORMAT, _ANYTHING)
-    auto_mapping: dict[str, Any] | None = _adapter(None, Check(_object, {"type": "object"}))
+    peft_type: PeftType = _field(PeftType.LORA, Check(_peft_type, {"enum": ["LORA", None]}))
+    peft_version: str = _field(PEFT_FORMAT, _ANYTHING)
+    auto_mapping: dict[str, Any] | None = _field(None, Check(_object, {"type": "object"}))
     #: PEFT's options of a run, which no file keeps.
-    runtime_config: Any = _adapter(LoraRuntimeConfig(), Check(_runtime, {}))
+    runtime_config: Any = _field(LoraRuntimeConfig(), Check(_runtime, {}))
 
     megatron_config: Any = _unsupported(None)
     megatron_core: Any = _unsupported("megatron.core")

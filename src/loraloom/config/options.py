@@ -17,6 +17,8 @@ from loraloom.errors import ConfigError, nearest, short
 
 #: The default of an option that must be given.
 NEEDED = MISSING
+#: The headings under which help and documentation list options, in order.
+GROUPS = ("Run", "Search", "Model", "Data", "Adapter", "Training", "Evaluation", "Checkpoints and trackers")
 #: What another value means for a run that is resumed. "result": the run is another one, and is refused. "evaluation":
 #: the same, if evaluations decide when training ends or which adapter is kept. "rounding": the last bits may differ.
 #: "nothing": the result is the same.
@@ -35,6 +37,8 @@ class Option:
     #: The heading under which help and documentation list it.
     group: str = ""
     resume: Resume = "result"
+    #: What a search does with it: it may vary between trials, is the same in all, or is left to a training in full.
+    search: Literal["varies", "same", "unused"] = "same"
     #: What None stands for.
     unset: str = ""
     #: What starter files have, and commands that are given neither this option nor a run file.
@@ -50,6 +54,11 @@ class Option:
     @property
     def leaf(self) -> str:
         return self.key.rpartition(".")[2]
+
+    @property
+    def summary(self) -> str:
+        """The help, with the words to choose from."""
+        return f"{self.help} ({', '.join(self.check.choices)})" if self.check.choices else self.help
 
     @property
     def optional(self) -> bool:

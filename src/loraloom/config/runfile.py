@@ -76,6 +76,8 @@ class RunFile:
     places: dict[str, str] = field(default_factory=dict)
     #: What was taken from elsewhere, for people.
     notes: list[str] = field(default_factory=list)
+    #: What is resumed: nothing, the newest checkpoint of the output folder (True), or the checkpoint in this place.
+    resume: bool | str | Path | None = None
 
     def line(self, key: str) -> int | None:
         """The line of the file that gave ``key``, from 1; None where the file did not."""
@@ -137,7 +139,12 @@ def read(
         check(options)
     except ConfigError as error:
         raise _placed(error, {key: f"{place}: " for key, place in places.items() if place}) from None
-    return RunFile(options, tune, places, notes)
+    whole = earlier is not None and isinstance(resume, str | Path) and _same(resume, options.output)
+    return RunFile(options, tune, places, notes, True if whole else resume)
+
+
+def _same(one: str | Path, other: str | Path) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def _put(values: dict[str, Any], key: str, value: Any, places: dict[str, str], place: str) -> None:
@@ -207,7 +214,7 @@ def with_values(options: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     """
     for key in values:
         check_key(key)
-    lora, rest = _split(values)
+    lora, rest = split(values)
     try:
         return replace(options, lora=options.lora.copy(**lora), **rest)
     except ConfigError as error:
@@ -324,13 +331,14 @@ def fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return {OPTIONS[key].name: value for key, value in values.items()}
 
 
-def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of ``LoraConfig`` and of ``TrainConfig`` from dotted keys."""
     lora = fields_of({key: value for key, value in values.items() if key.startswith("lora.")})
     return lora, fields_of({key: value for key, value in values.items() if not key.startswith(("lora.", "tune."))})
 
 
 def _build(values: Mapping[str, Any]) -> TrainConfig:
-    lora, rest = _split(values)
+    lora, rest = split(values)
     options = TrainConfig(lora=LoraConfig(**lora), **rest)
     # Not in TrainConfig itself: of a search's trials one may have another schedule than the others.
     if options.lr_scheduler_type != "warmup_stable_decay" and options.decay_ratio != TrainConfig.decay_ratio:
@@ -376,7 +384,8 @@ def write(options: TrainConfig, path: str | Path, title: str = "") -> None:
         if above != section and above:
             lines.append(f"{above}:")
         section = above
-        lines.append(f"{'  ' if above else ''}{name}: {yamltext.write(value)}  # {OPTIONS[key].help}")
+        comment = f"  # {OPTIONS[key].summary}" if OPTIONS[key].help else ""
+        lines.append(f"{'  ' if above else ''}{name}: {yamltext.write(value)}{comment}")
     write_files(path.parent, {path.name: ("\n".join(lines) + "\n").encode()})
 
 

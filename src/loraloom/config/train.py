@@ -25,9 +25,9 @@ MOMENTS = ("no", "steps", "epoch", "minutes")
 _run = partial(option, group="Run")
 _model = partial(option, section="model", group="Model")
 _data = partial(option, section="data", group="Data")
-_train = partial(option, section="train", group="Training")
-_eval = partial(option, section="eval", group="Evaluation", resume="evaluation")
-_keep = partial(option, section="train", group="Checkpoints and trackers", resume="nothing")
+_train = partial(option, section="train", group="Training", search="varies")
+_eval = partial(option, section="eval", group="Evaluation", resume="evaluation", search="unused")
+_keep = partial(option, section="train", group="Checkpoints and trackers", resume="nothing", search="unused")
 _EACH_EPOCH = "once an epoch"
 
 
@@ -107,25 +107,36 @@ class TrainConfig(Options):
     weight_decay: float = _train(0.0, number(), "Weight decay of the optimizer")
     max_grad_norm: float = _train(1.0, number(above=True), "Gradients are clipped to this norm")
     gradient_checkpointing: bool = _train(
-        False, flag(), "Recompute activations in the backward: less memory, about a third more time", resume="rounding"
+        False,
+        flag(),
+        "Recompute activations in the backward: less memory, about a third more time",
+        resume="rounding",
+        search="same",
     )
-    fsdp: bool = _train(False, flag(), "Shard the frozen model over the processes of torchrun")
-    seed: int = _train(0, whole(0, 2**63 - 1), "Random seed of split, order, initialisation and dropout")
+    fsdp: bool = _train(False, flag(), "Shard the frozen model over the processes of torchrun", search="same")
+    seed: int = _train(0, whole(0, 2**63 - 1), "Random seed of split, order, initialisation and dropout", search="same")
 
     eval_strategy: str | None = _eval(None, choice(*MOMENTS), "When to evaluate", key="strategy", unset=_EACH_EPOCH)
     eval_steps: int | None = _eval(None, whole(1), "Evaluate every N steps", key="steps")
     eval_minutes: float | None = _eval(None, number(above=True), "Evaluate every N minutes", key="minutes")
     eval_batch_size: int = _eval(
-        64, whole(1), "Rows at once when evaluating; changes no result", key="batch_size", resume="nothing"
+        64,
+        whole(1),
+        "Rows at once when evaluating; changes no result",
+        key="batch_size",
+        resume="nothing",
+        search="same",
     )
     metrics: list[str] | None = _eval(
-        None, names(), "Metrics beside the loss: names, or your_module:function", unset="the task's"
+        None, names(), "Metrics beside the loss: names, or my_module:my_function", unset="the task's", search="same"
     )
     metric_for_best_model: str | None = _eval(None, text(), "Metric that says which is best", unset="the first metric")
     load_best_model_at_end: bool = _eval(False, flag(), "Keep the best adapter instead of the last one")
     early_stopping_patience: int | None = _eval(None, whole(1), "Stop after N evaluations without improvement")
     early_stopping_threshold: float = _eval(0.0, number(), "Least improvement that counts")
-    max_new_tokens: int = _eval(64, whole(1), "Tokens to generate for metrics and examples", resume="nothing")
+    max_new_tokens: int = _eval(
+        64, whole(1), "Tokens to generate for metrics and examples", resume="nothing", search="same"
+    )
 
     save_strategy: str | None = _keep(None, choice(*MOMENTS), "When to save a checkpoint", unset=_EACH_EPOCH)
     save_steps: int | None = _keep(None, whole(1), "Save a checkpoint every N steps")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from loraloom import tasks
-from loraloom.config import yamltext
+from loraloom.config import runfile, yamltext
 from loraloom.config.lora import LoraConfig
 from loraloom.config.names import TASKS as NAMES
+from loraloom.config.options import options_of
 from loraloom.config.train import TrainConfig
 from loraloom.data.read.sources import resolve
 from loraloom.data.shape.shapes import Shape, proposals, recognise
@@ -100,26 +101,19 @@ def begin(
     name = output or f"runs/{path.stem}"
     count = _count(data, rows.get("format"))
     rate, epochs = start(width(config), TASKS[found], count, TrainConfig.batch_size)
-    rows |= {"learning_rate": rate, "epochs": epochs}
+    rows |= {"learning_rate": rate, "epochs": epochs, "max_length": length}
+    lora = LoraConfig(**{one.name: one.starter for one in options_of(LoraConfig).values() if one.starter is not None})
     # Checked as a whole: what is written can be read.
-    options = TrainConfig(model=model, data=data, task=found, output=name, lora=LoraConfig(**_LORA), **rows)
+    options = TrainConfig(model=model, data=data, task=found, output=name, lora=lora, **rows)
     tasks.check(options)
-    write_files(path.parent, {path.name: _text(options, shape, length, path.name, count).encode()})
+    many = "many" if count == _MANY else f"{count:,}"
+    comments = {
+        "data.train": f"recognised as {shape.name}; a list of sources may have weights",
+        "train.learning_rate": "For a model of this width: about ten times that of full fine-tuning",
+        "train.epochs": f"Passes over the training rows; chosen for {many} rows",
+    }
+    write_files(path.parent, {path.name: _text(options, path.name, comments).encode()})
     return found
-
-
-def _more(options: TrainConfig) -> str:
-    """Lines of the data's section that are there where they were given."""
-    found = [f"  {key}: {yamltext.write(got)}\n" for key in ("format", "chat_template", "problem_type")
-             if (got := getattr(options, key)) is not None]  # fmt: skip
-    if options.columns:
-        found.append(f"  columns: {yamltext.write(options.columns)}  # our names of columns, and yours\n")
-    else:
-        found.append("  # columns: {text: body}  # our names of columns, and yours\n")
-    return "".join(found)
-
-
-_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 
 
 def _count(data: Any, format: str | None) -> int:
@@ -128,60 +122,53 @@ def _count(data: Any, format: str | None) -> int:
     return sum(1 for _ in itertools.islice(itertools.chain.from_iterable(readers), _MANY))
 
 
-def _text(options: TrainConfig, shape: Shape, length: int, name: str, count: int) -> str:
-    value = yamltext.write
-    return f"""\
-# Look at the data:      loraloom data {name}
-# See what it costs:     loraloom train {name} --dry-run
-# Train:                 loraloom train {name}
-# Go on after a stop:    loraloom train {name} --resume
-# Find better values:    loraloom tune {name}
-# Change one value:      --set lora.r=8, or the option --lora-r 8
-
-task: {options.task}  # {", ".join(NAMES)}
-
-model:
-  name: {value(options.model)}  # a folder or a hub name
-  dtype: {options.dtype}  # what the frozen model is held in: float32, bfloat16 or float16
-  # device: cuda  # by default an accelerator where there is one
-  # attn_implementation: sdpa
-
-data:
-  train: {value(options.data)}  # recognised as {shape.name}; a list of sources may have weights
-  validation: {value(options.eval_split)}  # a share, a count, or a source of its own
-  max_length: {length}  # tokens of a row
-  overlong: {options.overlong}  # what becomes of longer rows: error, truncate, drop or split; they are counted
-  on_bad_row: {options.on_bad_row}  # or skip: bad rows go to a file, with reasons
-{_more(options)}
-lora:
-  r: {options.lora.r}  # rank of the update: small data needs little
-  lora_alpha: {options.lora.lora_alpha}  # the update is scaled by alpha / r
-  lora_dropout: {options.lora.lora_dropout}  # on the adapter's input, while training
-  target_modules: all-linear  # or names, such as [q_proj, v_proj]
-
-train:
-  learning_rate: {value(options.learning_rate)}  # for a model of this width: about ten times that of full fine-tuning
-  batch_size: 16  # rows of one forward
-  gradient_accumulation_steps: 1  # forwards that make a step
-  epochs: {value(options.epochs)}  # times through the data, for {"many" if count == _MANY else f"{count:,}"} rows
-  # max_steps: 1000  # instead of epochs
-  lr_scheduler_type: linear  # cosine, constant or warmup_stable_decay
-  warmup_ratio: 0.05  # share of the steps in which the rate rises
-  weight_decay: 0.0  # the optimizer's
-  max_grad_norm: 1.0  # gradients are clipped to this norm
-  # optim: adamw  # or any class of torch.optim, with optim_args
-  # gradient_checkpointing: true  # less memory, about a third more time
-  save_total_limit: 2  # checkpoints that stay; the newest and the best always do
-  # save_steps: 200  # by default each epoch; or save_minutes: 30, or save_strategy: "no"
-  seed: 0  # of the split, the order, the start and the dropout
-  # report_to: [tensorboard]  # wandb, mlflow, trackio ..., or [] for none
-
-eval:
-  batch_size: 64  # rows at once; changes no result
-  # steps: 200  # by default each epoch; or minutes: 30, or strategy: "no"
-  # metrics: [accuracy]  # or my_module:my_function
-  # load_best_model_at_end: true
-  # early_stopping_patience: 3
-
-output: {value(options.output)}  # the folder for what comes out
+#: What every starter file says, and, as comments, what it could say.
+_SAID = {
+    *("model.dtype", "data.validation", "data.max_length", "data.overlong", "data.on_bad_row"),
+    *("train.learning_rate", "train.epochs", "train.batch_size", "train.gradient_accumulation_steps"),
+    *("train.lr_scheduler_type", "train.warmup_ratio", "train.weight_decay", "train.max_grad_norm"),
+    *("train.save_total_limit", "train.seed", "eval.batch_size"),
+}
+_COULD_SAY = {
+    "model.device": "cuda",
+    "model.attn_implementation": "sdpa",
+    "data.columns": {"text": "body"},
+    "train.max_steps": 1000,
+    "train.optim": "adamw",
+    "train.gradient_checkpointing": True,
+    "train.save_steps": 200,
+    "train.report_to": ["tensorboard"],
+    "eval.steps": 200,
+    "eval.metrics": ["accuracy"],
+    "eval.load_best_model_at_end": True,
+    "eval.early_stopping_patience": 3,
+}
+_HEAD = """\
+# Look at the data:         loraloom data {name}
+# Memory and time:          loraloom train {name} --dry-run
+# Find better values:       loraloom tune {name}
+# Train:                    loraloom train {name}
+# Resume after a stop:      loraloom train {name} --resume
+# Change one value:         --set lora.r=8, or the option --lora-r 8
 """
+
+
+def _text(options: TrainConfig, name: str, comments: Mapping[str, str]) -> str:
+    """The file: what is set, and what could be, each key with its help from the list of options."""
+    sections: dict[str, list[str]] = {top: [] for top in ("task", "model", "data", "lora", "train", "eval", "output")}
+    for key, option in runfile.OPTIONS.items():
+        top = option.section or key
+        if top not in sections:
+            continue
+        value = getattr(options.lora if top == "lora" else options, option.name)
+        comment = f"  # {comments.get(key, option.summary)}"
+        said = key in _SAID or option.starter is not None or value != option.default
+        if said and option.help:
+            line = f"{option.leaf}: {yamltext.write(value)}{comment}"
+        elif key in _COULD_SAY:
+            line = f"# {option.leaf}: {yamltext.write(_COULD_SAY[key])}{comment}"
+        else:
+            continue
+        sections[top].append(f"  {line}" if option.section else line)
+    blocks = [f"{top}:\n" * (top not in ("task", "output")) + "\n".join(lines) for top, lines in sections.items()]
+    return "\n\n".join([_HEAD.format(name=name).rstrip(), *blocks]) + "\n"

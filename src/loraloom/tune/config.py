@@ -18,12 +18,6 @@ from loraloom.config.tune import PRESET, SearchOptions
 from loraloom.errors import ConfigError, nearest
 from loraloom.tune.space import PRESETS, Space
 
-#: What a training has and a search does not.
-_FOR_LATER = (
-    *("eval_strategy", "eval_steps", "eval_minutes", "metric_for_best_model", "load_best_model_at_end"),
-    *("early_stopping_patience", "early_stopping_threshold"),
-    *("save_strategy", "save_steps", "save_minutes", "save_total_limit", "report_to"),
-)
 #: Shares of the steps at which trials are compared. Few are early: early losses say least about the end.
 RUNGS = (1 / 9, 2 / 9, 1 / 3, 1 / 2, 2 / 3)
 
@@ -79,8 +73,8 @@ class TuneConfig(SearchOptions):
 
         They are for the training of the best configuration in full.
         """
-        options = options_of(TrainConfig)
-        return [options[name].key for name in _FOR_LATER if getattr(self.train, name) != options[name].default]
+        unused = (one for one in options_of(TrainConfig).values() if one.search == "unused")
+        return [one.key for one in unused if getattr(self.train, one.name) != one.default]
 
     @property
     def over_ray(self) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraloom.config.lora_checks import split_names
-from loraloom.config.runfile import KEYS, check_key, with_values
+from loraloom.config.runfile import OPTIONS, check_key, with_values
 from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, nearest
 from loraloom.tune.params import Categorical, Range, label, read_range
@@ -35,13 +35,7 @@ _PATTERNS = ("lora.rank_pattern", "lora.alpha_pattern")
 _LAYERS = ("lora.layers_to_transform", "lora.layers_pattern")
 #: Whether these fit is a question to the model.
 _STRUCTURE = (*_NAMES, *_PATTERNS, *_LAYERS)
-_VARY = {
-    *_STRUCTURE, ALPHA, RANK, RSLORA, "lora.lora_dropout", "lora.bias", "lora.init_lora_weights",
-    *(key for key in KEYS.values() if key.startswith("train.")),
-}  # fmt: skip
-#: Trials share a model and how it runs, and none saves or reports; the finalists' seeds are an option of the search.
-_VARY -= {"train.seed", "train.gradient_checkpointing", "train.fsdp", "train.report_to"}
-_VARY -= {"train.save_strategy", "train.save_steps", "train.save_minutes", "train.save_total_limit"}
+_VARY = {one.key for one in OPTIONS.values() if one.search == "varies"}
 
 #: What is known before any trial, best first: the rate hardly depends on the rank, all linear layers beat attention
 #: alone (Schulman et al. 2025, "LoRA Without Regret"), and twice the rank is a good alpha. Numbers: the nearer, the
