@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from loraloom.lora.model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
     from loraloom.lora.model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from loraloom.lora.model import PeftModelForTokenClassification as PeftModelForTokenClassification
-    from loraloom.lora.model import get_base_model_state_dict as get_base_model_state_dict
     from loraloom.lora.model import get_peft_model as get_peft_model
-    from loraloom.lora.model import get_peft_model_state_dict as get_peft_model_state_dict
-    from loraloom.lora.model import set_peft_model_state_dict as set_peft_model_state_dict
+    from loraloom.lora.state_dicts import get_base_model_state_dict as get_base_model_state_dict
+    from loraloom.lora.state_dicts import get_peft_model_state_dict as get_peft_model_state_dict
+    from loraloom.lora.state_dicts import set_peft_model_state_dict as set_peft_model_state_dict
     from loraloom.lora.status import get_layer_status as get_layer_status
     from loraloom.lora.status import get_model_status as get_model_status
     from loraloom.lora.targets import Plan as Plan
@@ -51,10 +51,10 @@ _WHERE = {
     "LoraloomError": "loraloom.errors",
     "LoadReport": "loraloom.lora.checkpoint",
     "PeftModel": "loraloom.lora.model",
-    "get_base_model_state_dict": "loraloom.lora.model",
+    "get_base_model_state_dict": "loraloom.lora.state_dicts",
     "get_peft_model": "loraloom.lora.model",
-    "get_peft_model_state_dict": "loraloom.lora.model",
-    "set_peft_model_state_dict": "loraloom.lora.model",
+    "get_peft_model_state_dict": "loraloom.lora.state_dicts",
+    "set_peft_model_state_dict": "loraloom.lora.state_dicts",
     "get_layer_status": "loraloom.lora.status",
     "get_model_status": "loraloom.lora.status",
     "PeftConfig": "loraloom.config.lora",

@@ -380,7 +380,7 @@ def test_merging_what_is_merged_is_a_warning(llama, tokens, logits) -> None:
 
 @pytest.mark.parametrize(("option", "words"), [
     ({"push_to_hub": True}, "push_to_hub: loraloom opens no connection"),
-    ({"save_functoin": print}, "unknown option 'save_functoin'; did you mean 'save_function'"),
+    ({"save_functoin": print}, "save_functoin: loraloom has no such option; did you mean 'save_function'"),
     ({"path_initial_model_for_weight_conversion": "x"}, "nothing to convert"),
     ({"safe_serialization": False}, "writes no pickle"),
 ])  # fmt: skip

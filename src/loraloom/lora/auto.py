@@ -17,7 +17,8 @@ from loraloom.lora.checkpoint import read_tensors
 from loraloom.lora.frozen import HALF
 from loraloom.lora.keys import normalise
 from loraloom.lora.loadreport import LoadReport
-from loraloom.lora.model import PeftModel, check_config, check_options
+from loraloom.lora.model import PeftModel
+from loraloom.lora.peft_options import check_config, check_options
 
 _ADAPTERS_OWN = ("ephemeral_gpu_offload", "autocast_adapter_dtype", "key_mapping", "strict", "subfolder")
 #: Task → the class of transformers that has a model for it.
@@ -159,7 +160,7 @@ def load_peft_weights(model_id: str | Path, device: str | None = None, **options
         AdapterError: no adapter, or a damaged or pickled one.
     """
     subfolder, mapping = options.pop("subfolder", None), options.pop("key_mapping", None)
-    check_options(**options)
+    check_options(options)
     tensors = normalise(read_tensors(Path(model_id) / (subfolder or "")), LoadReport(), mapping)
     return {key: tensor.to(device or "cpu") for key, tensor in tensors.items()}
 

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import update_wrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
 from loraloom.config.lora import LoraConfig, PeftType, TaskType
 from loraloom.config.peft_compat import seen_as
-from loraloom.config.peft_file import HARMLESS, HUB_ONLY
-from loraloom.errors import AdapterError, ConfigError, nearest
+from loraloom.errors import AdapterError, ConfigError
 from loraloom.lora import checkpoint, mixed, status, trainer_compat
 from loraloom.lora.adapters import EARLIER, LoraModel
-from loraloom.lora.file_keys import PREFIX, file_key
+from loraloom.lora.file_keys import file_key
 from loraloom.lora.loadreport import LoadReport
-from loraloom.lora.modules_to_save import unwrapped_state
-from loraloom.lora.status import TunerLayerStatus, TunerModelStatus
+from loraloom.lora.peft_options import SAVING, check_config, check_options
 from loraloom.lora.targets import ALL_LINEAR
 
+P = ParamSpec("P")
+R = TypeVar("R")
 #: What PEFT's model has beside this.
 NOT_YET = (
-    "add_weighted_adapter",
-    "create_or_update_model_card",
-    "inject_adapter",
-    "prepare_model_for_gradient_checkpointing",
-    "subtract_mutated_init",
-    "supports_lora_conversion",
+    *("add_weighted_adapter", "create_or_update_model_card", "inject_adapter", "subtract_mutated_init"),
+    *("prepare_model_for_gradient_checkpointing", "supports_lora_conversion"),
 )
 #: Attributes of LoraModel that PEFT's does not have.
 NOT_OF_PEFT = ("check_same", "lora_unreadable", "parameters_of", "tensors_of", "thaw")
-#: Options of saving that change nothing here: accelerate's and the hub's.
-_OF_SAVING = (
-    "create_pr", "commit_message", "is_main_process", "max_shard_size", "private", "save_function", "token", "variant"
-)  # fmt: skip
 
 
 def get_peft_model(
@@ -69,7 +61,7 @@ def get_peft_model(
     """
     if isinstance(model, PeftModel):
         raise ConfigError("model: it is a PeftModel already; call add_adapter on it")
-    check_options(mixed)
+    check_options({"mixed": mixed})
     check_config(peft_config)
     if revision is not None:
         if peft_config.revision not in (None, revision):
@@ -83,11 +75,21 @@ def get_peft_model(
     return peft
 
 
+def _delegated(method: Callable[Concatenate[LoraModel, P], R]) -> Callable[Concatenate[PeftModel, P], R]:
+    """A method of ``LoraModel`` as one of ``PeftModel``."""
+
+    def call(self: PeftModel, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(self.base_model, *args, **kwargs)
+
+    return update_wrapper(call, method)
+
+
 class PeftModel(nn.Module):
     """A frozen model with adapters. Attributes that it lacks are looked up in the model underneath."""
 
     #: this class and the model's, of which ``guise`` made the class of this object
     made_of: tuple[type[nn.Module], type[nn.Module]]
+    peft_type = PeftType.LORA
 
     def __init__(
         self,
@@ -172,10 +174,6 @@ class PeftModel(nn.Module):
         return self.base_model.peft_config
 
     @property
-    def peft_type(self) -> PeftType:
-        return PeftType.LORA
-
-    @property
     def active_adapter(self) -> str | list[str]:
         return self.base_model.active_adapter
 
@@ -204,11 +202,12 @@ class PeftModel(nn.Module):
         """What the model underneath calls its dtype."""
         return getattr(self.get_base_model(), "dtype", None)
 
-    def get_layer_status(self) -> list[TunerLayerStatus]:
-        return status.get_layer_status(self)
-
-    def get_model_status(self) -> TunerModelStatus:
-        return status.get_model_status(self)
+    get_layer_status, get_model_status = status.get_layer_status, status.get_model_status
+    set_adapter = _delegated(LoraModel.set_adapter)
+    delete_adapter = _delegated(LoraModel.delete_adapter)
+    set_requires_grad = _delegated(LoraModel.set_requires_grad)
+    disable_adapter = _delegated(LoraModel.disable_adapter)
+    adapter_parameters = _delegated(LoraModel.parameters_of)
 
     def add_adapter(
         self,
@@ -237,24 +236,6 @@ class PeftModel(nn.Module):
                 f"target_parameters={list(made.experts.names)} adapts them",
                 stacklevel=3,
             )
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        self.base_model.set_adapter(adapter_name, inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.base_model.delete_adapter(adapter_name)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        with self.base_model.disable_adapter():
-            yield
-
-    def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """Every trainable tensor of one adapter (factors, heads, biases) by its key, tied ones once."""
-        return self.base_model.parameters_of(adapter_name)
 
     # -- counting -------------------------------------------------------------------------------------------------
 
@@ -302,22 +283,14 @@ class PeftModel(nn.Module):
         """
         if not safe_serialization:
             raise ConfigError("safe_serialization: loraloom writes no pickle; leave it at True")
-        if path_initial_model_for_weight_conversion:
-            raise ConfigError(
-                "path_initial_model_for_weight_conversion: loraloom has no start that rewrites the base, so there is "
-                "nothing to convert; leave it out"
-            )
-        for name, value in options.items():
-            if name == "push_to_hub" and value:
-                raise ConfigError("push_to_hub: loraloom opens no connection; upload the folder with `hf upload`")
-            if name not in (*_OF_SAVING, "push_to_hub"):
-                raise ConfigError(f"save_pretrained: unknown option {name!r}{nearest(name, _OF_SAVING)}")
+        asked = {"path_initial_model_for_weight_conversion": path_initial_model_for_weight_conversion, **options}
+        check_options(asked, SAVING)
         if is_main_process:
-            gathered = None if state_dict is None else _by_identity(self, state_dict)
+            gathered = None if state_dict is None else by_identity(self, state_dict)
             checkpoint.save(self.base_model, save_directory, selected_adapters, gathered, save_embedding_layers, peft)
 
     def push_to_hub(self, *args: Any, **options: Any) -> None:
-        raise ConfigError("push_to_hub: loraloom opens no connection; save_pretrained, and upload the folder with `hf`")
+        check_options({"push_to_hub": True})
 
     @classmethod
     def from_pretrained(
@@ -327,12 +300,6 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: LoraConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-        *,
-        strict: bool = True,
         **options: Any,
     ) -> PeftModel:
         """Put the adapter of a folder on ``model`` and make it active.
@@ -346,17 +313,7 @@ class PeftModel(nn.Module):
         if isinstance(model, PeftModel):
             raise ConfigError("model: it is a PeftModel already; call load_adapter on it")
         peft = cls(model)
-        report = peft.load_adapter(
-            model_id,
-            adapter_name,
-            is_trainable,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            ephemeral_gpu_offload=ephemeral_gpu_offload,
-            key_mapping=key_mapping,
-            config=config,
-            strict=strict,
-            **options,
-        )
+        report = peft.load_adapter(model_id, adapter_name, is_trainable, config=config, **options)
         peft.set_adapter(adapter_name)
         if cls is PeftModel:  # which class it is the folder says
             peft.__class__ = trainer_compat.class_for(class_for_task(peft.active_peft_config.task_type), type(model))
@@ -370,10 +327,8 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
         *,
+        key_mapping: Mapping[str, str] | None = None,
         config: LoraConfig | None = None,
         strict: bool = True,
         subfolder: str | None = None,
@@ -397,7 +352,7 @@ class PeftModel(nn.Module):
                 missing, unexpected, of another shape or not finite. Nothing was changed. With ``strict=False``
                 missing tensors are initialised, unexpected ones left out, and the report tells.
         """
-        check_options(ephemeral_gpu_offload=ephemeral_gpu_offload, **options)
+        check_options(options)
         if config is not None:
             check_config(config)
         return checkpoint.load(
@@ -451,108 +406,12 @@ def class_for_task(task_type: TaskType | None) -> type[PeftModel]:
     return PeftModel if task_type is None else _CLASSES[task_type]
 
 
-def get_peft_model_state_dict(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor] | str | None = None,
-    adapter_name: str = "default",
-    unwrap_compiled: bool = False,
-    save_embedding_layers: bool | str = "auto",
-) -> dict[str, Tensor]:
-    """One adapter's tensors under PEFT's keys, detached; they share memory with the model.
-
-    Args:
-        model: a ``PeftModel``, compiled or not, or what ``inject_adapter_in_model`` returned, whose keys then lack
-            ``base_model.model.``.
-        state_dict: take the tensors from here, by the model's names for them, and not from the model. A string is
-            taken for ``adapter_name``.
-        save_embedding_layers: as for ``PeftModel.save_pretrained``.
-    """
-    (owner, lora), gathered = _unwrapped(model), None
-    if isinstance(state_dict, str):
-        adapter_name = state_dict
-    elif state_dict is not None:
-        gathered = _by_identity(owner, state_dict)
-    tensors = checkpoint.to_write(lora, adapter_name, gathered, save_embedding_layers)
-    start = "" if isinstance(owner, PeftModel) else PREFIX
-    return {key.removeprefix(start): tensor.detach() for key, tensor in tensors.items()}
-
-
-def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the model under the adapters by their names before any adapter; they share memory with it.
-
-    Args:
-        model: as for ``get_peft_model_state_dict``. While adapters are merged their updates are in the tensors.
-    """
-    state = unwrapped_state(_unwrapped(model)[1].model, persistent=True)
-    return {key: tensor.detach() for key, tensor in state.items()}
-
-
-def set_peft_model_state_dict(
-    model: nn.Module,
-    peft_model_state_dict: Mapping[str, Tensor],
-    adapter_name: str = "default",
-    ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
-    *,
-    strict: bool = True,
-) -> LoadReport:
-    """Copy tensors under PEFT's keys into an adapter that exists. Raises as ``PeftModel.load_adapter``."""
-    check_options(ignore_mismatched_sizes=ignore_mismatched_sizes, low_cpu_mem_usage=low_cpu_mem_usage)
-    return checkpoint.fill(_unwrapped(model)[1], adapter_name, peft_model_state_dict, strict=strict)
-
-
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, LoraModel]:
-    """The model whose state dict has the adapters, and what holds them: see ``inject_adapter_in_model``."""
-    found: Any = model
-    while not isinstance(found, PeftModel) and "_loraloom" not in vars(found):
-        inside = found._modules.get("_orig_mod") or found._modules.get("_fsdp_wrapped_module")
-        inside = inside or found._modules.get("module")  # DistributedDataParallel, DeepSpeed
-        if inside is None:
-            break
-        found = inside
-    lora = found.base_model if isinstance(found, PeftModel) else vars(found).get("_loraloom")
-    if not isinstance(lora, LoraModel):
-        raise ConfigError(f"model: must be a loraloom.PeftModel, found {type(found).__name__}")
-    return found, lora
-
-
-def _by_identity(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[int, Tensor]:
+def by_identity(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[int, Tensor]:
     """``id`` of a tensor of ``model`` → the tensor under its name in ``state_dict``, in wrappers of FSDP or not."""
     given = {file_key(name): tensor for name, tensor in state_dict.items()}
     # The method of the class: some put one on the model that calls the function which calls this.
     mine = type(model).state_dict(model, keep_vars=True)
     return {id(tensor): given[key] for name, tensor in mine.items() if (key := file_key(name)) in given}
-
-
-def check_config(config: object) -> None:
-    """Whether it is a config of loraloom."""
-    if isinstance(config, LoraConfig):
-        return
-    kind = type(config)
-    if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
-        raise ConfigError(
-            f"peft_config: must be loraloom's LoraConfig, found {kind.__module__.partition('.')[0]}'s {kind.__name__}; "
-            "LoraConfig.from_dict(theirs.to_dict()) makes one of it"
-        )
-    raise ConfigError(f"peft_config: must be a loraloom.LoraConfig, found {kind.__name__}")
-
-
-def check_options(mixed: object = False, ephemeral_gpu_offload: object = False, **options: object) -> None:
-    """PEFT's options: those that change nothing here pass, the rest are errors."""
-    if mixed:
-        raise ConfigError("mixed: loraloom has LoRA alone, so there is nothing to mix; leave it out")
-    if ephemeral_gpu_offload:
-        raise ConfigError("ephemeral_gpu_offload: only DoRA uses it, which loraloom does not have; leave it out")
-    for name, value in options.items():
-        if name in HUB_ONLY and value:
-            raise ConfigError(
-                f"{name}: chooses among files of a hub, and loraloom reads folders alone; fetch that one into a folder"
-            )
-        if name == "ignore_mismatched_sizes" and value:
-            raise ConfigError(f"{name}: a tensor of another shape cannot be used; leave it out")
-        if name not in {*HUB_ONLY, *HARMLESS, "ignore_mismatched_sizes"}:
-            known = ["key_mapping", "subfolder", "strict", "config", *HARMLESS]
-            raise ConfigError(f"{name}: loraloom has no such option{nearest(name, known)}")
 
 
 def _name_of(model: nn.Module) -> str | None:
