@@ -6,40 +6,33 @@ Knows nothing of files.
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, is_dataclass, replace
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from loraloom.config.lora import LoraConfig
-from loraloom.errors import AdapterError, ConfigError, TargetsWarning, nearest
+from loraloom.errors import AdapterError, ConfigError, TargetsWarning
 from loraloom.lora import merge
 from loraloom.lora.dispatch import Plan as ForwardPlan
-from loraloom.lora.dispatch import Router
 from loraloom.lora.initialize import seed_of
 from loraloom.lora.injection import strip
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.matching import matches_any
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.parameters import LoraParameter
+from loraloom.lora.routed import RoutedModel, listed
 from loraloom.lora.routing import BASE, Route
-from loraloom.lora.rows import Batch
-from loraloom.lora.slots import Slots
 from loraloom.lora.targets import Plan, base_modules, plan, plan_on
 
 #: Numbers that an adapter may have beyond twice those of its file.
 _MISSING = 10**8
-#: Names without ``lora_`` that this class had before; they hid what models call so.
-EARLIER = ("layers", "router", "enabled", "saved_modules", "routed")
 
 
-class LoraModel(nn.Module):
+class LoraModel(RoutedModel):
     """A frozen model and the adapters on it. ``model`` is changed in place: targets are wrapped, nothing is copied.
 
     With the first adapter every parameter of ``model`` stops requiring gradients. Adapters train from the moment they
@@ -50,25 +43,16 @@ class LoraModel(nn.Module):
     prefix = "lora_"
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         if any(isinstance(module, LoraLayer | ModulesToSaveWrapper | LoraModel) for module in model.modules()):
             raise ConfigError(
                 "model: it carries adapters already; use add_adapter or load_adapter on the PeftModel that you have, "
                 "or unload() it first"
             )
-        self.model = model
+        super().__init__(model)
         #: the base's parameters that required gradients before the first adapter
         self._thawed: list[nn.Parameter] = []
-        self.peft_config: dict[str, LoraConfig] = {}
         #: adapter → the names that PEFT would not find in its folder
         self.lora_unreadable: dict[str, tuple[str, ...]] = {}
-        self.lora_router = Router()
-        self.training = model.training
-        self._slots = Slots(model, self.lora_router)
-        self._active: tuple[str, ...] = ()
-        self._merged: tuple[str, ...] = ()
-        self._enabled = True
-        self._compiled = False
 
     # -- add and delete -----------------------------------------------------------------------------------------
 
@@ -162,20 +146,6 @@ class LoraModel(nn.Module):
     # -- which adapters are active --------------------------------------------------------------------------------
 
     @property
-    def active_adapters(self) -> list[str]:
-        return list(self._active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The name when one is active, else the list."""
-        return self._active[0] if len(self._active) == 1 else list(self._active)
-
-    @property
-    def lora_enabled(self) -> bool:
-        """Whether the active adapters answer: not inside ``disable_adapter``, which each thread enters for itself."""
-        return self._enabled and not self.lora_router.plan_here().disabled
-
-    @property
     def targeted_module_names(self) -> list[str]:
         """PEFT's name for the names of the adapted modules."""
         return [name for name, layer in self.lora_layers.items() if self.lora_parameter_of(layer) is None]
@@ -203,14 +173,10 @@ class LoraModel(nn.Module):
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The config of ``model`` as a dictionary; PEFT's stand-in where it has none."""
-        config = getattr(model, "config", None)
-        if config is None:
-            return {"model_type": "custom"}
+        config: Any = getattr(model, "config", None) or {"model_type": "custom"}
         if hasattr(config, "to_dict"):
-            found: dict[str, Any] = config.to_dict()
-            return found
-        plain: Any = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
-        return dict(plain)
+            config = config.to_dict()
+        return asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter active, or several whose updates add up. ``requires_grad`` stays as it is.
@@ -220,50 +186,11 @@ class LoraModel(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_names(names)
         if self.merged_adapters and set(names) != set(self.merged_adapters):
-            raise AdapterError(f"set_adapter: {_list(self.merged_adapters)} are merged; call unmerge_adapter() first")
+            raise AdapterError(f"set_adapter: {listed(self.merged_adapters)} are merged; call unmerge_adapter() first")
         self._check_together("set_adapter", names)
         self._set(tuple(dict.fromkeys(names)))
         if inference_mode:
             self.set_requires_grad(names, False)
-
-    def _set(self, active: tuple[str, ...]) -> None:
-        self._active = active
-        self._follow(by_hand=True)
-
-    def _follow(self, by_hand: bool = False) -> None:
-        """Let layers, heads and biases follow what is set. Merged adapters answer, active or not, and they alone."""
-        route = Route(active=self._merged or (self._active if self._enabled else ()))
-        if by_hand or route.active != self.lora_router.resting.active:
-            self.lora_router.rest(route)
-        self._install(self.lora_router.resting)
-        if self._slots.biases.slots:
-            self._modules["biases"] = self._slots.biases
-        else:
-            self._modules.pop("biases", None)
-
-    def _install(self, route: Route, what: str | None = None) -> None:
-        """Let the model hold what ``route`` needs: its biases, and what compiled code reads.
-
-        Not while another thread's forward needs it otherwise: then ``what`` is refused, or, without a name for it, the
-        next forward does it.
-        """
-        # Once a compile was seen, keep updating: dynamo may reset its counters while layers still hold old factors.
-        self._compiled = self._compiled or _compiles()
-        biases = self._slots.biases
-        if not (biases.slots or self._compiled):
-            return
-        if any(plan.route.active != route.active or plan.route.blocks for plan in self.lora_router.elsewhere()):
-            if what is None:
-                return
-            raise AdapterError(
-                f"{what}: another thread runs this model by other adapters at the moment, and "
-                f"{'biases that adapters train' if biases.slots else 'a compiled model'} can follow one of them alone; "
-                "wait for it, or give each thread a model of its own"
-            )
-        biases.install(route.active)
-        if self._compiled:
-            for layer in self.lora_layers.values():
-                layer.follow(route.active)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -271,16 +198,6 @@ class LoraModel(nn.Module):
         for name in names:
             for parameter in self.parameters_of(name).values():
                 parameter.requires_grad_(requires_grad)
-
-    def enable_adapter_layers(self) -> None:
-        self._enabled = True
-        self._follow(by_hand=True)
-
-    def disable_adapter_layers(self) -> None:
-        """Every row goes through the frozen model alone, until ``enable_adapter_layers``."""
-        self._check_unmerged("disable_adapter_layers")
-        self._enabled = False
-        self._follow(by_hand=True)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -300,71 +217,6 @@ class LoraModel(nn.Module):
             if merged:
                 self.merge_adapter(merged)
 
-    @contextmanager
-    def lora_routed(
-        self,
-        adapter_names: Sequence[str] | None,
-        dropout_seeds: Mapping[str, int] | None = None,
-        inputs: Iterable[Any] = (),
-    ) -> Iterator[None]:
-        """Row ``i`` of the next batches goes through adapter ``adapter_names[i]``; ``"__base__"`` means none.
-
-        Args:
-            dropout_seeds: adapter → the seed of its dropout mask, which then depends on nothing else; without one it
-                follows torch's generator.
-            inputs: the arguments of the forward, where it is not the whole model's, which notes its own.
-        """
-        if adapter_names is None:
-            if torch.compiler.is_compiling():
-                yield
-                return
-            with self.following(self.lora_router.plan_here()):
-                yield
-            return
-        names = list(adapter_names)
-        self._check_names([name for name in dict.fromkeys(names) if name != BASE])
-        if not self.lora_enabled:
-            yield
-            return
-        self._check_unmerged("adapter_names")
-        route = Route.of_rows(names, dropout_seeds or {})
-        plan = replace(self.lora_router.plan_here(), route=route, batch=Batch(route.rows) if route.blocks else None)
-        with self.following(plan, "adapter_names"), self._noting(plan.batch, inputs):
-            yield
-
-    @contextmanager
-    def following(self, plan: ForwardPlan, what: str = "forward") -> Iterator[None]:
-        """Run by ``plan`` in this thread for a while."""
-        with ExitStack() as stack:
-            with self.lora_router.lock:
-                self._install(plan.route, what)
-                stack.enter_context(self.lora_router.running(plan))
-            try:
-                yield
-            finally:
-                stack.close()
-                self._install(self.lora_router.outer)
-
-    @contextmanager
-    def _noting(self, batch: Batch | None, inputs: Iterable[Any]) -> Iterator[None]:
-        """Let ``batch`` know the shapes of the model's arguments, of ``inputs`` now and of forwards as they come."""
-        if batch is None:
-            yield
-            return
-        tokens = media_tokens(self.model)
-        batch.note(inputs, tokens)
-
-        # Another thread that runs the model while this hook is removed may call it without kwargs.
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
-            if self.lora_router.frame.plan.batch is batch:  # not of another thread
-                batch.note((*args, *kwargs.values()), tokens)
-
-        handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     # -- what an adapter consists of --------------------------------------------------------------------------------
 
     def tensors_of(self, adapter_name: str) -> dict[str, Tensor]:
@@ -380,21 +232,7 @@ class LoraModel(nn.Module):
                 unique.setdefault(id(tensor), (key, tensor))
         return dict(unique.values())
 
-    @property
-    def lora_layers(self) -> Mapping[str, LoraLayer]:
-        """The adapted layers by the name of the module that they wrap."""
-        return self._slots.layers
-
-    @property
-    def lora_saved_modules(self) -> Mapping[str, ModulesToSaveWrapper]:
-        """The modules that adapters train in full, by the name of the module that they stand for."""
-        return self._slots.saved
-
     # -- merging --------------------------------------------------------------------------------------------------
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        return list(self._merged)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Fold updates into the weights: all of them or, on any obstacle or non-finite result, none.
@@ -414,7 +252,7 @@ class LoraModel(nn.Module):
                 "disable_adapter() or call enable_adapter_layers() first"
             )
         if names and set(names) <= set(self._merged):
-            warnings.warn(f"All adapters are already merged, nothing to do: {_list(names)}", stacklevel=2)  # PEFT's
+            warnings.warn(f"All adapters are already merged, nothing to do: {listed(names)}", stacklevel=2)  # PEFT's
             return
         self._merge("merge_adapter", [*self._merged, *names])
 
@@ -504,48 +342,13 @@ class LoraModel(nn.Module):
             )
         return planned
 
-    def _check_names(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self.peft_config:
-                raise AdapterError(
-                    f"adapter {name!r} does not exist{nearest(str(name), self.peft_config)}; "
-                    f"there are: {_list(self.peft_config) or 'none'}"
-                )
-
     def _check_together(self, what: str, names: Sequence[str]) -> None:
         for thing, owners in self._slots.owners().items():
             clash = [name for name in dict.fromkeys(names) if name in owners]
             if len(clash) > 1:
                 raise AdapterError(
-                    f"{what}: {_list(clash)} each train their own {thing}, so they cannot be active together"
+                    f"{what}: {listed(clash)} each train their own {thing}, so they cannot be active together"
                 )
-
-    def _check_unmerged(self, what: str) -> None:
-        if self.merged_adapters:
-            raise AdapterError(f"{what}: {_list(self.merged_adapters)} are merged; call unmerge_adapter() first")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-        try:
-            return getattr(self.model, name)
-        except AttributeError:
-            if name in EARLIER:  # unless the model has something of that name
-                return getattr(self, f"lora_{name}")
-            raise
-
-
-def media_tokens(model: nn.Module) -> list[int]:
-    """What stands for images, videos and sounds, or parts of them, in the ids of a model that reads them."""
-    config = getattr(model, "config", None)
-    names = [f"{medium}_token_{kind}" for medium in ("image", "video", "audio") for kind in ("id", "index")]
-    return [token for name in names if isinstance(token := getattr(config, name, None), int)]
 
 
 def _check_size(made: Plan, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -556,13 +359,3 @@ def _check_size(made: Plan, tensors: Mapping[str, Tensor], source: str) -> None:
             f"{source}r: the config asks for {made.parameters:,} numbers, most of them for {largest.name}, and the "
             f"file holds {there:,}; config and file are of different adapters, or damaged"
         )
-
-
-def _compiles() -> bool:
-    """Whether this process compiled anything yet: else no layer need know what only compiled models read."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and bool(dynamo.counters.get("frames"))
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
-from loraloom.lora.adapters import LoraModel, media_tokens
+from loraloom.lora.adapters import LoraModel
 from loraloom.lora.dispatch import Plan
+from loraloom.lora.routed import media_tokens
 from loraloom.lora.routing import Route
 from loraloom.lora.rows import Batch, RowProbe, Unproven, rows_of, tensors
 

@@ -14,10 +14,11 @@ from loraloom.config.lora import LoraConfig, PeftType, TaskType
 from loraloom.config.peft_compat import seen_as
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.lora import checkpoint, mixed, status, trainer_compat
-from loraloom.lora.adapters import EARLIER, LoraModel
+from loraloom.lora.adapters import LoraModel
 from loraloom.lora.file_keys import file_key
 from loraloom.lora.loadreport import LoadReport
 from loraloom.lora.peft_options import SAVING, check_config, check_options
+from loraloom.lora.routed import EARLIER
 from loraloom.lora.targets import ALL_LINEAR
 
 P = ParamSpec("P")
@@ -28,7 +29,7 @@ NOT_YET = (
     *("prepare_model_for_gradient_checkpointing", "supports_lora_conversion"),
 )
 #: Attributes of LoraModel that PEFT's does not have.
-NOT_OF_PEFT = ("check_same", "lora_unreadable", "parameters_of", "tensors_of", "thaw")
+NOT_OF_PEFT = ("check_same", "following", "lora_unreadable", "parameters_of", "tensors_of", "thaw")
 
 
 def get_peft_model(

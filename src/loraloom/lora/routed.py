@@ -1,0 +1,237 @@
+"""A frozen model whose layers follow a route: which adapters a forward goes through, set once and for a while.
+
+Knows which slots are active, merged and disabled. How slots come and go is told in ``adapters``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraloom.config.lora import LoraConfig
+from loraloom.errors import AdapterError, nearest
+from loraloom.lora.dispatch import Plan, Router
+from loraloom.lora.layer import LoraLayer
+from loraloom.lora.modules_to_save import ModulesToSaveWrapper
+from loraloom.lora.routing import BASE, Route
+from loraloom.lora.rows import Batch
+from loraloom.lora.slots import Slots
+
+#: Names without ``lora_`` that this class had before; they hid what models call so.
+EARLIER = ("layers", "router", "enabled", "saved_modules", "routed")
+
+
+class RoutedModel(nn.Module):
+    """``model`` and the route of its forwards. Attributes that it lacks are looked up in ``model``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, LoraConfig] = {}
+        self.lora_router = Router()
+        self.training = model.training
+        self._slots = Slots(model, self.lora_router)
+        self._active: tuple[str, ...] = ()
+        self._merged: tuple[str, ...] = ()
+        self._enabled = True
+        self._compiled = False
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name when one is active, else the list."""
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    @property
+    def lora_enabled(self) -> bool:
+        """Whether the active adapters answer: not inside ``disable_adapter``, which each thread enters for itself."""
+        return self._enabled and not self.lora_router.plan_here().disabled
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return list(self._merged)
+
+    @property
+    def lora_layers(self) -> Mapping[str, LoraLayer]:
+        """The adapted layers by the name of the module that they wrap."""
+        return self._slots.layers
+
+    @property
+    def lora_saved_modules(self) -> Mapping[str, ModulesToSaveWrapper]:
+        """The modules that adapters train in full, by the name of the module that they stand for."""
+        return self._slots.saved
+
+    # -- what forwards go through that ask for nothing else -----------------------------------------------------
+
+    def _set(self, active: tuple[str, ...]) -> None:
+        self._active = active
+        self._follow(by_hand=True)
+
+    def _follow(self, by_hand: bool = False) -> None:
+        """Let layers, heads and biases follow what is set. Merged adapters answer, active or not, and they alone."""
+        route = Route(active=self._merged or (self._active if self._enabled else ()))
+        if by_hand or route.active != self.lora_router.resting.active:
+            self.lora_router.rest(route)
+        self._install(self.lora_router.resting)
+        if self._slots.biases.slots:
+            self._modules["biases"] = self._slots.biases
+        else:
+            self._modules.pop("biases", None)
+
+    def _install(self, route: Route, what: str | None = None) -> None:
+        """Let the model hold what ``route`` needs: its biases, and what compiled code reads.
+
+        Not while another thread's forward needs it otherwise: then ``what`` is refused, or, without a name for it, the
+        next forward does it.
+        """
+        # Once a compile was seen, keep updating: dynamo may reset its counters while layers still hold old factors.
+        self._compiled = self._compiled or _compiles()
+        biases = self._slots.biases
+        if not (biases.slots or self._compiled):
+            return
+        if any(plan.route.active != route.active or plan.route.blocks for plan in self.lora_router.elsewhere()):
+            if what is None:
+                return
+            raise AdapterError(
+                f"{what}: another thread runs this model by other adapters at the moment, and "
+                f"{'biases that adapters train' if biases.slots else 'a compiled model'} can follow one of them alone; "
+                "wait for it, or give each thread a model of its own"
+            )
+        biases.install(route.active)
+        if self._compiled:
+            for layer in self.lora_layers.values():
+                layer.follow(route.active)
+
+    def enable_adapter_layers(self) -> None:
+        self._enabled = True
+        self._follow(by_hand=True)
+
+    def disable_adapter_layers(self) -> None:
+        """Every row goes through the frozen model alone, until ``enable_adapter_layers``."""
+        self._check_unmerged("disable_adapter_layers")
+        self._enabled = False
+        self._follow(by_hand=True)
+
+    # -- one forward --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lora_routed(
+        self,
+        adapter_names: Sequence[str] | None,
+        dropout_seeds: Mapping[str, int] | None = None,
+        inputs: Iterable[Any] = (),
+    ) -> Iterator[None]:
+        """Row ``i`` of the next batches goes through adapter ``adapter_names[i]``; ``"__base__"`` means none.
+
+        Args:
+            dropout_seeds: adapter → the seed of its dropout mask, which then depends on nothing else; without one it
+                follows torch's generator.
+            inputs: the arguments of the forward, where it is not the whole model's, which notes its own.
+        """
+        if adapter_names is None:
+            if torch.compiler.is_compiling():
+                yield
+                return
+            with self.following(self.lora_router.plan_here()):
+                yield
+            return
+        names = list(adapter_names)
+        self._check_names([name for name in dict.fromkeys(names) if name != BASE])
+        if not self.lora_enabled:
+            yield
+            return
+        self._check_unmerged("adapter_names")
+        route = Route.of_rows(names, dropout_seeds or {})
+        plan = replace(self.lora_router.plan_here(), route=route, batch=Batch(route.rows) if route.blocks else None)
+        with self.following(plan, "adapter_names"), self._noting(plan.batch, inputs):
+            yield
+
+    @contextmanager
+    def following(self, plan: Plan, what: str = "forward") -> Iterator[None]:
+        """Run by ``plan`` in this thread for a while."""
+        with ExitStack() as stack:
+            with self.lora_router.lock:
+                self._install(plan.route, what)
+                stack.enter_context(self.lora_router.running(plan))
+            try:
+                yield
+            finally:
+                stack.close()
+                self._install(self.lora_router.outer)
+
+    @contextmanager
+    def _noting(self, batch: Batch | None, inputs: Iterable[Any]) -> Iterator[None]:
+        """Let ``batch`` know the shapes of the model's arguments, of ``inputs`` now and of forwards as they come."""
+        if batch is None:
+            yield
+            return
+        tokens = media_tokens(self.model)
+        batch.note(inputs, tokens)
+
+        # Another thread that runs the model while this hook is removed may call it without kwargs.
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
+            if self.lora_router.frame.plan.batch is batch:  # not of another thread
+                batch.note((*args, *kwargs.values()), tokens)
+
+        handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+        try:
+            return getattr(self.model, name)
+        except AttributeError:
+            if name in EARLIER:  # unless the model has something of that name
+                return getattr(self, f"lora_{name}")
+            raise
+
+    # -- checks -------------------------------------------------------------------------------------------------
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise AdapterError(
+                    f"adapter {name!r} does not exist{nearest(str(name), self.peft_config)}; "
+                    f"there are: {listed(self.peft_config) or 'none'}"
+                )
+
+    def _check_unmerged(self, what: str) -> None:
+        if self.merged_adapters:
+            raise AdapterError(f"{what}: {listed(self.merged_adapters)} are merged; call unmerge_adapter() first")
+
+
+def media_tokens(model: nn.Module) -> list[int]:
+    """What stands for images, videos and sounds, or parts of them, in the ids of a model that reads them."""
+    config = getattr(model, "config", None)
+    names = [f"{medium}_token_{kind}" for medium in ("image", "video", "audio") for kind in ("id", "index")]
+    return [token for name in names if isinstance(token := getattr(config, name, None), int)]
+
+
+def _compiles() -> bool:
+    """Whether this process compiled anything yet: else no layer need know what only compiled models read."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters.get("frames"))
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
