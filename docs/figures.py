@@ -420,8 +420,8 @@ def _pack_table(record: Record) -> list[str]:
     turns = len(record["figures"][0]["seconds"][PEFT])
     return [
         "Adapters of r=16 on all seven projections, with AdamW and clipped gradients; the shape is that of each "
-        "adapter's own rows. PEFT takes a step of one adapter after another, loraloom one of all together. All in one "
-        f"process, in turns; medians of {turns} turns' own ratios. The limit is what it would be if a pack took no "
+        "adapter's own rows. PEFT trains one adapter after another, loraloom all together. Both run in one "
+        f"process, in turns; medians of the ratios of {turns} turns. The limit is the ratio if a pack took no "
         "longer than the frozen model's own forward and backward on its rows.",
         "",
         *_table(["", "adapters", "peft", "loraloom", "times", "spread", "limit", "goal"], rows),
@@ -436,12 +436,12 @@ def _nothing_added(figure: Record) -> str:
 
 def _sweep_table(record: Record) -> list[str]:
     search, peft, settings = record["search"], record["peft"], record["settings"]
-    said = ", ".join(f"{name} {_plainly(value)}" for name, value in settings.items())
+    listed = ", ".join(f"{name} {_plainly(value)}" for name, value in settings.items())
     longest = statistics.median(run["step"] for run in peft["runs"])
     lines = [
-        f"{len(search['configurations'])} configurations of the quickstart's data and model ({said}). The search is "
-        f"measured from beginning to end; its trials took {search['steps']:,} steps of the {peft['steps']:,} that all "
-        f"would take. PEFT's time is counted: of each of its {len(peft['runs'])} runs, loading, "
+        f"{len(search['configurations'])} configurations of the quickstart's data and model ({listed}). The search is "
+        f"measured from start to end; its trials took {search['steps']:,} steps of the {peft['steps']:,} that all "
+        f"would take. PEFT's time is calculated: of each of its {len(peft['runs'])} runs, loading, "
         f"{peft['steps_measured']} steps and an evaluation were measured (a step is {1e3 * longest:.0f} ms in the "
         "median).",
         "",
@@ -449,7 +449,7 @@ def _sweep_table(record: Record) -> list[str]:
     head = ["", "peft, one after another", "loraloom's search", "goal"]
     lines += _table(head, list(_sweeps(record)))
     if not record.get("full"):
-        lines += ["", "The configurations have not all been trained in full yet."]
+        lines += ["", "Not all configurations have been trained in full yet."]
     return lines
 
 
@@ -476,9 +476,8 @@ def _profile_table(record: Record) -> list[str]:
         found = [f"{figure['floor']:,.1f} ms", *shares, f"{times:.3f}", f"{figure['limit']:.3f}", aim]
         rows.append([_llama(figure["shape"]), *found])
     return [
-        "Each part measured by itself, with the shapes and the number of calls of a step, as time and as a share of "
-        "the floor. The limit is a step in which the thin products, with `A` and with `B`, are all that is added to "
-        "the frozen model.",
+        "Each part is measured separately, with the shapes and the number of calls of a step, as time and as a share of "
+        "the floor. The limit is a step that adds only the thin products, with `A` and with `B`, to the frozen model.",
         "",
         *_table(["", FLOOR, *parts, "times the floor", "limit", "goal"], rows),
     ]
@@ -497,9 +496,9 @@ def _step_table(record: Record) -> list[str]:
     turns = len(figures[0]["seconds"][OURS])
     return [
         "Multiples of the floor, which is the frozen model's own forward and backward with gradients to its input. "
-        "loraloom runs as its own loop does, the others as transformers runs them. "
-        f"All in one process, in turns; medians of {turns} turns' own ratios, and the spread of loraloom's, which also "
-        "shows how much the machine wavered.",
+        "loraloom runs as in its own loop, the others as transformers runs them. "
+        f"All run in one process, in turns; medians of the ratios of {turns} turns. The spread is that of loraloom's, "
+        "and includes the noise of the machine.",
         "",
         *_table(["", FLOOR, *names, OURS, "spread", "goal"], rows),
     ]
@@ -513,7 +512,7 @@ def _memory_table(record: Record) -> list[str]:
         rows.append([_llama(figure["shape"]), *found, _of_peft(figure)])
     runs = len(record["figures"][0]["bytes"][OURS])
     return [
-        "The peak within two steps over the loaded model with its adapter. Each in a process of its own; "
+        "The peak within two steps, minus the loaded model with its adapter. Each runs in its own process; "
         f"medians of {runs}.",
         "",
         *_table(["", *names, "goal"], rows),
@@ -541,7 +540,7 @@ def _loss_table(record: Record) -> list[str]:
     logits = _mib(next(iter(record["figures"].values()))["logits in float32"])
     return [
         f"{shape['tokens']:,} tokens, vocabulary {shape['vocabulary']:,}, width {shape['width']:,}; the logits in "
-        f"float32 are {logits}. Forward and backward; extra memory is the peak over the head and its input.",
+        f"float32 are {logits}. Forward and backward; extra memory is the peak minus the head and its input.",
         "",
         *_table(["", "extra memory", "of the logits", "goal", "time", "the loss"], rows),
     ]
@@ -557,8 +556,8 @@ def _end_table(record: Record) -> list[str]:
     settings = record["settings"]
     return [
         f"The quickstart's rows, model and adapter in {settings['dtype']}, {settings['batch_size']} rows in a step, "
-        f"{_epochs(settings)}, one evaluation at the end; the same rate and schedule, all else at each one's defaults: "
-        "the Trainer keeps the frozen model's dropout and pads random batches.",
+        f"{_epochs(settings)}, one evaluation at the end; the same rate and schedule, everything else at its default: "
+        "the Trainer uses the frozen model's dropout and pads random batches.",
         "",
         *_table(["", "rows a second", "time", "accuracy", "loraloom is faster by"], rows),
     ]
@@ -567,7 +566,7 @@ def _end_table(record: Record) -> list[str]:
 def _epochs(settings: Record) -> str:
     if settings.get("max_steps"):
         return f"{settings['max_steps']} steps"
-    return "once through" if settings["epochs"] == 1 else f"{settings['epochs']:g} times through"
+    return "one epoch" if settings["epochs"] == 1 else f"{settings['epochs']:g} epochs"
 
 
 def _attention_table(record: Record) -> list[str]:
@@ -581,8 +580,8 @@ def _attention_table(record: Record) -> list[str]:
         last[dtype, tokens, batch] = [*row, _spread(times, 2)]
     rows = [last[order] for order in sorted(last)]
     return [
-        "Torch's fused attention beside the plain one, forward and backward, causal. loraloom takes the plain one for "
-        "rows of up to 128 tokens in half precision.",
+        "Torch's fused and plain attention, forward and backward, causal. loraloom uses the plain one for rows of up to "
+        "128 tokens in half precision.",
         "",
         *_table(["", "fused", "plain", "fused / plain", "spread"], rows),
     ]
@@ -596,7 +595,7 @@ def _half_table(record: Record) -> list[str]:
             medians = [_ms(figure["seconds"][f"{name}, {dtype}"], 1) for dtype in ("float32", "bfloat16")]
             rows.append([_llama(shape), *medians, f"{times['median']:.2f}", _spread(times, 2)])
     return [
-        "A training step over a frozen model that is held in float32, and in bfloat16.",
+        "A training step over a frozen model in float32, and in bfloat16.",
         "",
         *_table(["", "float32", "bfloat16", "times as long", "spread"], rows),
     ]
