@@ -476,8 +476,9 @@ def _profile_table(record: Record) -> list[str]:
         found = [f"{figure['floor']:,.1f} ms", *shares, f"{times:.3f}", f"{figure['limit']:.3f}", aim]
         rows.append([_llama(figure["shape"]), *found])
     return [
-        "Each part is measured separately, with the shapes and the number of calls of a step, as time and as a share of "
-        "the floor. The limit is a step that adds only the thin products, with `A` and with `B`, to the frozen model.",
+        "Each part is measured separately, with the shapes and the number of calls of a step, as time and as a share "
+        "of the floor. The limit is a step that adds only the thin products, with `A` and with `B`, to "
+        "the frozen model.",
         "",
         *_table(["", FLOOR, *parts, "times the floor", "limit", "goal"], rows),
     ]
@@ -580,8 +581,8 @@ def _attention_table(record: Record) -> list[str]:
         last[dtype, tokens, batch] = [*row, _spread(times, 2)]
     rows = [last[order] for order in sorted(last)]
     return [
-        "Torch's fused and plain attention, forward and backward, causal. loraloom uses the plain one for rows of up to "
-        "128 tokens in half precision.",
+        "Torch's fused and plain attention, forward and backward, causal. loraloom uses the plain one for rows of up "
+        "to 128 tokens in half precision.",
         "",
         *_table(["", "fused", "plain", "fused / plain", "spread"], rows),
     ]
