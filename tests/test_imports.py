@@ -29,7 +29,7 @@ HEAVY = [
     "jinja2",
 ]
 SOURCE = Path(loraloom.__file__).parent
-#: docs/design.md, "The house". Each package imports from lower numbers alone.
+#: docs/design.md, "Layout". Each package imports only from packages with lower numbers.
 FLOORS = {
     "errors": 0,
     "files": 1,

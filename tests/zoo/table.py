@@ -23,17 +23,17 @@ Cells = Mapping[str, Mapping[str, str]]
 
 CHECKS = {
     "names": "the same modules, tensors and number of trainable parameters as in PEFT",
-    "logits": "the same answers with an adapter that moves them by over 1 %",
-    "exchange": "adapter folders read by the other library, both ways",
+    "logits": "the same outputs with an adapter that changes them by over 1 %",
+    "exchange": "adapter folders read by the other library, in both directions",
     "gradient": "the same gradients",
     "steps": "three AdamW steps to the same weights",
-    "merge": "merged, unmerged to the bit, merged for good",
-    "disable": "a disabled adapter leaves the frozen model's answer, to the bit",
+    "merge": "merged; unmerged, bit for bit; `merge_and_unload`",
+    "disable": "a disabled adapter gives the frozen model's outputs, bit for bit",
     "checkpointing": "gradient checkpointing, two steps, the same gradients",
     "reentrant": "the same with `use_reentrant=True`",
     "generation": "tokens and scores of generation with a cache, as in PEFT",
-    "rows": "rows of two adapters and of the frozen model in one batch, each as alone",
-    "pack": "a `Pack` of three adapters (unlike ranks, dropout, row lengths), each as alone",
+    "rows": "rows of two adapters and of the frozen model in one batch, each as in a batch of its own",
+    "pack": "a `Pack` of three adapters (different ranks, dropout, row lengths), each as if trained by itself",
 }
 
 
@@ -83,21 +83,21 @@ def page(record: Mapping[str, Any]) -> str:
     lines = [
         "# Models",
         "",
-        f"{len(built(cells))} model types of transformers {versions['transformers']} are built small from their",
-        f"configs and compared with PEFT {versions['peft']}, each in its own kinds, with default targets and with",
-        f"`all-linear`: {len(cells):,} of {record['of']:,} cells, {asked:,} checks, {counts['ok']:,} passed,"
-        f" {counts['skip']:,} skipped"
+        f"Small models of {len(built(cells))} model types of transformers {versions['transformers']} are built from",
+        f"configs and compared with PEFT {versions['peft']}, each with the kinds of model that it has, with default",
+        f"targets and with `all-linear`: {len(cells):,} of {record['of']:,} cells, {asked:,} checks,"
+        f" {counts['ok']:,} passed, {counts['skip']:,} skipped"
         f" ({counts['skip'] / max(asked, 1):.1%}), {counts['FAIL']:,} failed.",
-        "`make zoo` runs all of it, `make zoo ZOO=llama,bert` some types, `make zoo ZOO=3/8` an eighth; this page is",
-        "written by `make zoo-page` from `tests/zoo/table.json`.",
+        "`make zoo` runs all of them, `make zoo ZOO=llama,bert` only these types, `make zoo ZOO=3/8` an eighth;",
+        "`make zoo-page` writes this page from `tests/zoo/table.json`.",
         "",
-        "| check | what is compared |",
+        "| check | comparison |",
         "|---|---|",
         *(f"| {name} | {what} |" for name, what in CHECKS.items()),
         "",
-        "Models compute in float64 where they can, and an adapter's numbers are large enough to move the answers by",
-        "over 1 %. A check that does not apply (generation of a classifier) is not counted. Where a type has no",
-        "default in PEFT, default targets are [those that loraloom finds](coming-from-peft.md), given to PEFT by name.",
+        "Models compute in float64 if they can, and the adapter's weights are large enough to change the outputs by",
+        "over 1 %. A check that does not apply (generation of a classifier) is not counted. If a type has no default",
+        "in PEFT, the default targets are [those that loraloom finds](coming-from-peft.md), given to PEFT by name.",
         "",
         "| model type | kinds | default targets | all-linear |",
         "|---|---|---|---|",
@@ -107,7 +107,7 @@ def page(record: Mapping[str, Any]) -> str:
     if reasons:
         lines += ["## Skipped", "", *(f"{number}. {_escaped(why)}" for why, number in reasons.items()), ""]
     if missing := unbuilt(cells):
-        lines += ["## Not built", "", "| model type | why |", "|---|---|"]
+        lines += ["## Not built", "", "| model type | reason |", "|---|---|"]
         lines += [f"| {name} | {_escaped(why.partition(': ')[2])} |" for name, why in sorted(missing.items())] + [""]
     return "\n".join(lines)
 
