@@ -10,9 +10,10 @@ from torch import nn
 
 from loraloom import LoraConfig, get_peft_model
 from loraloom.errors import TargetError, TargetsWarning
+from loraloom.lora.base import base_modules
 from loraloom.lora.matching import matches_name
 from loraloom.lora.presets import TARGET_MODULES, preset
-from loraloom.lora.targets import base_modules, plan
+from loraloom.lora.targets import plan
 
 #: Fields without which a config's own defaults give no model.
 FIELDS = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import AdapterError, ConfigError, TargetsWarning
 from loraloom.lora import merge
+from loraloom.lora.base import Base
 from loraloom.lora.dispatch import Plan as ForwardPlan
 from loraloom.lora.initialize import seed_of
 from loraloom.lora.injection import strip
@@ -26,7 +27,7 @@ from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.routed import RoutedModel, listed
 from loraloom.lora.routing import BASE, Route
-from loraloom.lora.targets import Plan, base_modules, plan, plan_on
+from loraloom.lora.targets import Plan, plan, plan_on
 
 #: Numbers that an adapter may have beyond twice those of its file.
 _MISSING = 10**8
@@ -85,8 +86,8 @@ class LoraModel(RoutedModel):
         """
         self._check_new_name(adapter_name)
         self._check_unmerged("add_adapter")
-        modules = dict(base_modules(self.model))
-        made = plan_on(self.model, modules, config, strict, autocast_adapter_dtype, follow_ties=tensors is None)
+        base = Base(self.model)
+        made = plan_on(base, config, strict, autocast_adapter_dtype, follow_ties=tensors is None)
         seed = seed_of(adapter_name) if seed is None else seed
         if tensors is not None:
             _check_size(made, tensors, source)
@@ -94,7 +95,7 @@ class LoraModel(RoutedModel):
         try:
             with self._slots.exclusive("add_adapter", made):
                 self._freeze(thawed)
-                self._slots.add(adapter_name, made, modules, seed, autocast_adapter_dtype, tensors or {})
+                self._slots.add(adapter_name, made, base.modules, seed, autocast_adapter_dtype, tensors or {})
                 self._follow()
             self.peft_config[adapter_name] = made.config
             self.lora_unreadable[adapter_name] = made.unreadable

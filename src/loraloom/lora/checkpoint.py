@@ -21,11 +21,12 @@ from loraloom.errors import AdapterError, SaveError, nearest
 from loraloom.files.atomic import Contents, recover, write_files
 from loraloom.lora import embeddings
 from loraloom.lora.adapters import LoraModel
+from loraloom.lora.base import base_modules
 from loraloom.lora.embeddings import dtype_name, overflows
 from loraloom.lora.file_keys import PREFIX, file_key
 from loraloom.lora.keys import follow_renamings, normalise
 from loraloom.lora.loadreport import LoadReport as LoadReport
-from loraloom.lora.targets import Plan, base_modules
+from loraloom.lora.targets import Plan
 from loraloom.lora.unstacked import restack
 
 #: In the header of the tensors' file: the dropout of an adapter whose config may not name one.

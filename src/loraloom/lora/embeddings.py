@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.lora.adapters import LoraModel
+from loraloom.lora.base import base_modules
 from loraloom.lora.file_keys import file_key
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.modules_to_save import unwrap
-from loraloom.lora.targets import base_modules
 
 
 def take(model: LoraModel, tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, tuple[Tensor, Tensor]]:

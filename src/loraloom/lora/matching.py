@@ -22,6 +22,11 @@ def ends_as(patterns: Iterable[str], name: str) -> bool:
     return any(name.endswith(pattern) for pattern in patterns)
 
 
+def lies_in(name: str, modules: Iterable[str]) -> bool:
+    """Whether it is the name of one of ``modules``, or of a part of one."""
+    return any(name == one or name.startswith(one + ".") for one in modules)
+
+
 def matches_any(patterns: Iterable[str] | str | None, name: str) -> bool:
     if not patterns:
         return False

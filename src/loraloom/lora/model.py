@@ -19,7 +19,7 @@ from loraloom.lora.file_keys import file_key
 from loraloom.lora.loadreport import LoadReport
 from loraloom.lora.peft_options import SAVING, check_config, check_options
 from loraloom.lora.routed import EARLIER
-from loraloom.lora.targets import ALL_LINEAR
+from loraloom.lora.selection import is_all_linear
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -230,8 +230,7 @@ class PeftModel(nn.Module):
         made = self.base_model.add_adapter(
             adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype, seed=seed, strict=strict
         )
-        wanted = peft_config.target_modules
-        if made.experts.names and isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        if made.experts.names and is_all_linear(peft_config.target_modules):
             warnings.warn(
                 f"target_modules: all-linear leaves {made.experts} as they are, because no layer calls them; "
                 f"target_parameters={list(made.experts.names)} adapts them",

@@ -27,30 +27,27 @@ def resolve_targets(model: nn.Module, word: str) -> list[str] | str:
     Raises:
         TargetError: the model has no such modules. Begins with ``target_modules``.
     """
-    from loraloom.lora.layers import LoraConv1D, LoraLinear, layer_class
+    from loraloom.lora.base import Base
     from loraloom.lora.matching import matches_name, suffixes
     from loraloom.lora.presets import preset
-    from loraloom.lora.targets import base_modules
 
     if word == "all-linear":
         return word
-    model = getattr(model, "get_base_model", lambda: model)()
-    modules = dict(base_modules(model))
-    linear = [name for name, module in modules.items() if layer_class(module) in (LoraLinear, LoraConv1D)]
-    found = [name for name in linear if re.search(r"(?i)att(ention|n)[^.]*\.", name)]
+    base = Base(getattr(model, "get_base_model", lambda: model)())
+    found = [name for name in base.linear if re.search(r"(?i)att(ention|n)[^.]*\.", name)]
     if word == "q-v":
         attention = found
         found = [name for name in attention if name.rpartition(".")[2] in _QUERY_VALUE]
         found = found or [name for name in attention if name.rpartition(".")[2] in _FUSED]
-        usual = preset(getattr(getattr(model, "config", None), "model_type", None))
+        usual = preset(base.type)
         if not found and isinstance(usual, tuple):
-            found = [name for name in linear if any(matches_name(ending, name) for ending in usual)]
+            found = [name for name in base.linear if any(matches_name(ending, name) for ending in usual)]
     elif word != "attention":
         raise TargetError(f"target_modules: must be one of {', '.join(SETS)}, found {word!r}{nearest(word, SETS)}")
     if not found:
         what = "query and value projections" if word == "q-v" else "linear layers in a module called attention"
         raise TargetError(
-            f"target_modules: {word!r} matches nothing, because {type(model).__name__} has no {what}; "
+            f"target_modules: {word!r} matches nothing, because {type(base.model).__name__} has no {what}; "
             f"leave it out of the choices, or name the modules"
         )
-    return suffixes(found, modules)
+    return suffixes(found, base.modules)

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from loraloom.lora import matmul
+from loraloom.lora.base import base_modules
 from loraloom.lora.experts import unadapted
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.model import PeftModel
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.parameters import LoraParameter
-from loraloom.lora.targets import base_modules
 from loraloom.models.configs import tokens, vocabulary
 
 #: Learning rates at which LoRA is trained with Adam and its like; about ten times those of full fine-tuning.
