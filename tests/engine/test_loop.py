@@ -14,7 +14,7 @@ from loraloom.data.example import Example
 from loraloom.engine.loop import Progress, train_pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import TrainingError
-from loraloom.inference.evaluation import evaluate
+from loraloom.inference.evaluation import Evaluator
 from loraloom.tasks.base import Task
 
 CLASSES, LM = tasks.get("seq-cls"), tasks.get("causal-lm")
@@ -143,7 +143,7 @@ def test_an_evaluation_changes_neither_mode_nor_weights_nor_the_active_adapter(
     before, active = weights(model, "other"), model.active_adapters
     for training in (True, False):
         model.train(training)
-        figures = [evaluate(model, name, LM, completions[:8], 0, 3) for name in ADAPTERS]
+        figures = [Evaluator(model, LM, completions[:8], batch_size=3).evaluate(name) for name in ADAPTERS]
         assert model.training is training
         assert model.active_adapters == active
         assert figures[0] != figures[1]
@@ -152,7 +152,8 @@ def test_an_evaluation_changes_neither_mode_nor_weights_nor_the_active_adapter(
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(classifier: Maker, classes: list[Example]) -> None:
     model = classifier(lora_dropout=0.5)
-    figures = {evaluate(model, "default", CLASSES, classes[:8], 0, 4)["loss"] for _ in range(3)}
+    evaluator = Evaluator(model, CLASSES, classes[:8], batch_size=4)
+    figures = {evaluator.evaluate("default")["loss"] for _ in range(3)}
     assert len(figures) == 1
     losses = set()
     for seed in range(3):

@@ -12,7 +12,7 @@ from loraloom import LoraConfig, PeftModel, TaskType, get_peft_model, tasks
 from loraloom.data.batches import evaluation_batches
 from loraloom.data.example import Example
 from loraloom.inference import batching
-from loraloom.inference.evaluation import run
+from loraloom.inference.evaluation import Evaluator
 from loraloom.inference.generate import generate
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -38,8 +38,8 @@ def adapted(kind: str, name: str, task: TaskType, **more: Any) -> PeftModel:
 def test_a_row_is_evaluated_in_a_batch_as_alone_also_where_a_model_sees_padding(name: str) -> None:
     model = adapted("TokenClassification", name, TaskType.TOKEN_CLS)
     examples = [Example(ids, [i % 3 for i in range(len(ids))]) for ids in rows(5, 17, 9, 9)]
-    scores, outputs = run(model, "default", tasks.get("token-cls"), examples, 0, 8)
-    alone = [run(model, "default", tasks.get("token-cls"), [example], 0, 8) for example in examples]
+    scores, outputs = Evaluator(model, tasks.get("token-cls"), examples).run("default")
+    alone = [Evaluator(model, tasks.get("token-cls"), [example]).run("default") for example in examples]
     assert scores.loss_sum == pytest.approx(sum(one.loss_sum for one, _ in alone), rel=1e-4)
     assert [o.tolist() for o in outputs if o is not None] == [one.tolist() for _, (one,) in alone if one is not None]
 

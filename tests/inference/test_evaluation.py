@@ -23,7 +23,7 @@ from loraloom.data.tokenize.answers import Window
 from loraloom.data.tokenize.encode import encoder
 from loraloom.engine.loop import train_pack
 from loraloom.engine.slot import Slot
-from loraloom.inference.evaluation import HeldOut, evaluate
+from loraloom.inference.evaluation import Evaluator, HeldOut
 from loraloom.models.load import load_base, load_tokenizer
 from loraloom.tasks.base import Task
 from loraloom.tasks.metrics.registry import Metrics, OwnMetric, choose
@@ -31,6 +31,12 @@ from loraloom.tasks.question_answering import best_answer
 
 CLASSES, LM = tasks.get("seq-cls"), tasks.get("causal-lm")
 Maker = Callable[..., PeftModel]
+
+
+def evaluate(
+    model: PeftModel, name: str, task: Task, examples: Sequence[Example], pad_id: int, size: int, rows: Any = None
+) -> dict[str, float]:
+    return Evaluator(model, task, examples, rows or HeldOut(), pad_id, size).evaluate(name)
 
 
 def first_loss(model: PeftModel, task: Task, examples: list[Example]) -> tuple[float, list[Tensor]]:

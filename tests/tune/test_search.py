@@ -25,7 +25,7 @@ from loraloom import LoraConfig, PeftModel
 from loraloom.cli import _run
 from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, DataError, TrainingError
-from loraloom.inference.evaluation import evaluate
+from loraloom.inference.evaluation import Evaluator
 from loraloom.messages import Message
 from loraloom.models.load import load_base
 from loraloom.report.sentences import sentence
@@ -171,7 +171,7 @@ def test_the_best_adapter_gives_the_metric_that_was_reported(
     reported = result.record["trials"][result.record["best"]["number"]]["metric"]
     model = PeftModel.from_pretrained(setup.base, adapter)
     pad, rows = setup.tokenizer.pad_token_id, setup.data.evaluation.examples
-    measured = evaluate(model, "default", setup.task, rows, pad, 64)
+    measured = Evaluator(model, setup.task, rows, pad_id=pad, batch_size=64).evaluate("default")
     assert measured[options.metric] == pytest.approx(reported, rel=1e-4)
     # What its outputs mean is beside it, and in the record.
     usage = json.loads((Path(adapter) / USAGE_NAME).read_text())

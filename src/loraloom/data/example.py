@@ -5,15 +5,12 @@ Nothing here knows a task, a file or a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from loraloom.data.records import Record
-    from loraloom.data.rows import Row
+from loraloom.data.records import Record
+from loraloom.data.rows import Row
 
 #: The label of a position that the loss leaves out (what ``torch.nn.functional.cross_entropy`` ignores).
 IGNORE = -100
@@ -72,19 +69,20 @@ class Settings:
     date: str | None = None
 
 
-class Encoder(Protocol):
-    """Records of one task in, examples out."""
+class Encoder:
+    """Records of one task in, examples out. ``notes`` is what the user should be told once, before training."""
 
-    @property
-    def notes(self) -> list[str]:
-        """What the user should be told once, before training."""
+    def __init__(self, tokenizer: Any, settings: Settings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.notes: list[str] = []
 
     def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
         """One ``EncodedRow`` for each record, in order; rows are tokenized together, so give them in chunks."""
+        raise NotImplementedError
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     texts: Sequence[str],
     max_length: int | None = None,
     *,
@@ -105,10 +103,18 @@ def tokenize(
         ).encodings
 
 
-def over_length(count: int, settings: Settings, *, splits: bool = True) -> str:
-    """The error for a row of ``count`` tokens where rows over length are errors. ``splits``: the task can split one."""
+def refused(count: Callable[[], int], settings: Settings, *, splits: bool = True) -> EncodedRow | None:
+    """A row of ``count`` tokens, more than ``max_length``, where such rows are errors or left out; else None.
+
+    ``splits``: the task can split one.
+    """
+    if settings.overlong == "drop":
+        return EncodedRow(overlong=True)
+    if settings.overlong != "error":
+        return None
     ways = "truncate, drop or split" if splits else "truncate or drop"
-    return (
-        f"{count} tokens, where max_length is {settings.max_length}; raise max_length, shorten the row, or choose "
+    error = (
+        f"{count()} tokens, where max_length is {settings.max_length}; raise max_length, shorten the row, or choose "
         f"with overlong what is done with such rows ({ways})"
     )
+    return EncodedRow(overlong=True, error=error)

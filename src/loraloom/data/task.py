@@ -1,8 +1,9 @@
-"""What reading and tokenising rows ask of a task. The tasks themselves lie above this package, in ``tasks``."""
+"""The part of a task that reading and tokenising rows ask about. Tasks themselves lie above this package."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal
 
 from loraloom.data.example import Encoder, Settings
 from loraloom.data.records import Record
@@ -12,21 +13,28 @@ from loraloom.data.shape.forms import Form
 Layout = Literal["row", "token", "target"]
 
 
-class RowTask(Protocol):
-    """The part of ``tasks.base.Task`` that this package reads; what each member means is said there."""
+class RowTask:
+    """Members that a task does not set have the values below."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def forms(self) -> tuple[Form, ...]: ...
-    @property
-    def min_tokens(self) -> int: ...
-    @property
-    def indivisible(self) -> str: ...
-    @property
-    def class_word(self) -> str: ...
-    @property
-    def one_class(self) -> str: ...
+    #: the task's name on the command line and in run files
+    name: str
+    #: shapes of rows, in the order in which they are tried
+    forms: tuple[Form, ...]
+    #: makes examples of records
+    encoder: Callable[[Any, Settings], Encoder]
+    #: what carries a label
+    layout: Layout = "row"
+    #: tokens that a row needs beside the special ones
+    min_tokens = 1
+    #: why a row cannot be split; empty where it can
+    indivisible = ""
+    #: rows over length are read in windows, whether they are to be cut or split
+    windows = False
+    #: what a class is called; empty where labels are no classes
+    class_word = ""
+    #: what is wrong with ``rows`` rows of the one class ``only``
+    one_class = ""
 
-    def encoder(self, tokenizer: Any, settings: Settings) -> Encoder: ...
-    def class_names(self, record: Record) -> list[str]: ...
+    def class_names(self, record: Record) -> list[str]:
+        """The classes that a record names."""
+        return []

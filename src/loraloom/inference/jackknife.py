@@ -10,20 +10,10 @@ import math
 import random
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
 
-from loraloom.data.table.store import Examples
-from loraloom.distributed.process_group import SINGLE, ProcessGroup
-from loraloom.inference.evaluation import HeldOut, predictions, run
-from loraloom.tasks.base import Task
 from loraloom.tasks.metrics.kinds import Scores, total
 from loraloom.tasks.metrics.registry import Metrics
 from loraloom.tasks.outputs import Predictions
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from loraloom.lora.model import PeftModel
 
 #: Parts that held-out rows are divided into; rows that are fewer are a part each.
 PARTS = 20
@@ -57,32 +47,6 @@ def figures(metrics: Metrics, scores: Sequence[Scores], said: Predictions, parts
         for name, value in one.items():
             found.setdefault(name, []).append(value)
     return found
-
-
-def evaluate_parts(
-    model: PeftModel,
-    name: str,
-    task: Task,
-    examples: Examples,
-    pad_id: int,
-    batch_size: int,
-    held_out: HeldOut,
-    parts: Sequence[Sequence[int]],
-    world: ProcessGroup = SINGLE,
-) -> Figures:
-    """The figures of one adapter, as ``evaluation.evaluate`` has them, with those of all but each part."""
-    metrics = held_out.metrics
-    assert metrics is not None
-    keep = metrics.needs_predictions
-    scores: list[Scores] = []
-    outputs: list[Tensor | None] = [None] * len(examples)
-    for part in parts:
-        score, found = run(model, name, task, examples.view(part), pad_id, batch_size, keep=keep, world=world)
-        scores.append(score)
-        for number, output in zip(part, found, strict=True):
-            outputs[number] = output
-    said = predictions(model, name, task, examples, outputs, batch_size, held_out, world) if keep else Predictions()
-    return figures(metrics, scores, said, parts)
 
 
 def error(values: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,29 +19,7 @@ from loraloom.models.configs import ask, field, has_decoder_and_encoder, set_tok
 from loraloom.models.given import find
 from loraloom.models.labels import SHOWN, in_order, known_labels
 from loraloom.models.parts import auto_class, one_way, reads, reads_both_ways, why_none
-
-
-class ModelTask(Protocol):
-    """The part of ``tasks.base.Task`` that loading reads; what each member means is said there."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def auto_class(self) -> str: ...
-    @property
-    def new_head(self) -> bool: ...
-    @property
-    def class_word(self) -> str: ...
-    @property
-    def by_last_token(self) -> bool: ...
-    @property
-    def one_way(self) -> bool: ...
-    @property
-    def without_pooler(self) -> bool: ...
-
-    def head(self, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]: ...
-    def key_mapping(self, config: Any) -> dict[str, str]: ...
-    def check_model(self, name: str, config: Any) -> None: ...
+from loraloom.models.task import ModelTask
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:

@@ -11,60 +11,34 @@ from typing import Any
 
 from torch import Tensor
 
-from loraloom.config.lora import TASK_HEADS, TaskType
 from loraloom.data import batches
-from loraloom.data.example import IGNORE, Encoder, Example, Settings
+from loraloom.data.example import IGNORE, Example
 from loraloom.data.records import Record
-from loraloom.data.shape.forms import Form
-from loraloom.data.task import Layout
-from loraloom.lora.auto import AUTO_CLASS
+from loraloom.data.task import RowTask
+from loraloom.models.task import ModelTask
 from loraloom.tasks.baseline import Constant, Known
 from loraloom.tasks.metrics.kinds import Kind
 from loraloom.tasks.outputs import EvalRows, Predictions, words_of
 
 Inputs = Mapping[str, Tensor]
+Examples = Sequence[Example]
+#: of each example, what ``Task.kept`` left of it
+Outputs = Sequence[Tensor | None]
 
 
-class Task:
-    """One task. Members that a task does not set have the values below."""
+class Task(RowTask, ModelTask):
+    """One task. Members that a task does not set have the values below, or those of the classes above."""
 
-    #: its name on the command line and in run files
-    name: str
-    #: PEFT's name
-    task_type: TaskType
     #: options of ``TrainConfig`` that only some tasks read, this one among them, and what they are
     options: Mapping[str, str] = MappingProxyType({})
 
     # -- rows
 
-    #: shapes of rows, in the order in which they are tried
-    forms: tuple[Form, ...]
-    #: what carries a label
-    layout: Layout
-    #: tokens that a row needs beside the special ones
-    min_tokens: int = 1
-    #: why a row cannot be split; empty where it can
-    indivisible: str = ""
-    #: rows over length are read in windows, whether they are to be cut or split
-    windows: bool = False
-    #: what a class is called; empty where labels are no classes
-    class_word: str = ""
-    #: what is wrong with ``rows`` rows of the one class ``only``
-    one_class: str = ""
-
-    def encoder(self, tokenizer: Any, settings: Settings) -> Encoder:
-        """What makes examples of records."""
-        raise NotImplementedError
-
-    def class_names(self, record: Record) -> list[str]:
-        """The classes that a record names."""
-        return []
-
     def notes(self, labels: Sequence[str]) -> list[str]:
         """What to say of these classes before training."""
         return []
 
-    def collate(self, examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    def collate(self, examples: Examples, pad_id: int) -> dict[str, Tensor]:
         """The tensors of a batch: see ``data.batches.collate``."""
         return batches.collate(examples, pad_id, self.layout)
 
@@ -74,44 +48,12 @@ class Task:
             return 1
         return sum(label != IGNORE for label in example.labels[self.shifted :])
 
-    # -- the model
-
-    #: most folders lack the head, and it is trained in full
-    new_head: bool = False
-    #: a decoder answers at the row's last token, which it finds by its config's padding token
-    by_last_token: bool = False
-    #: text is read in one direction, also by models that read a prompt in both
-    one_way: bool = False
-    #: a model whose folder lacks the pooler will do
-    without_pooler: bool = False
-
-    @property
-    def auto_class(self) -> str:
-        """The class of transformers that has a model for it."""
-        return AUTO_CLASS[self.task_type]
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """Modules that PEFT trains in full for this task, by their usual names."""
-        return TASK_HEADS.get(self.task_type, ())
-
-    def head(self, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
-        """What the config says of a new head."""
-        return {}
-
-    def key_mapping(self, config: Any) -> dict[str, str]:
-        """Patterns of names of weights that the published folder has under others."""
-        return {}
-
-    def check_model(self, name: str, config: Any) -> None:
-        """Raise ``ModelError`` if the model ``name`` with this config cannot learn the task."""
-
     # -- the forward and the loss
 
     #: the head is applied in the loss, to labelled tokens alone
-    head_in_loss: bool = False
+    head_in_loss = False
     #: each token predicts the next one
-    shifted: bool = False
+    shifted = False
 
     def inputs(self, model: Any, inputs: Inputs, labels: Tensor | None) -> Inputs:
         """The model's arguments; ``labels`` are read where a decoder begins from them."""
@@ -138,23 +80,24 @@ class Task:
     # -- held-out rows
 
     #: predictions are texts that the adapter writes
-    generates: bool = False
+    generates = False
+
+    #: members of ``EvalRows`` that predictions are made of
+    needs: tuple[str, ...] = ("tokenizer",)
+    #: the kinds of metrics that rows may turn out to have
+    metrics: tuple[Kind, ...]
 
     def kinds(self, problem: str | None = None) -> tuple[Kind, ...]:
-        """The kinds of metrics that rows of this problem type may turn out to have."""
-        raise NotImplementedError
+        """Those of rows of this problem type."""
+        return self.metrics
 
     def kind(self, problem: str | None = None, labels: Sequence[str] = ()) -> Kind:
         """The one of them that rows with these classes have."""
         return self.kinds(problem)[0]
 
-    def problem_of(self, examples: Sequence[Example]) -> str | None:
+    def problem_of(self, examples: Examples) -> str | None:
         """The problem type of these examples."""
         return None
-
-    def can_predict(self, held_out: EvalRows) -> bool:
-        """Whether ``held_out`` has what predictions are made of."""
-        return held_out.tokenizer is not None
 
     def own(self, out: Tensor, example: Example) -> Tensor:
         """The part of one row's output that is not padding."""
@@ -166,9 +109,7 @@ class Task:
         """What is kept of the output of a batch for ``predictions``."""
         return out.float()
 
-    def predictions(
-        self, examples: Sequence[Example], outputs: Sequence[Tensor | None], held_out: EvalRows
-    ) -> Predictions:
+    def predictions(self, examples: Examples, outputs: Outputs, held_out: EvalRows) -> Predictions:
         """What is predicted and what is right, of tasks that do not generate; ``outputs`` are each example's kept ones.
 
         Where these are NaN, ``NOTHING`` is predicted.
@@ -183,7 +124,7 @@ class Task:
         """Of tasks that generate: the whole text that is to be written, where a record has it."""
         return None
 
-    def constant(self, examples: Sequence[Example], known: Known) -> Constant | None:
+    def constant(self, examples: Examples, known: Known) -> Constant | None:
         """The best answer that does not look at the row; None where there is none."""
         raise NotImplementedError
 

@@ -19,7 +19,8 @@ TRIED = 20
 DISTINCT = 0.2
 
 Score = Callable[[Example], Scores]
-Outputs = Callable[[Example], Tensor]
+#: what a model would put out for a row
+Answer = Callable[[Example], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Constant:
 
     words: str
     score: Score
-    answers: list[tuple[str, Outputs]] = field(default_factory=list)
+    answers: list[tuple[str, Answer]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
     def loss(self, examples: Iterable[Example]) -> float:

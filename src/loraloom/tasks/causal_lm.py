@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraloom.config.lora import TaskType
-from loraloom.data.example import IGNORE, Encoder, Example, Settings
+from loraloom.data.example import IGNORE, Example
 from loraloom.data.records import Pair, Record
 from loraloom.data.shape.conversations import read_alpaca, read_messages, read_prompt_completion, read_sharegpt
 from loraloom.data.shape.forms import Form, read_text
@@ -23,6 +23,7 @@ PROMPT = 8
 class CausalLM(TextTask):
     name = "causal-lm"
     task_type = TaskType.CAUSAL_LM
+    encoder = CausalEncoder
     options: Mapping[str, str] = {
         "chat_template": "how conversations are written",
         "date": "the day that a chat template writes",
@@ -40,9 +41,6 @@ class CausalLM(TextTask):
     one_way = True
     head_in_loss = True
     shifted = True
-
-    def encoder(self, tokenizer: Any, settings: Settings) -> Encoder:
-        return CausalEncoder(tokenizer, settings)
 
     def check_model(self, name: str, config: Any) -> None:
         # Some of them load as their decoder alone, which has learnt to read what their encoder says.

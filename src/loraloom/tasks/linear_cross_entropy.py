@@ -118,7 +118,7 @@ def head_cross_entropy(hidden: Tensor, head: Head, vocabulary: int, targets: Ten
 
 
 def frozen_head(weight: Tensor, bias: Tensor | None, shape: Logits | None = None) -> Head:
-    """A head for ``head_scores``: weight [vocabulary, dim], bias [vocabulary] or None."""
+    """A head for ``head_loss``: weight [vocabulary, dim], bias [vocabulary] or None."""
 
     def head(hidden: Tensor) -> Tensor:
         out = matmul.linear(hidden.to(matmul.compute_dtype(hidden, differentiated=False)), weight, bias)
@@ -127,16 +127,15 @@ def frozen_head(weight: Tensor, bias: Tensor | None, shape: Logits | None = None
     return head
 
 
-def head_scores(hidden: Tensor, head: Head, vocabulary: int, targets: Tensor) -> tuple[float, int]:
-    """(the sum of the cross-entropy, tokens whose greatest logit is the target), without gradients."""
-    total, correct = 0.0, 0
+def head_loss(hidden: Tensor, head: Head, vocabulary: int, targets: Tensor) -> float:
+    """The sum of the cross-entropy over all tokens, without gradients. Shapes as of ``head_cross_entropy``."""
+    total = 0.0
     with torch.no_grad():
         for rows in _chunks(hidden, vocabulary):
             logits = head(hidden[rows])
-            correct += int((logits.argmax(-1) == targets[rows]).sum())
-            total += float(F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[rows],
-                                           reduction="sum"))  # fmt: skip
-    return total, correct
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            total += float(F.cross_entropy(wide, targets[rows], reduction="sum"))
+    return total
 
 
 def _chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:

@@ -24,7 +24,7 @@ from loraloom.tasks.linear_cross_entropy import (
     Logits,
     frozen_head,
     head_cross_entropy,
-    head_scores,
+    head_loss,
     linear_cross_entropy,
 )
 from loraloom.tasks.metrics.kinds import Scores
@@ -119,8 +119,7 @@ class Objective:
         if self._head is None:
             return Scores(float(F.cross_entropy(found, targets, reduction="sum")), targets.numel())
         head = frozen_head(*_numbers(self._head), self._logits) if _frozen(self._head) else self._whole_head
-        total, _ = head_scores(found, head, self._vocabulary, targets)
-        return Scores(total, targets.numel())
+        return Scores(head_loss(found, head, self._vocabulary, targets), targets.numel())
 
     def _whole_head(self, hidden: Tensor) -> Tensor:
         assert self._head is not None

@@ -30,6 +30,10 @@ class EvalRows:
     max_length: int = 0
     stride: int = 128
 
+    def has(self, names: Sequence[str]) -> bool:
+        """Whether these members are given."""
+        return all(found is not None and len(found) > 0 for found in (getattr(self, name) for name in names))
+
     def row(self, example: int) -> int:
         """The row that an example is of."""
         return example if self.rows is None else int(self.rows[example])

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraloom.config.lora import TaskType
-from loraloom.data.example import Encoder, Example, Settings
+from loraloom.data.example import Example, Settings
 from loraloom.data.records import Asked, Record
 from loraloom.data.shape.forms import Form, read_asked
 from loraloom.data.tokenize.answers import AnswerEncoder, Window
-from loraloom.tasks.base import Inputs, Task
+from loraloom.tasks.base import Examples, Inputs, Outputs, Task
 from loraloom.tasks.baseline import Constant, Known
-from loraloom.tasks.metrics.kinds import ANSWERS, Kind, Scores
+from loraloom.tasks.metrics.kinds import ANSWERS, Scores
 from loraloom.tasks.outputs import NOTHING, EvalRows, Predictions, words_of
 
 #: Tokens that an answer has at most, as in the official baselines.
@@ -28,15 +28,14 @@ LONGEST_ANSWER = 30
 class QuestionAnswering(Task):
     name = "question-answering"
     task_type = TaskType.QUESTION_ANS
+    encoder = AnswerEncoder
     options: Mapping[str, str] = {"stride": "how much the windows of a long context share"}
     forms = (Form("squad", ("question", "context", "answers"), read_asked),)
-    layout = "row"
     min_tokens = 2
     windows = True
     new_head = True
-
-    def encoder(self, tokenizer: Any, settings: Settings) -> Encoder:
-        return AnswerEncoder(tokenizer, settings)
+    needs = ("records", "tokenizer")
+    metrics = (ANSWERS,)
 
     def head(self, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
         return {"num_labels": 2}  # first and last token, whatever the folder's head was for
@@ -59,18 +58,10 @@ class QuestionAnswering(Task):
     def row_losses(self, out: Tensor, labels: Tensor, groups: Sequence[slice], config: Any) -> Tensor:
         return F.cross_entropy(out, labels, reduction="none").mean(-1)
 
-    def kinds(self, problem: str | None = None) -> tuple[Kind, ...]:
-        return (ANSWERS,)
-
-    def can_predict(self, held_out: EvalRows) -> bool:
-        return bool(held_out.records) and held_out.tokenizer is not None
-
     def own(self, out: Tensor, example: Example) -> Tensor:
         return out[: len(example.input_ids)]
 
-    def predictions(
-        self, examples: Sequence[Example], outputs: Sequence[Tensor | None], held_out: EvalRows
-    ) -> Predictions:
+    def predictions(self, examples: Examples, outputs: Outputs, held_out: EvalRows) -> Predictions:
         encoder = AnswerEncoder(held_out.tokenizer, Settings(held_out.max_length, stride=held_out.stride))
         asked = [record for _, record in held_out.records if isinstance(record, Asked)]
         empty = any(not record.answers for record in asked)
@@ -86,7 +77,7 @@ class QuestionAnswering(Task):
             made.add(found, [text for text, _ in record.answers], parts[0])
         return made
 
-    def constant(self, examples: Sequence[Example], known: Known) -> Constant | None:
+    def constant(self, examples: Examples, known: Known) -> Constant | None:
         """No answer (the first token) as often as in the training rows, and else each place as likely as any other."""
         none = sum(example.labels == [0, 0] for example in examples)
         share = min(max(none, 0.5), len(examples) - 0.5) / len(examples) if none else 0.0

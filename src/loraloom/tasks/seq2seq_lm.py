@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.config.lora import TaskType
-from loraloom.data.example import IGNORE, Encoder, Example, Settings
+from loraloom.data.example import IGNORE, Example
 from loraloom.data.records import Record, Translated
 from loraloom.data.shape.forms import Form, read_translated
 from loraloom.data.tokenize.translations import TranslationEncoder
@@ -23,12 +23,10 @@ from loraloom.tasks.texts import TextTask
 class Seq2SeqLM(TextTask):
     name = "seq2seq-lm"
     task_type = TaskType.SEQ_2_SEQ_LM
+    encoder = TranslationEncoder
     forms = (Form("source-target", ("source", "target"), read_translated),)
     layout = "target"
     indivisible = "it is not known which part of the target belongs to which part of the source"
-
-    def encoder(self, tokenizer: Any, settings: Settings) -> Encoder:
-        return TranslationEncoder(tokenizer, settings)
 
     def check_model(self, name: str, config: Any) -> None:
         if not has_decoder_and_encoder(config):

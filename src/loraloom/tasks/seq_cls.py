@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraloom.config.lora import TaskType
-from loraloom.data.example import Encoder, Example, Settings
+from loraloom.data.example import Example
 from loraloom.data.records import Labelled, Record
 from loraloom.data.shape.forms import Form, read_labelled, read_pair
 from loraloom.data.shape.labels import NUMBER, SEVERAL, SINGLE
 from loraloom.data.tokenize.labels import LabelEncoder, class_names
 from loraloom.models import padding
-from loraloom.tasks.base import Inputs, Task, named_classes
-from loraloom.tasks.baseline import TRIED, Constant, Known, Outputs, name_of, surprise
+from loraloom.tasks.base import Examples, Inputs, Outputs, Task, named_classes
+from loraloom.tasks.baseline import TRIED, Answer, Constant, Known, name_of, surprise
 from loraloom.tasks.metrics.kinds import CLASSES, NUMBERS, SEVERAL_CLASSES, Kind, Scores
 from loraloom.tasks.outputs import NOTHING, EvalRows, Predictions, words_of
 
@@ -27,21 +27,19 @@ from loraloom.tasks.outputs import NOTHING, EvalRows, Predictions, words_of
 class SequenceClassification(Task):
     name = "seq-cls"
     task_type = TaskType.SEQ_CLS
+    encoder = LabelEncoder
     options = {"problem_type": "what the labels of texts are"}  # noqa: RUF012
     forms = (
         Form("text-label", ("text", "label"), read_labelled),
         Form("pair-label", ("text1", "text2", "label"), read_pair),
     )
-    layout = "row"
     indivisible = "its label is of the text as a whole"
     class_word = "label"
     one_class = "a classifier needs two classes or more; all {rows} rows are labelled {only}"
     new_head = True
+    needs = ()
     by_last_token = True
     without_pooler = True
-
-    def encoder(self, tokenizer: Any, settings: Settings) -> Encoder:
-        return LabelEncoder(tokenizer, settings)
 
     def class_names(self, record: Record) -> list[str]:
         assert isinstance(record, Labelled)
@@ -69,18 +67,13 @@ class SequenceClassification(Task):
     def kinds(self, problem: str | None = None) -> tuple[Kind, ...]:
         return ({NUMBER: NUMBERS, SEVERAL: SEVERAL_CLASSES}.get(problem or SINGLE, CLASSES),)
 
-    def problem_of(self, examples: Sequence[Example]) -> str | None:
+    def problem_of(self, examples: Examples) -> str | None:
         first = examples[0].labels if len(examples) else 0
         if isinstance(first, float):
             return NUMBER
         return SEVERAL if isinstance(first, list) else SINGLE
 
-    def can_predict(self, held_out: EvalRows) -> bool:
-        return True
-
-    def predictions(
-        self, examples: Sequence[Example], outputs: Sequence[Tensor | None], held_out: EvalRows
-    ) -> Predictions:
+    def predictions(self, examples: Examples, outputs: Outputs, held_out: EvalRows) -> Predictions:
         made = Predictions()
 
         def named(number: int) -> str:
@@ -98,7 +91,7 @@ class SequenceClassification(Task):
                 made.add(NOTHING if none else named(int(logits.argmax())), named(right), place)
         return made
 
-    def constant(self, examples: Sequence[Example], known: Known) -> Constant | None:
+    def constant(self, examples: Examples, known: Known) -> Constant | None:
         labels: list[Any] = [example.labels for example in examples]
         if known.problem == NUMBER:
             return _number([float(label) for label in labels])
@@ -131,7 +124,7 @@ def _class(labels: Sequence[int], names: Sequence[str]) -> Constant:
     return Constant(answers[0][0], lambda e: Scores(loss[e.labels], 1), answers)  # type: ignore[index]
 
 
-def _always(label: int, classes: int) -> Outputs:
+def _always(label: int, classes: int) -> Answer:
     logits = torch.zeros(classes)
     logits[label] = 1.0
     return lambda example: logits
@@ -139,7 +132,7 @@ def _always(label: int, classes: int) -> Outputs:
 
 def _number(labels: Sequence[float]) -> Constant:
     mean, middle = fmean(labels), median(labels)
-    answers: list[tuple[str, Outputs]] = [
+    answers: list[tuple[str, Answer]] = [
         (f"always the {what}, {value:.4g}", lambda example, value=value: torch.tensor([value], dtype=torch.float64))  # type: ignore[misc]
         for what, value in (("mean", mean), ("median", middle))
     ]
@@ -155,7 +148,7 @@ def _several(labels: Sequence[Sequence[float]], names: Sequence[str]) -> Constan
         right = torch.tensor(example.labels, dtype=torch.float64)
         return Scores(float(-(right * safe.log() + (1 - right) * (1 - safe).log()).mean()), 1)
 
-    def first(count: int) -> Outputs:
+    def first(count: int) -> Answer:
         logits = torch.full((len(order),), -1.0)
         logits[order[:count]] = 1.0
         return lambda example: logits

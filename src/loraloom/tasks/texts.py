@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loraloom.data.example import IGNORE, Example
-from loraloom.tasks.base import Task
+from loraloom.tasks.base import Examples, Task
 from loraloom.tasks.baseline import Constant, Known, commonest_text
-from loraloom.tasks.metrics.kinds import TEXTS, Kind
+from loraloom.tasks.metrics.kinds import TEXTS
 
 
 class TextTask(Task):
     options: Mapping[str, str] = {"max_new_tokens": "how much is generated for metrics"}
     generates = True
-
-    def kinds(self, problem: str | None = None) -> tuple[Kind, ...]:
-        return (TEXTS,)
+    metrics = (TEXTS,)
 
     def labelled(self, example: Example) -> tuple[int, ...]:
         """The tokens that are trained on."""
@@ -28,6 +26,6 @@ class TextTask(Task):
         targets = [self.prompt_and_target(example)[1] for example in examples]
         return [str(tokenizer.decode(target, skip_special_tokens=True)) for target in targets]
 
-    def constant(self, examples: Sequence[Example], known: Known) -> Constant | None:
+    def constant(self, examples: Examples, known: Known) -> Constant | None:
         targets = [self.labelled(example) for example in examples]
         return commonest_text(targets, self.written(examples, known.tokenizer), known.tokens, self.labelled)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from loraloom.config.lora import TaskType
-from loraloom.data.example import IGNORE, Encoder, Example, Settings
+from loraloom.data.example import IGNORE, Example
 from loraloom.data.records import Record, Tagged
 from loraloom.data.shape.forms import Form, read_tagged
 from loraloom.data.tokenize.tags import TagEncoder
-from loraloom.tasks.base import Task, named_classes
-from loraloom.tasks.baseline import TRIED, Constant, Known, Outputs, name_of, surprise
+from loraloom.tasks.base import Examples, Outputs, Task, named_classes
+from loraloom.tasks.baseline import TRIED, Answer, Constant, Known, name_of, surprise
 from loraloom.tasks.metrics.kinds import TAGS, WORDS, Kind, Scores
 from loraloom.tasks.metrics.tagging import described, scheme_of
 from loraloom.tasks.outputs import NOTHING, EvalRows, Predictions
@@ -26,14 +26,14 @@ from loraloom.tasks.outputs import NOTHING, EvalRows, Predictions
 class TokenClassification(Task):
     name = "token-cls"
     task_type = TaskType.TOKEN_CLS
+    encoder = TagEncoder
     forms = (Form("tokens-tags", ("tokens", "tags"), read_tagged),)
     layout = "token"
     class_word = "tag"
     one_class = "two tags or more are needed; all words are tagged {only}"
     new_head = True
-
-    def encoder(self, tokenizer: Any, settings: Settings) -> Encoder:
-        return TagEncoder(tokenizer, settings)
+    needs = ("labels",)
+    metrics = (TAGS, WORDS)  # whether tags mark entities shows in their names
 
     def class_names(self, record: Record) -> list[str]:
         assert isinstance(record, Tagged)
@@ -45,25 +45,17 @@ class TokenClassification(Task):
     def head(self, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
         return named_classes(labels)
 
-    def kinds(self, problem: str | None = None) -> tuple[Kind, ...]:
-        return TAGS, WORDS  # whether tags mark entities shows in their names
-
     def kind(self, problem: str | None = None, labels: Sequence[str] = ()) -> Kind:
         if not labels:
             return TAGS
         scheme = scheme_of(labels)
         return WORDS if scheme is None else replace(TAGS, plain=scheme.rows)
 
-    def can_predict(self, held_out: EvalRows) -> bool:
-        return bool(held_out.labels)
-
     def kept(self, out: Tensor) -> Tensor:
         """The number of each token's best tag; -1 where a logit is NaN, which ``argmax`` takes for the greatest."""
         return torch.where(out.isnan().any(-1), -1, out.argmax(-1))
 
-    def predictions(
-        self, examples: Sequence[Example], outputs: Sequence[Tensor | None], held_out: EvalRows
-    ) -> Predictions:
+    def predictions(self, examples: Examples, outputs: Outputs, held_out: EvalRows) -> Predictions:
         """The words of a row whose examples are parts of it are put together again."""
         made, names = Predictions(), held_out.labels
         for parts in held_out.by_row(len(examples)).values():
@@ -80,7 +72,7 @@ class TokenClassification(Task):
             made.add(found, right, parts[0])
         return made
 
-    def constant(self, examples: Sequence[Example], known: Known) -> Constant | None:
+    def constant(self, examples: Examples, known: Known) -> Constant | None:
         counts = Counter(label for example in examples for label in _asked(example))
         loss = surprise(counts, range(max(len(known.labels), max(counts) + 1)))
 
@@ -88,7 +80,7 @@ class TokenClassification(Task):
             asked = _asked(example)
             return Scores(math.fsum(loss[label] for label in asked), len(asked))
 
-        def always(tag: int) -> Outputs:
+        def always(tag: int) -> Answer:
             return lambda example: torch.full((len(example.input_ids),), tag)
 
         answers = [(f"always {name_of(known.labels, tag)}", always(tag)) for tag, _ in counts.most_common(TRIED)]

@@ -11,7 +11,7 @@ from loraloom.engine.loop import CALMER
 from loraloom.engine.slot import Slot
 from loraloom.errors import FailureError, brief
 from loraloom.files.sizes import size
-from loraloom.inference import evaluation
+from loraloom.inference.evaluation import Evaluator
 from loraloom.lora.model import PeftModel
 from loraloom.tasks.base import Task
 
@@ -96,7 +96,7 @@ def nonfinite_examples(model: PeftModel, slot: Slot, examples: Sequence[Example]
     """Of the examples that ``slot`` failed on, those whose loss is not finite by themselves, as numbers."""
 
     def loss(number: int) -> float:
-        scores, _ = evaluation.run(model, slot.name, task, [examples[number]], pad_id, 1, keep=False)
+        scores, _ = Evaluator(model, task, [examples[number]], pad_id=pad_id).run(slot.name, keep=False)
         return scores.loss
 
     return [number for number in slot.failed if not math.isfinite(loss(number))]

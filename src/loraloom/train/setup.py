@@ -19,13 +19,13 @@ from loraloom.data.rows import Row
 from loraloom.data.table.scan import OnProgress
 from loraloom.distributed import launch
 from loraloom.distributed.launch import Placement
+from loraloom.distributed.process_group import SINGLE
 from loraloom.engine import optimizers
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, ModelError, some
 from loraloom.files import log
-from loraloom.inference.evaluation import HeldOut, evaluate
-from loraloom.inference.jackknife import Figures, divide, evaluate_parts
-from loraloom.inference.predictions import told
+from loraloom.inference.evaluation import Evaluator, HeldOut
+from loraloom.inference.jackknife import Figures, divide
 from loraloom.lora.matching import matches_name
 from loraloom.lora.model import PeftModel
 from loraloom.lora.targets import Plan
@@ -103,15 +103,18 @@ class Setup:
 
     def evaluate(self, model: PeftModel, name: str, rows: Sequence[int] | None = None) -> dict[str, float]:
         """The metrics of one adapter over the held-out examples, or over those at ``rows``."""
-        examples = self.data.evaluation.examples if rows is None else self.data.evaluation.examples.view(rows)
-        pad_id, size = self.tokenizer.pad_token_id, self.options.eval_batch_size
-        return evaluate(model, name, self.task, examples, pad_id, size, self.held_out(rows), self.place.world)
+        return self.evaluator(model, rows).evaluate(name)
 
     def evaluate_parts(self, model: PeftModel, name: str) -> Figures:
-        """The same over all held-out examples, each figure with those of all but each part: see ``measure.parts``."""
-        pad_id, size, world = self.tokenizer.pad_token_id, self.options.eval_batch_size, self.place.world
-        examples, held_out = self.data.evaluation.examples, self.held_out()
-        return evaluate_parts(model, name, self.task, examples, pad_id, size, held_out, self.parts, world)
+        """The same over all held-out examples, each figure with those of all but each part: see ``jackknife``."""
+        return self.evaluator(model).evaluate_parts(name, self.parts)
+
+    def evaluator(self, model: PeftModel, rows: Sequence[int] | None = None, **changes: Any) -> Evaluator:
+        """Adapters of ``model`` on the held-out examples, or on those at ``rows``."""
+        examples = self.data.evaluation.examples if rows is None else self.data.evaluation.examples.view(rows)
+        pad_id, size = self.tokenizer.pad_token_id, self.options.eval_batch_size
+        held_out = replace(self.held_out(rows), **changes)
+        return Evaluator(model, self.task, examples, held_out, pad_id, size, self.place.world)
 
     @property
     def parts(self) -> list[list[int]]:
@@ -169,21 +172,12 @@ def predict(job: TrainJob, count: int, name: str = "default") -> list[dict[str, 
 
     ``name`` is an adapter of the model, or ``"__base__"`` for the frozen model alone.
     """
-    data, options = job.data, job.options
-    rows = data.evaluation_rows
+    rows = job.data.evaluation_rows
     count = min(count, len(rows))
     numbers = [number for number, row in enumerate(rows.of.tolist()) if row < count]
-    held_out = HeldOut(
-        records=[(rows[row], rows.record(row)) for row in range(count)],
-        rows=[int(rows.of[number]) for number in numbers],
-        labels=data.names,
-        tokenizer=job.tokenizer,
-        max_length=options.max_length or 0,
-        stride=options.stride,
-        max_new_tokens=options.max_new_tokens,
-    )
-    examples = data.evaluation.examples.view(numbers)
-    return told(job.model, name, job.task, examples, held_out, options.eval_batch_size)
+    records = [(rows[row], rows.record(row)) for row in range(count)]
+    evaluator = job.setup.evaluator(job.model, numbers, records=records, metrics=None)
+    return replace(evaluator, world=SINGLE).shown(name)
 
 
 class _Records(Sequence[tuple[Row, Record]]):

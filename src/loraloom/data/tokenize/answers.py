@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loraloom.data.example import CHUNK, EncodedRow, Example, Settings, over_length
+from loraloom.data.example import CHUNK, EncodedRow, Encoder, Example, Settings, refused
 from loraloom.data.records import Asked, Record
+from loraloom.data.rows import Row
 from loraloom.data.tokenize import pairs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from loraloom.data.rows import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +38,7 @@ class Window:
         return [place - self.start + self.first for place in answer]
 
 
-class AnswerEncoder:
+class AnswerEncoder(Encoder):
     """``Asked`` to windows of at most ``max_length`` tokens, with [first, last] token of the first of its answers.
 
     [0, 0], where many models have their CLS token, stands for an answer that is not in this window, or in no text.
@@ -50,9 +46,8 @@ class AnswerEncoder:
     of a context is left out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
-        self.tokenizer = tokenizer
-        self.settings = settings
+    def __init__(self, tokenizer: Any, settings: Settings) -> None:
+        super().__init__(tokenizer, settings)
         self._gap = pairs.gap(tokenizer)
         self.notes = [pairs.NOTE] if self._gap else []
 
@@ -89,10 +84,8 @@ class AnswerEncoder:
                 f"within max_length={limit}; raise max_length or shorten the question"
             )
         overlong = len(tokens.ids) > limit
-        if overlong and self.settings.overlong == "error":
-            return EncodedRow(overlong=True, error=over_length(len(tokens.ids), self.settings))
-        if overlong and self.settings.overlong == "drop":
-            return EncodedRow(overlong=True)
+        if overlong and (instead := refused(lambda: len(tokens.ids), self.settings)):
+            return instead
         answer = None
         if record.answers:
             text, start = record.answers[0]

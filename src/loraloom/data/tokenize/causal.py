@@ -16,39 +16,30 @@ words that do not follow it); each later window opens with up to half of ``max_l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loraloom.data.example import IGNORE, EncodedRow, Settings, tokenize
+from loraloom.data.example import IGNORE, EncodedRow, Encoder, Settings, tokenize
 from loraloom.data.records import Chat, Pair, Record, Text
+from loraloom.data.rows import Row
 from loraloom.data.tokenize.chat import ChatEncoder
 from loraloom.data.tokenize.templates import find_template
 from loraloom.data.tokenize.windows import fitted, windows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-    from loraloom.data.rows import Row
-
-
-class CausalEncoder:
+class CausalEncoder(Encoder):
     """``Text``, ``Pair`` and ``Chat`` to token ids and one label per token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
-        self.tokenizer = tokenizer
-        self.settings = settings
+    def __init__(self, tokenizer: Any, settings: Settings) -> None:
+        super().__init__(tokenizer, settings)
         self._chat: ChatEncoder | None = None
         if settings.chat_template is not None:
             find_template(tokenizer, settings.chat_template)  # one that is broken is told before any row is read
-
-    @property
-    def notes(self) -> list[str]:
-        """What should be said of the chat template, once a conversation was met."""
-        return self._chat.notes if self._chat is not None else []
 
     def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
         chats = [record for _, record in records if isinstance(record, Chat)]
         if chats and self._chat is None:
             self._chat = ChatEncoder(self.tokenizer, self.settings)
+            self.notes = self._chat.notes
         spoken = iter(self._chat.encode(chats) if self._chat is not None else [])
         parts = [_parts(record) for _, record in records if not isinstance(record, Chat)]
         texts = [prompt + completion for prompt, completion, _ in parts]

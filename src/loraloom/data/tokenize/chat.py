@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loraloom.data.example import IGNORE, EncodedRow, Settings, tokenize
 from loraloom.data.records import Chat, Message
@@ -30,9 +30,6 @@ from loraloom.data.tokenize.templates import find_template
 from loraloom.data.tokenize.windows import fitted
 from loraloom.errors import DataError, InputError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 #: What is trained on, in messages.
 WHAT = "what the assistant says"
 
@@ -40,7 +37,7 @@ WHAT = "what the assistant says"
 class ChatEncoder:
     """``Chat`` to token ids and one label per token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+    def __init__(self, tokenizer: Any, settings: Settings) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
         self.turns = Turns(find_template(tokenizer, settings.chat_template, settings.date))

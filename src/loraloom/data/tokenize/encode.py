@@ -7,20 +7,17 @@ where in the text a token starts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from loraloom.config.names import OVERLONG
 from loraloom.data.example import Encoder, Settings
 from loraloom.data.task import RowTask
 from loraloom.errors import ConfigError, ModelError, nearest
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 def encoder(
     task: RowTask,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     *,
     max_length: int,
     overlong: str = "truncate",

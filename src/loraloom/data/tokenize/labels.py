@@ -7,18 +7,15 @@ not know files, batches or models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
-from loraloom.data.example import CHUNK, EncodedRow, Example, Settings, over_length
+from loraloom.data.example import CHUNK, EncodedRow, Encoder, Example, Settings, refused
 from loraloom.data.records import Labelled, Record
+from loraloom.data.rows import Row
 from loraloom.data.shape.labels import NUMBER, SEVERAL, SINGLE
 from loraloom.data.tokenize import pairs
 from loraloom.errors import nearest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from loraloom.data.rows import Row
 
 
 def class_names(label: str | int | float | list[str | int]) -> list[str]:
@@ -27,17 +24,15 @@ def class_names(label: str | int | float | list[str | int]) -> list[str]:
     return [str(int(part)) if isinstance(part, float) and part.is_integer() else str(part) for part in parts]
 
 
-class LabelEncoder:
+class LabelEncoder(Encoder):
     """``Labelled`` to token ids and a label.
 
     One class: its place in ``settings.labels``. Several: 0.0 or 1.0 for each of ``settings.labels``. Regression: the
     number. ``settings.problem_type`` says which; without it there is one class each.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.notes: list[str] = []
+    def __init__(self, tokenizer: Any, settings: Settings) -> None:
+        super().__init__(tokenizer, settings)
         #: what parts the texts of a pair; None before the first pair
         self._between: str | None = None
         self.problem = settings.problem_type or SINGLE
@@ -57,12 +52,8 @@ class LabelEncoder:
                 encoded.append(EncodedRow(error=error))
             elif all(tokens.special_tokens_mask):
                 encoded.append(EncodedRow(problem="the tokenizer finds no token in 'text'"))
-            elif overlong and self.settings.overlong == "error":
-                encoded.append(
-                    EncodedRow(overlong=True, error=over_length(self._count(record), self.settings, splits=False))
-                )
-            elif overlong and self.settings.overlong == "drop":
-                encoded.append(EncodedRow(overlong=True))
+            elif overlong and (instead := refused(partial(self._count, record), self.settings, splits=False)):
+                encoded.append(instead)
             else:
                 types = segments(self.tokenizer, tokens)
                 encoded.append(EncodedRow([Example(tokens.ids, label, types)], overlong=overlong))
@@ -110,7 +101,7 @@ class LabelEncoder:
         return [float(number in wanted) for number in range(len(self.ids))], ""
 
 
-def segments(tokenizer: PreTrainedTokenizerBase, tokens: Any) -> list[int] | None:
+def segments(tokenizer: Any, tokens: Any) -> list[int] | None:
     """``token_type_ids`` where the tokenizer gives them and they say something: there is a second segment."""
     types: list[int] = tokens.type_ids
     return types if "token_type_ids" in tokenizer.model_input_names and any(types) else None

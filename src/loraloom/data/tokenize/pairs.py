@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 NOTE = (
     "the tokenizer puts nothing between two texts of one row: a line break is put there, which whoever uses the "
@@ -13,7 +10,7 @@ NOTE = (
 )
 
 
-def gap(tokenizer: PreTrainedTokenizerBase) -> str:
+def gap(tokenizer: Any) -> str:
     """What the first of two texts must end with to be told from the second.
 
     Nothing where the tokenizer has tokens for that, as those of encoders do. Those of decoders mostly have none:

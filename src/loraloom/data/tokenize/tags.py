@@ -9,29 +9,23 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loraloom.data.example import IGNORE, EncodedRow, Example, Settings, over_length, tokenize
+from loraloom.data.example import IGNORE, EncodedRow, Encoder, Example, Settings, refused, tokenize
 from loraloom.data.records import Record, Tagged
+from loraloom.data.rows import Row
 from loraloom.errors import nearest
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-    from loraloom.data.rows import Row
-
-
-class TagEncoder:
+class TagEncoder(Encoder):
     """``Tagged`` to token ids and one label per token: the tag's place in ``settings.labels``, or ``IGNORE``.
 
     The words are joined by spaces and tokenized as one text, which any tokenizer can do and which is what the model has
     seen in its training. A row over length may be split: its parts are cut between words.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.notes: list[str] = []
+    def __init__(self, tokenizer: Any, settings: Settings) -> None:
+        super().__init__(tokenizer, settings)
         self.ids = {name: number for number, name in enumerate(settings.labels)}
 
     def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
@@ -61,10 +55,8 @@ class TagEncoder:
         overlong, limit = len(tokens.ids) > self.settings.max_length, self.settings.max_length
         if not overlong:
             return EncodedRow([Example(tokens.ids, labels)], merged=merged)
-        if self.settings.overlong == "error":
-            return EncodedRow(overlong=True, error=over_length(len(tokens.ids), self.settings))
-        if self.settings.overlong == "drop":
-            return EncodedRow(overlong=True)
+        if instead := refused(lambda: len(tokens.ids), self.settings):
+            return instead
         parts = _parts(tokens.special_tokens_mask, sorted(first.values()), limit)
         if self.settings.overlong == "truncate":
             parts = parts[:1]

@@ -6,27 +6,18 @@ This file does not know files, batches or models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
-from loraloom.data.example import EncodedRow, Example, Settings, over_length
+from loraloom.data.example import EncodedRow, Encoder, Example, refused
 from loraloom.data.records import Record, Translated
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from loraloom.data.rows import Row
+from loraloom.data.rows import Row
 
 
-class TranslationEncoder:
+class TranslationEncoder(Encoder):
     """``Translated`` to the source's ids, and the target's as labels, which end in the end-of-text token.
 
     Both are cut to ``max_length``: the source keeps the special tokens around it, and a target that is cut has no end.
     """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.notes: list[str] = []
 
     def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
         sources, targets = [], []
@@ -40,22 +31,19 @@ class TranslationEncoder:
         written = self.tokenizer(text_target=targets, truncation=False, padding=False, verbose=False).encodings
         return [self._encode(*pair) for pair in zip(read, written, strict=True)]
 
-    def _encode(self, source: object, target: object) -> EncodedRow:
-        ids: list[int] = list(source.ids)  # type: ignore[attr-defined]
-        labels: list[int] = list(target.ids)  # type: ignore[attr-defined]
-        if all(source.special_tokens_mask):  # type: ignore[attr-defined]
+    def _encode(self, source: Any, target: Any) -> EncodedRow:
+        ids: list[int] = list(source.ids)
+        labels: list[int] = list(target.ids)
+        if all(source.special_tokens_mask):
             return EncodedRow(problem="the tokenizer finds no token in 'source'")
-        if all(target.special_tokens_mask):  # type: ignore[attr-defined]
+        if all(target.special_tokens_mask):
             return EncodedRow(problem="the tokenizer finds no token in 'target'")
         end, limit = self.tokenizer.eos_token_id, self.settings.max_length
         if end is not None and end not in labels[-2:]:  # mBART's language follows the end
             labels.append(end)
-        rest = source.overflowing  # type: ignore[attr-defined]
+        rest = source.overflowing
         overlong = bool(rest) or len(labels) > limit
-        if overlong and self.settings.overlong == "error":
-            further = sum(part.special_tokens_mask.count(0) for part in rest)
-            longest = max(len(ids) + further, len(labels))
-            return EncodedRow(overlong=True, error=over_length(longest, self.settings, splits=False))
-        if overlong and self.settings.overlong == "drop":
-            return EncodedRow(overlong=True)
+        longest = max(len(ids) + sum(part.special_tokens_mask.count(0) for part in rest), len(labels))
+        if overlong and (instead := refused(lambda: longest, self.settings, splits=False)):
+            return instead
         return EncodedRow([Example(ids, labels[:limit])], overlong=overlong)

@@ -5,7 +5,9 @@ This file knows token ids and labels. It does not know texts or tokenizers.
 
 from __future__ import annotations
 
-from loraloom.data.example import IGNORE, EncodedRow, Example, Settings, over_length
+from dataclasses import replace
+
+from loraloom.data.example import IGNORE, EncodedRow, Example, Settings, refused
 
 
 def fitted(ids: list[int], targets: list[int], settings: Settings, *, merged: bool, what: str) -> EncodedRow:
@@ -15,10 +17,8 @@ def fitted(ids: list[int], targets: list[int], settings: Settings, *, merged: bo
     """
     limit = settings.max_length
     overlong = len(ids) > limit
-    if overlong and settings.overlong == "error":
-        return EncodedRow(overlong=True, merged=merged, error=over_length(len(ids), settings))
-    if overlong and settings.overlong == "drop":
-        return EncodedRow(overlong=True, merged=merged)
+    if overlong and (instead := refused(lambda: len(ids), settings)):
+        return replace(instead, merged=merged)
     # The first position is never predicted, so a target there trains nothing.
     if all(target == IGNORE for target in targets[1:limit]):
         return EncodedRow(
