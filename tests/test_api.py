@@ -9,6 +9,8 @@ from typing import Any
 import datasets
 import pandas
 import pytest
+import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -140,3 +142,73 @@ def test_a_model_without_the_head_that_the_rows_need_is_refused(
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
     with pytest.raises(ModelError, match=r"a head for 5 outputs, and the rows need 2; load it with .*num_labels=2"):
         train(model, rows, tokenizer=tokenizer, output=tmp_path / "run", **SHORT)
+
+
+def smoothed(outputs: Any, batch: Any, by: float = 0.1) -> torch.Tensor:
+    """Cross-entropy with smoothed labels, one loss for each row."""
+    return F.cross_entropy(outputs.logits, batch["labels"], reduction="none", label_smoothing=by)
+
+
+def test_a_loss_of_ones_own_trains_alone_and_in_a_search(
+    encoder_folder: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    def plain(outputs: Any, batch: Any) -> torch.Tensor:
+        return smoothed(outputs, batch, 0.0)
+
+    usual, same, other = (
+        train(encoder_folder, rows, output=tmp_path / str(number), loss=loss, **SHORT)
+        for number, loss in enumerate((None, plain, smoothed))
+    )
+    tensors = [load_file(run.adapter / "adapter_model.safetensors") for run in (usual, same, other)]
+    assert all(torch.allclose(tensors[1][key], tensor, rtol=1e-4, atol=1e-6) for key, tensor in tensors[0].items())
+    assert not all(torch.allclose(tensors[2][key], tensor, rtol=1e-4, atol=1e-6) for key, tensor in tensors[0].items())
+    assert other.metrics["loss"] != pytest.approx(usual.metrics["loss"], rel=1e-3)
+    search = {"trials": 2, "space": {"lora.r": [2, 4]}, "finalists": 1, "seeds": 0}
+    found = tune(encoder_folder, rows, output=tmp_path / "search", loss=smoothed, **SHORT, **search)
+    assert [trial["state"] for trial in found.table] == ["finished", "finished"]
+
+
+def test_a_loss_sees_the_rows_of_one_slot_alone_and_gives_what_the_task_gives(decoder: Any) -> None:
+    """In float64 a pack of three with the usual loss written as one's own has the usual gradients."""
+    from loraloom.engine.pack import Pack
+    from loraloom.tasks import get
+
+    seen: list[int] = []
+
+    def usual(outputs: Any, batch: Any) -> torch.Tensor:
+        seen.append(len(batch["labels"]))
+        logits, labels = outputs.logits[:, :-1], batch["labels"][:, 1:]
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+
+    torch.manual_seed(0)
+    ids = {
+        "default": torch.randint(3, 20, (2, 6)),
+        "b": torch.randint(3, 20, (3, 6)),
+        "c": torch.randint(3, 20, (1, 6)),
+    }
+    batches = {name: {"input_ids": rows, "labels": rows} for name, rows in ids.items()}
+    found: list[dict[str, torch.Tensor]] = []
+    for task in (get("causal-lm"), get("causal-lm").with_loss(usual)):
+        pack = Pack(decoder(), task=task)
+        for number, name in enumerate("bc"):
+            pack.add(name, pack.model.peft_config["default"], seed=number)
+        losses = pack.backward(batches)
+        parameters = {f"{name}.{key}": p for name in ids for key, p in pack.parameters_of(name).items()}
+        found.append({key: p.grad for key, p in parameters.items() if p.grad is not None})
+        assert losses.keys() == ids.keys()
+    assert set(seen) >= {1, 2, 3}
+    assert found[0].keys() == found[1].keys()
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(found[1][key], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_a_loss_that_is_not_one_value_for_each_row_is_refused(
+    encoder_folder: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    def mean(outputs: Any, batch: Any) -> torch.Tensor:
+        return F.cross_entropy(outputs.logits, batch["labels"])
+
+    with pytest.raises(ConfigError, match=r"loss: must return one value for each row, a tensor of shape \(\d+,\)"):
+        train(encoder_folder, rows, output=tmp_path / "run", loss=mean, **SHORT)
+    with pytest.raises(ConfigError, match="loss: .* was given as a function by a program, and is known there alone"):
+        train(encoder_folder, rows, output=tmp_path / "run", loss="given:mean-0123", **SHORT)

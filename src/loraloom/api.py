@@ -223,6 +223,9 @@ def _name_functions(given: dict[str, Any], stack: contextlib.ExitStack) -> None:
         names = [objects.name_of(one) if callable(one) else one for one in listed]
         stack.enter_context(objects.held(dict(zip(names, listed, strict=True))))
         given["eval.metrics"] = names
+    if callable(loss := given.get("train.loss")):
+        given["train.loss"] = objects.name_of(loss)
+        stack.enter_context(objects.held({given["train.loss"]: loss}))
 
 
 def _write_rows(given: dict[str, Any], config: str | Path | None) -> list[Path]:

@@ -10,8 +10,12 @@ import contextlib
 import hashlib
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from loraloom.errors import ConfigError, nearest
 
 #: How the name of an object begins that no other process can import.
 GIVEN = "given:"
@@ -54,3 +58,45 @@ def name_of(function: Callable[..., Any]) -> str:
         text = code.co_code + repr(code.co_consts).encode() if code else repr(type(function)).encode()
     label = getattr(function, "__name__", type(function).__name__).strip("<>")
     return f"{GIVEN}{label}-{hashlib.sha256(text).hexdigest()[:12]}"
+
+
+def load(field: str, spec: str) -> Any:
+    """The function that ``"package.module:function"`` names, or one that is held; modules of the working directory too.
+
+    Raises:
+        ConfigError: there is no such module or function, or the module cannot be imported. Begins with ``field``.
+    """
+    if (given := find(spec)) is not None:
+        return given
+    if spec.startswith(GIVEN):
+        raise ConfigError(
+            f"{field}: {spec} was given as a function by a program, and is known there alone; other programs and "
+            "processes need one that they can import, package.module:function"
+        )
+    module_name, _, name = spec.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
+        raise ConfigError(f"{field}: {spec!r} must have the form package.module:function")
+    here = os.getcwd()
+    added = here not in sys.path and "" not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise ConfigError(
+                f"{field}: {spec}: there is no module {error.name!r}, neither in {here} nor installed"
+            ) from None
+        raise ConfigError(f"{field}: {spec}: importing {module_name} failed: {error}") from error
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{field}: {spec}: importing {module_name} failed: {why}") from error
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+    function = getattr(module, name, None)
+    if function is None:
+        raise ConfigError(f"{field}: {module_name} has no {name!r}{nearest(name, vars(module))}")
+    if not callable(function):
+        raise ConfigError(f"{field}: {spec} is no function, found {type(function).__name__}")
+    return function

@@ -96,6 +96,13 @@ class TrainConfig(Options):
     warmup_ratio: float = _train(0.05, number(high=1), "Share of the steps in which the learning rate rises")
     warmup_steps: int | None = _train(None, whole(0), "Steps in which it rises, instead of a share")
     decay_ratio: float = _train(0.2, number(high=1), "Share of the steps in which warmup_stable_decay falls")
+    loss: str | None = _train(
+        None,
+        text(),
+        "Loss of your own, my_module:my_function of (outputs, batch), one value a row",
+        unset="the task's",
+        search="same",
+    )
     optim: str = _train(
         "adamw", text("adamw or the name of a class of torch.optim", ""), "adamw, or a class of torch.optim"
     )

@@ -134,7 +134,7 @@ def _reads_ahead(model: PeftModel, objective: Objective, inputs: Mapping[str, Te
 
 def _hidden(model: PeftModel, objective: Objective, inputs: Mapping[str, Tensor], name: str) -> Tensor:
     with model.base_model.lora_routed([name], {name: 0}):
-        return objective.forward(inputs)
+        return objective.outputs(objective.forward(inputs))
 
 
 def faults(model: str, names: Sequence[str], seen: Seen) -> list[Fault]:

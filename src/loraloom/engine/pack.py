@@ -187,7 +187,7 @@ class Pack:
         labels = inputs.pop("labels")
 
         def forward(labels: Tensor, **inputs: Tensor) -> Tensor:
-            return self._objective.forward(inputs, labels)
+            return self._objective.outputs(self._objective.forward(inputs, labels))
 
         count = max(own.stop for own in rows.values())
         return mixed.prove(self.model.base_model, forward, (labels,), inputs, count, site)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class Evaluator:
         outputs: list[Tensor | None] = [None] * len(self.examples)
         parts, keep = [], keep and not task.generates
 
-        def forward(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        def forward(examples: Sequence[Example]) -> tuple[Any, Tensor]:
             inputs = {key: value.to(device) for key, value in task.collate(examples, self.pad_id).items()}
             labels = inputs.pop("labels")
             with model.base_model.lora_routed([name] * len(labels)):
@@ -120,7 +121,7 @@ class Evaluator:
 
         def answer(rows: Sequence[int]) -> Tensor:
             examples = [self.examples[numbers[row]] for row in rows]
-            return task.own(forward(examples)[0][0], examples[0])
+            return task.own(objective.outputs(forward(examples)[0])[0], examples[0])
 
         # What is gathered in inference mode could not be trained through afterwards.
         with evaluating(model, torch.no_grad() if sharded(model) else torch.inference_mode()):
@@ -135,7 +136,8 @@ class Evaluator:
                 if count >= len(mine):
                     continue
                 parts.append(objective.score(out, labels))
-                for row, example, found in zip(rows, examples, task.kept(out).cpu() if keep else (), strict=keep):
+                kept = task.kept(objective.outputs(out)).cpu() if keep else ()
+                for row, example, found in zip(rows, examples, kept, strict=keep):
                     outputs[numbers[row]] = task.own(found, example)
         everyone = world.gather((total(parts), outputs))
         if world.size > 1:

@@ -5,7 +5,8 @@ One object without state for each task, in a file of its own; ``tasks.get`` find
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,7 @@ Inputs = Mapping[str, Tensor]
 Examples = Sequence[Example]
 #: of each example, what ``Task.kept`` left of it
 Outputs = Sequence[Tensor | None]
+OwnLoss = Callable[[Any, Inputs], Tensor]
 
 
 class Task(RowTask, ModelTask):
@@ -44,7 +46,7 @@ class Task(RowTask, ModelTask):
 
     def count(self, example: Example) -> int:
         """Predictions that the loss of an example is a mean of: its weight where gradients are accumulated."""
-        if self.layout == "row" or not isinstance(example.labels, list):
+        if self.layout == "row" or self.own_loss is not None or not isinstance(example.labels, list):
             return 1
         return sum(label != IGNORE for label in example.labels[self.shifted :])
 
@@ -54,6 +56,19 @@ class Task(RowTask, ModelTask):
     head_in_loss = False
     #: each token predicts the next one
     shifted = False
+    #: a user's own loss: see ``with_loss``
+    own_loss: OwnLoss | None = None
+
+    def with_loss(self, function: OwnLoss) -> Task:
+        """The same task with a user's own loss.
+
+        Args:
+            function: (what the model returns for a slot's rows, these rows with their labels) → [rows] losses. Rows of
+                other slots are never among them.
+        """
+        made = copy.copy(self)
+        made.own_loss, made.head_in_loss = function, False
+        return made
 
     def inputs(self, model: Any, inputs: Inputs, labels: Tensor | None) -> Inputs:
         """The model's arguments; ``labels`` are read where a decoder begins from them."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loraloom.data.example import IGNORE
+from loraloom.errors import ConfigError
 from loraloom.lora.frozen import HALF
 from loraloom.lora.model import PeftModel
 from loraloom.models.configs import segments, without_cache
@@ -54,10 +57,11 @@ class Objective:
         #: Tokenizers may tell segments apart that the model does not.
         self._segments = "token_type_ids" in arguments and segments(self._config) > 1
 
-    def forward(self, inputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Any:
         """[rows, ...] for ``losses`` and ``score``: hidden states where the head is applied later, else logits.
 
-        ``labels`` are read by models alone whose decoder begins from them (seq2seq-lm).
+        For a user's own loss, all that the model returns. ``labels`` are read by models alone whose decoder begins from
+        them (seq2seq-lm).
         """
         if not self._segments:
             inputs = {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
@@ -65,24 +69,30 @@ class Objective:
         # A cache of keys and values is for generation; filling it costs time and memory in every step.
         with self.attention(inputs["input_ids"]), without_cache(self._config):
             out = self._model(**inputs, **self._options)
-        if self._head is None:
-            return self._task.output(out, inputs, self._config)
-        hidden: Tensor = out[0]
-        return hidden
+        if self._task.own_loss is not None:
+            return Returned(out, inputs)
+        return self._task.output(out, inputs, self._config) if self._head is None else out[0]
+
+    def outputs(self, out: Any) -> Tensor:
+        """[rows, ...] of ``forward`` that predictions are made of."""
+        found: Tensor = self._task.output(out.out, out.inputs, self._config) if isinstance(out, Returned) else out
+        return found
 
     def attention(self, ids: Tensor) -> AbstractContextManager[None]:
         """How attention is computed on ``ids`` [rows, length]; a backward that runs a layer again needs it as well."""
         return _attention(ids.shape[-1], self._dtype, ids.device)
 
-    def loss(self, out: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, out: Any, labels: Tensor) -> Tensor:
         """``losses`` where all rows go through the same adapters."""
         return self.losses(out, labels, {"": slice(None)})[""]
 
-    def losses(self, out: Tensor, labels: Tensor, rows: Mapping[str, slice]) -> dict[str, Tensor]:
+    def losses(self, out: Any, labels: Tensor, rows: Mapping[str, slice]) -> dict[str, Tensor]:
         """Each slot's mean over its rows or, where tokens are labelled, over its labelled tokens.
 
         ``rows`` tile the batch in its order.
         """
+        if isinstance(out, Returned):
+            return {name: self._own(out, labels, own).mean() for name, own in rows.items()}
         if self._task.layout == "row":
             each = self._task.row_losses(_wide(out), labels, list(rows.values()), self._config)
             return {name: each[own].mean() for name, own in rows.items()}
@@ -111,7 +121,25 @@ class Objective:
         hidden, targets = self._predictions(out, labels)
         return head_cross_entropy(hidden, head, self._vocabulary, targets)
 
-    def score(self, out: Tensor, labels: Tensor) -> Scores:
+    def _own(self, out: Returned, labels: Tensor, rows: slice) -> Tensor:
+        """[rows] losses by the user's own function, which sees these rows alone.
+
+        Raises:
+            ConfigError: it returns something else.
+        """
+        assert self._task.own_loss is not None
+        count = len(labels)
+        batch = {name: _rows_of(tensor, rows, count) for name, tensor in {**out.inputs, "labels": labels}.items()}
+        found = self._task.own_loss(_rows_of(out.out, rows, count), batch)
+        wanted = (len(batch["labels"]),)
+        if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
+            shape = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ConfigError(f"loss: must return one value for each row, a tensor of shape {wanted}, found {shape}")
+        return found
+
+    def score(self, out: Any, labels: Tensor) -> Scores:
+        if isinstance(out, Returned):
+            return Scores(float(self._own(out, labels, slice(None)).sum()), len(labels))
         if self._task.layout == "row":
             each = self._task.row_losses(_wide(out), labels, [slice(None)], self._config)
             return Scores(float(each.sum()), len(labels))
@@ -143,6 +171,25 @@ class Objective:
             out, labels = out[:, :-1], labels[:, 1:]
         out, labels = out.flatten(0, 1).index_select(0, kept), labels.flatten().index_select(0, kept)
         return (out if self._head is not None else _wide(out)), labels
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What the model returned for these inputs, for a user's own loss."""
+
+    out: Any
+    inputs: Mapping[str, Tensor]
+
+
+def _rows_of(value: Any, rows: slice, count: int) -> Any:
+    """``value`` with these rows alone in every tensor in it whose first dimension is the batch's ``count`` rows."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() and len(value) == count else value
+    if isinstance(value, Mapping):  # transformers' outputs too, which keep their class
+        return type(value)(**{name: _rows_of(item, rows, count) for name, item in value.items()})
+    if isinstance(value, tuple | list):
+        return type(value)(_rows_of(item, rows, count) for item in value)
+    return value
 
 
 def _wide(logits: Tensor) -> Tensor:

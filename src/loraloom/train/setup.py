@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from loraloom import tasks
+from loraloom.config import objects
 from loraloom.config.lora import LoraConfig
 from loraloom.config.train import TrainConfig
 from loraloom.data.records import Record
@@ -214,6 +215,8 @@ def load(
     """
     tasks.check(options)
     task = tasks.get(options.task)
+    if options.loss is not None:
+        task = task.with_loss(objects.load("loss", options.loss))
     where = where or launch.find(options.device)
     if options.fsdp and where.world.size == 1:
         how = launch.single_process_warning() or "start them with torchrun or accelerate launch"

@@ -6,10 +6,8 @@ come from ``train.evaluation``'s.
 
 from __future__ import annotations
 
-import importlib
 import numbers
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -82,40 +80,8 @@ def _number(value: Any) -> float | None:
 
 
 def own_metric(spec: str) -> OwnMetric:
-    """The function that ``package.module:function`` names; modules of the working directory are found.
-
-    Raises:
-        ConfigError: there is no such module or function, or the module cannot be imported.
-    """
-    if (given := objects.find(spec)) is not None:
-        return OwnMetric(spec, given)
-    module_name, _, name = spec.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
-        raise ConfigError(f"metrics: {spec!r} must have the form package.module:function")
-    here = os.getcwd()
-    added = here not in sys.path and "" not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(
-                f"metrics: {spec}: there is no module {error.name!r}, neither in {here} nor installed"
-            ) from None
-        raise ConfigError(f"metrics: {spec}: importing {module_name} failed: {error}") from error
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"metrics: {spec}: importing {module_name} failed: {why}") from error
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)
-    function = getattr(module, name, None)
-    if function is None:
-        raise ConfigError(f"metrics: {module_name} has no {name!r}{nearest(name, vars(module))}")
-    if not callable(function):
-        raise ConfigError(f"metrics: {spec} is no function, found {type(function).__name__}")
-    return OwnMetric(spec, function)
+    """The function that ``spec`` names: see ``config.objects.load``."""
+    return OwnMetric(spec, objects.load("metrics", spec))
 
 
 @dataclass(frozen=True)
