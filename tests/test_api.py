@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loraloom.api import train, tune
 from loraloom.errors import ConfigError, DataError, ModelError
+from loraloom.train.setup import predict
 
 SHORT: dict[str, Any] = {"task": "seq-cls", "max_steps": 2, "quiet": True}
 
@@ -212,3 +213,59 @@ def test_a_loss_that_is_not_one_value_for_each_row_is_refused(
         train(encoder_folder, rows, output=tmp_path / "run", loss=mean, **SHORT)
     with pytest.raises(ConfigError, match="loss: .* was given as a function by a program, and is known there alone"):
         train(encoder_folder, rows, output=tmp_path / "run", loss="given:mean-0123", **SHORT)
+
+
+def test_a_classifier_answers_texts_as_it_answered_held_out_rows(
+    encoder_folder: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    renamed = [{"body": row["text"], "label": row["label"]} for row in rows]
+    given = {"target_modules": "all-linear", "learning_rate": 0.01, "columns": {"text": "body"}, **SHORT}
+    run = train(encoder_folder, renamed, output=tmp_path / "run", **{**given, "max_steps": 8})
+    shown = predict(run.job, 5)
+    found = run.predict([row["input"] for row in shown])
+    assert [f"{label} (" in row["predicted"] for label, row in zip(found, shown, strict=True)] == [True] * len(shown)
+    assert run.predict([{"body": row["input"]} for row in shown]) == found
+    assert run.predict([]) == []
+    with pytest.raises(DataError, match=r"row 1: a text or a dict of columns, found int"):
+        run.predict(["fine", 3])  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"no column 'text'"):
+        run.predict([{"bodies": "fine"}])
+
+
+def test_a_decoder_writes_after_prompts_and_conversations_as_after_held_out_ones(
+    decoder_folder: Path, tmp_path: Path
+) -> None:
+    pairs = [{"prompt": f"say {word} : ", "completion": f"{word} now"} for word in ("good", "bad", "fine", "poor")] * 4
+    more: dict[str, Any] = {"target_modules": "all-linear", "learning_rate": 0.01, "quiet": True, "max_new_tokens": 4}
+    more |= {"task": "causal-lm", "max_steps": 6}
+    run = train(decoder_folder, pairs, validation=pairs[:4], output=tmp_path / "pairs", **more)
+    shown = predict(run.job, 4)
+    assert [text.strip() for text in run.predict([row["prompt"] for row in pairs[:4]])] == [
+        r["predicted"] for r in shown
+    ]
+    talks = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+        for row in pairs
+    ]
+    run = train(decoder_folder, talks, validation=talks[:4], output=tmp_path / "talks", **more)
+    shown = predict(run.job, 4)
+    asked = [{"messages": talk["messages"][:1]} for talk in talks[:4]]
+    assert [text.strip() for text in run.predict(asked)] == [row["predicted"] for row in shown]
+
+
+def test_taggers_and_readers_answer_rows_without_an_answer(encoder_folder: Path, tmp_path: Path) -> None:
+    tagged = [{"tokens": ["the", "cat", "was", word], "tags": ["O", "N", "O", "A"]} for word in ("good", "bad")] * 8
+    run = train(encoder_folder, tagged, output=tmp_path / "tags", **{**SHORT, "task": "token-cls"})
+    tags = run.predict(["the cat was fine", {"tokens": ["good", "film"]}])
+    assert [len(row) for row in tags] == [4, 2]
+    assert {tag for row in tags for tag in row} <= {"O", "N", "A"}
+    text = "the film was good and the book was bad"
+    asked = [
+        {"question": f"was it {word}", "context": text, "answers": {"text": [word], "answer_start": [text.index(word)]}}
+        for word in ("good", "bad")
+    ] * 8
+    run = train(encoder_folder, asked, output=tmp_path / "answers", **{**SHORT, "task": "question-answering"})
+    answers = run.predict([{"question": "was it good", "context": text}])
+    assert answers[0] in text
+    with pytest.raises(DataError, match="question-answering needs 'question' and 'context'; give a dict"):
+        run.predict(["was it good"])

@@ -17,11 +17,14 @@ from rich.console import Console
 
 from loraloom import tasks
 from loraloom.config import objects, runfile
+from loraloom.data.example import Settings
 from loraloom.data.read.given import is_rows, write_rows
 from loraloom.errors import ConfigError, InputError, nearest
+from loraloom.inference.answers import answers
 from loraloom.models.given import hold_model
 from loraloom.report.session import train_run, tune_run
 from loraloom.report.tune import conclusion
+from loraloom.train.run import ADAPTER
 from loraloom.tune.conclusion import BEST_NAME, SearchResult
 from loraloom.tune.config import TuneConfig
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from loraloom.engine.loop import Progress
     from loraloom.lora.model import PeftModel
     from loraloom.train.run import RunResult
+    from loraloom.train.setup import TrainJob
 
 #: The folder below the output in which rows are kept that were given as objects.
 ROWS = "rows"
@@ -40,10 +44,39 @@ class Run:
 
     #: the adapter's folder: PEFT's format, ``run.json``, ``run.yaml``
     adapter: Path
-    #: the model with the adapter, as it was trained
-    model: PeftModel
+    #: the model with the adapter, as it was trained, its tokenizer, task and classes
+    job: TrainJob = field(repr=False)
     #: what ``run.json`` holds
     record: dict[str, Any] = field(repr=False)
+
+    @property
+    def model(self) -> PeftModel:
+        return self.job.model
+
+    def predict(
+        self, rows: Sequence[str | Mapping[str, Any]], *, batch_size: int = 64, max_new_tokens: int | None = None
+    ) -> list[Any]:
+        """What the adapter answers: a class, a number, tags, an answer or a text for each row, in order.
+
+        Args:
+            rows: texts, or dicts with the columns of the training rows, the answer left out.
+            max_new_tokens: of a text that is written; by default as in training.
+
+        Raises:
+            DataError: a row lacks a column, or holds something else.
+        """
+        options, data = self.job.options, self.job.data
+        settings = Settings(
+            options.max_length or 0,
+            labels=tuple(data.names),
+            problem_type=data.problem,
+            chat_template=options.chat_template,
+            stride=options.stride,
+            date=options.date,
+        )
+        limit = options.max_new_tokens if max_new_tokens is None else max_new_tokens
+        more: dict[str, Any] = {"columns": options.columns, "batch_size": batch_size, "max_new_tokens": limit}
+        return answers(self.model, ADAPTER, self.job.task, rows, settings, self.job.tokenizer, **more)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -148,7 +181,7 @@ def tune(
 
 
 def _run(result: RunResult, output: str) -> Run:
-    return Run(Path(output), result.model, result.record)
+    return Run(Path(output), result.job, result.record)
 
 
 def _recommendation(result: SearchResult) -> str:

@@ -92,6 +92,15 @@ class Task(RowTask, ModelTask):
         row = int(mask.ne(0).flatten(1).sum(1).argmax())
         return slice(row, row + 1)
 
+    # -- rows without an answer
+
+    #: the column that a text given by itself stands for; empty where a row needs several
+    text_column: str = ""
+
+    def answered(self, columns: Mapping[str, Any], labels: Sequence[str], problem: str | None) -> dict[str, Any]:
+        """A row's columns with a placeholder for the answer that is asked for, which nothing is made of."""
+        raise NotImplementedError
+
     # -- held-out rows
 
     #: predictions are texts that the adapter writes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraloom.config.lora import TaskType
@@ -14,7 +14,7 @@ from loraloom.data.tokenize.causal import CausalEncoder
 from loraloom.errors import ModelError
 from loraloom.models.configs import has_decoder_and_encoder
 from loraloom.models.parts import reads_both_ways
-from loraloom.tasks.texts import TextTask
+from loraloom.tasks.texts import PLACEHOLDER, TextTask
 
 #: Tokens that are taken for the prompt where all of a text is trained on.
 PROMPT = 8
@@ -41,6 +41,15 @@ class CausalLM(TextTask):
     one_way = True
     head_in_loss = True
     shifted = True
+
+    text_column = "prompt"
+
+    def answered(self, columns: Mapping[str, Any], labels: Sequence[str], problem: str | None) -> dict[str, Any]:
+        if isinstance(talk := columns.get("messages"), list):
+            return {**columns, "messages": [*talk, {"role": "assistant", "content": PLACEHOLDER}]}
+        if isinstance(talk := columns.get("conversations"), list):
+            return {**columns, "conversations": [*talk, {"from": "gpt", "value": PLACEHOLDER}]}
+        return {**columns, "output" if "instruction" in columns else "completion": PLACEHOLDER}
 
     def check_model(self, name: str, config: Any) -> None:
         # Some of them load as their decoder alone, which has learnt to read what their encoder says.

@@ -37,6 +37,10 @@ class QuestionAnswering(Task):
     needs = ("records", "tokenizer")
     metrics = (ANSWERS,)
 
+    def answered(self, columns: Mapping[str, Any], labels: Sequence[str], problem: str | None) -> dict[str, Any]:
+        start = str(columns.get("context", ""))[:1]
+        return {**columns, "answers": {"text": [start], "answer_start": [0]}}
+
     def head(self, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
         return {"num_labels": 2}  # first and last token, whatever the folder's head was for
 

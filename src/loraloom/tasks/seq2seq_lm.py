@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from loraloom.errors import ModelError
 from loraloom.models.configs import has_decoder_and_encoder
 from loraloom.models.parts import reads_both_ways
 from loraloom.tasks.base import Inputs
-from loraloom.tasks.texts import TextTask
+from loraloom.tasks.texts import PLACEHOLDER, TextTask
 
 
 class Seq2SeqLM(TextTask):
@@ -27,6 +27,11 @@ class Seq2SeqLM(TextTask):
     forms = (Form("source-target", ("source", "target"), read_translated),)
     layout = "target"
     indivisible = "it is not known which part of the target belongs to which part of the source"
+
+    text_column = "source"
+
+    def answered(self, columns: Mapping[str, Any], labels: Sequence[str], problem: str | None) -> dict[str, Any]:
+        return {**columns, "target": PLACEHOLDER}
 
     def check_model(self, name: str, config: Any) -> None:
         if not has_decoder_and_encoder(config):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -40,6 +40,11 @@ class SequenceClassification(Task):
     needs = ()
     by_last_token = True
     without_pooler = True
+
+    text_column = "text"
+
+    def answered(self, columns: Mapping[str, Any], labels: Sequence[str], problem: str | None) -> dict[str, Any]:
+        return {**columns, "label": 0.5 if problem == NUMBER else [labels[0]] if problem == SEVERAL else labels[0]}
 
     def class_names(self, record: Record) -> list[str]:
         assert isinstance(record, Labelled)

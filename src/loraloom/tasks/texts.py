@@ -10,6 +10,9 @@ from loraloom.tasks.base import Examples, Task
 from loraloom.tasks.baseline import Constant, Known, commonest_text
 from loraloom.tasks.metrics.kinds import TEXTS
 
+#: Stands for a text that is asked for.
+PLACEHOLDER = "x"
+
 
 class TextTask(Task):
     options: Mapping[str, str] = {"max_new_tokens": "how much is generated for metrics"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,14 @@ class TokenClassification(Task):
     new_head = True
     needs = ("labels",)
     metrics = (TAGS, WORDS)  # whether tags mark entities shows in their names
+
+    text_column = "tokens"
+
+    def answered(self, columns: Mapping[str, Any], labels: Sequence[str], problem: str | None) -> dict[str, Any]:
+        words = columns.get("tokens")
+        words = words.split() if isinstance(words, str) else words
+        count = len(words) if isinstance(words, list) else 0
+        return {**columns, "tokens": words, "tags": [labels[0]] * count}
 
     def class_names(self, record: Record) -> list[str]:
         assert isinstance(record, Tagged)

@@ -43,8 +43,12 @@ class RunResult:
     """What came out. ``record`` is what ``run.json`` holds."""
 
     record: dict[str, Any]
-    model: PeftModel
+    job: TrainJob
     predictions: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def model(self) -> PeftModel:
+        return self.job.model
 
 
 def prepare(options: TrainConfig, resume: Resume = None, reading: OnProgress = silent) -> TrainJob:
@@ -173,7 +177,7 @@ def _run(job: TrainJob, watch: Callable[[Progress], None], resume: Resume, log: 
     finished, record, ended = trainer.begin(resume), None, None
     with described(options) if slot.world.is_main_process else contextlib.nullcontext():
         if finished:
-            return RunResult(finished, model, predict(job, count=3))
+            return RunResult(finished, job, predict(job, count=3))
         with asked_to_stop() as stop:
             try:
                 trainer.train(stop)
@@ -183,4 +187,4 @@ def _run(job: TrainJob, watch: Callable[[Progress], None], resume: Resume, log: 
                 record = trainer.finish()
         if record is None:
             trainer.end_early(ended, stop)
-    return RunResult(record, model, predict(job, count=3))
+    return RunResult(record, job, predict(job, count=3))
