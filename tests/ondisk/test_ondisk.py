@@ -97,6 +97,14 @@ def record(folder: str) -> dict[str, Any]:
     return found
 
 
+def settings(path: str) -> dict[str, Any]:
+    """The keys of a run file with their values."""
+    found: dict[str, Any] = {}
+    for key, value in yaml.safe_load(Path(path).read_text()).items():
+        found |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+    return found
+
+
 def stamps(*paths: str | Path) -> list[tuple[int, int]]:
     """By which it is known whether files were written again."""
     found = [Path(path).stat() for path in paths]
@@ -114,8 +122,10 @@ def check_end(folder: str, name: str) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_killed_comes_to_the_adapter_of_one_that_was_not(name: str) -> None:
     folder = f"train/{name}"
+    day = settings(f"{folder}/run.yaml").get("data.date")  # on which the run began, where a template writes it
     assert loraloom(["train", f"{folder}.yaml", "--resume"]) == 0
     check_end(folder, name)
+    assert settings(f"{folder}/run.yaml").get("data.date") == day
     found = record(folder)
     assert (found["state"], found["resumed_at"]) == ("finished", RESUMED.get(name, [6]))
     assert [path.name for path in Path(folder).rglob(".*")] == [], "nothing is left of what was killed"
@@ -148,14 +158,6 @@ def test_a_run_is_resumed_in_a_folder_that_was_moved() -> None:
 
 
 # -- run files, and runs that came to their end -----------------------------------------------------------------------
-
-
-def settings(path: str) -> dict[str, Any]:
-    """The keys of a run file with their values."""
-    found: dict[str, Any] = {}
-    for key, value in yaml.safe_load(Path(path).read_text()).items():
-        found |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
-    return found
 
 
 @pytest.mark.parametrize("name", FINISHED)
