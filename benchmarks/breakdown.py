@@ -23,7 +23,7 @@ import common
 import step as steps
 from contenders import Shape, stepper
 from loraloom.engine.flat_adamw import FlatAdamW
-from loraloom.lora.dropout import Dropped, masked
+from loraloom.lora.dropout import DropoutMask, masked
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def dropout(shape: Shape) -> Callable[[], None]:
     def run() -> None:
         for layer in range(shape.layers):
             for x in inputs:
-                dropped = Dropped(shape.dropout, layer)
+                dropped = DropoutMask(shape.dropout, layer)
                 dropped.apply(x)
                 mask = dropped.mask(x)
                 masked(x, mask)

@@ -16,7 +16,7 @@ from loraloom.data.example import Example
 from loraloom.engine.loop import advance, train_pack
 from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
-from loraloom.lora.dropout import Dropped
+from loraloom.lora.dropout import DropoutMask
 from loraloom.train.checkpointing import folders, resume
 
 pytestmark = pytest.mark.gpu
@@ -54,7 +54,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_a_mask_of_dropout_has_the_same_bits_on_every_device(device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         x = torch.ones(5, 7, 33, dtype=dtype)
-        dropped = Dropped(0.3, 2**40 + 17)
+        dropped = DropoutMask(0.3, 2**40 + 17)
         assert torch.equal(dropped.mask(x.to(device)).cpu(), dropped.mask(x))
 
 

@@ -385,7 +385,7 @@ def test_forwards_of_two_threads_that_end_crosswise_leave_compiled_code_what_the
         pool.submit(second.__enter__).result()
         first.__exit__(None, None, None)
         pool.submit(second.__exit__, None, None, None).result()
-    assert router.compiled is router.resting
+    assert router.compiled is router.default
 
 
 def test_the_layers_do_not_change_under_a_forward_of_another_thread() -> None:

@@ -7,20 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraloom.lora.dropout import Dropped, dropout
+from loraloom.lora.dropout import DropoutMask, dropout
 
 CALM = settings(max_examples=40, deadline=None)
 SEEDS = st.integers(0, 2**63 - 1)
 
 
 def kept(p: float, seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return Dropped(p, seed).apply(torch.ones(shape, dtype=dtype)) != 0
+    return DropoutMask(p, seed).apply(torch.ones(shape, dtype=dtype)) != 0
 
 
 @CALM
 @given(p=st.floats(0.001, 0.999), seed=SEEDS)
 def test_a_share_p_is_dropped_and_the_mean_stays(p: float, seed: int) -> None:
-    dropped = Dropped(p, seed)
+    dropped = DropoutMask(p, seed)
     mask = kept(p, seed, 64, 1000).double()
     deviation = (p * (1 - p) / mask.numel()) ** 0.5
     assert abs(float(1 - mask.mean()) - p) < 6 * deviation + 2**-15
@@ -66,7 +66,7 @@ def test_neighbours_are_independent() -> None:
 def test_what_is_left_is_untouched_and_a_dropped_nan_is_zero() -> None:
     x = torch.randn(7, 9, dtype=torch.float64)
     x[:, 0] = torch.nan
-    out = Dropped(0.5, 5).apply(x)
+    out = DropoutMask(0.5, 5).apply(x)
     mask = kept(0.5, 5, 7, 9, dtype=torch.float64)
     assert torch.equal(out[~mask], torch.zeros(int((~mask).sum()), dtype=torch.float64))
     torch.testing.assert_close(out[mask], x[mask], rtol=0, atol=0, equal_nan=True)
@@ -74,13 +74,13 @@ def test_what_is_left_is_untouched_and_a_dropped_nan_is_zero() -> None:
 
 def test_the_gradient_goes_where_the_numbers_went() -> None:
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    dropped = Dropped(0.4, 9)
+    dropped = DropoutMask(0.4, 9)
     assert torch.autograd.gradcheck(lambda x: dropout(x, dropped), x)
     assert torch.autograd.gradgradcheck(lambda x: dropout(x, dropped).pow(3), x)
 
 
 def test_an_input_that_is_not_contiguous_or_empty_is_no_matter() -> None:
     x = torch.randn(6, 5).T
-    assert torch.equal(Dropped(0.5, 1).apply(x), Dropped(0.5, 1).apply(x.contiguous()))
-    assert Dropped(0.5, 1).apply(torch.empty(0, 4)).shape == (0, 4)
-    assert Dropped(0.5, 1).apply(torch.empty(3, 0)).shape == (3, 0)
+    assert torch.equal(DropoutMask(0.5, 1).apply(x), DropoutMask(0.5, 1).apply(x.contiguous()))
+    assert DropoutMask(0.5, 1).apply(torch.empty(0, 4)).shape == (0, 4)
+    assert DropoutMask(0.5, 1).apply(torch.empty(3, 0)).shape == (3, 0)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loraloom.lora import functional, matmul
-from loraloom.lora.dropout import Dropped
+from loraloom.lora.dropout import DropoutMask
 from loraloom.lora.frozen import DenseLinear
-from loraloom.lora.functional import RANKS, SlotGroup, Update, lora_linear
+from loraloom.lora.functional import RANK_MULTIPLE, SlotGroup, Update, lora_linear
 
 CALM = settings(max_examples=40, deadline=None)  # two cores are shared: a slow example is no failure
 
@@ -29,10 +29,12 @@ class Projection(NamedTuple):
     scale: float
 
 
-def lora_projections(x: Tensor, projections: list[Projection], dropped: Dropped | None = None) -> tuple[Tensor, ...]:
+def lora_projections(
+    x: Tensor, projections: list[Projection], dropout: DropoutMask | None = None
+) -> tuple[Tensor, ...]:
     """Of one slot, which has all rows."""
-    lane = SlotGroup(0, None, (dropped,), tuple((Update(p.a, p.b, p.scale),) for p in projections))
-    return functional.lora_projections(x, [DenseLinear(p.weight, p.bias) for p in projections], [lane])
+    group = SlotGroup(0, None, (dropout,), tuple((Update(p.a, p.b, p.scale),) for p in projections))
+    return functional.lora_projections(x, [DenseLinear(p.weight, p.bias) for p in projections], [group])
 
 
 def make(
@@ -60,9 +62,9 @@ def make(
     ]
 
 
-def plain(x: Tensor, projections: list[Projection], dropped: Dropped | None = None) -> list[Tensor]:
+def plain(x: Tensor, projections: list[Projection], dropout: DropoutMask | None = None) -> list[Tensor]:
     """By torch's own operations, with the mask multiplied in."""
-    seen = x if dropped is None else x * dropped.apply(torch.ones_like(x)) * dropped.gain
+    seen = x if dropout is None else x * dropout.apply(torch.ones_like(x)) * dropout.gain
     return [F.linear(x, p.weight, p.bias) + p.scale * F.linear(F.linear(seen, p.a), p.b) for p in projections]
 
 
@@ -74,14 +76,14 @@ def gradients(out: list[Tensor] | tuple[Tensor, ...], inputs: list[Tensor]) -> t
     return torch.autograd.grad(sum((y.double() ** 2).sum() for y in out), inputs)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dropped", [None, Dropped(0.4, 7)], ids=["whole", "dropout"])
+@pytest.mark.parametrize("dropout", [None, DropoutMask(0.4, 7)], ids=["whole", "dropout"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_gradients_are_those_of_the_function(n: int, dropped: Dropped | None) -> None:
+def test_gradients_are_those_of_the_function(n: int, dropout: DropoutMask | None) -> None:
     projections = make(n)
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
 
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return lora_projections(x, projections, dropped)
+        return lora_projections(x, projections, dropout)
 
     assert torch.autograd.gradcheck(call, leaves(x, projections))
 
@@ -99,8 +101,8 @@ def test_they_equal_the_plain_operations(shape: list[int], n: int, trained: bool
     x = torch.randn(*shape, 6, dtype=torch.float64, requires_grad=trained)
     if p and x.dim() < 2:
         x = x.detach().expand(2, 6).clone().requires_grad_(trained)
-    dropped = Dropped(p, 3) if p else None
-    found, wanted = lora_projections(x, projections, dropped), plain(x, projections, dropped)
+    dropout = DropoutMask(p, 3) if p else None
+    found, wanted = lora_projections(x, projections, dropout), plain(x, projections, dropout)
     inputs = leaves(x, projections)
     pairs = [*zip(found, wanted, strict=True), *zip(gradients(found, inputs), gradients(wanted, inputs), strict=True)]
     for a, b in pairs:
@@ -178,10 +180,10 @@ def test_a_processor_without_half_precision_draws_the_same_dropout_and_keeps_the
     x = torch.randn(16, 64).bfloat16().requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        found = lora_projections(x, ps, Dropped(0.5, 3))
+        found = lora_projections(x, ps, DropoutMask(0.5, 3))
     exact = [Projection(p.weight.double(), None, p.a.double(), p.b.double(), p.scale) for p in ps]
     wide = x.detach().double().requires_grad_()
-    wanted = plain(wide, exact, Dropped(0.5, 3))
+    wanted = plain(wide, exact, DropoutMask(0.5, 3))
     assert sum(t.dtype is torch.bfloat16 and t.numel() == x.numel() for t in kept) == 1
     assert not any(t.dtype is torch.float32 and t.numel() == x.numel() for t in kept)
     (d_x,), (d_wanted,) = gradients(found, [x]), gradients(wanted, [wide])
@@ -202,9 +204,9 @@ def test_only_the_input_the_low_rank_products_and_the_factors_are_kept() -> None
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        lora_projections(x, projections, Dropped(0.5, 1))
-    ranks = 3 * RANKS  # filled up with zeros
-    assert sum(kept.values()) == x.numel() + 128 * ranks + ranks * 64 + RANKS * (4 + 5 + 6)
+        lora_projections(x, projections, DropoutMask(0.5, 1))
+    ranks = 3 * RANK_MULTIPLE  # filled up with zeros
+    assert sum(kept.values()) == x.numel() + 128 * ranks + ranks * 64 + RANK_MULTIPLE * (4 + 5 + 6)
 
 
 def test_a_frozen_input_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,24 +261,24 @@ def test_slots_side_by_side_are_as_each_alone(
         [None if r == 0 else Update(numbers(r, 6), numbers(4 + i, r), 0.5 + i + k) for i, r in enumerate(ranks)]
         for k, (ranks, _) in enumerate(slots)
     ]
-    dropped = [None if p is None else Dropped(p, seed + k) for k, (_, p) in enumerate(slots)]
-    lanes: list[SlotGroup] = []
+    dropout = [None if p is None else DropoutMask(p, seed + k) for k, (_, p) in enumerate(slots)]
+    groups: list[SlotGroup] = []
     for k, mine in enumerate(updates):
-        before = lanes[-1] if lanes else None
+        before = groups[-1] if groups else None
         if before and [bool(u) for u in before.updates] == [u is not None for u in mine]:
             both = tuple((*u, one) if one else () for u, one in zip(before.updates, mine, strict=True))
-            lanes[-1] = SlotGroup(before.start, (k + 1) * rows, (*before.dropped, dropped[k]), both)
+            groups[-1] = SlotGroup(before.start, (k + 1) * rows, (*before.dropout, dropout[k]), both)
         else:
-            lanes.append(
-                SlotGroup(k * rows, (k + 1) * rows, (dropped[k],), tuple((one,) if one else () for one in mine))
+            groups.append(
+                SlotGroup(k * rows, (k + 1) * rows, (dropout[k],), tuple((one,) if one else () for one in mine))
             )
 
-    found = functional.lora_projections(x, frozen, lanes)
+    found = functional.lora_projections(x, frozen, groups)
     wanted = []
     for i, layer in enumerate(frozen):
         parts = [F.linear(x, layer.weight)]
         for k, mine in enumerate(updates):
-            part, update, drop = x[k * rows : (k + 1) * rows], mine[i], dropped[k]
+            part, update, drop = x[k * rows : (k + 1) * rows], mine[i], dropout[k]
             if update is not None:
                 if drop is not None:
                     part = part * drop.apply(torch.ones_like(part)) * drop.gain
@@ -297,14 +299,14 @@ def test_a_slot_has_the_same_bits_alone_and_beside_others_that_are_no_numbers(dt
     ranks, bad = (4, 40, 16, 8), {1: torch.nan, 2: torch.inf}
     a = [torch.full((r, 96), bad[i]) if i in bad else torch.randn(r, 96) / 9 for i, r in enumerate(ranks)]
     b = [torch.randn(64, r) for r in ranks]
-    dropped = [Dropped(p * (i + 1), i) if p else None for i in range(4)]
+    dropout = [DropoutMask(p * (i + 1), i) if p else None for i in range(4)]
     x = torch.randn(4 * 2, 16, 96).to(dtype)
 
     def run(slots: list[int]) -> list[Tensor]:
         updates = [Update(a[i].clone().requires_grad_(), b[i].clone().requires_grad_(), 0.7 + i) for i in slots]
         rows = torch.cat([x[2 * i : 2 * i + 2] for i in slots]).requires_grad_()
-        lane = SlotGroup(0, len(rows), tuple(dropped[i] for i in slots), (tuple(updates),))
-        (y,) = functional.lora_projections(rows, [DenseLinear(weight, None)], [lane])
+        group = SlotGroup(0, len(rows), tuple(dropout[i] for i in slots), (tuple(updates),))
+        (y,) = functional.lora_projections(rows, [DenseLinear(weight, None)], [group])
         y.float().square().sum().backward()
         assert rows.grad is not None
         found = [

@@ -27,9 +27,9 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many projections each call of the maths computed."""
     counts: list[int] = []
 
-    def counted(x: Tensor, frozen: list[FrozenLinear], lanes: list[SlotGroup]) -> tuple[Tensor, ...]:
+    def counted(x: Tensor, frozen: list[FrozenLinear], slot_groups: list[SlotGroup]) -> tuple[Tensor, ...]:
         counts.append(len(frozen))
-        return functional.lora_projections(x, frozen, lanes)
+        return functional.lora_projections(x, frozen, slot_groups)
 
     monkeypatch.setattr(shared_inputs, "lora_projections", counted)
     return counts
@@ -104,7 +104,7 @@ def test_a_layer_that_reads_something_else_after_all_is_computed_from_that(how: 
     together.clear()
     for _ in range(3):
         torch.testing.assert_close(model(x.clone()), wanted, rtol=1e-5, atol=1e-5)
-    assert together[-1] == 1  # learned that it was in vain
+    assert together[-1] == 1  # updated that it was in vain
 
 
 def test_what_is_computed_together_does_not_depend_on_which_adapters_are_in_use(llama, tokens, together) -> None:

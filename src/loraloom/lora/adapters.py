@@ -133,7 +133,7 @@ class LoraModel(RoutedModel):
                 "call set_adapter for another",
                 stacklevel=2,
             )
-        with self.lora_router.changing("delete_adapter", adapter_name):
+        with self.lora_router.exclusive("delete_adapter", adapter_name):
             self._set(active)
             self._remove(adapter_name)
 
@@ -261,7 +261,7 @@ class LoraModel(RoutedModel):
         self._check_names(names)
         self._check_together(what, names)
         merged = tuple(dict.fromkeys(names))
-        with self.lora_router.changing(what):
+        with self.lora_router.exclusive(what):
             merge.merge(self.lora_layers, merged)
             self._merged = merged
             self._follow()
@@ -270,7 +270,7 @@ class LoraModel(RoutedModel):
         """Bring back the frozen weights, bit for bit. The active adapters answer again."""
         if not self._merged:
             return
-        with self.lora_router.changing("unmerge_adapter"):
+        with self.lora_router.exclusive("unmerge_adapter"):
             merge.unmerge(self.lora_layers)
             self._merged = ()
             self._follow()
@@ -300,7 +300,7 @@ class LoraModel(RoutedModel):
     def unload(self) -> nn.Module:
         """The plain model as it was, bit for bit. This object is empty afterwards."""
         self.unmerge_adapter()
-        with self.lora_router.changing("unload"):
+        with self.lora_router.exclusive("unload"):
             self._slots.biases.install(())
             strip(self.model)
             return self._emptied()
@@ -315,7 +315,7 @@ class LoraModel(RoutedModel):
         self._slots.clear()
         self._modules.pop("biases", None)
         self.peft_config, self.lora_unreadable, self._active, self._merged = {}, {}, (), ()
-        self.lora_router.rest(Route())
+        self.lora_router.set_default(Route())
         return self.model
 
     # -- checks and plumbing ----------------------------------------------------------------------------------------

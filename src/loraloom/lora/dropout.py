@@ -18,7 +18,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
+class DropoutMask:
     """A dropout mask as numbers to make it again from: nothing of its size is stored.
 
     The bit of an element follows from ``seed``, its row and its place in the row, so it is the same whatever other
@@ -48,7 +48,7 @@ class Dropped:
         return masked(x, self.mask(x))
 
 
-def masks(x: Tensor, parts: Sequence[Dropped | None]) -> Tensor:
+def masks(x: Tensor, parts: Sequence[DropoutMask | None]) -> Tensor:
     """The masks of ``x`` [parts · rows · times, ...], whose parts of as many rows have one each; None keeps all."""
     times = next((part.times for part in parts if part is not None), 1)
     size, rows = x[:times].numel(), x.shape[0] // (len(parts) * times)
@@ -64,7 +64,7 @@ def masks(x: Tensor, parts: Sequence[Dropped | None]) -> Tensor:
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """``x`` where ``mask`` (see ``Dropped.mask``) keeps it, else 0."""
+    """``x`` where ``mask`` (see ``DropoutMask.mask``) keeps it, else 0."""
     return x.contiguous().view(mask.dtype).bitwise_and(mask).view(x.dtype)
 
 
@@ -103,7 +103,7 @@ def _signed16(word: int) -> int:
     return word - 2**16 if word >= 2**15 else word
 
 
-def dropout(x: Tensor, dropped: Dropped) -> Tensor:
+def dropout(x: Tensor, dropped: DropoutMask) -> Tensor:
     """``x`` with what ``dropped`` says set to 0 and the rest scaled, differentiable any number of times."""
     out: Tensor = _Dropout.apply(x, dropped)  # type: ignore[no-untyped-call]
     return out
@@ -111,7 +111,7 @@ def dropout(x: Tensor, dropped: Dropped) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: Dropped) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropped: DropoutMask) -> Tensor:
         ctx.dropped = dropped
         return dropped.apply(x).mul_(dropped.gain)
 

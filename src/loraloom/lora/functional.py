@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraloom.lora import matmul
-from loraloom.lora.dropout import Dropped, masked, masks
+from loraloom.lora.dropout import DropoutMask, masked, masks
 from loraloom.lora.frozen import FrozenLinear
 
 
@@ -76,37 +76,37 @@ class Update(NamedTuple):
 class SlotGroup(NamedTuple):
     """Slots whose rows lie one after another, equally many each, so that one batched product serves all of them.
 
-    ``start:stop`` are their rows together, of the first dimension of ``x``; None is all of it. ``dropped`` has the
+    ``start:stop`` are their rows together, of the first dimension of ``x``; None is all of it. ``dropout`` has the
     dropout of each slot. ``updates`` has, for each projection, one update for each slot, or none where the slots leave
     that projection alone.
     """
 
     start: int
     stop: int | None
-    dropped: tuple[Dropped | None, ...]
+    dropout: tuple[DropoutMask | None, ...]
     updates: tuple[tuple[Update, ...], ...]
 
 
 #: Ranks are filled up with zeros to a multiple of this, the numbers that a vector register holds. It costs nothing and
 #: is exact, and then a slot's numbers have the same bits whatever ranks stand beside it.
-RANKS = 16
+RANK_MULTIPLE = 16
 
 
-def lora_projections(x: Tensor, frozen: Sequence[FrozenLinear], lanes: Sequence[SlotGroup]) -> tuple[Tensor, ...]:
+def lora_projections(x: Tensor, frozen: Sequence[FrozenLinear], groups: Sequence[SlotGroup]) -> tuple[Tensor, ...]:
     """``gain · (x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ) + bias`` for several projections of one x: [..., in] → [..., out] each.
 
-    Each row's update and gain are those of its slot in ``lanes``; rows of different slots never meet in a product, and
-    rows in no lane get none. Lanes may share rows only where there is no gain. What is kept for the backward is ``x``
+    Each row's update and gain are those of its slot in ``groups``; rows of different slots never meet in a product, and
+    rows in no group get none. Lanes may share rows only where there is no gain. What is kept for the backward is ``x``
     once, ``x Aᵀ``, and the factors in the dtype of ``x``; with a gain also what it multiplies. Dropout masks are made
     again. Gradients flow to x, biases, a, b and gains; never to weights. They are exact, and cannot be differentiated
     a second time.
     """
-    updates = [one for lane in lanes for slots in lane.updates for one in slots]
+    updates = [one for group in groups for slots in group.updates for one in slots]
     factors = [factor for one in updates for factor in (one.a, one.b)]
     gains = [one.row_gain for one in updates if one.row_gain is not None]
     dtype = matmul.compute_dtype(x, differentiated=torch.is_grad_enabled())
     out: tuple[Tensor, ...] = _Projections.apply(  # type: ignore[no-untyped-call]
-        x, lanes, dtype, frozen, *[one.bias for one in frozen], *factors, *gains
+        x, groups, dtype, frozen, *[one.bias for one in frozen], *factors, *gains
     )
     return out
 
@@ -120,14 +120,14 @@ def scale_rows(y: Tensor, gain: Tensor, bias: Tensor | None, dim: int) -> Tensor
 
 
 class _Projections(torch.autograd.Function):
-    # Written for few calls: with small models and batches it is their number that takes the time. Where a lane has one
+    # Written for few calls: with small models and batches it is their number that takes the time. Where a group has one
     # slot its tensors are matrices, else batches of them.
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        lanes: Sequence[SlotGroup],
+        groups: Sequence[SlotGroup],
         dtype: torch.dtype,
         frozen: Sequence[FrozenLinear],
         *tensors: Tensor | None,
@@ -139,23 +139,23 @@ class _Projections(torch.autograd.Function):
         out = [_rows(y) for y in whole]
         kept: list[Tensor] = []
         scaled: list[Tensor] = []
-        for lane in lanes:
-            seen = _part(rows, lane, len(x))
-            if any(lane.dropped):
-                seen = _part(_rows(masked(wide[lane.start : lane.stop], _mask(wide, lane))), lane)
-            places = _places(lane)
-            joined, hidden = _all_a(lane, places, dtype), []
+        for group in groups:
+            seen = _rows_of(rows, group, len(x))
+            if any(group.dropout):
+                seen = _rows_of(_rows(masked(wide[group.start : group.stop], _mask(wide, group))), group)
+            places = _rank_slices(group)
+            joined, hidden = _stacked_a(group, places, dtype), []
             for i, place in places:
                 # Each on its own: the answer of one has the same bits whether or not others are computed beside it.
                 hidden.append(_mm(seen, joined[..., place, :].mT))
-                kept.append(_all_b(lane.updates[i], place.stop - place.start, _scales(lane, i, x)).to(dtype).mT)
-                mine = _part(out[i], lane, len(x))
+                kept.append(_stacked_b(group.updates[i], place.stop - place.start, _scales(group, i, x)).to(dtype).mT)
+                mine = _rows_of(out[i], group, len(x))
                 _add_mm(mine, hidden[-1], kept[-1])
-                if lane.updates[i][0].row_gain is not None:
-                    scaled += _scale(mine, lane.updates[i], frozen[i].bias)
+                if group.updates[i][0].row_gain is not None:
+                    scaled += _apply_gains(mine, group.updates[i], frozen[i].bias)
             kept += [joined, *hidden]
-        ctx.save_for_backward(*([x, *scaled, *kept] if lanes else ()))
-        ctx.frozen, ctx.lanes, ctx.shape, ctx.dtypes = frozen, lanes, x.shape, (x.dtype, dtype)
+        ctx.save_for_backward(*([x, *scaled, *kept] if groups else ()))
+        ctx.frozen, ctx.groups, ctx.shape, ctx.dtypes = frozen, groups, x.shape, (x.dtype, dtype)
         ctx.set_materialize_grads(False)
         return tuple(whole if wide is x else [y.to(x.dtype) for y in whole])
 
@@ -170,36 +170,36 @@ class _Projections(torch.autograd.Function):
         dys = [None if grad is None else _rows(grad.to(dtype)) for grad in grads]
         d_bias = [None if dy is None or not needed[4 + i] else dy.sum(0) for i, dy in enumerate(dys)]
         d_gains: list[Tensor | None] = []
-        for lane in ctx.lanes:
-            for i, slots in enumerate(lane.updates):
+        for group in ctx.groups:
+            for i, slots in enumerate(group.updates):
                 if slots and slots[0].row_gain is not None:
-                    d_gains += _unscale(dys, i, lane, kept, len(x))
+                    d_gains += _gain_gradients(dys, i, group, kept, len(x))
         dx: Tensor | None = None
         if needed[0]:
             for dy, one in zip(dys, frozen, strict=True):
                 if dy is not None:
                     dx = one.matmul_grad_input(dy, dx)
         factors: list[Tensor | None] = []
-        for lane in ctx.lanes:
-            places = _places(lane)
+        for group in ctx.groups:
+            places = _rank_slices(group)
             m = len(places)
             bs, joined, hidden = kept[:m], kept[m], kept[m + 1 : 2 * m + 1]
             del kept[: 2 * m + 1]
-            parts = [None if (dy := dys[i]) is None else _part(dy, lane, len(x)) for i, _ in places]
+            parts = [None if (dy := dys[i]) is None else _rows_of(dy, group, len(x)) for i, _ in places]
             below = [
                 torch.zeros_like(h) if dy is None else _mm(dy, b.mT)  # zero: the loss does not depend on that output
                 for h, dy, b in zip(hidden, parts, bs, strict=True)
             ]
             together = below[0] if len(below) == 1 else torch.cat(below, -1)
-            mask = _mask(x, lane) if any(lane.dropped) else None
-            mine = x[lane.start : lane.stop]
+            mask = _mask(x, group) if any(group.dropout) else None
+            mine = x[group.start : group.stop]
             d_a = None
             if True in needed[4 + n :]:
                 # One product for all A: a thin matrix costs hardly less than a wider one.
-                d_a = _mm(together.mT, _part(_rows(mine if mask is None else masked(mine, mask)), lane))
-            all_a = _each_a(d_a, lane, places)
+                d_a = _mm(together.mT, _rows_of(_rows(mine if mask is None else masked(mine, mask)), group))
+            all_a = _split_a(d_a, group, places)
             for (i, _), h, dy, d_as in zip(places, hidden, parts, all_a, strict=True):
-                slots = lane.updates[i]
+                slots = group.updates[i]
                 d_bs: Sequence[Tensor | None] = [None] * len(slots)
                 if dy is None:  # no gradient, as if it had been computed apart, and not one of zeros
                     d_as = [None] * len(slots)
@@ -207,19 +207,19 @@ class _Projections(torch.autograd.Function):
                     # (hᵀ dy)ᵀ and not dyᵀ h: the long side last is the faster product.
                     across = _mm(h.mT, dy).mT
                     scaled = torch.empty(across.shape, dtype=slots[0].b.dtype, device=x.device).copy_(across)
-                    d_bs = _each_b(scaled.mul_(_scales(lane, i, scaled)), slots)
+                    d_bs = _split_b(scaled.mul_(_scales(group, i, scaled)), slots)
                 factors += [one for pair in zip(d_as, d_bs, strict=True) for one in pair]
             if dx is not None:
-                target = _part(dx, lane, len(x))
+                target = _rows_of(dx, group, len(x))
                 if mask is None:
                     _add_mm(target, together, joined)
                 else:
-                    target.add_(_part(_rows(masked(_mm(together, joined).view(mine.shape), mask)), lane))
+                    target.add_(_rows_of(_rows(masked(_mm(together, joined).view(mine.shape), mask)), group))
         d_x = None if dx is None else dx.to(own).view(ctx.shape)
         return (d_x, None, None, None, *d_bias, *factors, *d_gains)
 
 
-def _scale(y: Tensor, slots: Sequence[Update], bias: Tensor | None) -> list[Tensor]:
+def _apply_gains(y: Tensor, slots: Sequence[Update], bias: Tensor | None) -> list[Tensor]:
     """Apply the gains of ``slots`` to their rows y, in place: [the gains, what they multiplied]."""
     gains = torch.stack([one.row_gain for one in slots if one.row_gain is not None]).to(y.dtype)
     gains = gains if y.dim() == 2 else gains[:, None]
@@ -230,64 +230,66 @@ def _scale(y: Tensor, slots: Sequence[Update], bias: Tensor | None) -> list[Tens
     return [gains, before]
 
 
-def _unscale(dys: list[Tensor | None], i: int, lane: SlotGroup, kept: list[Tensor], count: int) -> list[Tensor | None]:
-    """The gradients of the gains of a lane's projection ``i``; ``dys[i]`` becomes that of what they multiplied."""
+def _gain_gradients(
+    dys: list[Tensor | None], i: int, group: SlotGroup, kept: list[Tensor], count: int
+) -> list[Tensor | None]:
+    """The gradients of the gains of a group's projection ``i``; ``dys[i]`` becomes that of what they multiplied."""
     gains, before = kept.pop(0), kept.pop(0)
     whole = dys[i]
     if whole is None:
-        return [None] * len(lane.dropped)
+        return [None] * len(group.dropout)
     whole = dys[i] = whole.clone()  # the gradient that came is others' too
-    dy = _part(whole, lane, count)
-    each = (dy * before).reshape(len(lane.dropped), -1, dy.shape[-1]).sum(1)
+    dy = _rows_of(whole, group, count)
+    each = (dy * before).reshape(len(group.dropout), -1, dy.shape[-1]).sum(1)
     dy.mul_(gains)
-    return [one.to(slot.row_gain.dtype) for one, slot in zip(each, lane.updates[i], strict=True)]  # type: ignore[union-attr]
+    return [one.to(slot.row_gain.dtype) for one, slot in zip(each, group.updates[i], strict=True)]  # type: ignore[union-attr]
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _part(rows: Tensor, lane: SlotGroup, count: int | None = None) -> Tensor:
-    """The lane's rows of a matrix that has equally many for each of ``count``, or of one that holds no others.
+def _rows_of(rows: Tensor, group: SlotGroup, count: int | None = None) -> Tensor:
+    """The group's rows of a matrix that has equally many for each of ``count``, or of one that holds no others.
 
     A view, [rows, ·] or [slots, rows, ·].
     """
-    if count and lane.stop is not None:
+    if count and group.stop is not None:
         times = rows.shape[0] // count
-        rows = rows[lane.start * times : lane.stop * times]
-    slots = len(lane.dropped)
+        rows = rows[group.start * times : group.stop * times]
+    slots = len(group.dropout)
     return rows if slots == 1 else rows.view(slots, rows.shape[0] // slots, rows.shape[1])
 
 
-def _places(lane: SlotGroup) -> list[tuple[int, slice]]:
-    """The projections that a lane adapts, and which of the ranks that it has in all are theirs."""
+def _rank_slices(group: SlotGroup) -> list[tuple[int, slice]]:
+    """The projections that a group adapts, and which of the ranks that it has in all are theirs."""
     found, start = [], 0
-    for i, slots in enumerate(lane.updates):
+    for i, slots in enumerate(group.updates):
         if slots:
-            stop = start + _width(one.a.shape[0] for one in slots)
+            stop = start + _padded_rank(one.a.shape[0] for one in slots)
             found.append((i, slice(start, stop)))
             start = stop
     return found
 
 
-def _width(ranks: Iterable[int]) -> int:
-    return -(-max(ranks) // RANKS) * RANKS
+def _padded_rank(ranks: Iterable[int]) -> int:
+    return -(-max(ranks) // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
-def _all_a(lane: SlotGroup, places: Sequence[tuple[int, slice]], dtype: torch.dtype) -> Tensor:
+def _stacked_a(group: SlotGroup, places: Sequence[tuple[int, slice]], dtype: torch.dtype) -> Tensor:
     """A of all projections, one below the other with zeros between: [ranks, in], or [slots, ranks, in]."""
     parts = []
-    for slot in range(len(lane.dropped)):
+    for slot in range(len(group.dropout)):
         for i, place in places:
-            a = lane.updates[i][slot].a
+            a = group.updates[i][slot].a
             parts.append(a)
             if lacking := place.stop - place.start - a.shape[0]:
                 parts.append(a.new_zeros(lacking, a.shape[1]))
     joined = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
-    return joined if len(lane.dropped) == 1 else joined.view(len(lane.dropped), -1, joined.shape[1])
+    return joined if len(group.dropout) == 1 else joined.view(len(group.dropout), -1, joined.shape[1])
 
 
-def _all_b(slots: Sequence[Update], width: int, scale: float | Tensor) -> Tensor:
+def _stacked_b(slots: Sequence[Update], width: int, scale: float | Tensor) -> Tensor:
     """``scale · B`` with zeros beside it up to ``width``: [out, width], or [slots, out, width]."""
     if all(one.b.shape[1] == width for one in slots):
         return (slots[0].b if len(slots) == 1 else torch.stack([one.b for one in slots])) * scale
@@ -301,22 +303,24 @@ def _all_b(slots: Sequence[Update], width: int, scale: float | Tensor) -> Tensor
     return torch.cat(parts, 1).view(-1, len(slots), width).transpose(0, 1) * scale
 
 
-def _each_a(gradient: Tensor | None, lane: SlotGroup, places: Sequence[tuple[int, slice]]) -> list[list[Tensor | None]]:
-    """Projection → slot → its own part of the gradient of ``_all_a``."""
-    count = len(lane.dropped)
+def _split_a(
+    gradient: Tensor | None, group: SlotGroup, places: Sequence[tuple[int, slice]]
+) -> list[list[Tensor | None]]:
+    """Projection → slot → its own part of the gradient of ``_stacked_a``."""
+    count = len(group.dropout)
     if gradient is None:
         return [[None] * count for _ in places]
-    own = gradient.to(lane.updates[places[0][0]][0].a.dtype)
+    own = gradient.to(group.updates[places[0][0]][0].a.dtype)
     widths = [place.stop - place.start for _, place in places]
     parts = [torch.split(part, widths) for part in ([own] if count == 1 else own.unbind())]
     return [
-        [_first(parts[slot][n], lane.updates[i][slot].a.shape[0]) for slot in range(count)]
+        [_first(parts[slot][n], group.updates[i][slot].a.shape[0]) for slot in range(count)]
         for n, (i, _) in enumerate(places)
     ]
 
 
-def _each_b(gradient: Tensor, slots: Sequence[Update]) -> list[Tensor]:
-    """Slot → its own part of the gradient of ``_all_b``."""
+def _split_b(gradient: Tensor, slots: Sequence[Update]) -> list[Tensor]:
+    """Slot → its own part of the gradient of ``_stacked_b``."""
     parts = [gradient] if len(slots) == 1 else gradient.unbind()
     return [_first(part.T, one.b.shape[1]).T for part, one in zip(parts, slots, strict=True)]
 
@@ -325,15 +329,15 @@ def _first(rows: Tensor, count: int) -> Tensor:
     return rows if rows.shape[0] == count else rows[:count]
 
 
-def _scales(lane: SlotGroup, i: int, like: Tensor) -> float | Tensor:
+def _scales(group: SlotGroup, i: int, like: Tensor) -> float | Tensor:
     """Each slot's scale, and what its dropout asks for, as one number or [slots, 1, 1]."""
     scales = [
-        one.scale if dropped is None else one.scale * dropped.gain
-        for one, dropped in zip(lane.updates[i], lane.dropped, strict=True)
+        one.scale if dropout is None else one.scale * dropout.gain
+        for one, dropout in zip(group.updates[i], group.dropout, strict=True)
     ]
     if len(set(scales)) == 1:
         return scales[0]
-    return _column(tuple(scales), lane.updates[i][0].b.dtype, like.device)
+    return _column(tuple(scales), group.updates[i][0].b.dtype, like.device)
 
 
 @lru_cache(1024)
@@ -343,8 +347,8 @@ def _column(scales: tuple[float, ...], dtype: torch.dtype, device: torch.device)
         return torch.tensor(scales, dtype=dtype, device=device).view(-1, 1, 1)
 
 
-def _mask(x: Tensor, lane: SlotGroup) -> Tensor:
-    return masks(x[lane.start : lane.stop], lane.dropped)
+def _mask(x: Tensor, group: SlotGroup) -> Tensor:
+    return masks(x[group.start : group.stop], group.dropout)
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ _REMEMBERED, _CALLS = 1024, 256
 _number = torch._C._autograd._get_sequence_nr
 
 
-class SeedBook:
+class SeedLog:
     """The dropout seeds that layers drew in checkpointed regions of a forward, for those who repeat them.
 
     Torch's generator is one for all threads, so what it is set back to for a repetition may be gone when a layer asks.
@@ -65,7 +65,7 @@ def _open_regions() -> int:
     return max(count, 1)
 
 
-class Timeline:
+class PlanHistory:
     """The plans of one thread in the order in which they began, by the sequence number of the next autograd node."""
 
     def __init__(self) -> None:

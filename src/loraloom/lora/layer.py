@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loraloom.config.peft_compat import seen_as
 from loraloom.lora import functional
 from loraloom.lora.dispatch import Frame, Router
-from loraloom.lora.dropout import Dropped, dropout
+from loraloom.lora.dropout import DropoutMask, dropout
 from loraloom.lora.kinds import forward_of
 from loraloom.lora.routing import Route
 from loraloom.lora.variants.base import PLAIN, Shapes, Variant
@@ -157,7 +157,7 @@ class LoraLayer(nn.Module):
             route = frame.plan.route
             if frame.plan.probe is not None:
                 frame.plan.probe.look(self.name, x)
-            frame.reading.read(self, x)
+            frame.inputs.read(self, x)
         if not route.blocks:
             for slot in route.active:
                 if slot in self.r:
@@ -201,7 +201,7 @@ class LoraLayer(nn.Module):
         """What names the dropout of this layer's input."""
         return self.name
 
-    def drops(self, slot: str) -> bool:
+    def has_dropout(self, slot: str) -> bool:
         """Whether the slot has dropout, be it off at the moment."""
         return bool(getattr(self.lora_dropout._modules[slot], "p", 0.0))
 
@@ -210,17 +210,17 @@ class LoraLayer(nn.Module):
         drop: Any = self.lora_dropout._modules[slot]
         return getattr(drop, "p", 0.0) if drop.training else 0.0
 
-    def dropped(self, slot: str, times: int = 1, frame: Frame | None = None) -> Dropped | None:
+    def dropout_mask(self, slot: str, times: int = 1, frame: Frame | None = None) -> DropoutMask | None:
         """The dropout of one slot in this forward; each row has ``times`` places of the input's first dimension."""
         p = self.dropout_p(slot)
         if not p:
             return None
-        return Dropped(p, (frame or self.router.frame).dropout_seed(slot, self.input_name, self.name), times)
+        return DropoutMask(p, (frame or self.router.frame).dropout_seed(slot, self.input_name, self.name), times)
 
-    def drop(self, slot: str, x: Tensor, times: int) -> Tensor:
+    def apply_dropout(self, slot: str, x: Tensor, times: int) -> Tensor:
         if torch.compiler.is_compiling():
             return F.dropout(x, self.dropout_p(slot))
-        dropped = self.dropped(slot, times)
+        dropped = self.dropout_mask(slot, times)
         return x if dropped is None else dropout(x, dropped)
 
     # -- merging: see lora.merge, which alone swaps and restores ------------------------------------------------

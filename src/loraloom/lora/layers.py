@@ -39,7 +39,7 @@ class LoraLinear(LoraLayer):
         vars(self)["_current"] = current
 
     def update(self, slot: str, x: Tensor, times: int = 1) -> Tensor:
-        return functional.lora_linear(self.drop(slot, x, times), *self.factors(slot), self.scaling[slot])
+        return functional.lora_linear(self.apply_dropout(slot, x, times), *self.factors(slot), self.scaling[slot])
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         if torch.compiler.is_compiling() and self._current is not None:
@@ -49,7 +49,7 @@ class LoraLinear(LoraLayer):
             return y + functional.lora_linear(seen, a, b, scale).to(y.dtype)
         if torch.compiler.is_compiling() or (linear := self.fusable(input, frame := self.router.frame)) is None:
             return super().forward(input, *args, **kwargs)
-        return frame.reading.project(self, linear, input, frame, self.router.lanes)
+        return frame.inputs.project(self, linear, input, frame, self.router.slot_groups)
 
     def fusable(self, x: Tensor, frame: Frame) -> FrozenLinear | None:
         """The frozen layer, if ``functional.lora_projections`` can do what this layer is to do with ``x``.
@@ -226,13 +226,15 @@ class LoraConv(LoraLayer):
         base = self.base_layer
         assert isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         a, b = self.factors(slot)
-        return functional.lora_conv(self.drop(slot, x, times), a, b, self.scaling[slot], self._convolve, base.groups)
+        return functional.lora_conv(
+            self.apply_dropout(slot, x, times), a, b, self.scaling[slot], self._convolve, base.groups
+        )
 
-    def drop(self, slot: str, x: Tensor, times: int) -> Tensor:
+    def apply_dropout(self, slot: str, x: Tensor, times: int) -> Tensor:
         # Of [rows, channels, places] a place's mask is to be the same however many places come after it, as in a text.
         if x.dim() != 3:
-            return super().drop(slot, x, times)
-        return super().drop(slot, x.transpose(1, 2), times).transpose(1, 2)
+            return super().apply_dropout(slot, x, times)
+        return super().apply_dropout(slot, x.transpose(1, 2), times).transpose(1, 2)
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         base: Any = self.base_layer

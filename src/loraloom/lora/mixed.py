@@ -57,13 +57,13 @@ def in_one_forward(
 
     ``prove`` looks whose rows are where, and says whether that is known at a site of the model then.
     """
-    router = lora.lora_router
-    for attempt in range(2 if router.together(slots) else 0):
+    rows = lora.lora_router.rows
+    for attempt in range(2 if rows.may_share_forward(slots) else 0):
         try:
             return (run(),)
         except Unproven as reason:
             if attempt or not prove(reason.site):
-                router.refute(reason.site, slots)
+                rows.note_failure(reason.site, slots)
                 break
     return None
 
@@ -84,7 +84,7 @@ def prove(lora: LoraModel, look: Run, args: tuple[Any, ...], kwargs: Mapping[str
     given = [*args, *kwargs.values()]
     rows = _rows_in(given, names)
     other = _unlike_the_first(given, rows)
-    if other is None or lora.lora_router.is_refuted(site) or lora.lora_router.elsewhere():
+    if other is None or site in lora.lora_router.rows.indivisible or lora.lora_router.other_plans():
         return False
     probe = RowProbe(rows, other)
     kwargs = {key: value for key, value in kwargs.items() if key not in _CACHES}
@@ -100,7 +100,7 @@ def prove(lora: LoraModel, look: Run, args: tuple[Any, ...], kwargs: Mapping[str
     except Exception:  # a model that cannot be run with a row alone shows nothing
         return False
     probe.finish()
-    lora.lora_router.learn_rows(probe)
+    lora.lora_router.rows.record(probe.proven, probe.failed)
     return site in probe.proven
 
 

@@ -104,7 +104,7 @@ class ModulesToSaveWrapper(nn.Module):
         def one(slot: str, rows: Tensor, where: slice | Tensor) -> Tensor:
             module = self.modules_to_save[slot] if slot in self.modules_to_save else self.original_module  # noqa: SIM401
             placed, named = ((rows, *args[1:]), kwargs) if args else ((), {**kwargs, key: rows})
-            with self.lora_router.using(route.alone(slot)):  # for the layers inside
+            with self.lora_router.with_route(route.alone(slot)):  # for the layers inside
                 out: Tensor = self._call(module, *placed, **named)
             return out
 

@@ -55,7 +55,7 @@ class RoutedModel(nn.Module):
     @property
     def lora_enabled(self) -> bool:
         """Whether the active adapters answer: not inside ``disable_adapter``, which each thread enters for itself."""
-        return self._enabled and not self.lora_router.plan_here().disabled
+        return self._enabled and not self.lora_router.current_plan().disabled
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -80,9 +80,9 @@ class RoutedModel(nn.Module):
     def _follow(self, by_hand: bool = False) -> None:
         """Let layers, heads and biases follow what is set. Merged adapters answer, active or not, and they alone."""
         route = Route(active=self._merged or (self._active if self._enabled else ()))
-        if by_hand or route.active != self.lora_router.resting.active:
-            self.lora_router.rest(route)
-        self._install(self.lora_router.resting)
+        if by_hand or route.active != self.lora_router.default.active:
+            self.lora_router.set_default(route)
+        self._install(self.lora_router.default)
         if self._slots.biases.slots:
             self._modules["biases"] = self._slots.biases
         else:
@@ -99,7 +99,7 @@ class RoutedModel(nn.Module):
         biases = self._slots.biases
         if not (biases.slots or self._compiled):
             return
-        if any(plan.route.active != route.active or plan.route.blocks for plan in self.lora_router.elsewhere()):
+        if any(plan.route.active != route.active or plan.route.blocks for plan in self.lora_router.other_plans()):
             if what is None:
                 return
             raise AdapterError(
@@ -142,7 +142,7 @@ class RoutedModel(nn.Module):
             if torch.compiler.is_compiling():
                 yield
                 return
-            with self.following(self.lora_router.plan_here()):
+            with self.following(self.lora_router.current_plan()):
                 yield
             return
         names = list(adapter_names)
@@ -152,7 +152,7 @@ class RoutedModel(nn.Module):
             return
         self._check_unmerged("adapter_names")
         route = Route.of_rows(names, dropout_seeds or {})
-        plan = replace(self.lora_router.plan_here(), route=route, batch=Batch(route.rows) if route.blocks else None)
+        plan = replace(self.lora_router.current_plan(), route=route, batch=Batch(route.rows) if route.blocks else None)
         with self.following(plan, "adapter_names"), self._noting(plan.batch, inputs):
             yield
 
@@ -167,7 +167,7 @@ class RoutedModel(nn.Module):
                 yield
             finally:
                 stack.close()
-                self._install(self.lora_router.outer)
+                self._install(self.lora_router.enclosing_route)
 
     @contextmanager
     def _noting(self, batch: Batch | None, inputs: Iterable[Any]) -> Iterator[None]:

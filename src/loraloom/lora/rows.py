@@ -70,6 +70,36 @@ class Batch:
         return self.only_rows or places in {rows * length for rows, length in self.pairs}
 
 
+class RowSites:
+    """What probes have shown of a model's sites, and which slots therefore cannot share a forward."""
+
+    def __init__(self) -> None:
+        self._proven: dict[str, int] = {}
+        self.indivisible: frozenset[str] = frozenset()
+        self.separate: set[frozenset[str]] = set()
+
+    def places(self, site: str, leading: torch.Size, batch: Batch) -> int | None:
+        """How many places of an input's first dimension each row of ``batch`` has at ``site``, if that is known."""
+        if not leading:
+            return None
+        proven = self._proven.get(site)
+        known = batch.certain(leading) or (proven is not None and batch.plausible(leading[0], proven))
+        return leading[0] // batch.rows if known else None
+
+    def record(self, proven: Mapping[str, int], failed: Iterable[str]) -> None:
+        self.indivisible = self.indivisible | {*failed}
+        self._proven = {site: n for site, n in {**self._proven, **proven}.items() if site not in {*failed}}
+
+    def may_share_forward(self, slots: Iterable[str]) -> bool:
+        """Whether these may go through one forward, as far as it is known."""
+        return not self.separate or frozenset(slots) not in self.separate
+
+    def note_failure(self, site: str, slots: Iterable[str]) -> None:
+        """``slots`` could not share a forward because of ``site``: for good, if a probe has shown it."""
+        if site in self.indivisible:
+            self.separate.add(frozenset(slots))
+
+
 def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among ``values``, those inside lists and mappings as well."""
     for value in values:

@@ -51,7 +51,7 @@ class Slots:
             autocast: keep a slot's tensors in float32 where the layer computes in half precision.
             tensors: a file's. The slot's own of these shapes are left without numbers, for the caller to fill.
         """
-        self._router.forget()
+        self._router.reset()
         locator, variant = ModuleLocator(self._model), variant_of(made.config)
         there = places([(target.name, target.kind) for target in made.targets])
         for target in made.targets:
@@ -114,17 +114,17 @@ class Slots:
         self.layers = {name: layer for name, layer in self.layers.items() if layer.slots}
         self.saved = {name: wrapper for name, wrapper in self.saved.items() if len(wrapper.modules_to_save)}
         self.biases.hook(self._router, self.layers)
-        self._router.forget()
+        self._router.reset()
 
     def clear(self) -> None:
         """Forget all slots, whose wrappers are gone from the model already."""
         self.biases.unhook()
         self.layers, self.saved, self.biases = {}, {}, Biases()
-        self._router.forget()
+        self._router.reset()
 
     def exclusive(self, what: str, made: Plan) -> AbstractContextManager[None]:
         """For the length of an addition of ``made``: other threads may run the model, unless biases change in it."""
-        return self._router.changing(what) if self.biases.slots or made.biases else nullcontext()
+        return self._router.exclusive(what) if self.biases.slots or made.biases else nullcontext()
 
     def tensors_of(self, slot: str) -> dict[str, Tensor]:
         """Every tensor of one slot, live, under PEFT's key for it in a file (with ``base_model.model.``)."""

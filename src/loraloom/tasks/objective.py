@@ -114,7 +114,7 @@ class Objective:
 
         def head(hidden: Tensor) -> Tensor:  # also called in the backward
             assert self._head is not None
-            with router.using(alone):
+            with router.with_route(alone):
                 found: Tensor = self._head(hidden)
             return self._logits(found)
 
