@@ -307,12 +307,23 @@ def test_the_quickstarts_search_is_shown_with_what_it_recommends(page: str, tmp_
 
 
 def _figures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    return _script("figures")
+
+
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("page", ["docs/train.md", "docs/tune.md", "docs/zh/train.md", "docs/zh/tune.md"])
+def test_the_tables_of_options_are_those_of_the_config_classes(page: str) -> None:
+    options = _script("options")
+    assert page in options.PAGES
+    assert text_of(page) == options.refreshed(page), "run python docs/options.py"
 
 
 def test_the_page_on_the_command_line_names_every_option() -> None:
@@ -328,12 +339,13 @@ def test_the_page_on_the_command_line_has_every_option_of_a_run_with_its_key_and
     from dataclasses import MISSING, fields
 
     from loraloom.config.names import TASKS
-    from loraloom.config.runfile import KEYS
+    from loraloom.config.runfile import KEYS, OPTIONS
     from loraloom.config.train import TrainConfig
 
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text_of("docs/train.md").splitlines()]
     said = {row[1].strip("`"): row for row in rows if len(row) == 4 and re.fullmatch(r"`[\w.]+`", row[1])}
-    assert said.keys() == set(KEYS.values())
+    adapter = {key for key, one in OPTIONS.items() if one.section == "lora" and one.help}
+    assert said.keys() == {*KEYS.values(), *adapter}
     decided = {**dict.fromkeys(("optim_args", "columns"), "none"), "report_to": "tensorboard"}
     for spec in fields(TrainConfig):
         if spec.name == "lora":
@@ -345,7 +357,7 @@ def test_the_page_on_the_command_line_has_every_option_of_a_run_with_its_key_and
         if spec.name in decided:
             assert default == decided[spec.name]
         elif wanted is MISSING:
-            assert default == "needed", spec.name
+            assert default == "required", spec.name
         elif wanted is None:
             assert not re.fullmatch(r"[\d.e-]+|true|false", default), spec.name
         elif isinstance(wanted, bool | str):
@@ -398,7 +410,7 @@ def test_the_page_on_the_search_names_every_option_key_preset_and_advice() -> No
     page = text_of("docs/tune.md")
     command = typer.main.get_command(cli.app).commands["tune"]
     words = {o for parameter in command.params for o in parameter.opts if o.startswith("-")}
-    words |= {"preset", *(spec.name for spec in fields(TuneConfig) if spec.name != "train")}
+    words |= {"tune.preset", *(f"tune.{spec.name}" for spec in fields(TuneConfig) if spec.name != "train")}
     words |= {key.partition(".")[2] for key in _VARY}
     for file in Path(diagnostics.__file__).parent.glob("*.py"):
         words |= set(re.findall(r'Advice\(\s*"(\w+)"', file.read_text(encoding="utf-8")))
