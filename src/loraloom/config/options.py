@@ -44,6 +44,9 @@ class Option:
     #: What starter files have, and commands that are given neither this option nor a run file.
     starter: Any = None
     flags: tuple[str, ...] = ()
+    #: The version that brought it, if later than 0.1. At its default it then has no part in what a search is known by,
+    #: so that folders from before stay what they were.
+    since: str = ""
     name: str = ""
     default: Any = None
 

@@ -102,6 +102,7 @@ class TrainConfig(Options):
         "Loss of your own, my_module:my_function of (outputs, batch), one value a row",
         unset="the task's",
         search="same",
+        since="0.2",
     )
     optim: str = _train(
         "adamw", text("adamw or the name of a class of torch.optim", ""), "adamw, or a class of torch.optim"

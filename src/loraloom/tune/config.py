@@ -120,6 +120,9 @@ class TuneConfig(SearchOptions):
         for name, option in options_of(SearchOptions).items():
             if option.resume == "nothing":
                 del values[name]
+        for name, option in options_of(TrainConfig).items():
+            if option.since and values["train"][name] == option.default:
+                del values["train"][name]
         for name in ("output", "overwrite", *(["date"] if self.train.date is None else [])):
             del values["train"][name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
