@@ -64,7 +64,7 @@ def test_a_loaded_model_trains_as_its_folder_does_and_keeps_its_own_dtype(
     assert run.model.get_base_model() is model
     assert "dtype: float32" in (run.adapter / "run.yaml").read_text()
     assert run.record["options"]["model"].startswith("given:BertForSequenceClassification-")
-    with pytest.raises(ModelError, match="given as an object by a program, and can be used from that program alone"):
+    with pytest.raises(ModelError, match="passed as an object by a program, and only that program can use it"):
         train(config=run.adapter / "run.yaml", output=tmp_path / "again", quiet=True)
 
 

@@ -117,7 +117,7 @@ def test_one_process_where_accelerate_was_asked_for_two_is_said(
     launcher = ("accelerate.commands.launch", "--cpu", "--num_processes")
     given = ["--model", decoder_folder, "--data", chats, "--task", "causal-lm", "--output", tmp_path / "o"]
     ended = train(2, *given, "--dry-run", launcher=launcher)
-    assert (ended.returncode, "warning: accelerate launch started one process alone" in ended.stdout) == (0, True)
+    assert (ended.returncode, "warning: accelerate launch started only one process" in ended.stdout) == (0, True)
 
 
 @pytest.mark.slow

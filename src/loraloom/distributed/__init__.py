@@ -1,1 +1,1 @@
-"""Launch and process group: which device, which rows, and what the processes add up."""
+"""Launch and process group: device, sharding of rows, and collectives."""

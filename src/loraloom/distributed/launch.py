@@ -1,4 +1,4 @@
-"""Where a run takes place: its device, and the processes that share it, as torchrun, accelerate or MPI started them."""
+"""The device of a run, and the processes that torchrun, accelerate or MPI started for it."""
 
 from __future__ import annotations
 
@@ -18,49 +18,52 @@ class Placement:
 
 
 def find(device: str | None) -> Placement:
-    """The device of this process (``None``: an accelerator where there is one), and its world.
+    """The device of this process (``None``: an accelerator if any), and its process group.
 
-    Started by ``torchrun``, ``accelerate launch`` or MPI, the processes find each other here, through accelerate.
+    Initialises the process group through accelerate if ``torchrun``, ``accelerate launch`` or MPI started several
+    processes.
 
     Raises:
-        ConfigError: no such device, or processes that cannot come together. Begins with ``device``.
+        ConfigError: no such device, or no group can be formed. Begins with ``device``.
     """
     if device is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):  # accelerate launch --cpu
         device = "cpu"
     if (size := started()) > 1:
         if "MASTER_ADDR" not in os.environ:
             raise ConfigError(
-                f"device: MPI started {size} processes that do not know where to meet; set MASTER_ADDR to the "
-                "address of the first one's machine (127.0.0.1, where there is one machine)"
+                f"device: MPI started {size} processes without an address to meet at; set MASTER_ADDR to the "
+                "address of the machine of rank 0 (127.0.0.1 for a single machine)"
             )
         from accelerate import PartialState
 
         wanted = _known(device) if device is not None else None
         state = PartialState(cpu=(wanted is not None and wanted.type == "cpu") or not torch.cuda.is_available())
         if wanted is not None and wanted.index is not None:
-            raise ConfigError(f"device: each process has one of its own, found {device!r}; give its kind, or nothing")
-        world = ProcessGroup.here()
-        if world.size != size:  # each would train by itself, into the same folder
             raise ConfigError(
-                f"device: MPI started {size} processes, which come together on a CPU alone; give cpu, or start them "
+                f"device: each process has its own, found {device!r}; give only the kind, such as cuda, or leave it out"
+            )
+        world = ProcessGroup.here()
+        if world.size != size:  # each would train separately, into the same folder
+            raise ConfigError(
+                f"device: MPI started {size} processes, which can form a group only on a CPU; give cpu, or start them "
                 "with torchrun"
             )
         return Placement(torch.device("cpu") if state.device.type == "cpu" else state.device, world)
     return Placement(_known(device) if device is not None else _best(), SINGLE)
 
 
-#: What torchrun calls it, and the kinds of MPI.
+#: Environment variables of torchrun and of the implementations of MPI.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def started() -> int:
-    """How many processes this one was started with."""
+    """Number of processes that were started, including this one."""
     return _told(_SIZES, 1)
 
 
 def rank() -> int:
-    """Which of them this is, known before they have found each other."""
+    """Rank of this process, known before the process group is initialised."""
     return _told(_RANKS, 0)
 
 
@@ -70,16 +73,16 @@ def _told(names: tuple[str, ...], otherwise: int) -> int:
 
 
 def single_process_warning() -> str:
-    """What to say where ``accelerate launch`` was asked for several processes and started one, as it does on a CPU.
+    """A warning if ``accelerate launch`` was given several processes and started one, as on a CPU; otherwise empty.
 
-    It leaves an address for them to meet at, and no number of them.
+    It then sets the address of a process group, but no number of processes.
     """
     alone = started() == 1 and "WORLD_SIZE" not in os.environ
     if not alone or not {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return ""
     return (
-        "accelerate launch started one process alone, as it does on a CPU whatever --num_processes says; for several "
-        "give it --multi_gpu, which works on a CPU too, or use torchrun --nproc-per-node"
+        "accelerate launch started only one process: on a CPU it ignores --num_processes; for several, give it "
+        "--multi_gpu, which works on a CPU too, or use torchrun --nproc-per-node"
     )
 
 

@@ -1,8 +1,8 @@
-"""The processes that train together, of which there is mostly one: who has which rows, and what they add up.
+"""The processes that train together (usually one): sharding of rows, and collectives.
 
-Every process holds the whole adapter and takes its share of the rows of every batch; the gradients are summed before
-the step, so that all stay the same, and the result is that of one process with the whole batch. Knows
-torch.distributed, no model.
+Every process holds the whole adapter and takes its share of the rows of every batch. Gradients are summed before the
+step, so all adapters stay equal, and the result is that of one process with the whole batch. Knows torch.distributed,
+no model.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """``size`` processes, this one being ``rank``. Every method is called by all of them, in the same order."""
+    """``size`` processes; this one is ``rank``. Collectives must be called by all ranks, in the same order."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def here(cls) -> ProcessGroup:
-        """That of torch.distributed, where it was initialised; else this process alone."""
+        """The group of torch.distributed if it is initialised; otherwise a group of this process."""
         distributed = torch.distributed
         if not distributed.is_available() or not distributed.is_initialized():
             return cls()
@@ -36,20 +36,20 @@ class ProcessGroup:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the process that writes files and talks."""
+        """True on rank 0, which writes files and logs."""
         return self.rank == 0
 
     def shard(self, rows: Sequence[T]) -> list[T]:
-        """The rows of this process."""
+        """The rows of this rank."""
         return list(rows[self.rank :: self.size])
 
     def sum(self, tensor: Tensor) -> None:
-        """In place, over all processes."""
+        """All-reduce in place."""
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
 
     def total(self, value: float) -> float:
-        """The sum of a number over all processes."""
+        """The sum of a number over all ranks."""
         if self.size == 1:
             return value
         held = torch.tensor([value], dtype=torch.float64, device=self._device)
@@ -57,18 +57,18 @@ class ProcessGroup:
         return float(held)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+        """True if ``flag`` is true on any rank."""
         return flag if self.size == 1 else self.total(float(flag)) > 0
 
     def agree(self, flag: bool) -> bool:
-        """What the first process says, whose clock counts."""
+        """The flag of rank 0, for decisions that depend on its clock."""
         return flag if self.size == 1 else self.total(float(flag and self.is_main_process)) > 0
 
     def main_process_first(self, act: Callable[[], object]) -> None:
-        """Let the first process ``act`` for all. What it raises, ends all of them.
+        """Run ``act`` on rank 0 only, and fail on all ranks if it raises.
 
         Raises:
-            InputError: the first process did.
+            InputError: rank 0 raised one.
         """
         problem: InputError | None = None
         if self.is_main_process:
@@ -77,10 +77,10 @@ class ProcessGroup:
             except InputError as error:
                 problem = error
         if self.any(problem is not None):
-            raise problem or InputError("the first process says what is wrong")
+            raise problem or InputError("rank 0 reports what is wrong")
 
     def gather(self, found: T) -> list[T]:
-        """What each process found, in the order of their ranks."""
+        """The objects of all ranks, in order of rank."""
         if self.size == 1:
             return [found]
         everyone: list[T] = [found] * self.size
@@ -88,7 +88,7 @@ class ProcessGroup:
         return everyone
 
     def barrier(self) -> None:
-        """For all others to come here."""
+        """Wait for all ranks."""
         if self.size > 1:
             torch.distributed.barrier()
 
@@ -98,5 +98,5 @@ class ProcessGroup:
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
-#: The usual one.
+#: A single process.
 SINGLE = ProcessGroup()

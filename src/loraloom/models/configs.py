@@ -1,7 +1,7 @@
-"""Questions to a model's config, answered for every config: flat ones, composite ones, those that lack the field.
+"""Fields of a model's config, for every kind of config: flat, composite, or without the field.
 
 A model of several parts (text and images, encoder and decoder) keeps most fields in the configs of its parts. No other
-file reads such a field. Knows transformers' configs by their attributes alone and imports nothing.
+file reads such a field. Uses only attributes of transformers' configs and imports nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
-#: Model types that number positions from the padding token on.
+#: Model types that number positions starting after the padding token.
 _SHIFTED = (
     *("roberta", "camembert", "mpnet", "longformer", "data2vec-text", "xmod", "ernie_m", "luke", "mluke"),
     *("ibert", "lilt", "markuplm", "layoutlmv3", "esm"),
 )
-#: The number of positions under other names, of models that cannot read more.
+#: Other names of the field with the number of positions, for models with a fixed limit.
 _POSITIONS = {
     "mpt": "max_seq_len",
     "led": "max_decoder_position_embeddings",
@@ -26,7 +26,7 @@ _POSITIONS = {
 
 
 def levels(config: Any) -> list[Any]:
-    """``config``, and the configs of the parts in it, each once, the outermost first."""
+    """``config`` and the configs of its parts, each once, outermost first."""
     found: list[Any] = []
     waiting = [config]
     while waiting:
@@ -39,7 +39,7 @@ def levels(config: Any) -> list[Any]:
 
 
 def text_part(config: Any) -> Any:
-    """The config of the part that reads and writes text: ``config`` itself where there are no parts."""
+    """The config of the part that reads and writes text; ``config`` itself if the model has no parts."""
     get = getattr(config, "get_text_config", None)
     if get is None:
         return config
@@ -53,7 +53,7 @@ def text_part(config: Any) -> Any:
 
 
 def field(config: Any, name: str, default: Any = None) -> Any:
-    """One field of one config; ``default`` where it has none, or another for each layer, which some raise for."""
+    """One field of one config; ``default`` if it is missing, or if it differs between layers and the config raises."""
     try:
         return getattr(config, name, default)
     except Exception:
@@ -61,7 +61,7 @@ def field(config: Any, name: str, default: Any = None) -> Any:
 
 
 def ask(config: Any, name: str, default: Any = None) -> Any:
-    """The field ``name`` of the config or of its text part; ``default`` where neither has it, or it is None."""
+    """The field ``name`` of the config or of its text part; ``default`` if both lack it or have None."""
     for one in (config, text_part(config)) if config is not None else ():
         found = field(one, name)
         if found is not None:
@@ -70,19 +70,19 @@ def ask(config: Any, name: str, default: Any = None) -> Any:
 
 
 def token(config: Any, which: str) -> int | None:
-    """The number of the ``pad``, ``eos`` or ``bos`` token; of several end tokens the first."""
+    """The id of the ``pad``, ``eos`` or ``bos`` token; the first of several."""
     found = tokens(config, which)
     return found[0] if found else None
 
 
 def tokens(config: Any, which: str) -> list[int]:
-    """All numbers of the ``pad``, ``eos`` or ``bos`` token: a model may end a text with any of several."""
+    """All ids of the ``pad``, ``eos`` or ``bos`` token: a model may have several end tokens."""
     found = ask(config, f"{which}_token_id")
     return [] if found is None else list(found) if isinstance(found, list | tuple) else [found]
 
 
 def set_token(config: Any, which: str, number: int) -> bool:
-    """Make ``number`` the ``which`` token at every level that has text. Returns whether anything changed."""
+    """Set the id of the ``which`` token at every level with text. Returns whether anything changed."""
     name, text = f"{which}_token_id", text_part(config)
     changed = False
     for one in levels(config):
@@ -94,13 +94,13 @@ def set_token(config: Any, which: str, number: int) -> bool:
 
 
 def vocabulary(config: Any) -> int | None:
-    """Tokens that the model's config counts."""
+    """Size of the vocabulary in the model's config."""
     found = field(text_part(config), "vocab_size") if config is not None else None
     return found if isinstance(found, int) else None
 
 
 def width(config: Any) -> int | None:
-    """Numbers in a hidden state."""
+    """Size of the hidden state."""
     found = field(text_part(config), "hidden_size") if config is not None else None
     return found if isinstance(found, int) and found > 0 else None
 
@@ -110,18 +110,18 @@ def has_decoder_and_encoder(config: Any) -> bool:
 
 
 def is_decoder(config: Any) -> bool:
-    """An encoder's config that is set to decode: it reads a text in one direction."""
+    """True for an encoder whose config makes it a decoder, with causal attention."""
     return bool(ask(config, "is_decoder", False))
 
 
 def segments(config: Any) -> int:
-    """Kinds of segments that the model tells apart: 2 where its config does not say."""
+    """Number of segment types (token types): 2 if the config has none."""
     found = ask(config, "type_vocab_size", 2)
     return found if isinstance(found, int) else 2
 
 
 def tokens_at_most(config: Any) -> int | None:
-    """How many tokens a model reads at once; None where its config sets no limit."""
+    """The maximum number of tokens of a row; None if the config sets no limit."""
     part = text_part(config)
     kind = str(field(part, "model_type", ""))
     name = _POSITIONS.get(kind, "max_position_embeddings")
@@ -133,15 +133,15 @@ def tokens_at_most(config: Any) -> int | None:
 
 
 _caching = Lock()
-#: Configs whose cache is off for now: the object, forwards that need it off, what it said before.
+#: Configs whose cache is turned off at the moment: the object, users of ``without_cache``, the previous value.
 _off: dict[int, tuple[Any, int, Any]] = {}
 
 
 @contextmanager
 def without_cache(config: Any) -> Iterator[None]:
-    """Within it, no forward of a model with this config fills a cache of keys and values unless it is asked to.
+    """Context in which no forward of a model with this config fills a cache of keys and values by default.
 
-    Not every forward has an argument for it: some read their config alone. Threads may be in it together.
+    Some forwards have no argument for it and read only the config. Safe for concurrent threads.
     """
     mine = [one for one in levels(config) if hasattr(one, "use_cache")] if config is not None else []
     with _caching:

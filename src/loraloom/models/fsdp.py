@@ -1,6 +1,6 @@
-"""The frozen model in parts, one on each process (FSDP2): layers are gathered as they run. Adapters stay whole.
+"""The frozen model sharded over the processes (FSDP2): layers are gathered as they run. Adapters are replicated.
 
-Nothing of the base is trained, so nothing of it is reduced: its parts are gathered, used and let go of.
+The base has no gradients to reduce: its shards are gathered, used and freed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from loraloom.models.activation_checkpointing import repeated
 
 
 def shard(model: PeftModel, place: Placement) -> None:
-    """Spread the frozen tensors of ``model`` over the processes of ``place``; adapters go to its device.
+    """Shard the frozen tensors of ``model`` over the processes of ``place``; adapters go to its device.
 
-    All processes hold the whole model on the CPU before, and come here together.
+    Collective. Before the call every process holds the whole model on the CPU.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -28,12 +28,12 @@ def shard(model: PeftModel, place: Placement) -> None:
 
     base: Any = model.get_base_model()
     kept = {p for name in model.peft_config for p in model.adapter_parameters(name).values()}
-    # The loss reads the head's weight itself, a few tokens at a time; gathered for each it would only travel.
+    # The loss reads the head's weight in chunks of tokens, and would gather it for each chunk.
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     kept |= set(head.parameters()) if head is not None else set()
     mesh = init_device_mesh(place.device.type, (place.world.size,))
     trunk = getattr(base, getattr(base, "base_model_prefix", ""), base)
-    # Without it what is first called would be taken for the last to be let go of, and kept.
+    # By default FSDP2 does not reshard the root's modules after the forward.
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": kept, "reshard_after_forward": True}
     for layer in list(repeated(model)):
         fully_shard(layer, **options)
@@ -45,7 +45,7 @@ def shard(model: PeftModel, place: Placement) -> None:
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether it is in parts."""
+    """Whether the model is sharded."""
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(module, FSDPModule) for module in model.modules())
@@ -53,10 +53,10 @@ def sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def whole_but_layers(model: nn.Module) -> Iterator[None]:
-    """For a while embeddings, norms and the like are whole on every process, and layers alone gathered as they run.
+    """Context in which modules outside the layers (embeddings, norms) stay gathered on every process.
 
-    Then a part of the model, such as an encoder, can be called by itself, and what every token needs is gathered once.
-    The model has run as a whole before; all processes come here together.
+    A part of the model, such as an encoder, can then be called by itself, and weights that every token needs are
+    gathered once. Collective. The model must have run as a whole before.
     """
     from torch.distributed.fsdp import FSDPModule
 

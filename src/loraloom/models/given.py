@@ -1,6 +1,6 @@
-"""A model that a program has loaded, in place of a folder or hub name: held under a name while a run uses it.
+"""A loaded model, passed as an object instead of a folder or hub name: registered under a name while a run uses it.
 
-The name follows from the class and the weights, so that a run that is resumed finds the same name for the same model.
+The name is derived from the class and the weights, so that a resumed run finds the same name for the same model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from loraloom.config import objects
 from loraloom.errors import ConfigError, ModelError
 
-#: Elements of each tensor that are looked at to tell models apart.
+#: Elements of each tensor that enter the hash.
 SAMPLE = 256
 
 
@@ -36,14 +36,14 @@ class GivenModel:
         return built
 
     def check(self, auto: str, labels: int | None) -> None:
-        """That the model has the head that a task needs.
+        """Check that the model has the head that the task needs.
 
         Args:
             auto: transformers' class that loads a model for the task.
-            labels: outputs of the head; None where the head is that of a language model.
+            labels: outputs of the head; None for the head of a language model.
 
         Raises:
-            ModelError: it has not; says how to load one that has.
+            ModelError: it does not; the message says how to load one that does.
         """
         kind = type(self.model).__name__
         if labels is None:
@@ -63,10 +63,10 @@ class GivenModel:
 
 @contextlib.contextmanager
 def hold_model(model: Any, tokenizer: Any) -> Iterator[str]:
-    """Within it the loaders know ``model`` by the name that this gives.
+    """Context in which the loaders find ``model`` under the returned name.
 
     Raises:
-        ConfigError: it is no model of transformers, or has adapters already; its tokenizer is missing.
+        ConfigError: not a model of transformers, or one with adapters; or the tokenizer is missing.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ConfigError(f"model: a folder, a hub name or a model of transformers, found {type(model).__name__}")
@@ -80,24 +80,24 @@ def hold_model(model: Any, tokenizer: Any) -> Iterator[str]:
 
 
 def find(name: str) -> GivenModel | None:
-    """The model that is held under ``name``.
+    """The model that is registered under ``name``.
 
     Raises:
-        ModelError: the name is that of a given model which is not held: of an earlier program, say.
+        ModelError: the name belongs to an object of another program.
     """
     found = objects.find(name)
     if isinstance(found, GivenModel):
         return found
     if name.startswith(objects.GIVEN):
         raise ModelError(
-            f"model: {name} was given as an object by a program, and can be used from that program alone; give the "
+            f"model: {name} was passed as an object by a program, and only that program can use it; give the "
             "folder or hub name that it was loaded from"
         )
     return None
 
 
 def hash_of_weights(model: nn.Module) -> str:
-    """Of the shapes of all tensors and of some elements of each: another model is noticed, in no time."""
+    """SHA-256 of the shapes and dtypes of all tensors and of a sample of their elements."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())

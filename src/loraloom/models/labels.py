@@ -1,4 +1,4 @@
-"""Whether a ready classifier's head is for the classes of the data: by their names, never by their number alone."""
+"""Whether a trained classifier head fits the classes of the data: by their names, never only by their number."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _GENERIC = re.compile(r"LABEL_\d+")
-#: Names that a message shows.
+#: Maximum number of names in a message.
 SHOWN = 5
 
 
@@ -18,15 +18,15 @@ def known_labels(config: Any) -> list[str]:
 
 
 def generic(names: Sequence[str]) -> bool:
-    """``LABEL_0``, ``LABEL_1``, ...: nobody named the classes."""
+    """``LABEL_0``, ``LABEL_1``, ...: the classes have no names."""
     return all(_GENERIC.fullmatch(name) for name in names)
 
 
 def as_the_model(names: Sequence[str], config: Any) -> list[str] | None:
-    """``names`` of the data in the order in which the model numbers the same classes; None where it has others.
+    """``names`` of the data in the order of the model's classes; None if the model has other classes.
 
-    Case, and what parts words, make no difference where names stay distinct without them. Whole numbers from 0 on are
-    the classes of a model that does not name them.
+    Case and word separators are ignored if the names remain distinct. Integers from 0 on match the classes of a model
+    without names.
     """
     known = known_labels(config)
     if len(known) != len(names):

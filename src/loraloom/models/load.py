@@ -1,4 +1,4 @@
-"""From a folder or name to a model and its tokenizer, and which of its modules came without weights."""
+"""Load a model and its tokenizer from a folder or hub name, and report which of its modules have no weights there."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """
     tokenizer = given.tokenizer if (given := find(name)) else _read_tokenizer(name, revision)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        # What transformers makes up for a folder without a tokenizer: every text would be unknown tokens.
+        # transformers makes this up for a folder without a tokenizer: every text would be unknown tokens.
         raise ModelError(f"{name}: holds no tokenizer, only special tokens; copy tokenizer.json into it")
     if tokenizer.pad_token_id is None:
-        # Padding is masked out, so any token does; the end token is there in every model that lacks a pad token.
+        # Padding is masked, so any token works; models without a pad token have an end token.
         if tokenizer.eos_token is None:
             raise ModelError(f"{name}: its tokenizer has neither a pad nor an end-of-text token; set pad_token in it")
         tokenizer.pad_token = tokenizer.eos_token
@@ -54,7 +54,7 @@ def load_config(name: str, revision: str | None = None) -> Any:
     """The config of a folder or name.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: the config is missing or cannot be read.
     """
     from transformers import AutoConfig
 
@@ -68,15 +68,15 @@ def load_config(name: str, revision: str | None = None) -> Any:
 
 
 def load_limit(name: str, revision: str | None = None) -> int | None:
-    """``tokens_at_most`` of a folder or name, from its config alone."""
+    """``tokens_at_most`` of a folder or name, from its config only."""
     return tokens_at_most(load_config(name, revision))
 
 
 def length_within(limit: int | None, wanted: int | None, name: str) -> int:
-    """``max_length`` for a model that reads ``limit`` tokens: ``wanted``, or by default at most 512.
+    """``max_length`` for a model with a maximum of ``limit`` tokens: ``wanted``, or by default at most 512.
 
     Raises:
-        ConfigError: more are wanted than the model reads.
+        ConfigError: ``wanted`` exceeds the model's maximum.
     """
     if wanted is None:
         return min(512, limit or 512)
@@ -97,14 +97,14 @@ def load_base(
     tokenizer: Any = None,
     log: Log = info,
 ) -> tuple[nn.Module, list[str]]:
-    """The model for ``task`` in ``dtype``, and the modules whose weights the folder lacks (a new head, say).
+    """The model for ``task`` in ``dtype``, and the modules whose weights the folder lacks (such as a new head).
 
     Args:
-        labels: the classes or tags by number, none for regression. A head that the folder has for the same names in
-            the same order is kept, one for others makes way for a new one.
-        problem_type: what a label of seq-cls is, by default one class.
-        tokenizer: whose padding token becomes the config's; by default it is loaded where the task needs it.
-        say: receives what was changed and the user should know.
+        labels: the classes or tags by number, empty for regression. A head in the folder is kept if it has the same
+            names in the same order, and replaced by a new one otherwise.
+        problem_type: the kind of label of seq-cls, by default a single class.
+        tokenizer: its padding token is set in the config; by default it is loaded if the task needs it.
+        log: receives changes that the user should know.
 
     Raises:
         ModelError: no such folder, no model in it, a damaged file, or no architecture for the task.
@@ -119,7 +119,7 @@ def load_base(
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype),
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # a head for other labels makes way for a new one; see _check_new
+        "ignore_mismatched_sizes": True,  # a head for other labels is replaced by a new one; see _check_new
         **_source(name, revision),
         **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         **task.head(labels, problem_type),
@@ -169,15 +169,15 @@ def _auto(name: str, config: Any, task: ModelTask) -> Any:
 
 
 def _same_ends(name: str, model: nn.Module, task: ModelTask, tokenizer: Any, log: Log) -> None:
-    """Let the model's config have the tokenizer's padding token, by which a decoder finds a text's last token.
+    """Set the tokenizer's padding token in the config: a decoder finds a row's last token by it.
 
-    Models with encoder and decoder find it by the end token.
+    Encoder-decoder models find it by the end token.
     """
     config: Any = model.config
     both = has_decoder_and_encoder(config)
     if both and ask(config, "decoder_start_token_id") is None:
         start = field(field(model, "generation_config"), "decoder_start_token_id")
-        config.decoder_start_token_id = tokenizer.pad_token_id if start is None else start  # T5's, where none is named
+        config.decoder_start_token_id = tokenizer.pad_token_id if start is None else start  # T5's default
     by_end = both and task.by_last_token and "gemma" not in config.model_type
     if by_end and tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ModelError(
@@ -199,7 +199,7 @@ def _same_ends(name: str, model: nn.Module, task: ModelTask, tokenizer: Any, log
 def _own_head(
     name: str, model: Any, config: Any, labels: Sequence[str], new: set[str], mismatched: set[str], log: Log
 ) -> set[str]:
-    """Reinitialise what the number of classes shapes, if the folder's head is for other classes. Returns the names."""
+    """If the folder's head has other classes, reinitialise the parameters that they shape. Returns their names."""
     inside = f"{model.base_model_prefix}."
     there = {key for key, _ in model.named_parameters() if not key.startswith(inside)} - new
     if not labels or in_order(labels, config) or not (there or mismatched):
@@ -219,7 +219,7 @@ def _own_head(
 
 
 def _by_labels(model: Any) -> list[str]:
-    """The parameters whose shape follows from the number of classes."""
+    """The parameters whose shape depends on the number of classes."""
     config = copy.deepcopy(model.config)
     config.num_labels = model.config.num_labels + 1
     with torch.device("meta"):
@@ -229,16 +229,16 @@ def _by_labels(model: Any) -> list[str]:
 
 
 def _source(name: str, revision: str | None) -> dict[str, Any]:
-    """Where transformers looks for ``name``: in its cache alone where the hub cannot be reached."""
+    """Arguments that make transformers look for ``name`` only in its cache if the hub cannot be reached."""
     here = {"local_files_only": True} if not Path(name).exists() and network.unreachable() else {}
     return here | ({"revision": revision} if revision else {})
 
 
 def _check_new(name: str, model: Any, task: ModelTask, new: set[str], mismatched: set[str]) -> None:
-    """A new head is what fine-tuning is for. Anything else without weights is a folder that is not whole."""
+    """A new head is expected in fine-tuning. Any other module without weights means an incomplete folder."""
     inside = f"{model.base_model_prefix}."
     head = {key for key in new if task.new_head and not key.startswith(inside)}
-    # Many encoders are published without their pooler, which only a classifier reads.
+    # Many encoders are published without their pooler, which only a classifier uses.
     head |= {key for key in new - mismatched if task.without_pooler and ".pooler." in f".{key}"}
     lost = sorted(new - head)
     if lost:
@@ -259,7 +259,7 @@ def _check_direction(name: str, config: Any, task: ModelTask) -> None:
 def build_empty(
     name: str, task: ModelTask, labels: int = 2, problem_type: str | None = None, *, revision: str | None = None
 ) -> nn.Module:
-    """The model without its weights (on the meta device), for planning: needs the folder's config alone."""
+    """The model without its weights (on the meta device), for planning: needs only the folder's config."""
     if given := find(name):
         return given.empty()
     config = load_config(name, revision)
@@ -279,7 +279,7 @@ def build_empty(
 
 
 def _check_folder(name: str, revision: str | None) -> None:
-    """Say what is wrong with a local path before a library takes it for a hub name."""
+    """Report errors of a local path before a library treats it as a hub name."""
     path = Path(name)
     if not name.strip():
         raise ConfigError(f"model: must be a path or a name, found {name!r}")

@@ -1,4 +1,4 @@
-"""Classifiers of transformers that read a row by where its batch ends, and the padding with which they read the row."""
+"""Classifiers of transformers whose result depends on the end of the batch, and the padding that makes them correct."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Inputs = Mapping[str, Tensor]
 
 
 def for_rows(config: Any) -> Callable[[Inputs], Inputs] | None:
-    """What has to be done to a batch that is padded on the right, so that each row is classified as it is alone.
+    """How to change a right-padded batch so that each row is classified as in a batch of its own.
 
     None for nearly all models, which find a row's last token by themselves.
     """
@@ -29,7 +29,7 @@ def for_rows(config: Any) -> Callable[[Inputs], Inputs] | None:
 
 
 def to_the_right(inputs: Inputs) -> Inputs:
-    """Rows end side by side, for a model that classifies by the last place. [rows, length] of each tensor."""
+    """Left padding, for a model that classifies by the last position. Each tensor is [rows, length]."""
     mask = inputs.get("attention_mask")
     if mask is None:
         return inputs
@@ -40,7 +40,7 @@ def to_the_right(inputs: Inputs) -> Inputs:
 
 
 def one_more(inputs: Inputs, pad: int) -> Inputs:
-    """One place of padding behind the longest row, where the decoder would leave out the row's last token."""
+    """One position of padding after the longest row, for a decoder that would otherwise drop the row's last token."""
     ids = inputs["input_ids"]
     out = dict(inputs)
     out.setdefault("attention_mask", torch.ones_like(ids))

@@ -1,4 +1,4 @@
-"""Which class of transformers loads a config for text, and which part of a model of several parts reads the text."""
+"""Which class of transformers loads a config for text, and which part of a multimodal model reads the text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from loraloom.lora.auto import AUTO_CLASS
 from loraloom.lora.targets import plan
 from loraloom.models.configs import field, has_decoder_and_encoder, is_decoder, text_part
 
-#: Auto classes whose models write text, and read more than text.
+#: Auto classes of models that generate text from text and other input.
 _WITH_TEXT = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
 def auto_class(config: Any, wanted: str) -> str | None:
-    """``wanted``, or for a causal language model with images or sound the class that has it; None where none does."""
+    """``wanted``, or the multimodal class of a causal language model; None if no class has this config."""
     import transformers
 
     names = [wanted]
@@ -32,7 +32,7 @@ def auto_class(config: Any, wanted: str) -> str | None:
 
 
 def reads_both_ways(config: Any) -> bool:
-    """It reads a text in both directions: there is a masked language model of its kind, and it is not set to decode."""
+    """Bidirectional attention: the type has a masked language model, and the config does not make it a decoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     known = config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation")
@@ -40,7 +40,7 @@ def reads_both_ways(config: Any) -> bool:
 
 
 def why_none(config: Any, task: str) -> str:
-    """Why there is no class for this config: it reads no text, or no text for this task."""
+    """Why no class loads this config: the model reads no text, or has no class for this task."""
     what = reads(config)
     if what in ("images", "sound"):
         kind = "an image" if what == "images" else "an audio"
@@ -76,7 +76,7 @@ def reads(config: Any) -> str:
 
 
 def text_modules(model: Any) -> list[str] | None:
-    """The names of the outermost modules that read text, in a model that reads more; None where all of it does."""
+    """The names of the outermost modules that read text in a multimodal model; None if the whole model does."""
     config = getattr(model, "config", None)
     part = text_part(config) if config is not None else None
     if part is config or has_decoder_and_encoder(config):
@@ -90,9 +90,9 @@ def text_modules(model: Any) -> list[str] | None:
 
 
 def one_way(model: Any) -> bool:
-    """Let the text part of a model with images read in one direction, where it reads a prompt in both (PaliGemma).
+    """Make the text part of an image-text model causal if it reads prompts bidirectionally (PaliGemma).
 
-    Returns whether anything changed. Else a text without a prompt would show the model what it is to predict.
+    Returns whether anything changed. Otherwise a text without a prompt would see the tokens that it has to predict.
     """
     part = text_part(model.config)
     if part is model.config or field(part, "use_bidirectional_attention") is not True:
@@ -105,9 +105,9 @@ def one_way(model: Any) -> bool:
 
 
 def text_only(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """``config`` that leaves alone what no text goes through: towers for images and sound, and their projections.
+    """``config`` that excludes modules that process no text: towers for images and sound, and their projections.
 
-    The same config where it adapts nothing of them. What is excluded is an expression that PEFT reads alike.
+    The same config if it adapts none of them. ``exclude_modules`` gets an expression that PEFT reads in the same way.
     """
     parts = text_modules(model)
     if parts is None:

@@ -1,4 +1,4 @@
-"""The part of a task that loading a model asks about. Tasks themselves lie above this package."""
+"""The members of a task that loading a model needs. The tasks are in a higher package."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from loraloom.lora.auto import AUTO_CLASS
 
 
 class ModelTask:
-    """Members that a task does not set have the values below."""
+    """Defaults of the members."""
 
     name: str
     #: PEFT's name
     task_type: TaskType
-    #: what a class is called; empty where labels are no classes
+    #: the word for a class; empty if labels are not classes
     class_word = ""
-    #: most folders lack the head, and it is trained in full
+    #: the head is usually missing in the folder and is trained in full
     new_head = False
-    #: a decoder answers at the row's last token, which it finds by its config's padding token
+    #: a decoder predicts at the row's last token, which it finds by its config's padding token
     by_last_token = False
-    #: text is read in one direction, also by models that read a prompt in both
+    #: attention is causal, also in models that read a prompt bidirectionally
     one_way = False
-    #: a model whose folder lacks the pooler will do
+    #: the folder may lack the pooler
     without_pooler = False
 
     @property
     def auto_class(self) -> str:
-        """The class of transformers that has a model for it."""
+        """The class of transformers that loads a model for the task."""
         return AUTO_CLASS[self.task_type]
 
     @property
@@ -37,11 +37,11 @@ class ModelTask:
         return TASK_HEADS.get(self.task_type, ())
 
     def head(self, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
-        """What the config says of a new head."""
+        """Fields of the config for a new head."""
         return {}
 
     def key_mapping(self, config: Any) -> dict[str, str]:
-        """Patterns of names of weights that the published folder has under others."""
+        """Patterns of weight names in the published folder → the model's names."""
         return {}
 
     def check_model(self, name: str, config: Any) -> None:
