@@ -30,7 +30,7 @@ from loraloom.config.lora_checks import (
     RANKS,
 )
 from loraloom.config.options import Options, option, options_of
-from loraloom.config.peft_compat import seen_as
+from loraloom.config.peft_compat import SeenAsPeft
 from loraloom.errors import ConfigError, nearest, short
 from loraloom.files.atomic import write_files
 
@@ -175,7 +175,7 @@ def _unsupported(default: Any, variant: bool = False) -> Any:
 
 
 @dataclass(kw_only=True)
-class LoraConfig(Options, PeftConfig):
+class LoraConfig(SeenAsPeft, Options, PeftConfig):
     """The settings of one LoRA adapter, checked when made.
 
     The update of a module is ``scale · B A x`` with ``A: [r, in]``, ``B: [out, r]`` and ``scale`` equal to
@@ -258,6 +258,7 @@ class LoraConfig(Options, PeftConfig):
 
     #: What of a file's fields was left out, and why; not a field.
     notes: ClassVar[tuple[str, ...]] = ()
+    peft_class: ClassVar[tuple[str, str]] = ("peft.tuners.lora.config", "LoraConfig")
     # What peft's get_peft_model asks of a config: TRL calls it with ``peft_config=``.
     _custom_modules: ClassVar[None] = None
 
@@ -273,17 +274,6 @@ class LoraConfig(Options, PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern: has no effect without layers_to_transform; set both or neither")
-
-    @property
-    def __class__(self) -> type:
-        return seen_as(type(self), "peft.tuners.lora.config", "LoraConfig")
-
-    @__class__.setter
-    def __class__(self, cls: type) -> None:
-        object.__dict__["__class__"].__set__(self, cls)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return object.__new__, (type(self),), vars(self)
 
     def copy(self, **changes: Any) -> LoraConfig:
         """A checked copy that shares nothing with this config, with ``changes`` applied."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 
 def seen_as(cls: type, module: str = "peft", name: str = "") -> type:
@@ -25,6 +25,24 @@ def seen_as(cls: type, module: str = "peft", name: str = "") -> type:
     mine: Any = cls
     both: type = _both(mine, theirs)
     return both
+
+
+class SeenAsPeft:
+    """What ``isinstance`` takes for a class of peft's, once peft is loaded; copied and pickled as what it is."""
+
+    #: the class: its module in peft and its name
+    peft_class: ClassVar[tuple[str, str]]
+
+    @property
+    def __class__(self) -> type:
+        return seen_as(type(self), *self.peft_class)
+
+    @__class__.setter
+    def __class__(self, cls: type) -> None:  # also how FSDP2 marks a module
+        object.__dict__["__class__"].__set__(self, cls)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return object.__new__, (type(self),), vars(self)  # pickle's own way asks for the class that others see
 
 
 @lru_cache(1024)

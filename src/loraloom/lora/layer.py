@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraloom.config.peft_compat import seen_as
+from loraloom.config.peft_compat import SeenAsPeft
 from loraloom.lora import functional
 from loraloom.lora.dispatch import Frame, Router
 from loraloom.lora.dropout import DropoutMask, dropout
@@ -47,12 +47,11 @@ def put(module: nn.Module, training: bool, tables: Mapping[str, Mapping[str, Any
     state["training"] = training
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(SeenAsPeft, nn.Module):
     """A frozen ``base_layer`` and, for each slot that adapts it, tensors: ``A``, ``B`` and those of its variant."""
 
     kind = ""
-    #: PEFT's class for such a layer.
-    peft_name = "LoraLayer"
+    peft_class = ("peft.tuners.lora.layer", "LoraLayer")
     #: The base module's name in the model.
     name: str
     base_layer: nn.Module
@@ -284,19 +283,6 @@ class LoraLayer(nn.Module):
     def like(self) -> tuple[torch.device, torch.dtype]:
         """Where a slot's tensors lie, and the dtype of what the layer computes."""
         return self.frozen_weight.device, self.frozen_weight.dtype
-
-    # -- what others see: see config/peft_compat.py -------------------------------------------------------------
-
-    @property
-    def __class__(self) -> type:
-        return seen_as(type(self), "peft.tuners.lora.layer", self.peft_name)
-
-    @__class__.setter
-    def __class__(self, cls: type) -> None:  # also how FSDP2 marks a module
-        object.__dict__["__class__"].__set__(self, cls)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return object.__new__, (type(self),), vars(self)  # pickle's own way asks for the class that others see
 
     # -- the face that models expect of the layer they had ------------------------------------------------------
 

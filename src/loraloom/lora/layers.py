@@ -22,7 +22,7 @@ class LoraLinear(LoraLayer):
     """Weight [out, in]."""
 
     kind = "Linear"
-    peft_name = "Linear"
+    peft_class = ("peft.tuners.lora.layer", "Linear")
     #: A, B, scale and dropout module of the one slot in use. A compiled model reads these and no names, so that another
     #: adapter of the same shapes can take the place without compiling anew.
     _current: tuple[Tensor, Tensor, float, Any] | None = None
@@ -130,7 +130,7 @@ class LoraEmbedding(LoraLayer):
     """Weight [vocabulary, dim], A [r, vocabulary], B [dim, r]. Dropout does not apply to whole numbers."""
 
     kind = "Embedding"
-    peft_name = "Embedding"
+    peft_class = ("peft.tuners.lora.layer", "Embedding")
 
     _max_norm: float | None = None
 

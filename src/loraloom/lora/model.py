@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from torch import Tensor, nn
 
 from loraloom.config.lora import LoraConfig, PeftType, TaskType
-from loraloom.config.peft_compat import seen_as
+from loraloom.config.peft_compat import SeenAsPeft
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.lora import checkpoint, mixed, status, trainer_compat
 from loraloom.lora.adapters import LoraModel
@@ -85,12 +85,13 @@ def _delegated(method: Callable[Concatenate[LoraModel, P], R]) -> Callable[Conca
     return update_wrapper(call, method)
 
 
-class PeftModel(nn.Module):
+class PeftModel(SeenAsPeft, nn.Module):
     """A frozen model with adapters. Attributes that it lacks are looked up in the model underneath."""
 
-    #: this class and the model's, of which ``guise`` made the class of this object
+    #: this class and the model's, of which ``trainer_compat`` made the class of this object
     made_of: tuple[type[nn.Module], type[nn.Module]]
     peft_type = PeftType.LORA
+    peft_class = ("peft", "")  # the one for its task
 
     def __init__(
         self,
@@ -108,16 +109,6 @@ class PeftModel(nn.Module):
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
             self.set_adapter(adapter_name)
-
-    # -- what others see: see guise -------------------------------------------------------------------------------
-
-    @property
-    def __class__(self) -> type:
-        return seen_as(type(self))
-
-    @__class__.setter
-    def __class__(self, cls: type) -> None:  # also how FSDP2 marks a module
-        object.__dict__["__class__"].__set__(self, cls)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return (trainer_compat.blank, self.made_of, *super().__reduce_ex__(max(protocol, 2))[2:])

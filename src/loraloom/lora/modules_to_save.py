@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.config.peft_compat import seen_as
+from loraloom.config.peft_compat import SeenAsPeft
 from loraloom.errors import AdapterError
 from loraloom.lora.dispatch import Router
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.rows import leading
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(SeenAsPeft, nn.Module):
     """Calls the copy of the slot that the route names, or the original for slots without one.
 
     A copy of a half-precision module is kept in float32: its optimizer needs the digits. Inputs are cast to it,
     outputs back to the original's dtype. Names in memory are PEFT's.
     """
+
+    peft_class = ("peft.utils.other", "ModulesToSaveWrapper")
 
     def __init__(self, original: nn.Module, router: Router, name: str = "") -> None:
         super().__init__()
@@ -30,17 +32,6 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.lora_router = router
         self.training = self.modules_to_save.training = original.training
-
-    @property
-    def __class__(self) -> type:
-        return seen_as(type(self), "peft.utils.other", "ModulesToSaveWrapper")
-
-    @__class__.setter
-    def __class__(self, cls: type) -> None:
-        object.__dict__["__class__"].__set__(self, cls)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return object.__new__, (type(self),), vars(self)  # pickle's own way asks for the class that others see
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """For peft's own functions, which accelerate calls: of this module's tensors those of one adapter's copy."""

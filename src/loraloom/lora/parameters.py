@@ -29,7 +29,7 @@ class LoraParameter(LoraLayer):
     """
 
     kind = "Parameter"
-    peft_name = "ParamWrapper"
+    peft_class = ("peft.tuners.lora.layer", "ParamWrapper")
 
     @property
     def parameter_name(self) -> str:
