@@ -102,6 +102,9 @@ CHINESE = {
     "Share of the steps in which the learning rate rises": "学习率上升阶段占总步数的比例",
     "Steps in which it rises, instead of a share": "上升阶段的步数，代替比例",
     "Share of the steps in which warmup_stable_decay falls": "warmup_stable_decay 下降阶段占总步数的比例",
+    "Loss of your own, my_module:my_function of (outputs, batch), one value a row": (
+        "你自己的损失，my_module:my_function，参数为 (outputs, batch)，每行一个值"
+    ),
     "adamw, or a class of torch.optim": "adamw，或者 torch.optim 的一个类",
     'Arguments of that class, such as {"momentum": 0.9}': '该类的参数，例如 {"momentum": 0.9}',
     "Weight decay of the optimizer": "优化器的权重衰减",
