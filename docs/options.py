@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from loraloom.config.keys import OPTIONS
 from loraloom.config.options import GROUPS, NEEDED, Option
-from loraloom.config.runfile import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("docs/train.md", "docs/tune.md", "docs/zh/train.md", "docs/zh/tune.md")
@@ -21,10 +21,8 @@ BLOCK = re.compile(r"(<!-- options: ([\w ]+) -->\n).*?(<!-- /options -->)", re.D
 
 CHINESE = {
     # Run
-    "Pretrained model: a folder or a name on the hub": "预训练模型：本地目录，或者 Hub 上的名字",
-    "Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, text), a folder, a glob or a dataset": (
-        "训练数据：文件（JSONL、JSON、CSV、TSV、Parquet、纯文本）、目录、通配符或数据集"
-    ),
+    "Model folder, or name on the hub": "模型目录，或者 Hub 上的名字",
+    "Training data: file, folder, glob, or name of a dataset": "训练数据：文件、目录、通配符或数据集的名字",
     "What to train for": "训练什么任务",
     "Folder for the adapter, the records and the plots": "存放适配器、记录和图片的目录",
     "Replace the adapter and checkpoints in that folder": "替换该目录里的适配器和检查点",
@@ -33,82 +31,82 @@ CHINESE = {
     "What varies: keys such as lora.r, each with a list or a range": "搜索空间：lora.r 之类的键，各带一个列表或范围",
     "Configurations to try": "尝试多少组配置",
     "What proposes configurations": "由谁提出配置",
-    "At each rung, one trial in N trains on": "在每一级上，每 N 个 trial 里有一个晋级",
-    "Share of the steps at which the first rung is; 1 trains every trial to its end": (
+    "At each rung, one trial in N continues": "在每一级上，每 N 个 trial 里有一个晋级",
+    "First rung, as a share of the steps; 1 trains all to the end": (
         "第一级所在的步数比例；1 表示每个 trial 都完整训练"
     ),
-    "The best N configurations are trained again with other seeds": "最好的 N 组配置换种子重新训练",
+    "Best configurations to train again with other seeds": "多少组最好的配置换种子重新训练",
     "Other seeds for each finalist; 0 for none": "每组换几个种子；0 表示不换",
     "Metric to compare by": "用哪个指标比较",
-    "Trials that train together": "多少个 trial 一起训练",
+    "Trials to train together": "多少个 trial 一起训练",
     "Memory limit, such as 8GiB": "内存上限，例如 8GiB",
-    "Packs that train at once, each in its own process (Ray)": "同时训练的 pack 数，每个在自己的进程里（Ray）",
-    "Ray cluster for the workers: host:port, or auto": "worker 所在的 Ray 集群：host:port 或 auto",
+    "Packs to train at once, each in its own process (Ray)": "同时训练的 pack 数，每个在自己的进程里（Ray）",
+    "Ray cluster: host:port, or auto": "Ray 集群：host:port 或 auto",
     # Model
     "Branch, tag or commit of the model on the hub": "模型在 Hub 上的分支、标签或提交",
-    "Type of the frozen model's weights; the adapter has float32": "冻结模型的权重类型；适配器用 float32",
+    "Data type of the frozen model; the adapter is in float32": "冻结模型的数据类型；适配器用 float32",
     "Attention: sdpa, eager, flash_attention_2, ...": "注意力的实现：sdpa、eager、flash_attention_2……",
-    "Device: cpu, cuda, cuda:1, mps": "设备：cpu、cuda、cuda:1、mps",
+    "cpu, cuda, cuda:1, mps": "cpu、cuda、cuda:1、mps",
     # Data
-    "Rows to validate on: a share, a count, or a source of their own": "用于验证的行：比例、行数，或者单独的来源",
+    "Held-out rows: a share, a count, or data of their own": "留出的验证行：比例、行数，或者单独的数据",
     "Shape of the rows, such as text-label": "数据格式，例如 text-label",
     'Names of columns, ours to yours, such as {"text": "body"}': '列名，从 loraloom 的到你的，例如 {"text": "body"}',
-    "Tokens of a row at most": "一行最多多少 token",
-    "What becomes of longer rows; they are counted": "怎样处理更长的行；它们会计数",
-    "A bad row ends the run, or goes to a file with the reason": "遇到有问题的行就停止，或者连同原因写进文件",
-    "Leave out rows of which nothing is trained on": "跳过没有任何 token 参与训练的行",
-    "Chat template: a file, or the template itself": "对话模板：文件，或者模板本身",
-    "Day that a chat template writes": "对话模板写出的日期",
+    "Longest row, in tokens": "一行最长多少 token",
+    "What to do with longer rows": "怎样处理更长的行",
+    "What to do at a bad row; skip lists them in bad-rows.jsonl": (
+        "遇到有问题的行怎么办；skip 把它们记入 bad-rows.jsonl"
+    ),
+    "Leave out rows that have no token to train on": "跳过没有任何 token 参与训练的行",
+    "Chat template: a file, or the text": "对话模板：文件，或者模板的文本",
+    "Date that a chat template writes": "对话模板写出的日期",
     "Tokens that windows of a long context share (question-answering)": (
         "长上下文的相邻窗口重叠多少 token（question-answering）"
     ),
-    "What a label of seq-cls is": "seq-cls 的标签是什么",
-    "Processes that tokenise": "分词的进程数",
+    "Kind of label (seq-cls)": "标签的种类（seq-cls）",
+    "Processes that tokenize": "分词的进程数",
     # Adapter
     "Rank of the update": "更新的秩",
-    "The update is scaled by alpha / r; with use_rslora by alpha / sqrt(r)": (
-        "更新乘以 alpha / r；用 use_rslora 时乘以 alpha / sqrt(r)"
-    ),
+    "The update is scaled by alpha / r": "更新乘以 alpha / r",
     "Dropout on the adapter's input while training": "训练时适配器输入上的 dropout",
-    "Modules to adapt: names, a regular expression over whole names, or all-linear": (
+    "Modules to adapt: names, a regular expression for whole names, or all-linear": (
         "适配哪些模块：名字、匹配完整名字的正则表达式，或者 all-linear"
     ),
     "Parameters to adapt that no layer calls, such as stacked weights of experts": (
         "适配哪些不由层调用的参数，例如堆叠的专家权重"
     ),
     "Modules that are never adapted: names or a regular expression": "绝不适配的模块：名字或正则表达式",
-    "Biases of the base of which the adapter trains a copy": "适配器训练基座的哪些偏置的副本",
+    "Biases of the base that the adapter trains a copy of": "适配器训练基座的哪些偏置的副本",
     "Modules trained in full and saved with the adapter": "完整训练、随适配器保存的模块",
-    "How A starts: true (Kaiming uniform), gaussian (deviation 1/r); B is zero. false: both random": (
-        "A 的初始值：true（Kaiming 均匀分布）、gaussian（标准差 1/r）；B 为零。false：两者都随机"
+    "Start of A: true (Kaiming) or gaussian, B is zero; false: both random": (
+        "A 的初始值：true（Kaiming）或 gaussian，B 为零；false：两者都随机"
     ),
-    "Scale by alpha / sqrt(r), which keeps high ranks learning": "乘以 alpha / sqrt(r)，让高秩也能学习",
-    "Ranks of modules by name or regular expression; the first match counts": (
-        "按名字或正则表达式给模块设秩；以第一个匹配为准"
+    "Scale the update by alpha / sqrt(r), which keeps high ranks learning": (
+        "更新乘以 alpha / sqrt(r)，让高秩也能学习"
     ),
-    "The same for lora_alpha": "同上，设 lora_alpha",
-    "Adapt only these layers, by index; needs a list of targets": "只适配这些层，按序号；目标必须是列表",
+    "Ranks by name or regular expression; the first match counts": ("按名字或正则表达式给模块设秩；以第一个匹配为准"),
+    "lora_alpha by name or regular expression": "按名字或正则表达式设 lora_alpha",
+    "Adapt these layers alone, by index; needs target_modules as names": (
+        "只适配这些层，按序号；target_modules 必须是名字"
+    ),
     "Name of the list of layers in which layers_to_transform counts": "layers_to_transform 在哪个层列表里计数",
     # Training
-    "Passes over the training rows; may have a fraction": "训练数据过几遍；可以是小数",
-    "Steps in all, instead of epochs": "总步数，代替 epoch",
+    "Passes over the training rows; may be a fraction": "训练数据过几遍；可以是小数",
+    "Total number of steps, instead of epochs": "总步数，代替 epoch",
     "Rows of one forward, over all processes": "一次前向的行数，所有进程合计",
     "Forwards whose gradients make one step": "多少次前向的梯度合成一步",
-    "Peak learning rate; LoRA takes about ten times that of full fine-tuning": (
-        "最高学习率；LoRA 大约用全量微调的十倍"
-    ),
+    "Peak learning rate; about ten times that of full fine-tuning": "最高学习率；大约是全量微调的十倍",
     "Learning rate of B divided by that of A (LoRA+)": "B 的学习率除以 A 的学习率（LoRA+）",
-    "Learning rate after the warmup": "预热之后的学习率",
-    "Share of the steps in which the learning rate rises": "学习率上升阶段占总步数的比例",
-    "Steps in which it rises, instead of a share": "上升阶段的步数，代替比例",
+    "Learning rate schedule after the warmup": "预热之后的学习率调度",
+    "Warmup, as a share of the steps": "预热占总步数的比例",
+    "Warmup, in steps instead of a share": "预热的步数，代替比例",
     "Share of the steps in which warmup_stable_decay falls": "warmup_stable_decay 下降阶段占总步数的比例",
-    "Loss of your own, my_module:my_function of (outputs, batch), one value a row": (
-        "你自己的损失，my_module:my_function，参数为 (outputs, batch)，每行一个值"
+    "Your own loss, my_module:my_function of (outputs, batch)": (
+        "自定义损失，my_module:my_function，参数是 (outputs, batch)"
     ),
-    "adamw, or a class of torch.optim": "adamw，或者 torch.optim 的一个类",
+    "Optimizer: adamw, or a class of torch.optim": "优化器：adamw，或者 torch.optim 的一个类",
     'Arguments of that class, such as {"momentum": 0.9}': '该类的参数，例如 {"momentum": 0.9}',
     "Weight decay of the optimizer": "优化器的权重衰减",
-    "Gradients are clipped to this norm": "梯度裁剪到这个范数",
+    "Largest norm of the gradients; beyond it they are clipped": "梯度的最大范数；超过就裁剪",
     "Recompute activations in the backward: less memory, about a third more time": (
         "反向时重新计算激活：内存更少，时间多约三分之一"
     ),
@@ -118,9 +116,9 @@ CHINESE = {
     "When to evaluate": "什么时候评估",
     "Evaluate every N steps": "每 N 步评估一次",
     "Evaluate every N minutes": "每 N 分钟评估一次",
-    "Rows at once when evaluating; changes no result": "评估时一次多少行；不影响结果",
-    "Metrics beside the loss: names, or my_module:my_function": "损失以外的指标：名字，或者 my_module:my_function",
-    "Metric that says which is best": "按哪个指标判断最好",
+    "Rows of one forward in evaluations; changes no result": "评估时一次前向的行数；不影响结果",
+    "Metrics beside the loss, or my_module:my_function": "损失以外的指标，或者 my_module:my_function",
+    "Metric to choose the best by": "按哪个指标判断最好",
     "Keep the best adapter instead of the last one": "保留最好的适配器，而不是最后的",
     "Stop after N evaluations without improvement": "连续 N 次评估没有改善就停止",
     "Least improvement that counts": "多大的改善才算数",
@@ -130,7 +128,7 @@ CHINESE = {
     "Save a checkpoint every N steps": "每 N 步保存一个检查点",
     "Save a checkpoint every N minutes": "每 N 分钟保存一个检查点",
     "Checkpoints to keep; the newest and the best always stay": "保留多少个检查点；最新的和最好的总会保留",
-    "Trackers: tensorboard, wandb, mlflow, ..., or none": "跟踪器：tensorboard、wandb、mlflow……，或者 none",
+    "Trackers such as tensorboard, wandb, or none": "跟踪器，例如 tensorboard、wandb，或者 none",
     # Defaults in words
     "required": "必填",
     "none": "无",
@@ -144,7 +142,6 @@ CHINESE = {
     "by the cores": "按核数",
     "by model type": "由模型类型决定",
     "all": "全部",
-    "found in the model": "在模型里查找",
     "the task's": "由任务决定",
     "the first metric": "第一个指标",
     "the preset's": "由 preset 决定",

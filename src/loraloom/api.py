@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from loraloom import tasks
-from loraloom.config import objects, runfile
+from loraloom.config import keys, objects, runfile
 from loraloom.data.example import Settings
 from loraloom.data.read.given import is_rows, write_rows
 from loraloom.errors import ConfigError, InputError, nearest
@@ -240,11 +240,11 @@ def _key(name: str, searching: bool) -> str:
     Raises:
         ConfigError: there is no such keyword; names the nearest one.
     """
-    known = {**runfile.KEYS, **runfile.LORA_KEYS, "validation": "data.validation"}
+    known = {**keys.KEYS, **keys.LORA_KEYS, "validation": "data.validation"}
     if searching:
-        known |= runfile.TUNE_KEYS
+        known |= keys.TUNE_KEYS
     if name not in known:
-        home = runfile.HABITS.get(name, "").rpartition(".")[2]
+        home = keys.HABITS.get(name, "").rpartition(".")[2]
         close = f"; did you mean {home!r}?" if home else nearest(name, known)
         command = "tune" if searching else "train"
         raise ConfigError(f"{name}: there is no such option{close or f'; see loraloom {command} --help'}")

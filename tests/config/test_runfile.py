@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraloom import LoraConfig
+from loraloom.config.keys import KEYS, LORA_KEYS
 from loraloom.config.lora_checks import split_names
 from loraloom.config.names import TASKS
-from loraloom.config.runfile import KEYS, LORA_KEYS, read, with_values, write
+from loraloom.config.runfile import read, with_values, write
 from loraloom.config.train import DTYPES, SCHEDULES, TrainConfig
 from loraloom.errors import ConfigError
 
@@ -69,7 +70,8 @@ def test_the_section_of_a_search_is_kept_as_it_stands(file: Path) -> None:
     file.write_text(BASE + "tune:\n  trials: 4\n  memory: [1, {a: b}]\n  space: {lora.r: [1, 2]}\n")
     found = read(file)
     assert found.tune == {"trials": 4, "memory": [1, {"a": "b"}], "space": {"lora.r": [1, 2]}}
-    assert (found.line("tune.trials"), found.line("tune.space.lora.r"), found.line("lora.r")) == (6, 8, None)
+    places = [found.places.get(key) for key in ("tune.trials", "tune.space.lora.r", "lora.r")]
+    assert places == [f"{file}:6", f"{file}:8", None]
 
 
 def test_every_option_has_a_key() -> None:

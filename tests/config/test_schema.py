@@ -9,7 +9,8 @@ import jsonschema
 import pytest
 
 from loraloom.config import yamltext
-from loraloom.config.runfile import OPTIONS, read, write
+from loraloom.config.keys import OPTIONS
+from loraloom.config.runfile import read, write
 from loraloom.config.schema import schema
 from loraloom.config.train import TrainConfig
 from loraloom.tune.config import TuneConfig

@@ -338,8 +338,8 @@ def test_the_page_on_the_command_line_names_every_option() -> None:
 def test_the_page_on_the_command_line_has_every_option_of_a_run_with_its_key_and_default() -> None:
     from dataclasses import MISSING, fields
 
+    from loraloom.config.keys import KEYS, OPTIONS
     from loraloom.config.names import TASKS
-    from loraloom.config.runfile import KEYS, OPTIONS
     from loraloom.config.train import TrainConfig
 
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text_of("docs/train.md").splitlines()]

@@ -18,8 +18,8 @@ from rich.console import Console
 import loraloom
 from loraloom.cli import look, runs, start
 from loraloom.cli.command import Command, Group, with_options
+from loraloom.config.keys import OPTIONS
 from loraloom.config.options import Option
-from loraloom.config.runfile import OPTIONS
 from loraloom.errors import InputError, LoraloomError, TargetsWarning
 from loraloom.report.screen import Text, log
 

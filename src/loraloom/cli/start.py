@@ -8,14 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from loraloom.cli.command import Settings, check_task, need
-from loraloom.config import runfile
+from loraloom.config import keys, runfile
 from loraloom.config.lora import LoraConfig
-from loraloom.config.options import GROUPS, options_of
+from loraloom.config.options import GROUPS
 from loraloom.config.schema import schema as make_schema
-from loraloom.config.train import TrainConfig
 from loraloom.report.screen import log
 
-_TRAIN = options_of(TrainConfig)
 _RUN = GROUPS[0]
 
 
@@ -32,10 +30,10 @@ def init(
     if schema:
         print(json.dumps(make_schema(), indent=2))
         return
-    need(given, _TRAIN["model"], _TRAIN["data"])
+    need(given, keys.TRAIN["model"], keys.TRAIN["data"])
     from loraloom.train.init_template import begin
 
-    rows = runfile.fields_of(given)
+    rows = keys.fields_of(given)
     task = begin(rows.pop("model"), rows.pop("data"), path, overwrite=overwrite, **rows)
     log(f"{path}: {task}; next: loraloom data {path}, then loraloom tune {path} or loraloom train {path}")
 
@@ -51,7 +49,7 @@ def data(
     if source.lower().endswith((".yaml", ".yml")):
         found = runfile.read(source, settings or (), given, check_task)
     else:
-        need(given, _TRAIN["model"])
+        need(given, keys.TRAIN["model"])
         from loraloom.train.init_template import guess
 
         rest = given.get("data.format"), given.get("data.columns"), given.get("data.on_bad_row") == "skip"
@@ -69,14 +67,14 @@ def plan(
     ] = 2,
 ) -> None:
     """Show what would be adapted and the memory that training needs, from the model's config alone."""
-    need(given, _TRAIN["model"], _TRAIN["task"])
+    need(given, keys.TRAIN["model"], keys.TRAIN["task"])
     notes: list[str] = []
-    lora, rest = runfile.split(runfile.with_starter(given, notes))
+    lora, rest = keys.split(runfile.with_starter(given, notes))
     config = LoraConfig(**lora)
     from loraloom.report.terminal import memory_table
     from loraloom.train.preflight.memory import forecast
 
-    values = {name: one.default for name, one in _TRAIN.items()} | rest
+    values = {name: one.default for name, one in keys.TRAIN.items()} | rest
     chosen = {name: values[name] for name in ("batch_size", "max_length", "dtype", "gradient_checkpointing")}
     made, memory, length = forecast(values["model"], values["task"], config, labels=labels, **chosen)
     for note in [*notes, str(made)]:

@@ -5,6 +5,7 @@ Knows no options: a check is called with the name of one, which opens its error.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -68,24 +69,26 @@ def number(low: float = 0, high: float | None = None, *, above: bool = False, wh
     return Check(test, schema | ({} if high is None else {"maximum": high}), float)
 
 
-def choice(*names: str) -> Check:
-    """One of ``names``."""
+def choice(*values: Any) -> Check:
+    """One of ``values``, which are words, or true and false."""
+    words = {str(value).lower() if isinstance(value, bool) else value: value for value in values}
 
-    def test(name: str, value: Any) -> str:
-        if not isinstance(value, str) or value not in names:
-            refuse(name, f"one of {', '.join(names)}", value, nearest(str(value)[:99], names))
+    def test(name: str, value: Any) -> Any:
+        if not any(value is one or (isinstance(one, str) and value == one) for one in values):
+            refuse(name, f"one of {', '.join(words)}", value, nearest(str(value)[:99], words))
         return value
 
-    return Check(test, {"enum": [*names]}, choices=names)
+    def read(name: str, word: str) -> Any:
+        return words.get(word.lower(), word)
+
+    return Check(test, {"enum": [*values]}, read=read, choices=tuple(words))
 
 
 def text(wanted: str = "text", advice: str = "; leave it out for the default") -> Check:
     """A string that is not blank."""
 
     def test(name: str, value: Any) -> str:
-        if not isinstance(value, str) or not value.strip():
-            refuse(name, wanted, value, advice)
-        return value
+        return value if isinstance(value, str) and value.strip() else refuse(name, wanted, value, advice)
 
     return Check(test, {"type": "string", "pattern": r"\S"})
 
@@ -98,22 +101,23 @@ def path() -> Check:
     """A path, or a name of the hub, kept as text."""
 
     def test(name: str, value: Any) -> str:
-        if not is_path(value):
-            refuse(name, "a path or a name", value)
-        return str(value)
+        return str(value) if is_path(value) else refuse(name, "a path or a name", value)
 
     return Check(test, {"type": "string", "minLength": 1})
 
 
+def kind_of(kind: type, wanted: str, schema: Mapping[str, Any]) -> Check:
+    """A value of a type; what is kept is a copy."""
+
+    def test(name: str, value: Any) -> Any:
+        return copy.deepcopy(value) if isinstance(value, kind) else refuse(name, wanted, value)
+
+    return Check(test, schema, kind)
+
+
 def flag() -> Check:
     """True or false."""
-
-    def test(name: str, value: Any) -> bool:
-        if not isinstance(value, bool):
-            refuse(name, "true or false", value)
-        return value
-
-    return Check(test, {"type": "boolean"}, bool)
+    return kind_of(bool, "true or false", {"type": "boolean"})
 
 
 def names(none: bool = False) -> Check:
@@ -121,9 +125,8 @@ def names(none: bool = False) -> Check:
 
     def test(name: str, value: Any) -> list[str]:
         found = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-        if not isinstance(found, list | tuple) or not all(isinstance(part, str) and part for part in found):
-            refuse(name, "a list of names", value)
-        if isinstance(value, str) and not found:
+        good = isinstance(found, list | tuple) and all(isinstance(part, str) and part for part in found)
+        if not good or (isinstance(value, str) and not found):
             refuse(name, "a list of names", value)
         return [] if none and [*found] == ["none"] else [*found]
 

@@ -16,19 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from loraloom.config import lora_checks as may
 from loraloom.config import peft_file
-from loraloom.config.checks import Check, as_it_is, choice, flag, refuse
-from loraloom.config.lora_checks import (
-    ALPHA,
-    ALPHAS,
-    DROPOUT,
-    LAYER_LISTS,
-    LAYERS,
-    MODULES,
-    MODULES_OR_PATTERN,
-    RANK,
-    RANKS,
-)
+from loraloom.config.checks import Check, as_it_is, choice, flag, kind_of, refuse
 from loraloom.config.options import Options, option, options_of
 from loraloom.config.peft_compat import SeenAsPeft
 from loraloom.errors import ConfigError, nearest, short
@@ -116,25 +106,6 @@ def _peft_type(name: str, value: Any) -> PeftType:
     return PeftType.LORA
 
 
-def _start(name: str, value: Any) -> bool | str:
-    if not isinstance(value, bool) and value != "gaussian":
-        refuse(
-            name,
-            "one of True, False, 'gaussian'",
-            value,
-            nearest(value[:99], ["gaussian"]) if isinstance(value, str) else "",
-        )
-    return value  # type: ignore[no-any-return]
-
-
-def _string(name: str, value: Any) -> str:
-    return value if isinstance(value, str) else refuse(name, "a string", value)
-
-
-def _object(name: str, value: Any) -> dict[str, Any]:
-    return copy.deepcopy(value) if isinstance(value, dict) else refuse(name, "a mapping or null", value)
-
-
 def _runtime(name: str, value: Any) -> LoraRuntimeConfig:
     get = value.get if isinstance(value, Mapping) else partial(getattr, value)
     if get("ephemeral_gpu_offload", False):
@@ -144,13 +115,7 @@ def _runtime(name: str, value: Any) -> LoraRuntimeConfig:
 
 _field = partial(option, section="lora")
 _adapter = partial(_field, group="Adapter", search="varies")
-_START = Check(
-    _start,
-    {"enum": [True, False, "gaussian"]},
-    read=lambda name, word: {"true": True, "false": False}.get(word.lower(), word),
-)
-_STRING = Check(_string, {"type": "string"})
-_ANYTHING = Check(as_it_is, {})
+_STRING = kind_of(str, "a string", {"type": "string"})
 
 
 def _unsupported(default: Any, variant: bool = False) -> Any:
@@ -187,42 +152,43 @@ class LoraConfig(SeenAsPeft, Options, PeftConfig):
 
     unknown = "LoraConfig has no such field"
 
-    r: int = _adapter(8, RANK, "Rank of the update", starter=16, flags=("--lora-r", "--rank", "--r"))
-    lora_alpha: float = _adapter(
-        8, ALPHA, "The update is scaled by alpha / r; with use_rslora by alpha / sqrt(r)", starter=32
-    )
-    lora_dropout: float = _adapter(0.0, DROPOUT, "Dropout on the adapter's input while training", starter=0.05)
+    r: int = _adapter(8, may.RANK, "Rank of the update", starter=16, flags=("--lora-r", "--rank", "--r"))
+    lora_alpha: float = _adapter(8, may.ALPHA, "The update is scaled by alpha / r", starter=32)
+    lora_dropout: float = _adapter(0.0, may.DROPOUT, "Dropout on the adapter's input while training", starter=0.05)
     target_modules: list[str] | str | None = _adapter(
-        None, MODULES_OR_PATTERN, "Modules to adapt: names, a regular expression over whole names, or all-linear",
+        None, may.MODULES_OR_PATTERN, "Modules to adapt: names, a regular expression for whole names, or all-linear",
         unset="by model type", starter="all-linear",
     )  # fmt: skip
     target_parameters: list[str] | None = _adapter(
-        None, MODULES, "Parameters to adapt that no layer calls, such as stacked weights of experts", search="same"
+        None, may.MODULES, "Parameters to adapt that no layer calls, such as stacked weights of experts", search="same"
     )
     exclude_modules: list[str] | str | None = _adapter(
-        None, MODULES_OR_PATTERN, "Modules that are never adapted: names or a regular expression"
+        None, may.MODULES_OR_PATTERN, "Modules that are never adapted: names or a regular expression"
     )
     bias: Literal["none", "all", "lora_only"] = _adapter(
-        "none", choice("none", "all", "lora_only"), "Biases of the base of which the adapter trains a copy"
+        "none", choice("none", "all", "lora_only"), "Biases of the base that the adapter trains a copy of"
     )
     task_type: TaskType | None = _field(None, Check(_task_type, {"enum": [task.value for task in TaskType]}))
-    modules_to_save: list[str] | None = _adapter(None, MODULES, "Modules trained in full and saved with the adapter")
+    modules_to_save: list[str] | None = _adapter(
+        None, may.MODULES, "Modules trained in full and saved with the adapter"
+    )
     #: Weight stored as [in, out]. Conv1D is recognised whatever this says.
     fan_in_fan_out: bool = _field(False, flag())
+    #: True: A uniform (Kaiming), B zero. "gaussian": A normal with deviation 1/r, B zero. False: both random.
     init_lora_weights: bool | Literal["gaussian"] = _adapter(
-        True, _START, "How A starts: true (Kaiming uniform), gaussian (deviation 1/r); B is zero. false: both random",
+        True, choice(True, False, "gaussian"), "Start of A: true (Kaiming) or gaussian, B is zero; false: both random",
         metadata={"lora_variants": ("mica",)},
     )  # fmt: skip
-    use_rslora: bool = _adapter(False, flag(), "Scale by alpha / sqrt(r), which keeps high ranks learning")
+    use_rslora: bool = _adapter(False, flag(), "Scale the update by alpha / sqrt(r), which keeps high ranks learning")
     rank_pattern: dict[str, int] = _adapter(
-        {}, RANKS, "Ranks of modules by name or regular expression; the first match counts"
+        {}, may.RANKS, "Ranks by name or regular expression; the first match counts"
     )
-    alpha_pattern: dict[str, float] = _adapter({}, ALPHAS, "The same for lora_alpha")
+    alpha_pattern: dict[str, float] = _adapter({}, may.ALPHAS, "lora_alpha by name or regular expression")
     layers_to_transform: list[int] | int | None = _adapter(
-        None, LAYERS, "Adapt only these layers, by index; needs a list of targets", unset="all"
+        None, may.LAYERS, "Adapt these layers alone, by index; needs target_modules as names", unset="all"
     )
     layers_pattern: list[str] | str | None = _adapter(
-        None, LAYER_LISTS, "Name of the list of layers in which layers_to_transform counts", unset="found in the model"
+        None, may.LAYER_LISTS, "Name of the list of layers in which layers_to_transform counts"
     )
     #: Made for inference: the adapter is frozen.
     inference_mode: bool = _field(False, flag())
@@ -231,8 +197,8 @@ class LoraConfig(SeenAsPeft, Options, PeftConfig):
 
     # What PEFT records of itself.
     peft_type: PeftType = _field(PeftType.LORA, Check(_peft_type, {"enum": ["LORA", None]}))
-    peft_version: str = _field(PEFT_FORMAT, _ANYTHING)
-    auto_mapping: dict[str, Any] | None = _field(None, Check(_object, {"type": "object"}))
+    peft_version: str = _field(PEFT_FORMAT, Check(as_it_is, {}))
+    auto_mapping: dict[str, Any] | None = _field(None, kind_of(dict, "a mapping or null", {"type": "object"}))
     #: PEFT's options of a run, which no file keeps.
     runtime_config: Any = _field(LoraRuntimeConfig(), Check(_runtime, {}))
 
@@ -287,20 +253,11 @@ class LoraConfig(SeenAsPeft, Options, PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The 41 keys that PEFT writes: plain JSON values, lists sorted, so equal configs give equal bytes."""
-        out: dict[str, Any] = {}
-        for spec in fields(self):
-            if spec.name == "runtime_config":  # PEFT never saves it
-                continue
-            value = copy.deepcopy(getattr(self, spec.name))
-            if spec.name in (
-                "target_modules",
-                "target_parameters",
-                "exclude_modules",
-                "modules_to_save",
-            ) and isinstance(value, list):
-                value = sorted(value)
-            out[spec.name] = value.value if isinstance(value, Enum) else value
-        return out
+        out = {spec.name: copy.deepcopy(getattr(self, spec.name)) for spec in fields(self)}
+        del out["runtime_config"]  # PEFT never saves it
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
+            out[name] = sorted(out[name]) if isinstance(out[name], list) else out[name]
+        return {name: value.value if isinstance(value, Enum) else value for name, value in out.items()}
 
     def to_json(self) -> str:
         """PEFT's ``adapter_config.json``: two spaces, sorted keys."""

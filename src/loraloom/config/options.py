@@ -32,8 +32,9 @@ class Option:
     check: Check
     #: One sentence without a full stop, in ASCII. Without it the field is no option of a command.
     help: str = ""
-    #: Dotted, as in ``train.learning_rate``.
+    #: Dotted, as in ``train.learning_rate``; the beginning of the field's name that is not part of it.
     key: str = ""
+    prefix: str = ""
     #: The heading under which help and documentation list it.
     group: str = ""
     resume: Resume = "result"
@@ -78,8 +79,11 @@ def option(
     metadata: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Any:
-    """A dataclass field with its ``Option``. ``key`` is the key in ``section``, by default the field's name."""
-    made = Option(check, help, key=f"{section}.{key}", **more)
+    """A dataclass field with its ``Option``.
+
+    The key, if it is not given, is the field's name without ``prefix``, in ``section``.
+    """
+    made = Option(check, help, key=key or f"{section}.", **more)
     mutable = type(default).__hash__ is None
     kind = {"default_factory": partial(copy.copy, default)} if mutable else {"default": default}
     return field(metadata={"option": made, **(metadata or {})}, **kind)
@@ -97,7 +101,7 @@ def _options_of(cls: Any) -> dict[str, Option]:
         if made := spec.metadata.get("option"):
             default = spec.default if spec.default_factory is MISSING else spec.default_factory()
             section, _, leaf = made.key.partition(".")
-            key = f"{section}.{leaf or spec.name}".removeprefix(".")
+            key = made.key if leaf else f"{section}.{spec.name.removeprefix(made.prefix)}".removeprefix(".")
             flags = made.flags or (f"--{spec.name.replace('_', '-')}",)
             found[spec.name] = replace(made, name=spec.name, default=default, key=key, flags=flags)
     return found

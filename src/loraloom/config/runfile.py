@@ -17,53 +17,25 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from loraloom.config import yamltext
+from loraloom.config.keys import ADAPTER, EXAMPLES, KEYS, LORA_KEYS, OPTIONS, SECTIONS, TRAIN, check_key, split
 from loraloom.config.lora import LoraConfig
 from loraloom.config.lora_checks import MODULES, MODULES_OR_PATTERN, split_names
-from loraloom.config.options import NEEDED, Option, options_of
+from loraloom.config.options import NEEDED, Option
 from loraloom.config.train import TrainConfig
-from loraloom.config.tune import PRESET, SPACE, SearchOptions
 from loraloom.errors import ConfigError, nearest
+from loraloom.files.atomic import write_files
 
 #: The name of the run file that a run leaves in its output folder.
 RUN_FILE = "run.yaml"
 
-_TRAIN = options_of(TrainConfig)
-#: Fields of LoraConfig without those that a run sets itself.
-_LORA = {name: one for name, one in options_of(LoraConfig).items() if name not in ("task_type", "runtime_config")}
-_TUNE = {"preset": PRESET, "space": SPACE, **options_of(SearchOptions)}
-#: Every key of a run file and its option.
-OPTIONS: dict[str, Option] = {one.key: one for group in (_TRAIN, _LORA, _TUNE) for one in group.values()}
-#: A field → its key, such as ``"learning_rate"`` → ``"train.learning_rate"``; ``lora`` is a section.
-KEYS = {name: one.key for name, one in _TRAIN.items()}
-LORA_KEYS = {name: one.key for name, one in _LORA.items()}
-TUNE_KEYS = {name: one.key for name, one in _TUNE.items()}
-_SECTIONS = ("model", "data", "lora", "train", "eval", "tune")
-_NEEDED = [one for one in _TRAIN.values() if one.default is NEEDED]
-#: What people write from habit.
-HABITS = {
-    "lr": "train.learning_rate",
-    "validation": "data.validation",
-    "alpha": "lora.lora_alpha",
-    "rank": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_r": "lora.r",
-    "dropout": "lora.lora_dropout",
-    "lora_target": "lora.target_modules",
-    "num_train_epochs": "train.epochs",
-    "per_device_train_batch_size": "train.batch_size",
-    "per_device_eval_batch_size": "eval.batch_size",
-    "cutoff_len": "data.max_length",
-    "sequence_len": "data.max_length",
-    "dataset": "data.train",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-}
+_ORDER = ("task", "model", "data", "lora", "train", "eval", "output", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -78,11 +50,6 @@ class RunFile:
     notes: list[str] = field(default_factory=list)
     #: What is resumed: nothing, the newest checkpoint of the output folder (True), or the checkpoint in this place.
     resume: bool | str | Path | None = None
-
-    def line(self, key: str) -> int | None:
-        """The line of the file that gave ``key``, from 1; None where the file did not."""
-        found = re.search(r":(\d+)$", self.places.get(key, ""))
-        return int(found[1]) if found else None
 
     def fail(self, error: ConfigError, section: str) -> NoReturn:
         """Raise ``error``, which begins with a name of ``section``, with the place where that was given."""
@@ -133,18 +100,15 @@ def read(
     elif path is None:
         values = with_starter(values, notes)
     _check_complete(values, path)
-    tune = {_leaf(key): value for key, value in values.items() if key.startswith("tune.")}
+    tune = {key.partition(".")[2]: value for key, value in values.items() if key.startswith("tune.")}
     try:
         options = _build(values)
         check(options)
     except ConfigError as error:
         raise _placed(error, {key: f"{place}: " for key, place in places.items() if place}) from None
-    whole = earlier is not None and isinstance(resume, str | Path) and _same(resume, options.output)
-    return RunFile(options, tune, places, notes, True if whole else resume)
-
-
-def _same(one: str | Path, other: str | Path) -> bool:
-    return Path(one).resolve() == Path(other).resolve()
+    if earlier and isinstance(resume, str | Path) and Path(resume).resolve() == Path(options.output).resolve():
+        resume = True
+    return RunFile(options, tune, places, notes, resume)
 
 
 def _put(values: dict[str, Any], key: str, value: Any, places: dict[str, str], place: str) -> None:
@@ -164,7 +128,7 @@ def with_starter(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     A rank alone, or ranks alone that a search varies, get the ``lora_alpha`` that scales the update by 2, as starter
     files do; ``notes`` says so.
     """
-    found = {one.key: one.starter for one in _LORA.values() if one.starter is not None}
+    found = {one.key: one.starter for one in ADAPTER.values() if one.starter is not None}
     if any(values.get(f"lora.{name}") is not None for name in ("target_parameters", "layers_to_transform")):
         del found["lora.target_modules"]  # these are for targets of their own, or a list of names
     found |= values
@@ -196,13 +160,11 @@ def _over(earlier: Path, values: Mapping[str, Any], places: dict[str, str]) -> d
     then: dict[str, Any] = {}
     there: dict[str, str] = {}
     _read_file(earlier, then, there)
-    for what in ("eval", "train.save"):  # when to evaluate and to save is one choice of three
-        sign = "." if what == "eval" else "_"
-        moment = {f"{what}{sign}{unit}" for unit in ("strategy", "steps", "minutes")}
+    for what in ("eval", "save"):  # when to evaluate and to save is one choice of three
+        moment = {KEYS[f"{what}_{unit}"] for unit in ("strategy", "steps", "minutes")}
         if moment & values.keys():
             then = {key: value for key, value in then.items() if key not in moment}
-    for key in then.keys() - values.keys():
-        places[key] = there[key]
+    places.update({key: there[key] for key in then.keys() - values.keys()})
     return {**then, "output": str(earlier.parent), **values}
 
 
@@ -240,7 +202,7 @@ def _read_file(path: Path, values: dict[str, Any], places: dict[str, str]) -> No
         raise ConfigError(f"{path}: {what}; a run file begins with keys such as task: seq-cls")
     places.update({key: f"{path}:{number}" for key, number in lines.items()})
     for name, content in found.items():
-        if name not in _SECTIONS:
+        if name not in SECTIONS:
             check_key(name, places[name])
             if "." in name:
                 section, _, key = name.partition(".")
@@ -250,7 +212,7 @@ def _read_file(path: Path, values: dict[str, Any], places: dict[str, str]) -> No
         content = {} if content is None else content  # a section whose keys are all commented out
         if not isinstance(content, dict):
             raise ConfigError(
-                f"{places[name]}: {name}: must be a section such as {name}: {{{_example(name)}}}, found {content!r}"
+                f"{places[name]}: {name}: must be a section such as {name}: {{{EXAMPLES[name]}}}, found {content!r}"
             )
         for key, value in content.items():
             check_key(f"{name}.{key}", places[f"{name}.{key}"])
@@ -270,40 +232,8 @@ def _setting(text: str) -> tuple[str, Any]:
         raise ConfigError(str(error).replace(":1: ", ": ", 1)) from None  # an option has no lines
 
 
-def check_key(key: str, place: str = "") -> None:
-    """That ``key`` names an option; the error names the nearest one, and begins with ``place`` where that is given."""
-    if key in OPTIONS or key.startswith("tune.space."):
-        return
-    before = f"{place}: " if place else ""
-    section, _, name = key.rpartition(".")
-    if key in _SECTIONS:
-        raise ConfigError(f"{before}{key}: is a section; set one of its keys, such as {key}.{_example(key, '=')}")
-    if key == "lora.task_type":
-        raise ConfigError(f"{before}{key}: follows from task; leave it out")
-    raise ConfigError(f"{before}{key}: there is no such key{_hint(section, name)}")
-
-
-def _hint(section: str, name: str) -> str:
-    home = KEYS.get(name) or LORA_KEYS.get(name) or HABITS.get(name)
-    if home:
-        return f"; did you mean {home!r}?"
-    mates = [key for key in OPTIONS if key.rpartition(".")[0] == section]
-    close = nearest(name, [key.rpartition(".")[2] for key in mates] if section else [*mates, *_SECTIONS])
-    if close:
-        return close
-    if section and section not in _SECTIONS:
-        return nearest(section, _SECTIONS) or f"; the sections are {', '.join(_SECTIONS)}"
-    return f"; the keys here are {', '.join([*mates, *(() if section else _SECTIONS)])}"
-
-
-def _example(section: str, sign: str = ": ") -> str:
-    keys = {"model": "name", "data": "train", "lora": "r", "train": "batch_size", "eval": "steps", "tune": "trials"}
-    values = {"model": "my-model", "data": "rows.jsonl", "lora": "16", "train": "16", "eval": "100", "tune": "16"}
-    return f"{keys[section]}{sign}{values[section]}"
-
-
 def _check_complete(values: Mapping[str, Any], path: str | Path | None) -> None:
-    missing = [one for one in _NEEDED if one.key not in values]
+    missing = [one for one in TRAIN.values() if one.default is NEEDED and one.key not in values]
     if not missing:
         return
     flags = [one.flags[0] for one in missing]
@@ -320,21 +250,6 @@ def _check_complete(values: Mapping[str, Any], path: str | Path | None) -> None:
 def missing_options(flags: Sequence[str]) -> str:
     """What is said where a command lacks ``flags``: all of them at once."""
     return f"Missing option '{flags[0]}'." if len(flags) == 1 else f"Missing options {', '.join(flags)}"
-
-
-def _leaf(key: str) -> str:
-    return key.partition(".")[2]
-
-
-def fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as names of fields."""
-    return {OPTIONS[key].name: value for key, value in values.items()}
-
-
-def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of ``LoraConfig`` and of ``TrainConfig`` from dotted keys."""
-    lora = fields_of({key: value for key, value in values.items() if key.startswith("lora.")})
-    return lora, fields_of({key: value for key, value in values.items() if not key.startswith(("lora.", "tune."))})
 
 
 def _build(values: Mapping[str, Any]) -> TrainConfig:
@@ -373,31 +288,39 @@ def write(options: TrainConfig, path: str | Path, title: str = "") -> None:
     Raises:
         SaveError: the file cannot be written; what was there is unchanged.
     """
-    from loraloom.files.atomic import write_files
-
     path = Path(path)
     lines = [f"# {line}" for line in title.splitlines()]
     lines += [f"# Train it with: loraloom train {path.name}; --set lora.r=8 changes one value.", ""]
-    section = ""
-    for key, value in _written(options):
-        above, _, name = key.rpartition(".")
-        if above != section and above:
-            lines.append(f"{above}:")
-        section = above
-        comment = f"  # {OPTIONS[key].summary}" if OPTIONS[key].help else ""
-        lines.append(f"{'  ' if above else ''}{name}: {yamltext.write(value)}{comment}")
-    write_files(path.parent, {path.name: ("\n".join(lines) + "\n").encode()})
+
+    def said(option: Option, value: Any) -> bool:
+        needless = (option.section == "lora" and option.starter is None) or option.name == "overwrite"
+        return value is not None and not (needless and value == option.default)
+
+    write_files(path.parent, {path.name: "\n".join([*lines, render(options, said)]).encode()})
 
 
-def _written(options: TrainConfig) -> Iterable[tuple[str, Any]]:
-    """Keys and values, section by section: every option that is not None, and the adapter's that say something."""
-    values = {
-        one.key: getattr(options, name) for name, one in _TRAIN.items() if name != "overwrite" or options.overwrite
-    }
-    for name, one in _LORA.items():
-        value = getattr(options.lora, name)
-        if value != one.default or one.starter is not None:
-            values[one.key] = value
-    order = ["task", "model", "data", "lora", "train", "eval", "output", "overwrite"]
-    written = ((key, value) for key, value in values.items() if value is not None)
-    return sorted(written, key=lambda item: order.index(item[0].partition(".")[0]))
+def render(
+    options: TrainConfig,
+    said: Callable[[Option, Any], bool],
+    examples: Mapping[str, Any] = MappingProxyType({}),
+    comments: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """A run file's text, section by section, each key with the option's help.
+
+    Args:
+        said: whether an option with its value is written.
+        examples: key → a value, which is written as a comment where the option's own is not.
+        comments: key → a comment in place of the help.
+    """
+    blocks: dict[str, list[str]] = {top: [] for top in _ORDER}
+    for key, one in OPTIONS.items():
+        if (top := one.section or key) not in blocks:
+            continue
+        value = getattr(options.lora if top == "lora" else options, one.name)
+        if not (shown := said(one, value)) and key not in examples:
+            continue
+        line = f"{one.leaf}: {yamltext.write(value)}" if shown else f"# {one.leaf}: {yamltext.write(examples[key])}"
+        comment = comments.get(key, one.summary)
+        blocks[top].append("  " * bool(one.section) + line + (f"  # {comment}" if comment else ""))
+    heads = {top: f"{top}:\n" if top in SECTIONS else "" for top in _ORDER}
+    return "\n\n".join(heads[top] + "\n".join(lines) for top, lines in blocks.items() if lines) + "\n"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
+from loraloom.config.keys import OPTIONS
 from loraloom.config.options import NEEDED, Option
-from loraloom.config.runfile import OPTIONS
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 

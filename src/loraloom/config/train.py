@@ -22,13 +22,18 @@ ON_BAD_ROW = ("stop", "skip")
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 MOMENTS = ("no", "steps", "epoch", "minutes")
 
+_COUNT, _POSITIVE, _SHARE, _TEXT, _FLAG = whole(1), number(above=True), number(high=1), text(), flag()
+_OPTIM, _MOMENT = text("adamw or the name of a class of torch.optim", ""), choice(*MOMENTS)
+_ARGUMENTS = mapping("be keys and values, such as {momentum: 0.9}", {})
+
 _run = partial(option, group="Run")
 _model = partial(option, section="model", group="Model")
-_data = partial(option, section="data", group="Data")
+_data = partial(option, section="data", group="Data", prefix="data_")
 _train = partial(option, section="train", group="Training", search="varies")
-_eval = partial(option, section="eval", group="Evaluation", resume="evaluation", search="unused")
+_base = partial(_train, search="same")  # of the model, which trials share
+_eval = partial(option, section="eval", group="Evaluation", prefix="eval_")
+_moment = partial(_eval, resume="evaluation", search="unused")
 _keep = partial(option, section="train", group="Checkpoints and trackers", resume="nothing", search="unused")
-_EACH_EPOCH = "once an epoch"
 
 
 @dataclass(kw_only=True)
@@ -42,117 +47,82 @@ class TrainConfig(Options):
     unknown = "there is no such training option"
 
     # On a resume, weights and rows are compared by their contents: they may lie elsewhere.
-    model: str = _run(
-        NEEDED, path(), "Pretrained model: a folder or a name on the hub", section="model", key="name", resume="nothing"
-    )
-    data: Any = _run(
-        NEEDED, SOURCES, "Training rows: a file (JSONL, JSON, CSV, TSV, Parquet, text), a folder, a glob or a dataset",
-        section="data", key="train",
-    )  # fmt: skip
+    model: str = _run(NEEDED, path(), "Model folder, or name on the hub", key="model.name", resume="nothing")
+    data: Any = _run(NEEDED, SOURCES, "Training data: file, folder, glob, or name of a dataset", key="data.train")
     task: str = _run(NEEDED, choice(*TASKS), "What to train for")
     output: str = _run(NEEDED, path(), "Folder for the adapter, the records and the plots", resume="nothing")
-    overwrite: bool = _run(False, flag(), "Replace the adapter and checkpoints in that folder", resume="nothing")
+    overwrite: bool = _run(False, _FLAG, "Replace the adapter and checkpoints in that folder", resume="nothing")
 
-    revision: str | None = _model(None, text(), "Branch, tag or commit of the model on the hub", resume="nothing")
-    dtype: str = _model("float32", choice(*DTYPES), "Type of the frozen model's weights; the adapter has float32")
+    revision: str | None = _model(None, _TEXT, "Branch, tag or commit of the model on the hub", resume="nothing")
+    dtype: str = _model("float32", choice(*DTYPES), "Data type of the frozen model; the adapter is in float32")
     attn_implementation: str | None = _model(
-        None, text(), "Attention: sdpa, eager, flash_attention_2, ...", unset="the model's", resume="rounding"
+        None, _TEXT, "Attention: sdpa, eager, flash_attention_2, ...", unset="the model's", resume="rounding"
     )
     device: str | None = _model(
-        None, text(), "Device: cpu, cuda, cuda:1, mps", unset="an accelerator, if any", resume="rounding"
+        None, _TEXT, "cpu, cuda, cuda:1, mps", unset="an accelerator, if any", resume="rounding"
     )
 
-    eval_split: Any = _data(
-        0.1, SPLIT, "Rows to validate on: a share, a count, or a source of their own", key="validation"
-    )
-    format: str | None = _data(None, text(), "Shape of the rows, such as text-label", unset="recognised")
+    eval_split: Any = _data(0.1, SPLIT, "Held-out rows: a share, a count, or data of their own", key="data.validation")
+    format: str | None = _data(None, _TEXT, "Shape of the rows, such as text-label", unset="recognised")
     columns: dict[str, str] = _data({}, COLUMNS, 'Names of columns, ours to yours, such as {"text": "body"}')
-    max_length: int | None = _data(None, whole(1), "Tokens of a row at most", unset="512, or what the model reads")
-    overlong: str = _data("truncate", choice(*OVERLONG), "What becomes of longer rows; they are counted")
-    on_bad_row: str = _data("stop", choice(*ON_BAD_ROW), "A bad row ends the run, or goes to a file with the reason")
-    allow_untrained: bool = _data(False, flag(), "Leave out rows of which nothing is trained on")
-    chat_template: str | None = _data(
-        None, text(), "Chat template: a file, or the template itself", unset="the tokenizer's"
-    )
-    date: str | None = _data(None, DATE, "Day that a chat template writes", unset="the day the run begins")
+    max_length: int | None = _data(None, _COUNT, "Longest row, in tokens", unset="512, or what the model reads")
+    overlong: str = _data("truncate", choice(*OVERLONG), "What to do with longer rows")
+    on_bad_row: str = _data("stop", choice(*ON_BAD_ROW), "What to do at a bad row; skip lists them in bad-rows.jsonl")
+    allow_untrained: bool = _data(False, _FLAG, "Leave out rows that have no token to train on")
+    chat_template: str | None = _data(None, _TEXT, "Chat template: a file, or the text", unset="the tokenizer's")
+    date: str | None = _data(None, DATE, "Date that a chat template writes", unset="the day the run begins")
     stride: int = _data(128, whole(0), "Tokens that windows of a long context share (question-answering)")
-    problem_type: str | None = _data(None, choice(*PROBLEMS), "What a label of seq-cls is", unset="recognised")
-    data_workers: int | None = _data(
-        None, whole(1), "Processes that tokenise", key="workers", unset="by the cores", resume="nothing"
-    )
+    problem_type: str | None = _data(None, choice(*PROBLEMS), "Kind of label (seq-cls)", unset="recognised")
+    data_workers: int | None = _data(None, _COUNT, "Processes that tokenize", unset="by the cores", resume="nothing")
 
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    epochs: float = _train(3, number(above=True), "Passes over the training rows; may have a fraction")
-    max_steps: int | None = _train(None, whole(1), "Steps in all, instead of epochs")
-    batch_size: int = _train(16, whole(1), "Rows of one forward, over all processes")
-    gradient_accumulation_steps: int = _train(1, whole(1), "Forwards whose gradients make one step")
+    epochs: float = _train(3, _POSITIVE, "Passes over the training rows; may be a fraction")
+    max_steps: int | None = _train(None, _COUNT, "Total number of steps, instead of epochs")
+    batch_size: int = _train(16, _COUNT, "Rows of one forward, over all processes")
+    gradient_accumulation_steps: int = _train(1, _COUNT, "Forwards whose gradients make one step")
     learning_rate: float = _train(
-        2e-4, number(above=True), "Peak learning rate; LoRA takes about ten times that of full fine-tuning",
+        2e-4,
+        _POSITIVE,
+        "Peak learning rate; about ten times that of full fine-tuning",
         flags=("--lr", "--learning-rate"),
-    )  # fmt: skip
-    loraplus_lr_ratio: float = _train(1.0, number(above=True), "Learning rate of B divided by that of A (LoRA+)")
-    lr_scheduler_type: str = _train("linear", choice(*SCHEDULES), "Learning rate after the warmup")
-    warmup_ratio: float = _train(0.05, number(high=1), "Share of the steps in which the learning rate rises")
-    warmup_steps: int | None = _train(None, whole(0), "Steps in which it rises, instead of a share")
-    decay_ratio: float = _train(0.2, number(high=1), "Share of the steps in which warmup_stable_decay falls")
-    loss: str | None = _train(
-        None,
-        text(),
-        "Loss of your own, my_module:my_function of (outputs, batch), one value a row",
-        unset="the task's",
-        search="same",
-        since="0.2",
     )
-    optim: str = _train(
-        "adamw", text("adamw or the name of a class of torch.optim", ""), "adamw, or a class of torch.optim"
+    loraplus_lr_ratio: float = _train(1.0, _POSITIVE, "Learning rate of B divided by that of A (LoRA+)")
+    lr_scheduler_type: str = _train("linear", choice(*SCHEDULES), "Learning rate schedule after the warmup")
+    warmup_ratio: float = _train(0.05, _SHARE, "Warmup, as a share of the steps")
+    warmup_steps: int | None = _train(None, whole(0), "Warmup, in steps instead of a share")
+    decay_ratio: float = _train(0.2, _SHARE, "Share of the steps in which warmup_stable_decay falls")
+    loss: str | None = _base(
+        None, _TEXT, "Your own loss, my_module:my_function of (outputs, batch)", unset="the task's", since="0.2"
     )
-    optim_args: dict[str, Any] = _train(
-        {},
-        mapping("be keys and values, such as {momentum: 0.9}", {}),
-        'Arguments of that class, such as {"momentum": 0.9}',
-    )
+    optim: str = _train("adamw", _OPTIM, "Optimizer: adamw, or a class of torch.optim")
+    optim_args: dict[str, Any] = _train({}, _ARGUMENTS, 'Arguments of that class, such as {"momentum": 0.9}')
     weight_decay: float = _train(0.0, number(), "Weight decay of the optimizer")
-    max_grad_norm: float = _train(1.0, number(above=True), "Gradients are clipped to this norm")
-    gradient_checkpointing: bool = _train(
-        False,
-        flag(),
-        "Recompute activations in the backward: less memory, about a third more time",
-        resume="rounding",
-        search="same",
+    max_grad_norm: float = _train(1.0, _POSITIVE, "Largest norm of the gradients; beyond it they are clipped")
+    gradient_checkpointing: bool = _base(
+        False, _FLAG, "Recompute activations in the backward: less memory, about a third more time", resume="rounding"
     )
-    fsdp: bool = _train(False, flag(), "Shard the frozen model over the processes of torchrun", search="same")
-    seed: int = _train(0, whole(0, 2**63 - 1), "Random seed of split, order, initialisation and dropout", search="same")
+    fsdp: bool = _base(False, _FLAG, "Shard the frozen model over the processes of torchrun")
+    seed: int = _base(0, whole(0, 2**63 - 1), "Random seed of split, order, initialisation and dropout")
 
-    eval_strategy: str | None = _eval(None, choice(*MOMENTS), "When to evaluate", key="strategy", unset=_EACH_EPOCH)
-    eval_steps: int | None = _eval(None, whole(1), "Evaluate every N steps", key="steps")
-    eval_minutes: float | None = _eval(None, number(above=True), "Evaluate every N minutes", key="minutes")
-    eval_batch_size: int = _eval(
-        64,
-        whole(1),
-        "Rows at once when evaluating; changes no result",
-        key="batch_size",
-        resume="nothing",
-        search="same",
-    )
+    eval_strategy: str | None = _moment(None, _MOMENT, "When to evaluate", unset="once an epoch")
+    eval_steps: int | None = _moment(None, _COUNT, "Evaluate every N steps")
+    eval_minutes: float | None = _moment(None, _POSITIVE, "Evaluate every N minutes")
+    eval_batch_size: int = _eval(64, _COUNT, "Rows of one forward in evaluations; changes no result", resume="nothing")
     metrics: list[str] | None = _eval(
-        None, names(), "Metrics beside the loss: names, or my_module:my_function", unset="the task's", search="same"
+        None, names(), "Metrics beside the loss, or my_module:my_function", unset="the task's", resume="evaluation"
     )
-    metric_for_best_model: str | None = _eval(None, text(), "Metric that says which is best", unset="the first metric")
-    load_best_model_at_end: bool = _eval(False, flag(), "Keep the best adapter instead of the last one")
-    early_stopping_patience: int | None = _eval(None, whole(1), "Stop after N evaluations without improvement")
-    early_stopping_threshold: float = _eval(0.0, number(), "Least improvement that counts")
-    max_new_tokens: int = _eval(
-        64, whole(1), "Tokens to generate for metrics and examples", resume="nothing", search="same"
-    )
+    metric_for_best_model: str | None = _moment(None, _TEXT, "Metric to choose the best by", unset="the first metric")
+    load_best_model_at_end: bool = _moment(False, _FLAG, "Keep the best adapter instead of the last one")
+    early_stopping_patience: int | None = _moment(None, _COUNT, "Stop after N evaluations without improvement")
+    early_stopping_threshold: float = _moment(0.0, number(), "Least improvement that counts")
+    max_new_tokens: int = _eval(64, _COUNT, "Tokens to generate for metrics and examples", resume="nothing")
 
-    save_strategy: str | None = _keep(None, choice(*MOMENTS), "When to save a checkpoint", unset=_EACH_EPOCH)
-    save_steps: int | None = _keep(None, whole(1), "Save a checkpoint every N steps")
-    save_minutes: float | None = _keep(None, number(above=True), "Save a checkpoint every N minutes")
-    save_total_limit: int = _keep(2, whole(1), "Checkpoints to keep; the newest and the best always stay")
-    report_to: list[str] = _keep(
-        ["tensorboard"], names(none=True), "Trackers: tensorboard, wandb, mlflow, ..., or none"
-    )
+    save_strategy: str | None = _keep(None, _MOMENT, "When to save a checkpoint", unset="once an epoch")
+    save_steps: int | None = _keep(None, _COUNT, "Save a checkpoint every N steps")
+    save_minutes: float | None = _keep(None, _POSITIVE, "Save a checkpoint every N minutes")
+    save_total_limit: int = _keep(2, _COUNT, "Checkpoints to keep; the newest and the best always stay")
+    report_to: list[str] = _keep(["tensorboard"], names(none=True), "Trackers such as tensorboard, wandb, or none")
 
     def __post_init__(self) -> None:
         self.check_fields()

@@ -12,7 +12,10 @@ PRESETS = ("quick", "standard", "thorough")
 SAMPLERS = ("tpe", "random", "grid")
 
 _tune = partial(option, section="tune", group="Search")
+_run = partial(_tune, resume="nothing")  # how it runs
 _PRESETS_OWN = "the preset's"
+_SHARE = number(0, 1, above=True, what="a share of the steps")
+_ADDRESS = text("host:port or auto", "")
 
 
 @dataclass(kw_only=True)
@@ -23,23 +26,15 @@ class SearchOptions(Options):
 
     trials: int = _tune(16, whole(1), "Configurations to try", unset=_PRESETS_OWN)
     sampler: str = _tune("tpe", choice(*SAMPLERS), "What proposes configurations")
-    reduction: int = _tune(2, whole(2), "At each rung, one trial in N trains on")
-    min_share: float = _tune(
-        1 / 9, number(0, 1, above=True, what="a share of the steps"),
-        "Share of the steps at which the first rung is; 1 trains every trial to its end", unset="1/9",
-    )  # fmt: skip
-    finalists: int = _tune(
-        3, whole(1), "The best N configurations are trained again with other seeds", unset=_PRESETS_OWN
-    )
+    reduction: int = _tune(2, whole(2), "At each rung, one trial in N continues")
+    min_share: float = _tune(1 / 9, _SHARE, "First rung, as a share of the steps; 1 trains all to the end", unset="1/9")
+    finalists: int = _tune(3, whole(1), "Best configurations to train again with other seeds", unset=_PRESETS_OWN)
     seeds: int = _tune(2, whole(0), "Other seeds for each finalist; 0 for none", unset=_PRESETS_OWN)
     metric: str = _tune("", Check(as_it_is, {"type": "string"}), "Metric to compare by", unset="the task's first")
-    slots: int | None = _tune(None, whole(1), "Trials that train together", unset="as many as pay", resume="nothing")
-    memory: int | None = _tune(None, size(), "Memory limit, such as 8GiB", unset="what is free", resume="nothing")
-    workers: int = _tune(1, whole(1), "Packs that train at once, each in its own process (Ray)", resume="nothing")
-    ray_address: str | None = _tune(
-        None, text("host:port or auto", ""), "Ray cluster for the workers: host:port, or auto", unset="this machine",
-        resume="nothing",
-    )  # fmt: skip
+    slots: int | None = _run(None, whole(1), "Trials to train together", unset="as many as pay")
+    memory: int | None = _run(None, size(), "Memory limit, such as 8GiB", unset="what is free")
+    workers: int = _run(1, whole(1), "Packs to train at once, each in its own process (Ray)")
+    ray_address: str | None = _run(None, _ADDRESS, "Ray cluster: host:port, or auto", unset="this machine")
 
 
 #: Keys of the section that are not fields: what the others are by default, and what varies.

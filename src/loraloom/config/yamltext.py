@@ -7,15 +7,23 @@ one's own is an error: none has a good meaning in a run file. Knows nothing of o
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from loraloom.errors import ConfigError
 
-_NULL, _BOOL = r"~|null|Null|NULL|", r"true|True|TRUE|false|False|FALSE"
-_INT = r"[-+]?[0-9]+"
-_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 _TAG = "tag:yaml.org,2002:"
+#: Scalars of YAML 1.2: what they look like, and what they are.
+_SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+", int),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        lambda text: float(re.sub(r"\.(?=inf|nan)", "", text.lower())),
+    ),
+}
 
 
 def parse(text: str, source: str) -> tuple[Any, dict[str, int]]:
@@ -69,21 +77,16 @@ def _value(node: Any, source: str, path: str, lines: dict[str, int], seen: set[i
 
 
 def _scalar(node: Any, where: str) -> Any:
-    kind, text = node.tag.removeprefix(_TAG), node.value
+    kind = node.tag.removeprefix(_TAG)
     if kind == "str":
-        return text
-    if kind == "null" and re.fullmatch(_NULL, text):
-        return None
-    if kind == "bool" and re.fullmatch(_BOOL, text):
-        return text.lower() == "true"
+        return node.value
+    looks, read = _SCALARS.get(kind, ("(?!)", str))
+    if not re.fullmatch(looks, node.value):
+        raise ConfigError(f"{where}: the tag {node.tag!r} does not fit {node.value!r}; leave it out")
     try:
-        if kind == "int" and re.fullmatch(_INT, text):
-            return int(text)
-        if kind == "float" and re.fullmatch(_FLOAT, text):
-            return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
+        return read(node.value)
     except ValueError:  # Python refuses to read integers of thousands of digits
-        raise ConfigError(f"{where}: a number of {len(text)} digits cannot be read") from None
-    raise ConfigError(f"{where}: the tag {node.tag!r} does not fit {text!r}; leave it out")
+        raise ConfigError(f"{where}: a number of {len(node.value)} digits cannot be read") from None
 
 
 def write(value: Any) -> str:
@@ -103,21 +106,15 @@ def _kinds() -> tuple[Any, Any]:
     """YAML's safe reader and writer, with the scalars of YAML 1.2 in place of 1.1's."""
     import yaml
 
-    class Reader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-    class Writer(yaml.SafeDumper):
-        yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-    def text(writer: Any, value: str) -> Any:
-        # Line breaks and the like are escaped, which keeps the text on one line.
-        return writer.represent_scalar(f"{_TAG}str", value, style=None if value.isprintable() else '"')
-
-    Writer.add_representer(str, text)
-    for kind in (Reader, Writer):
-        for name, expression in (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT)):
-            kind.add_implicit_resolver(f"{_TAG}{name}", re.compile(rf"(?:{expression})$"), None)
-    return Reader, Writer
+    own: dict[str, Any] = {"yaml_implicit_resolvers": {}}
+    reader: Any = type("Reader", (yaml.SafeLoader,), own)
+    writer: Any = type("Writer", (yaml.SafeDumper,), {**own, "ignore_aliases": lambda self, data: True})
+    # Line breaks and the like are escaped, which keeps a text on one line.
+    text = f"{_TAG}str"
+    writer.add_representer(
+        str, lambda to, value: to.represent_scalar(text, value, style=None if value.isprintable() else '"')
+    )
+    for kind in (reader, writer):
+        for name, (looks, _) in _SCALARS.items():
+            kind.add_implicit_resolver(f"{_TAG}{name}", re.compile(rf"(?:{looks})$"), None)
+    return reader, writer

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from loraloom import tasks
-from loraloom.config import runfile, yamltext
+from loraloom.config import runfile
 from loraloom.config.lora import LoraConfig
 from loraloom.config.names import TASKS as NAMES
-from loraloom.config.options import options_of
+from loraloom.config.options import Option, options_of
 from loraloom.config.train import TrainConfig
 from loraloom.data.read.sources import resolve
 from loraloom.data.shape.shapes import Shape, proposals, recognise
@@ -112,7 +112,8 @@ def begin(
         "train.learning_rate": "For a model of this width: about ten times that of full fine-tuning",
         "train.epochs": f"Passes over the training rows; chosen for {many} rows",
     }
-    write_files(path.parent, {path.name: _text(options, path.name, comments).encode()})
+    text = runfile.render(options, _said, _COULD_SAY, comments)
+    write_files(path.parent, {path.name: f"{_HEAD.format(name=path.name)}\n{text}".encode()})
     return found
 
 
@@ -129,7 +130,7 @@ _SAID = {
     *("train.lr_scheduler_type", "train.warmup_ratio", "train.weight_decay", "train.max_grad_norm"),
     *("train.save_total_limit", "train.seed", "eval.batch_size"),
 }
-_COULD_SAY = {
+_COULD_SAY: dict[str, Any] = {
     "model.device": "cuda",
     "model.attn_implementation": "sdpa",
     "data.columns": {"text": "body"},
@@ -153,22 +154,5 @@ _HEAD = """\
 """
 
 
-def _text(options: TrainConfig, name: str, comments: Mapping[str, str]) -> str:
-    """The file: what is set, and what could be, each key with its help from the list of options."""
-    sections: dict[str, list[str]] = {top: [] for top in ("task", "model", "data", "lora", "train", "eval", "output")}
-    for key, option in runfile.OPTIONS.items():
-        top = option.section or key
-        if top not in sections:
-            continue
-        value = getattr(options.lora if top == "lora" else options, option.name)
-        comment = f"  # {comments.get(key, option.summary)}"
-        said = key in _SAID or option.starter is not None or value != option.default
-        if said and option.help:
-            line = f"{option.leaf}: {yamltext.write(value)}{comment}"
-        elif key in _COULD_SAY:
-            line = f"# {option.leaf}: {yamltext.write(_COULD_SAY[key])}{comment}"
-        else:
-            continue
-        sections[top].append(f"  {line}" if option.section else line)
-    blocks = [f"{top}:\n" * (top not in ("task", "output")) + "\n".join(lines) for top, lines in sections.items()]
-    return "\n\n".join([_HEAD.format(name=name).rstrip(), *blocks]) + "\n"
+def _said(option: Option, value: Any) -> bool:
+    return bool(option.help) and (option.key in _SAID or option.starter is not None or value != option.default)

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from loraloom.config.keys import OPTIONS, check_key
 from loraloom.config.lora_checks import split_names
-from loraloom.config.runfile import OPTIONS, check_key, with_values
+from loraloom.config.runfile import with_values
 from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, nearest
 from loraloom.tune.params import Categorical, Range, label, read_range
