@@ -90,7 +90,7 @@ def test_every_step_is_told(encoder_folder: Path, rows: list[dict[str, Any]], tm
         encoder_folder,
         rows,
         output=tmp_path / "run",
-        on_step=lambda progress: steps.append(progress.slot.step),
+        on_step=lambda event: steps.append(event.step),
         **SHORT,
     )
     assert steps == [1, 2]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from loraloom.tune.conclusion import BEST_NAME, SearchResult
 from loraloom.tune.config import TuneConfig
 
 if TYPE_CHECKING:
-    from loraloom.engine.loop import Progress
+    from loraloom.engine.loop import OnStep
     from loraloom.lora.model import PeftModel
     from loraloom.train.run import RunResult
     from loraloom.train.setup import TrainJob
@@ -124,7 +124,7 @@ def train(
     tokenizer: Any = None,
     resume: bool | str | Path | None = None,
     quiet: bool = False,
-    on_step: Callable[[Progress], None] | None = None,
+    on_step: OnStep | None = None,
     **options: Any,
 ) -> Run:
     """Train one adapter, as ``loraloom train`` does.
@@ -137,7 +137,7 @@ def train(
         tokenizer: of a loaded ``model``.
         resume: True for the newest checkpoint of the output folder, or the path of one. Options that are not given are
             then those of the run that is resumed.
-        on_step: called after each step.
+        on_step: called with a ``StepEvent`` after each step.
         options: any option of ``loraloom train``: ``task``, ``output``, ``r``, ``epochs``, ``learning_rate`` ... The
             held-out rows (``eval_split``, or ``validation``) may be rows too, and ``metrics`` may hold functions.
 

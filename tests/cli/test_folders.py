@@ -78,7 +78,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(
     assert (folder / LOCK_NAME).exists()
     assert runfile.read(folder / "run.yaml").options.max_steps == 10**6
     assert not (folder / WEIGHTS).exists()
-    begun(world.train(*going, "--resume"), "going on from").send_signal(signal.SIGTERM)
+    begun(world.train(*going, "--resume"), "resuming from").send_signal(signal.SIGTERM)
 
 
 def test_a_second_search_in_a_folder_is_refused_and_so_is_a_run(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraloom import LoraConfig, PeftModel, tasks
 from loraloom.data.example import Example
-from loraloom.engine.loop import Progress, train_pack
+from loraloom.engine.loop import StepEvent, train_pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import TrainingError
 from loraloom.inference.evaluation import Evaluator
@@ -100,14 +100,15 @@ def test_what_is_not_in_the_loop_is_not_touched(decoder: Maker, completions: lis
 def test_each_step_is_seen_with_its_loss_and_the_tokens_so_far(decoder: Maker, completions: list[Example]) -> None:
     model, seen = decoder(), []
 
-    def watch(progress: Progress) -> None:
-        assert progress.seconds > 0
-        seen.append((progress.slot.step, len(progress.slot.curve.loss), progress.tokens))
+    def watch(event: StepEvent) -> None:
+        assert event.seconds > 0
+        assert event.loss == slot.curve.loss[-1]
+        seen.append((event.step, len(slot.curve.loss), event.tokens))
 
     slot = Slot(
         "default", model.adapter_parameters("default"), completions[:9], steps=4, batch_size=4, learning_rate=1e-3
     )
-    tokens = train_pack(model, [slot], LM, 0, evaluate_every=9, evaluate=lambda slot: {}, watch=watch)
+    tokens = train_pack(model, [slot], LM, 0, evaluate_every=9, evaluate=lambda slot: {}, on_step=watch)
     assert [step for step, *_ in seen] == [losses for _, losses, _ in seen] == [1, 2, 3, 4]
     epoch = sum(len(e.input_ids) for e in completions[:9])  # three batches; padding is not counted
     assert seen[2][2] == epoch
@@ -128,7 +129,7 @@ def test_the_loop_can_be_stopped_between_steps(decoder: Maker, completions: list
         LM,
         completions,
         "default",
-        watch=lambda p: steps.append(p.slot.step),
+        on_step=lambda event: steps.append(event.step),
         stopped=lambda: len(steps) == 3,
     )
     assert steps == [1, 2, 3]
@@ -182,12 +183,12 @@ def test_a_loss_that_is_not_finite_stops_its_slot_as_it_was_before_and_the_other
     model = two(decoder)
     left: dict[str, dict[str, Tensor]] = {}
 
-    def spoil(progress: Progress) -> None:
-        if progress.slot.name == "other" and progress.slot.step == 2:  # the last to be updated in a step
+    def spoil(event: StepEvent) -> None:
+        if event.name == "other" and event.step == 2:  # the last to be updated in a step
             next(iter(model.adapter_parameters("other").values())).data[0, 0] = number
             left.update({name: weights(model, name) for name in ADAPTERS})
 
-    slots, _ = train(model, LM, completions, "default", "other", watch=spoil)
+    slots, _ = train(model, LM, completions, "default", "other", on_step=spoil)
     assert slots["other"].failure == "step 3: the loss is nan"
     for key, p in model.adapter_parameters("other").items():
         assert torch.equal(p.nan_to_num(), left["other"][key].nan_to_num()), key

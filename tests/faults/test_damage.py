@@ -19,6 +19,8 @@ from loraloom import LoraConfig
 from loraloom.config import runfile
 from loraloom.config.train import TrainConfig
 from loraloom.errors import LoraloomError
+from loraloom.messages import ignore
+from loraloom.report.sentences import sentence
 from loraloom.train.checkpointing import folders
 from loraloom.train.output import RUN_FILE
 from loraloom.train.run import prepare, run
@@ -46,7 +48,7 @@ def job(encoder_folder: Path, few: Path, tmp_path_factory: pytest.TempPathFactor
 def begun(job: TrainJob, said: list[str]) -> tuple[Trainer, dict[str, Any] | None]:
     """Where a resumed run begins."""
     slot = job.setup.slot("default", job.model, job.options, job.steps)
-    trainer = Trainer(job, slot, lambda slot: {}, lambda progress: None, said.append)
+    trainer = Trainer(job, slot, lambda slot: {}, ignore, lambda message: said.append(sentence(message)))
     return trainer, trainer.begin(True)
 
 

@@ -132,7 +132,7 @@ def test_a_whole_run_is_stopped_and_resumed(encoder_folder: Path, reviews: Path,
                             save_steps=2, learning_rate=1e-2, lora=lora, eval_split=20, device=device)  # fmt: skip
 
     def stop(progress: Any) -> None:
-        if progress.slot.step == 3:
+        if progress.step == 3:
             raise KeyboardInterrupt
 
     whole = run(prepare(options("whole")))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import loraloom
 from loraloom.messages import Message
-from loraloom.report.sentences import ENGLISH, sentence
+from loraloom.report.sentences import ADVICE, ENGLISH, RUN, SEARCH, VERDICT, sentence
 
 
 def kinds() -> set[str]:
@@ -23,6 +23,7 @@ def kinds() -> set[str]:
 
 def test_every_kind_has_a_sentence_and_every_sentence_its_kind() -> None:
     assert kinds() == set(ENGLISH)
+    assert len(ENGLISH) == sum(map(len, (ADVICE, RUN, SEARCH, VERDICT)))  # no kind means two things
 
 
 def test_another_language_is_another_table() -> None:

@@ -6,7 +6,6 @@ import io
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,20 +14,22 @@ from torch import nn
 
 from loraloom import LoraConfig, get_peft_model
 from loraloom.config.train import TrainConfig
+from loraloom.engine.loop import StepEvent
 from loraloom.files.sizes import size
 from loraloom.lora.inspection import inspect
+from loraloom.messages import Warn
+from loraloom.report.sentences import sentence
 from loraloom.report.session import train_run
 from loraloom.report.terminal import (
     Meter,
     Reading,
-    _further,
+    _still_falling,
     expectations,
     inspection,
     memory_table,
     overview,
     predictions,
 )
-from loraloom.train.preflight.doctor import Finding
 from loraloom.train.preflight.estimate import ResourceEstimate
 from loraloom.train.preflight.memory import Memory
 from loraloom.train.run import prepare
@@ -40,9 +41,12 @@ def shown(what: RenderableType, width: int = 80) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def progress(step: int, loss: float, evaluations: list[dict[str, float]], tokens: int = 1000) -> Any:
-    curve = SimpleNamespace(loss=[loss], learning_rate=[0.00025], evaluations=evaluations)
-    return SimpleNamespace(slot=SimpleNamespace(step=step, curve=curve), tokens=tokens, seconds=2.0)
+def progress(
+    step: int, loss: float, evaluations: list[dict[str, float]], tokens: int = 1000, steps: int = 10_000
+) -> StepEvent:
+    found = evaluations[-1] if evaluations and evaluations[-1]["step"] == step else {}
+    evaluation = {key: value for key, value in found.items() if key != "step"} or None
+    return StepEvent("default", step, steps, loss, 0.00025, tokens, 2.0, evaluation)
 
 
 # Before ---------------------------------------------------------------------------------------------------
@@ -69,12 +73,12 @@ def test_the_overview_counts_rows_parameters_steps_and_padding(
 
 def test_what_training_takes_and_what_the_doctor_says_is_told() -> None:
     memory = Memory(base=2**20, adapter=2**10, gradients=2**10, optimizer=2**11, activations=2**20)
-    findings = [Finding("rate", "a rate of 1 is high")]
+    findings = [Warn("rate", rate=1.0, optim="adamw", lowest=2e-5, highest=5e-3)]
     text = shown(
         expectations(findings, ResourceEstimate(memory, free=2**30, seconds=5000, logits="logits in parts")), width=200
     )
     assert "memory 2.0 MiB (the frozen model 1.0 MiB, and 1.0 MiB more, of 1.00 GiB free), time about 83 min" in text
-    assert "warning: a rate of 1 is high" in text
+    assert "warning: a learning rate of 1 is high for LoRA with adamw (usual: 2e-05 to 0.005): training may div" in text
     assert "more than there is" not in text
     assert "more than there is: lower batch_size" in shown(
         expectations([], ResourceEstimate(memory, 2**10, 30)), width=400
@@ -105,10 +109,10 @@ def test_reading_many_rows_says_how_far_it_is_now_and_then() -> None:
 
 def test_the_bar_has_loss_metric_speed_and_time_left_in_80_columns() -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    evaluations = [{"step": 100, "loss": 12.345, "perplexity": 123.456}]
+    evaluations = [{"step": 9_998, "loss": 12.345, "perplexity": 123.456}]
     with Meter(console, 10_000) as meter:
         for step in (9_998, 9_999):
-            meter(progress(step, 1.5, evaluations if step > 9_998 else [], tokens=246_912))
+            meter(progress(step, 1.5, evaluations, tokens=246_912))  # the last one measured stays
         meter.bar.refresh()
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
     last = text.replace("\n", "\r").rstrip("\r").split("\r")[-1].rstrip()
@@ -118,29 +122,42 @@ def test_the_bar_has_loss_metric_speed_and_time_left_in_80_columns() -> None:
     assert len(last) <= 80
 
 
-def test_elsewhere_than_in_a_terminal_each_evaluation_is_one_line() -> None:
+def test_a_log_without_a_terminal_has_a_line_for_each_evaluation_with_the_steps_and_the_time_left() -> None:
     console = Console(file=io.StringIO(), width=80)
     first = {"step": 1, "loss": 0.5, "accuracy": 0.75}
-    with Meter(console, 3) as meter:
-        meter(progress(1, 2.0, [first]))
-        meter(progress(2, 1.0, [first]))
-        meter(progress(3, 1.0, [first, {"step": 3, "loss": 0.25, "accuracy": 0.875}]))
+    times = iter([0.0, 1.0, 3.0, 5.0])
+    with Meter(console, 5, lambda: next(times)) as meter:
+        meter(progress(1, 2.0, [first], steps=5))
+        meter(progress(2, 1.0, [first], steps=5))
+        meter(progress(3, 1.0, [first, {"step": 3, "loss": 0.25, "accuracy": 0.875}], steps=5))
     memory = r"[0-9.]+ [KMG]iB"
     for line, said in zip(
         console.file.getvalue().splitlines(),  # type: ignore[attr-defined]
         [
-            "step 1: training loss 2.000, held-out loss 0.500, accuracy 0.750, rate 0.00025, MEMORY, 500 tokens/s",
-            "step 3: training loss 1.810, held-out loss 0.250, accuracy 0.875, rate 0.00025, MEMORY, 500 tokens/s",
+            "step 1 of 5: training loss 2.000, held-out loss 0.500, accuracy 0.750, rate 0.00025, MEMORY, 500 tokens/s",
+            "step 3 of 5: training loss 1.810, held-out loss 0.250, accuracy 0.875, rate 0.00025, MEMORY, "
+            "500 tokens/s, 4 s left",
         ],
         strict=True,
     ):
         assert re.fullmatch(re.escape(said).replace("MEMORY", memory), line)
 
 
+def test_a_log_without_a_terminal_is_not_silent_for_long_between_evaluations() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    times = iter([0.0, 10.0, 20.0, 22.0])
+    with Meter(console, 100, lambda: next(times)) as meter:
+        for step in (17, 18, 19):
+            meter(progress(step, 2.0, [], steps=100))
+    (line,) = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert line.startswith("step 18 of 100: training loss 2.000, rate 0.00025, ")
+    assert line.endswith("500 tokens/s, 13:40 left")
+
+
 def test_a_wide_terminal_has_the_rate_and_the_memory_as_well() -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
     with Meter(console, 10_000) as meter:
-        meter(progress(9_999, 1.5, [{"step": 100, "loss": 12.345, "perplexity": 123.456}], tokens=246_912))
+        meter(progress(9_999, 1.5, [{"step": 9_999, "loss": 12.345, "perplexity": 123.456}], tokens=246_912))
         meter.bar.refresh()
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
     last = text.replace("\n", "\r").rstrip("\r").split("\r")[-1].rstrip()
@@ -205,7 +222,7 @@ def test_the_parts_of_memory_and_their_sum_are_listed() -> None:
         [number, "KiB"] for number in ("4.0", "1.0", "1.0", "2.0", "8.0", "16.0")
     ]
     open_end = memory_table(Memory(base=4096, adapter=1024, gradients=1024, optimizer=2048, activations=None))
-    assert open_end.splitlines()[-1].endswith("8.0 KiB and what is kept for backward, which cannot be told beforehand")
+    assert open_end.splitlines()[-1].endswith("8.0 KiB and activation memory, which could not be estimated")
 
 
 def test_an_adapter_shows_whole_names_aligned_and_only_what_is_not_the_default(
@@ -244,5 +261,6 @@ def test_a_run_whose_loss_still_falls_says_what_to_do() -> None:
     options = {"max_steps": None, "epochs": 3, "learning_rate": 2e-4}
     record: dict[str, Any] = {"curve": {"evaluations": evaluations}, "options": options}
     wanted = "still falling at the end (0.900 to 0.600): train longer (--epochs 6), or at a higher rate (--lr 0.0004)"
-    assert _further(record).endswith(wanted)
-    assert _further(record | {"curve": {"evaluations": evaluations[:1]}}) == ""
+    (message,) = _still_falling(record)
+    assert sentence(message).endswith(wanted)
+    assert list(_still_falling(record | {"curve": {"evaluations": evaluations[:1]}})) == []

@@ -12,18 +12,16 @@ import pytest
 from rich.console import Console
 
 from loraloom.config.train import TrainConfig
-from loraloom.engine.loop import Progress
-from loraloom.engine.slot import Curve
+from loraloom.engine.loop import StepEvent
 from loraloom.errors import ConfigError
 from loraloom.report.session import train_run
 from loraloom.report.trackers import FOLDER, Trackers, check
 
 
-def progress(steps: int, evaluated: int | None = None) -> Progress:
-    """After so many steps; ``evaluated`` is the step of the last evaluation."""
-    evaluations = [{"step": evaluated, "loss": 0.5, "accuracy": 0.75}] if evaluated is not None else []
-    slot: Any = SimpleNamespace(step=steps, curve=Curve([1.0 / steps], [0.1], evaluations))
-    return Progress(slot, tokens=100 * steps, seconds=2.0 * steps)
+def progress(step: int, evaluated: int | None = None) -> StepEvent:
+    """``evaluated`` is the step of the last evaluation."""
+    found = {"loss": 0.5, "accuracy": 0.75} if evaluated == step else None
+    return StepEvent("default", step, 9, 1.0 / step, 0.1, 100 * step, 2.0 * step, found)
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -156,23 +154,6 @@ def test_a_tracker_has_figures_options_and_the_name_of_the_run(
     assert one.ended == [0]
 
 
-def test_a_run_that_goes_on_tells_what_it_measured_at_the_step_at_which_it_did(
-    fake: Callable[..., type[Fake]], tmp_path: Path
-) -> None:
-    kind = fake("wandb")
-    for last in (4, 3):  # of which the first was evaluated at the very step at which the run goes on
-        with Trackers(["wandb"], tmp_path) as tell:
-            for step in (5, 6):
-                tell(progress(step, evaluated=last))
-    at_once, before = kind.made
-    assert [(step, "eval/loss" in values, "train/loss" in values) for step, values in at_once.told] == [
-        (4, True, False),
-        (5, False, True),
-        (6, False, True),
-    ]
-    assert [(step, "eval/loss" in values) for step, values in before.told] == [(5, False), (6, False)]
-
-
 def test_a_tracker_that_does_not_start_is_said_before_the_first_step_and_the_others_end(
     fake: Callable[..., type[Fake]], tmp_path: Path
 ) -> None:
@@ -196,7 +177,7 @@ def test_a_tracker_that_fails_on_the_way_is_said_once_and_the_others_are_told_on
             tell(progress(step))
     assert said == [
         "report_to: swanlab did not take the options (OSError: no options)",
-        "report_to: wandb failed at step 1 (OSError: no log); the training does without it",
+        "report_to: wandb failed at step 1 (OSError: no log); training continues without it",
         "report_to: trackio did not end well (OSError: no finish)",
     ]
     assert bad.made[0].ended == []
@@ -224,7 +205,8 @@ def test_mlflow_is_given_names_that_it_takes(fake: Callable[..., type[Fake]], tm
     kind = fake("mlflow")
     with Trackers(["mlflow"], tmp_path) as tell:
         given = progress(1, evaluated=1)
-        given.slot.curve.evaluations[-1]["f(x), %"] = 1.0
+        assert given.evaluation is not None
+        given.evaluation["f(x), %"] = 1.0
         tell(given)
     assert set(kind.made[0].told[0][1]) >= {"train/loss", "eval/accuracy", "eval/f_x__ _"}
 
@@ -245,7 +227,7 @@ def test_a_training_goes_on_without_a_tracker_that_fails_and_does_not_begin_with
         result = train_run(options("wandb"), Console(file=log, width=200))
     assert result is not None
     assert result.record["state"] == "finished"
-    assert "wandb failed at step 1 (OSError: no log); the training does" in (tmp_path / "log").read_text()
+    assert "wandb failed at step 1 (OSError: no log); training continues" in (tmp_path / "log").read_text()
     train_run(options("trackio"), Console(quiet=True))
     train_run(options("trackio"), Console(quiet=True), resume=True)  # has come to its end
     assert [len(one.made) for one in (fails, good, kind)] == [1, 1, 1]

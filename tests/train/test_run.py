@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from loraloom import LoraConfig, PeftModel
 from loraloom.config.train import TrainConfig
 from loraloom.data.batches import bucketed, padding_share
-from loraloom.engine.loop import Progress
+from loraloom.engine.loop import StepEvent
 from loraloom.errors import ConfigError, DataError, LoraloomError, SaveError, TrainingError
 from loraloom.lora.routing import BASE
 from loraloom.models.load import load_base
@@ -34,7 +34,7 @@ from loraloom.train.run_record import RUN_NAME
 from loraloom.train.setup import TrainJob, predict
 
 WEIGHTS = "adapter_model.safetensors"
-Watch = Callable[[Progress], None]
+Watch = Callable[[StepEvent], None]
 
 
 @pytest.fixture
@@ -80,8 +80,8 @@ def record_in(folder: str | Path) -> dict[str, Any]:
 
 
 def at(step: int, *actions: Callable[[], object]) -> Watch:
-    def watch(progress: Progress) -> None:
-        if progress.slot.step == step:
+    def watch(event: StepEvent) -> None:
+        if event.step == step:
             for action in actions:
                 action()
 
@@ -176,7 +176,7 @@ def test_the_record_is_what_happened(complete: Callable[..., TrainConfig]) -> No
     seen: list[tuple[int, float]] = []
     options = complete(batch_size=8, epochs=1.5, max_steps=None, eval_split=20)
     job = prepare(options)
-    result = run(job, lambda progress: seen.append((progress.slot.step, progress.slot.curve.loss[-1])))
+    result = run(job, lambda event: seen.append((event.step, event.loss)))
     record = record_in(options.output)
     assert record == json.loads(json.dumps(result.record))
     assert record["state"] == "finished"

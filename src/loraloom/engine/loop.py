@@ -15,6 +15,7 @@ from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import TrainingError
 from loraloom.lora.model import PeftModel
+from loraloom.messages import ignore
 from loraloom.tasks.base import Task
 
 #: What to do about a loss that is not finite.
@@ -22,12 +23,30 @@ CALMER = "lower the learning rate or lora_alpha, or use dtype bfloat16 or float3
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a watcher sees after each step."""
+class StepEvent:
+    """What a callback gets after each step of a slot. Plain figures: ``dataclasses.asdict`` gives JSON."""
 
-    slot: Slot
+    name: str
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    #: since training began, what came before a resume included
     tokens: int
     seconds: float
+    #: what was measured at this step, if anything was
+    evaluation: dict[str, float] | None = None
+    format: int = 1
+
+    @classmethod
+    def of(cls, slot: Slot, tokens: int, seconds: float) -> StepEvent:
+        curve = slot.curve
+        last = curve.evaluations[-1] if curve.evaluations else {}
+        found = {key: value for key, value in last.items() if key != "step"} if last.get("step") == slot.step else None
+        return cls(slot.name, slot.step, slot.steps, curve.loss[-1], curve.learning_rate[-1], tokens, seconds, found)
+
+
+OnStep = Callable[[StepEvent], object]
 
 
 @dataclass
@@ -78,9 +97,9 @@ def train_pack(
     evaluate_every: int | Every,
     evaluate: Callable[[Slot], dict[str, float]],
     save_every: Every | None = None,
-    save: Callable[[Progress], None] = lambda progress: None,
-    measured: Callable[[Progress], None] = lambda progress: None,
-    watch: Callable[[Progress], None] = lambda progress: None,
+    save: OnStep = ignore,
+    measured: OnStep = ignore,
+    on_step: OnStep = ignore,
     stopped: Callable[[], bool] = lambda: False,
 ) -> int:
     """Train every slot to its last step and evaluate it every ``evaluate_every`` steps and at its end.
@@ -91,7 +110,7 @@ def train_pack(
     Args:
         save: called when it is due, before an evaluation, which may take long and fail.
         measured: called after each evaluation. It may end the slot by its ``enough``.
-        watch: called after each step.
+        on_step: called after each step, and on a resume after an evaluation that was still due.
         stopped: asked before each forward; it ends the loop early, be it within a step.
 
     Raises:
@@ -100,17 +119,18 @@ def train_pack(
     every = Every(evaluate_every) if isinstance(evaluate_every, int) else evaluate_every
     started, tokens = time.perf_counter(), 0
 
-    def now(slot: Slot) -> Progress:
-        return Progress(slot, tokens, time.perf_counter() - started)
+    def now(slot: Slot) -> StepEvent:
+        return StepEvent.of(slot, tokens, time.perf_counter() - started)
 
-    def look(slot: Slot, due: bool) -> None:
+    def look(slot: Slot, due: bool) -> bool:
         """Evaluate if it is ``due`` and was not done at this step, as it may have been before the slot was saved."""
         there = bool(slot.curve.evaluations) and slot.curve.evaluations[-1]["step"] == slot.step
-        if (slot.done or due) and not there:
+        missing = (slot.done or due) and not there
+        if missing:
             slot.curve.evaluations.append({"step": slot.step, **evaluate(slot)})
-            there = True
-        if there:
+        if missing or there:
             measured(now(slot))
+        return missing
 
     def ended() -> bool:
         """What one process is asked, all do: at the end of a step, for gradients within it are each one's own."""
@@ -120,8 +140,8 @@ def train_pack(
 
     pack, world = Pack(model, task=task, pad_id=pad_id), slots[0].world if slots else SINGLE
     for slot in slots:
-        if slot.step and not slot.within[0]:
-            look(slot, every.at(slot.step))
+        if slot.step and not slot.within[0] and look(slot, every.at(slot.step)):
+            on_step(now(slot))
     while (running := [slot for slot in slots if slot.running]) and not ended():
         before = [slot.step for slot in running]
         tokens += advance(pack, running)
@@ -131,7 +151,7 @@ def train_pack(
             if save_every is not None and world.agree(save_every.due(slot.step)):
                 save(now(slot))
             look(slot, world.agree(every.due(slot.step)))
-            watch(now(slot))
+            on_step(now(slot))
     if slots and all(slot.failure for slot in slots):
         raise TrainingError(f"{slots[0].failure}, so training cannot go on; {CALMER}")
     return tokens

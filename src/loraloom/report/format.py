@@ -92,6 +92,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def about(seconds: float) -> str:
+    """An estimated time: ``"40 s"``, ``"12 min"``, ``"3 h 20 min"``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def duration(seconds: float) -> str:
     """``"41 s"``, ``"12:34"``, ``"1:02:03"``."""
     whole = round(seconds)

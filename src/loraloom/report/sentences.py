@@ -7,13 +7,16 @@ people (``format.shown``), one with a noun is counted: ``{rows:row}`` gives ``"2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.console import RenderableType
+
 from loraloom.files.sizes import size
-from loraloom.messages import Message
-from loraloom.report.format import counted, figure, gap, label, shown
+from loraloom.messages import Message, Warn
+from loraloom.report.format import about, counted, figure, gap, label, shown
 from loraloom.report.format import params as settings
+from loraloom.report.screen import Text
 from loraloom.tasks.metrics.registry import greater_is_better
 
 Table = Mapping[str, str | Callable[..., str]]
@@ -23,10 +26,23 @@ class _Figure:
     def __init__(self, value: Any) -> None:
         self._value = value
 
+    def __repr__(self) -> str:
+        return repr(self._value)
+
     def __format__(self, spec: str) -> str:
         if not spec:
             return self._value if isinstance(self._value, str) else shown(self._value)
         return counted(self._value, spec) if len(spec) > 1 and spec.isalpha() else format(self._value, spec)
+
+
+def lines(messages: Iterable[Message]) -> RenderableType:
+    return Text("\n").join(map(line, messages))
+
+
+def line(message: Message) -> Text:
+    """The sentence as a line of its own; one on a possible mistake says so, in yellow."""
+    text = sentence(message)
+    return Text(f"warning: {text}", "yellow") if isinstance(message, Warn) else Text(text)
 
 
 def sentence(message: Message, table: Table | None = None) -> str:
@@ -327,4 +343,98 @@ ADVICE: Table = {
     ),
 }
 
-ENGLISH: Table = {**SEARCH, **VERDICT, **ADVICE}
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def _threads(
+    threads: int,
+    instead: int,
+    quota: float | None = None,
+    allowed: int | None = None,
+    cores: int = 0,
+    load: float = 0.0,
+) -> str:
+    why = f" on {cores} cores whose load is {load:.1f}"
+    if quota is not None:
+        why = f", and the quota of this container is {quota:g} cores"
+    elif allowed is not None:
+        why = f", and it may use {allowed} cores"
+    return (
+        f"torch computes with {threads} threads{why}: threads that wait for a core hold up all others; set "
+        f"OMP_NUM_THREADS={instead}"
+    )
+
+
+def _rate(rate: float, optim: str, lowest: float, highest: float) -> str:
+    how, what = ("low", "the adapter will hardly change") if rate < lowest else ("high", "training may diverge")
+    return f"a learning rate of {rate:g} is {how} for LoRA with {optim} (usual: {lowest:g} to {highest:g}): {what}"
+
+
+def _trainable(parameters: int, total: int, modules: int, in_full: Sequence[str]) -> str:
+    full = f", in full {', '.join(in_full)}" if in_full else ""
+    return f"{parameters:,} of {total:,} parameters train: LoRA in {modules} modules{full}"
+
+
+def _needs(total: int, base: int, free: int, seconds: float) -> str:
+    return (
+        f"memory {size(total)} (the frozen model {size(base)}, and {size(total - base)} more, of {size(free)} free), "
+        f"time about {about(seconds)}"
+    )
+
+
+def _still_falling(before: float, last: float, rate: float | None, max_steps: int | None, epochs: float) -> str:
+    longer = f"--max-steps {2 * max_steps}" if max_steps else f"--epochs {2 * epochs:g}"
+    faster = f", or at a higher rate (--lr {rate:g})" if rate is not None else ""
+    fall = f"{before:.3f} to {last:.3f}"
+    return f"the held-out loss was still falling at the end ({fall}): train longer ({longer}){faster}"
+
+
+RUN: Table = {
+    "trainable": _trainable,
+    "steps": "{steps:step}, {per_epoch:,} an epoch",
+    "needs": _needs,
+    "activations_unknown": "activation memory could not be estimated for this model",
+    "too_large": (
+        "that is more than there is: lower batch_size (and raise gradient_accumulation_steps by as much), or "
+        "max_length, or give --gradient-checkpointing or dtype bfloat16"
+    ),
+    "still_falling": _still_falling,
+    "run_resumed": "resuming from {path}, after step {step:,} of {steps:,}",
+    "already_finished": "{folder}: finished after {steps:,} steps; nothing is left to do",
+    "no_checkpoint": (
+        "the run in {folder} that ended early, after step {step:,}, left no whole checkpoint: training starts afresh"
+    ),
+    "skipped": lambda what, why="": f"{what} is skipped: {why}" if why else f"{what}; it is skipped",
+    "replaced": "{error}; it is replaced (overwrite)",
+    "rounding": lambda where, changes: (
+        f"since {where} was written, {'; '.join(changes)}: the last bits of the result may differ"
+    ),
+    "stopped_early": "stopped early, after step {step:,} of {steps:,}: {reason}",
+    "best_taken": "the adapter is that of step {step:,}: {metric} {value:.4g}",
+    "threads": _threads,
+    "rate": _rate,
+    "experts": lambda experts, names: (
+        f"{experts} are not adapted" + (f": target_parameters={names} would adapt them" if names else "")
+    ),
+    "tied": (
+        "the adapter changes the {changed} embeddings alone, whose weight is tied to the {other} embeddings: merged, "
+        "they would no longer be one weight. To train both as one, name both in modules_to_save"
+    ),
+    "dtype": (
+        "this processor has no instructions for {dtype}: adapted layers run in float32, all others will be very slow. "
+        "Use dtype float32 if there is enough memory, else target_modules all-linear"
+    ),
+    "overflow": "float16 on a CPU overflows early: use bfloat16 or float32",
+    "end": (
+        "the tokenizer ends a text with token {token} ({name!r}), and the model's config names {model}: generation may "
+        "not stop where training did"
+    ),
+    "pad": (
+        "the pad token is the end token ({name!r}); the end of a text is learned all the same, for padding is known by "
+        "its position here"
+    ),
+    "batch": "a step takes {batch_size:row}, and there are {rows}: every step sees the same rows",
+    "short": "{steps:step} in all: an adapter hardly learns in so few",
+}
+
+ENGLISH: Table = {**SEARCH, **VERDICT, **ADVICE, **RUN}

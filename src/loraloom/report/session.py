@@ -14,14 +14,15 @@ from rich.console import Console
 
 from loraloom.config.train import TrainConfig
 from loraloom.distributed.launch import rank
-from loraloom.engine.loop import Progress
+from loraloom.engine.loop import OnStep, StepEvent
 from loraloom.errors import ConfigError, SaveError
 from loraloom.files.log import Log
+from loraloom.messages import Message, ignore
 from loraloom.report import trackers
 from loraloom.report.data import picture
 from loraloom.report.plot import PLOT_NAME, plot_run
 from loraloom.report.screen import Text
-from loraloom.report.sentences import sentence
+from loraloom.report.sentences import line, sentence
 from loraloom.report.terminal import Meter, Reading, expectations, outcome, overview
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
@@ -42,7 +43,7 @@ def train_run(
     *,
     resume: Resume = None,
     dry_run: bool = False,
-    on_step: Callable[[Progress], None] | None = None,
+    on_step: OnStep | None = None,
     notes: Sequence[str] = (),
 ) -> RunResult | None:
     """Train as ``options`` say, and tell ``console`` (by default the terminal) about it.
@@ -73,18 +74,20 @@ def train_run(
         return None
 
     def log(text: str) -> None:
-        console.print(Text(text), soft_wrap=True)
+        _print([text], console)
+
+    def show(message: Message) -> None:
+        console.print(line(message), soft_wrap=True)
 
     try:
-        with _tracked(job, resume, log) as tell, Meter(console, job.steps) as meter:
+        with _tracked(job, resume, log) as track, Meter(console, job.steps) as meter:
 
-            def watch(progress: Progress) -> None:
-                meter(progress)
-                tell(progress)
-                if on_step is not None:
-                    on_step(progress)
+            def step(event: StepEvent) -> None:
+                for callback in (meter, track, on_step):
+                    if callback is not None:
+                        callback(event)
 
-            result = run(job, watch, resume, log)
+            result = run(job, step, resume, show)
     except Interrupted as error:
         if error.record and first:
             _draw(error.record, options.output)
@@ -96,14 +99,14 @@ def train_run(
 
 
 @contextlib.contextmanager
-def _tracked(job: TrainJob, resume: Resume, log: Log) -> Iterator[Callable[[Progress], None]]:
-    """Trackers that the first process tells of each step; a run that has come to its end before needs none."""
+def _tracked(job: TrainJob, resume: Resume, log: Log) -> Iterator[OnStep]:
+    """Trackers, of which the first process has the figures of each step; a run that has ended needs none."""
     options, world = job.options, job.setup.place.world
     names = [] if find(options, resume).finished else options.report_to
-    told = trackers.Trackers(names, options.output, options.to_dict(), log)
+    found = trackers.Trackers(names, options.output, options.to_dict(), log)
     with contextlib.ExitStack() as stack:
-        world.main_process_first(lambda: stack.enter_context(told))
-        yield told if world.is_main_process else lambda progress: None
+        world.main_process_first(lambda: stack.enter_context(found))
+        yield found if world.is_main_process else ignore
 
 
 def data_run(options: TrainConfig, console: Console | None = None, *, rows: int = 3) -> None:

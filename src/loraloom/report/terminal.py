@@ -1,9 +1,9 @@
-"""What a run says in the terminal: what will train, how it goes, what came out. Figures in, text out."""
+"""A run in the terminal: what will train, how it goes, what came out."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,14 @@ from loraloom.config.lora import LoraConfig
 from loraloom.files import resources
 from loraloom.files.sizes import size
 from loraloom.lora.inspection import ENERGY, Inspection
+from loraloom.messages import Message, Warn
+from loraloom.report.format import counted, duration
 from loraloom.report.screen import Text
+from loraloom.report.sentences import line, lines
 from loraloom.train.preflight.rates import HIGHEST, falls
 
 if TYPE_CHECKING:
-    from loraloom.engine.loop import Progress
-    from loraloom.train.preflight.doctor import Finding
+    from loraloom.engine.loop import StepEvent
     from loraloom.train.preflight.estimate import ResourceEstimate
     from loraloom.train.preflight.memory import Memory
     from loraloom.train.run import RunResult
@@ -30,62 +32,46 @@ if TYPE_CHECKING:
 
 #: Characters of an example's text in the list of predictions.
 SHOWN = 100
-#: Seconds between two lines on how far the reading of rows is.
+#: Seconds between two lines in a log, of rows that are read and of steps.
 TELL = 15.0
-#: Columns from which on the bar has room for the rate and the memory.
+#: From this many columns on the bar has room for the rate and the memory.
 WIDE = 100
 
 
 def overview(job: TrainJob) -> RenderableType:
     """What will be trained on what, and what was done to the rows."""
     data, made = job.data, job.plan
-    lines = [
-        f"{len(data.train.examples):,} rows to train on, {len(data.evaluation.examples):,} held out; "
-        f"{data.train.tokens:,} tokens an epoch, padding {data.padding:.1%}",
-        f"{made.parameters:,} of {made.base_parameters + made.parameters:,} parameters train: "
-        f"LoRA in {len(made.targets)} modules"
-        + (f", in full {', '.join(extra.name for extra in made.saved)}" if made.saved else ""),
-        f"{_count(job.steps, 'step')}, {job.steps_per_epoch:,} an epoch",
+    messages = [
+        *(Message("note", text=note) for note in made.notes),
+        *data.messages(),
+        Message(
+            "trainable",
+            parameters=made.parameters,
+            total=made.base_parameters + made.parameters,
+            modules=len(made.targets),
+            in_full=[extra.name for extra in made.saved],
+        ),
+        Message("steps", steps=job.steps, per_epoch=job.steps_per_epoch),
     ]
-    notes = [Text(note) for note in (*data.notes, *made.notes)]
-    return Text("\n").join([*notes, *map(Text, lines), *(Text(f"warning: {w}", "yellow") for w in data.warnings)])
+    return lines(messages)
 
 
-def expectations(findings: Sequence[Finding], ahead: ResourceEstimate) -> RenderableType:
-    """What training will take, and what the doctor has to say."""
-    memory = ahead.memory
-    more = memory.total - memory.base
-    lines = [
-        Text(
-            f"memory {size(memory.total)} (the frozen model {size(memory.base)}, and {size(more)} more, of "
-            f"{size(ahead.free)} free), time about {_about(ahead.seconds)}"
-        )
-    ]
-    if ahead.logits:
-        lines.append(Text(ahead.logits))
+def expectations(findings: Sequence[Message], needs: ResourceEstimate) -> RenderableType:
+    """What training will take, and what may go wrong."""
+    memory = needs.memory
+    figures = {"total": memory.total, "base": memory.base, "free": needs.free, "seconds": needs.seconds}
+    messages = [Message("needs", **figures)]
+    if needs.logits:
+        messages.append(Message("note", text=needs.logits))
     if memory.activations is None:
-        lines.append(Text("what is kept for the backward cannot be told beforehand for this model", "yellow"))
-    if not ahead.fits:
-        lines.append(
-            Text(
-                "warning: that is more than there is: lower batch_size (and raise gradient_accumulation_steps by as "
-                "much), or max_length, or give --gradient-checkpointing or dtype bfloat16",
-                "yellow",
-            )
-        )
-    return Text("\n").join([*lines, *(Text(f"warning: {finding.text}", "yellow") for finding in findings)])
-
-
-def _about(seconds: float) -> str:
-    """Time for people: ``"40 s"``, ``"12 min"``, ``"3 h 20 min"``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+        messages.append(Warn("activations_unknown"))
+    if not needs.fits:
+        messages.append(Warn("too_large"))
+    return lines([*messages, *findings])
 
 
 class Reading:
-    """A watcher of rows as they are read and tokenised: a live line in a terminal, one line now and then elsewhere."""
+    """The callback of rows that are read and tokenised: a live line in a terminal, one line now and then elsewhere."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self.clock = console, clock
@@ -111,12 +97,14 @@ class Reading:
 
 
 class Meter:
-    """A watcher of the loop: a live bar in a terminal, one line an evaluation elsewhere."""
+    """The callback ``on_step`` of a terminal: a live bar, or a line now and then and for each evaluation elsewhere."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self.console = console
+    def __init__(self, console: Console, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.clock = console, clock
         self.loss: float | None = None
-        self.seen = 0
+        self.measured: dict[str, float] = {}
+        #: the first step that was seen and when, for the time left; when a line was printed
+        self.first, self.printed = (0, 0.0), clock()
         # All of it fits in 80 columns; a wider bar would push out the figures.
         self.bar = Bar(
             BarColumn(bar_width=8),
@@ -139,32 +127,34 @@ class Meter:
     ) -> None:
         self.bar.stop()
 
-    def __call__(self, progress: Progress) -> None:
-        slot = progress.slot
-        if self.loss is None:  # the time left is worked out from steps of now, not from those of a run gone on with
-            self.bar.reset(self.task, completed=slot.step - 1)
-            self.seen = sum(one["step"] < slot.step for one in slot.curve.evaluations)
-        latest = slot.curve.loss[-1]
-        self.loss = latest if self.loss is None else 0.9 * self.loss + 0.1 * latest
-        speed = progress.tokens / progress.seconds
-        state = [f"rate {slot.curve.learning_rate[-1]:.2g}", size(memory_used())]
-        figures = [f"loss {self.loss:.3f}"]
-        if slot.curve.evaluations:
-            figures += _figures({k: v for k, v in slot.curve.evaluations[-1].items() if k != "loss"})[:1]
+    def __call__(self, event: StepEvent) -> None:
+        now = self.clock()
+        if self.loss is None:  # the time left follows from the steps of this start, not from those before a resume
+            self.bar.reset(self.task, completed=event.step - 1)
+            self.first = event.step, now
+        self.loss = event.loss if self.loss is None else 0.9 * self.loss + 0.1 * event.loss
+        self.measured = event.evaluation or self.measured
+        speed = f"{event.tokens / event.seconds:,.0f} tokens/s"
+        state = [f"rate {event.learning_rate:.2g}", size(memory_used())]
+        figures = [f"loss {self.loss:.3f}", *_figures({k: v for k, v in self.measured.items() if k != "loss"})[:1]]
         figures += state if self.console.width >= WIDE else []
-        self.bar.update(self.task, completed=slot.step, figures="  ".join([*figures, f"{speed:,.0f} tokens/s"]))
-        if len(slot.curve.evaluations) > self.seen:
-            self.seen = len(slot.curve.evaluations)
-            held_out = ", ".join(_figures(slot.curve.evaluations[-1]))
-            line = f"step {slot.step}: training loss {self.loss:.3f}, {held_out}, {', '.join(state)}"
-            self.console.print(Text(f"{line}, {speed:,.0f} tokens/s"), soft_wrap=True)
+        self.bar.update(self.task, completed=event.step, figures="  ".join([*figures, speed]))
+        if event.evaluation or (not self.console.is_terminal and now - self.printed >= TELL):
+            self.printed = now
+            parts = [f"training loss {self.loss:.3f}", *_figures(event.evaluation or {}), *state, speed]
+            left = self._left(event, now)
+            parts += [f"{duration(left)} left"] if left is not None else []
+            self.console.print(Text(f"step {event.step:,} of {event.steps:,}: {', '.join(parts)}"), soft_wrap=True)
+
+    def _left(self, event: StepEvent, now: float) -> float | None:
+        """Seconds to the last step; None before two steps were seen."""
+        done = event.step - self.first[0]
+        return (event.steps - event.step) * (now - self.first[1]) / done if done > 0 else None
 
 
 def _figures(evaluation: dict[str, float]) -> list[str]:
     """``["held-out loss 0.5", "accuracy 0.8"]``."""
-    return [
-        f"{'held-out loss' if key == 'loss' else key} {value:.3f}" for key, value in evaluation.items() if key != "step"
-    ]
+    return [f"{'held-out loss' if key == 'loss' else key} {value:.3f}" for key, value in evaluation.items()]
 
 
 def memory_used() -> int:
@@ -178,23 +168,17 @@ def outcome(result: RunResult, folder: str | Path, plot: Path, record_path: Path
     """The end of a run: the figures, where the files are, and three predictions."""
     record = result.record
     figures = ", ".join(_figures(record["result"]))
-    head = Text(f"\n{figures} after {_count(record['steps'], 'step')} in {record['seconds']:.0f} s", "bold")
+    head = Text(f"\n{figures} after {counted(record['steps'], 'step')} in {record['seconds']:.0f} s", "bold")
     files = Text(f"adapter {folder}\nrecord  {record_path}\ncurves  {plot}\n")
-    more = _further(record)
-    return Group(head, *([Text(f"warning: {more}", "yellow")] if more else []), files, predictions(result.predictions))
+    return Group(head, *map(line, _still_falling(record)), files, predictions(result.predictions))
 
 
-def _further(record: Mapping[str, Any]) -> str:
-    """What to do where the held-out loss was still falling at the end of a run."""
-    found = falls(record["curve"]["evaluations"])
-    if found is None:
-        return ""
-    options = record["options"]
-    steps, rate = options["max_steps"], 2 * options["learning_rate"]
-    longer = f"--max-steps {2 * steps}" if steps else f"--epochs {2 * options['epochs']:g}"
-    faster = f", or at a higher rate (--lr {rate:g})" if rate <= HIGHEST else ""
-    fall = f"{found[0]:.3f} to {found[1]:.3f}"
-    return f"the held-out loss was still falling at the end ({fall}): train longer ({longer}){faster}"
+def _still_falling(record: Mapping[str, Any]) -> Iterator[Message]:
+    """What to do if the held-out loss was still falling at the end of a run."""
+    if found := falls(record["curve"]["evaluations"]):
+        options, rate = record["options"], 2 * record["options"]["learning_rate"]
+        figures = {"before": found[0], "last": found[1], "rate": rate if rate <= HIGHEST else None}
+        yield Warn("still_falling", **figures, max_steps=options["max_steps"], epochs=options["epochs"])
 
 
 def memory_table(memory: Memory) -> str:
@@ -204,7 +188,7 @@ def memory_table(memory: Memory) -> str:
     if memory.activations is not None:
         parts["kept for backward"] = memory.activations
     lines = [f"  {name:18} {size(count):>10}" for name, count in {**parts, "in all": memory.total}.items()]
-    note = "" if memory.activations is not None else " and what is kept for backward, which cannot be told beforehand"
+    note = "" if memory.activations is not None else " and activation memory, which could not be estimated"
     return "\n".join(lines) + note
 
 
@@ -248,7 +232,3 @@ def predictions(rows: list[dict[str, Any]]) -> Table:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"

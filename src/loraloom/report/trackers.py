@@ -1,7 +1,4 @@
-"""Figures of a run for TensorBoard, W&B, MLflow and the like, through accelerate. Nothing is sent unasked.
-
-A tracker watches the loop as the terminal does; what it is told are figures and the run's options.
-"""
+"""Figures and options of a run for TensorBoard, W&B, MLflow and the like, through accelerate. Opt-in."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from loraloom.files.log import Log, info
 from loraloom.files.quiet import quiet
 
 if TYPE_CHECKING:
-    from loraloom.engine.loop import Progress
+    from loraloom.engine.loop import StepEvent
 
 #: The packages of those whose package has another name.
 _PACKAGES = {"comet_ml": "comet-ml", "tensorboard": "tensorboardX"}
@@ -58,15 +55,15 @@ def check(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """A watcher of the loop that tells ``names`` of it, by accelerate's names.
+    """The callback ``on_step`` of trackers ``names``, by accelerate's names.
 
-    Entered before the first step, when the user still looks: one that does not start is said then. One that fails later
-    is said, and the training goes on without it.
+    Entered before the first step: a tracker that does not start is an error then. One that fails later is logged, and
+    training continues without it.
 
     Args:
-        folder: the run's, in which TensorBoard's files lie and after which the run is named.
-        options: what is noted of the run at its beginning.
-        say: told when a tracker fails.
+        folder: the run's; TensorBoard's files lie in it, and the run is named after it.
+        options: stored with the run.
+        log: called when a tracker fails.
     """
 
     def __init__(
@@ -82,7 +79,7 @@ class Trackers:
         check(names)
 
     def __enter__(self) -> Trackers:
-        """Start all but TensorBoard, which has to know at which step.
+        """Start all but TensorBoard, which waits for the first step.
 
         Raises:
             ConfigError: one does not start. Begins with ``report_to``.
@@ -99,7 +96,7 @@ class Trackers:
                     f"report_to: {name} does not start ({brief(error)}); {hint}, or leave it out"
                 ) from None
         for tracker in list(self._trackers):
-            with self._minding(tracker, "did not take the options", drop=False):
+            with self._guarded(tracker, "did not take the options", drop=False):
                 tracker.store_init_configuration(self._options)
         return self
 
@@ -108,53 +105,46 @@ class Trackers:
     ) -> None:
         self._end(failed=kind is not None)
 
-    def __call__(self, progress: Progress) -> None:
-        if not self._names:
-            return
-        slot = progress.slot
+    def __call__(self, event: StepEvent) -> None:
         if not self._began:
-            self._begin(slot.step - 1, slot.curve.evaluations)
-        values = {"train/loss": slot.curve.loss[-1], "train/learning_rate": slot.curve.learning_rate[-1]}
-        values["train/tokens_per_second"] = progress.tokens / max(progress.seconds, 1e-9)
-        self._tell(slot.step, values | _evaluated(slot.curve.evaluations, slot.step))
+            self._began = True
+            self._start_tensorboard(event.step - 1)
+        values = {"train/loss": event.loss, "train/learning_rate": event.learning_rate}
+        values["train/tokens_per_second"] = event.tokens / max(event.seconds, 1e-9)
+        values |= {f"eval/{key}": value for key, value in (event.evaluation or {}).items()}
+        for tracker in list(self._trackers):
+            with self._guarded(tracker, f"failed at step {event.step}"):
+                tracker.log(_named_for(tracker.name, values), step=event.step)
 
-    def _begin(self, step: int, evaluations: Sequence[Mapping[str, float]]) -> None:
-        """Where a run goes on is known with its first step. What it measured there, before that step, belongs to it."""
-        self._began = True
+    def _start_tensorboard(self, step: int) -> None:
+        """TensorBoard has to know after which step a run starts."""
         if _TENSORBOARD in self._names:
             try:
                 self._trackers.append(_start(_TENSORBOARD, self._folder, step))
             except Exception as error:
-                self._log(f"report_to: {_TENSORBOARD} does not start ({brief(error)}); the training goes on without it")
-        if found := _evaluated(evaluations, step):
-            self._tell(step, found)
-
-    def _tell(self, step: int, values: Mapping[str, float]) -> None:
-        for tracker in list(self._trackers):
-            with self._minding(tracker, f"failed at step {step}"):
-                tracker.log(_named_for(tracker.name, values), step=step)
+                self._log(f"report_to: {_TENSORBOARD} does not start ({brief(error)}); training continues without it")
 
     def _end(self, failed: bool) -> None:
         for tracker in list(self._trackers):
-            with self._minding(tracker, "did not end well", drop=False):
+            with self._guarded(tracker, "did not end well", drop=False):
                 _finish(tracker, failed)
         self._trackers.clear()
 
     @contextlib.contextmanager
-    def _minding(self, tracker: Any, what: str, *, drop: bool = True) -> Iterator[None]:
-        """What a tracker raises is said, and not asked of it again; figures are not what a training is for."""
+    def _guarded(self, tracker: Any, what: str, *, drop: bool = True) -> Iterator[None]:
+        """Log what a tracker raises and drop it: training goes before tracking."""
         try:
             yield
         except Exception as error:
             without = ""
             if drop:
                 self._trackers.remove(tracker)
-                without = "; the training does without it"
+                without = "; training continues without it"
             self._log(f"report_to: {tracker.name} {what} ({brief(error)}){without}")
 
 
 def _start(name: str, folder: Path, step: int = 0) -> Any:
-    """``step``: where the run goes on; what was noted of later steps before it was killed is dropped (TensorBoard)."""
+    """``step``: after which the run starts; TensorBoard drops what a killed run noted of later steps."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -174,7 +164,7 @@ def _start(name: str, folder: Path, step: int = 0) -> Any:
 
 
 def _finish(tracker: Any, failed: bool) -> None:
-    """accelerate calls every run a success; these two can be told."""
+    """accelerate calls every run a success; these two can be told otherwise."""
     if failed and tracker.name == "wandb":
         tracker.tracker.finish(exit_code=1)
     elif failed and tracker.name == "mlflow":
@@ -183,14 +173,8 @@ def _finish(tracker: Any, failed: bool) -> None:
         tracker.finish()
 
 
-def _evaluated(evaluations: Sequence[Mapping[str, float]], step: int) -> dict[str, float]:
-    """What was measured at ``step``, if anything was."""
-    found = evaluations[-1] if evaluations and evaluations[-1]["step"] == step else {}
-    return {f"eval/{key}": value for key, value in found.items() if key != "step"}
-
-
 def _named_for(tracker: str, values: Mapping[str, float]) -> dict[str, float]:
-    """MLflow refuses names with other signs than these, and a user's own metric may be called anything."""
+    """MLflow refuses other characters in names, and a user's metric may be called anything."""
     return {re.sub(r"[^\w./: -]", "_", key) if tracker == "mlflow" else key: value for key, value in values.items()}
 
 

@@ -16,10 +16,10 @@ from rich.padding import Padding
 from rich.table import Table
 
 from loraloom.files.sizes import size
-from loraloom.messages import Message, Warn
+from loraloom.messages import Message
 from loraloom.report.format import count, duration, figure, label, params, shown
 from loraloom.report.screen import Text
-from loraloom.report.sentences import sentence
+from loraloom.report.sentences import line, sentence
 from loraloom.tune.executor import SearchStatus
 from loraloom.tune.ranking import Score, last_measured, measured, originals, ranking, scores, varying
 from loraloom.tune.selection import difference
@@ -223,11 +223,7 @@ class TuneMeter:
 
     def event(self, message: Message) -> None:
         """One line that stays: a trial starts, is paused, finishes."""
-        warning = isinstance(message, Warn)
-        self._print(("warning: " if warning else "") + sentence(message), "yellow" if warning else "")
-
-    def _print(self, line: str, style: str = "") -> None:
-        self.console.print(Text(line, style), soft_wrap=True)
+        self.console.print(line(message), soft_wrap=True)
 
     def update(self, status: SearchStatus) -> None:
         """Show where the search stands."""
@@ -245,7 +241,7 @@ class TuneMeter:
             known = self.seen.get(trial.number, max(done - 1, 0) if trial.number in active else done)
             self.seen[trial.number] = done
             if done > known:
-                self._print(_line(trial, names, status))
+                self.console.print(Text(_line(trial, names, status)), soft_wrap=True)
 
     def picture(self, status: SearchStatus) -> RenderableType:
         """What the live view shows of ``status``."""

@@ -31,6 +31,7 @@ from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Exa
 from loraloom.data.table.tokenize import Encoded, encode_survey
 from loraloom.data.tokenize.templates import find_template
 from loraloom.errors import ConfigError, DataError, SaveError
+from loraloom.messages import Message, Warn
 from loraloom.models.load import length_within
 
 #: Where bad rows go that are skipped, in the output folder.
@@ -107,6 +108,15 @@ class Data:
     warnings: list[str] = field(default_factory=list)
     #: the chat template that conversations were written with, unless it is what the tokenizer does by itself
     template: str | None = None
+
+    def messages(self) -> list[Message]:
+        """What was recognised and done, how much there is, and what may well be a mistake."""
+        rows, held_out = len(self.train.examples), len(self.evaluation.examples)
+        return [
+            *(Message("note", text=note) for note in self.notes),
+            Message("data", rows=rows, held_out=held_out, tokens=self.train.tokens, padding=self.padding),
+            *(Warn("note", text=warning) for warning in self.warnings),
+        ]
 
 
 class HeldOut(Sequence[Row]):

@@ -7,7 +7,6 @@ Before the first step it gets ``run.yaml``, and on the way checkpoints, from whi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,21 +14,20 @@ from loraloom.config.train import TrainConfig
 from loraloom.data.table.scan import OnProgress
 from loraloom.distributed.launch import find as find_device
 from loraloom.distributed.launch import single_process_warning
-from loraloom.engine.loop import Progress
+from loraloom.engine.loop import OnStep
 from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
-from loraloom.errors import ConfigError, TargetError
+from loraloom.errors import TargetError
 from loraloom.files import lock
-from loraloom.files.log import Log, info, logged
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import plan
+from loraloom.messages import Message, OnEvent, Warn, ignore, logged
 from loraloom.models import activation_checkpointing
 from loraloom.models.fsdp import shard
 from loraloom.train.checkpointing.resume import Resume, date_of, resumes
 from loraloom.train.dataset import silent
 from loraloom.train.output import check_output, described
 from loraloom.train.preflight import doctor, machine
-from loraloom.train.preflight.doctor import Finding
 from loraloom.train.preflight.estimate import ResourceEstimate, estimate_resources
 from loraloom.train.setup import TrainJob, load, predict
 from loraloom.train.signals import asked_to_stop
@@ -76,8 +74,8 @@ def prepare(options: TrainConfig, resume: Resume = None, reading: OnProgress = s
     return TrainJob(setup, model, made, steps, per_epoch)
 
 
-def examine(job: TrainJob) -> list[Finding]:
-    """What the doctor says of it.
+def examine(job: TrainJob) -> list[Message]:
+    """What may well be a mistake, or surprise.
 
     Raises:
         ConfigError: training would do nothing, or not what was asked.
@@ -93,16 +91,14 @@ def examine(job: TrainJob) -> list[Finding]:
         batch_size=options.batch_size * options.gradient_accumulation_steps,
         steps=job.steps,
     )
-    if found and found[0].stops:
-        raise ConfigError(found[0].text)
     if job.plan.note:
-        found.append(Finding("targets", job.plan.note))
+        found.append(Warn("note", text=job.plan.note))
     found += _probed(job)
     found += machine.examine(job.setup.place.device)
-    return [Finding("lonely", text), *found] if (text := single_process_warning()) else found
+    return [Warn("note", text=text), *found] if (text := single_process_warning()) else found
 
 
-def _probed(job: TrainJob) -> list[Finding]:
+def _probed(job: TrainJob) -> list[Warn]:
     """Modules that would not train, by one forward and backward of the first row.
 
     Raises:
@@ -114,7 +110,7 @@ def _probed(job: TrainJob) -> list[Finding]:
     found = pack.probe({ADAPTER: pack.task.collate(rows, pack.pad_id)})
     if stops := next((fault for fault in found if fault.stops), None):
         raise TargetError(stops.text)
-    return [Finding("untrained", fault.text) for fault in found]
+    return [Warn("note", text=fault.text) for fault in found]
 
 
 def outlook(job: TrainJob) -> ResourceEstimate:
@@ -140,18 +136,18 @@ def outlook(job: TrainJob) -> ResourceEstimate:
 
 def run(
     job: TrainJob,
-    watch: Callable[[Progress], None] = lambda progress: None,
+    on_step: OnStep = ignore,
     resume: Resume = None,
-    log: Log = info,
+    on_event: OnEvent = ignore,
 ) -> RunResult:
     """Train, evaluate, and write the folder, with checkpoints on the way. What ends it early, loses nothing.
 
     Args:
-        watch: called after each step.
+        on_step: called after each step.
         resume: True goes on from the newest whole checkpoint of the output folder, and begins afresh where there is
             none; a path goes on from that checkpoint. On a CPU, with as many threads, the adapter comes out as that of
             a run that was never stopped, to the byte. A run that has come to its end is not trained again.
-        log: called with lines about all else: where it resumes, which checkpoint is damaged.
+        on_event: called with all else: where it resumes, which checkpoint is damaged.
 
     Raises:
         ConfigError: what is to be resumed was trained with other options, data or weights; another run is under way in
@@ -163,17 +159,17 @@ def run(
     options, world = job.options, job.setup.place.world
     with contextlib.ExitStack() as stack:
         world.main_process_first(lambda: stack.enter_context(lock.held(options.output)))
-        return _run(job, watch, resume, logged(log))
+        return _run(job, on_step, resume, logged(on_event))
 
 
-def _run(job: TrainJob, watch: Callable[[Progress], None], resume: Resume, log: Log) -> RunResult:
+def _run(job: TrainJob, on_step: OnStep, resume: Resume, on_event: OnEvent) -> RunResult:
     options, model = job.options, job.model
     slot = job.setup.slot(ADAPTER, model, options, job.steps)
 
     def measure(slot: Slot) -> dict[str, float]:
         return job.setup.evaluate(model, slot.name)
 
-    trainer = Trainer(job, slot, measure, watch, log)
+    trainer = Trainer(job, slot, measure, on_step, on_event)
     finished, record, ended = trainer.begin(resume), None, None
     with described(options) if slot.world.is_main_process else contextlib.nullcontext():
         if finished:

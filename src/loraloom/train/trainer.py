@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loraloom.engine.loop import Every, Progress, train_pack
+from loraloom.engine.loop import Every, OnStep, StepEvent, train_pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, InputError, LoraloomError, SaveError, TrainingError
-from loraloom.files.log import Log
 from loraloom.lora import checkpoint as adapters
+from loraloom.messages import Message, OnEvent
 from loraloom.train import early_stopping, output
 from loraloom.train.checkpointing import folders, resume
 from loraloom.train.checkpointing.folders import Checkpoint
@@ -37,8 +37,8 @@ class Trainer:
 
     Args:
         measure: the evaluation of a slot.
-        watch: told after each step; tokens and seconds are those of the whole training, also of what was resumed.
-        log: told what the user should know beside that, line by line.
+        on_step: called after each step.
+        on_event: called with all else that a user should know.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class Trainer:
         job: TrainJob,
         slot: Slot,
         measure: Callable[[Slot], dict[str, float]],
-        watch: Callable[[Progress], None],
-        log: Log,
+        on_step: OnStep,
+        on_event: OnEvent,
     ) -> None:
         self.job, self.slot, self.options, self.model = job, slot, job.options, job.model
         self.folder = Path(job.options.output)
         self.identity = resume.identity(job)
-        self._measure, self._watch, self._log = measure, watch, log
+        self._measure, self._on_step, self._on_event = measure, on_step, on_event
         self._started = time.perf_counter()
-        self._tokens, self._seconds = 0, 0.0  # before this start
-        self._progress = Progress(slot, 0, 0.0)
+        #: before this start, and in all
+        self._before = self._spent = 0, 0.0
         self._resumed_at: list[int] = []
         #: where the adapter and the optimizer stand is known, as it is not within a forward or an update
         self._settled = False
@@ -74,21 +74,18 @@ class Trainer:
         Raises:
             ConfigError: there is a checkpoint, but of another training, or it cannot be gone on from.
         """
-        found = resume.find(self.options, wanted, self._log)
+        found = resume.find(self.options, wanted, self._on_event)
         if self.options.overwrite and wanted is True:
             found = self._replacing(found)
         if self.slot.world.is_main_process:
             folders.clean(self.folder)
         if found.stopped and not found.checkpoint:
-            where = f"the run in {self.folder} that ended early"
-            self._same(resume.identity_in(found.stopped), where)
-            self._log(
-                f"{where}, after step {found.stopped['steps']:,}, left no whole checkpoint: training begins afresh"
-            )
+            self._same(resume.identity_in(found.stopped), f"the run in {self.folder} that ended early")
+            self._on_event(Message("no_checkpoint", folder=str(self.folder), step=found.stopped["steps"]))
         if found.finished:
             self._same(resume.identity_in(found.finished), f"the finished run in {self.folder}")
             adapters.fill(self.model.base_model, self.slot.name, adapters.read_tensors(self.folder))
-            self._log(f"{self.folder}: finished after {found.finished['steps']:,} steps; nothing is left to do")
+            self._on_event(Message("already_finished", folder=str(self.folder), steps=found.finished["steps"]))
             return found.finished
         inside = found.checkpoint and found.checkpoint.path.parent.resolve() == self.folder.resolve()
         if self.slot.world.is_main_process and self.options.overwrite and not inside:
@@ -113,23 +110,22 @@ class Trainer:
             resume.check_same(then, self.identity, f"what lies in {self.folder}")
         except ConfigError as error:
             if self.options.overwrite:
-                self._log(f"{error}; it is replaced (overwrite)")
+                self._on_event(Message("replaced", error=str(error)))
                 if found.checkpoint:
                     return resume.Found()
-                return self._replacing(resume.find(self.options, True, self._log, ended=False))
+                return self._replacing(resume.find(self.options, True, self._on_event, ended=False))
         return found
 
     def _same(self, then: dict[str, Any], where: str) -> None:
         if changes := resume.check_same(then, self.identity, where):
-            self._log(f"since {where} was written, {'; '.join(changes)}: the last bits of the result may differ")
+            self._on_event(Message("rounding", where=where, changes=list(changes)))
 
     def _go_on(self, found: Checkpoint) -> None:
         state = found.state
         resume.restore(found, self.slot, self.model)
         with resume.understood(found):
-            self._tokens, self._seconds = int(state["tokens"]), float(state["seconds"])
+            self._before = self._spent = int(state["tokens"]), float(state["seconds"])
             self._resumed_at = [*state["resumed_at"], found.step]
-        self._progress = Progress(self.slot, self._tokens, self._seconds)
         if found.path.parent.resolve() == self.folder.resolve():
             self._saved = self._stand
             self._kept.add(found.step)
@@ -140,7 +136,7 @@ class Trainer:
                 folders.copy(folders.read(found.path.parent / name), self.folder)
         if self._kept and self.slot.world.is_main_process:
             self._rotate()  # who saved the last one may have died before
-        self._log(f"going on from {found.path}, after step {found.step:,} of {self.slot.steps:,}")
+        self._on_event(Message("run_resumed", path=str(found.path), step=found.step, steps=self.slot.steps))
 
     # -- the steps --------------------------------------------------------------------------------------------------
 
@@ -163,10 +159,10 @@ class Trainer:
             save_every=_every(options.save_at, options.save_steps, options.save_minutes, each),
             save=self._save_on_the_way,
             measured=self._measured,
-            watch=self._seen,
+            on_step=self._seen,
             stopped=ask,
         )
-        self._note(Progress(self.slot, tokens, time.perf_counter() - self._started))
+        self._note(tokens, time.perf_counter() - self._started)
         if self.slot.done:
             self._adapter_step = self._take_best()
 
@@ -176,32 +172,33 @@ class Trainer:
         self._evaluating = False
         return found
 
-    def _measured(self, progress: Progress) -> None:
+    def _measured(self, event: StepEvent) -> None:
         """What follows from an evaluation: an end, or an adapter that is to be kept."""
-        self._note(progress)
+        self._note(event.tokens, event.seconds)
         slot, options = self.slot, self.options
         evaluations, asked = slot.curve.evaluations, options.metric_for_best_model
         patience, threshold = options.early_stopping_patience, options.early_stopping_threshold
         if patience and not slot.done and early_stopping.stalled(evaluations, asked, threshold) >= patience:
             times = f"{patience} evaluations" if patience > 1 else "an evaluation"
             slot.enough = f"no better {early_stopping.watched(evaluations[-1], asked)} in {times}"
-            self._log(f"enough after step {slot.step:,} of {slot.steps:,}: {slot.enough}")
+            self._on_event(Message("stopped_early", step=slot.step, steps=slot.steps, reason=slot.enough))
         top = self._best
         if options.load_best_model_at_end and top and top[0] == slot.step and not slot.done:
             self._save_here()
 
-    def _save_on_the_way(self, progress: Progress) -> None:
-        self._note(progress)
+    def _save_on_the_way(self, event: StepEvent) -> None:
+        self._note(event.tokens, event.seconds)
         self._save_here()
 
-    def _seen(self, progress: Progress) -> None:
-        self._note(progress)
-        self._watch(self._progress)
+    def _seen(self, event: StepEvent) -> None:
+        self._note(event.tokens, event.seconds)
+        tokens, seconds = self._spent
+        self._on_step(replace(event, tokens=tokens, seconds=seconds))
 
-    def _note(self, progress: Progress) -> None:
+    def _note(self, tokens: int, seconds: float) -> None:
+        """``tokens`` and ``seconds`` are those of this start."""
         self._settled = True
-        tokens, seconds = self._tokens + progress.tokens, self._seconds + progress.seconds
-        self._progress = replace(progress, tokens=tokens, seconds=seconds)
+        self._spent = self._before[0] + tokens, self._before[1] + seconds
 
     @property
     def _best(self) -> tuple[int, str, float] | None:
@@ -228,11 +225,11 @@ class Trainer:
         self._kept.add(self.slot.step)
 
     def _write(self) -> None:
-        slot, progress = self.slot, self._progress
+        slot, (tokens, seconds) = self.slot, self._spent
         state = resume.state_of(slot, self.options.metric_for_best_model) | {
             "identity": self.identity,
-            "tokens": progress.tokens,
-            "seconds": progress.seconds,
+            "tokens": tokens,
+            "seconds": seconds,
             "resumed_at": self._resumed_at,
         }
 
@@ -274,7 +271,7 @@ class Trainer:
             resume.fill(folders.read(self.folder / f"checkpoint-{top[0]}"), self.slot.name, self.model)
         except ConfigError as error:
             raise TrainingError(f"the adapter of step {top[0]}, the best one, is lost: {error}") from None
-        self._log(f"the adapter is that of step {top[0]:,}: {top[1]} {top[2]:.4g}")
+        self._on_event(Message("best_taken", step=top[0], metric=top[1], value=top[2]))
         return top[0]
 
     def end_early(self, error: BaseException | None, stop: Stop) -> NoReturn:
@@ -360,8 +357,8 @@ class Trainer:
             self.job,
             self.slot,
             state=state,
-            tokens=self._progress.tokens,
-            seconds=self._progress.seconds,
+            tokens=self._spent[0],
+            seconds=self._spent[1],
             identity=self.identity,
             resumed_at=self._resumed_at,
             adapter_step=adapter_step,

@@ -21,7 +21,7 @@ from loraloom.engine.slot import Curve
 from loraloom.errors import ConfigError, DataError, SaveError
 from loraloom.files import lock
 from loraloom.files.atomic import replace_links
-from loraloom.messages import Describe, Message, OnEvent, Warn, ignore, logged
+from loraloom.messages import Describe, Message, OnEvent, ignore, logged
 from loraloom.train.failures import Interrupted
 from loraloom.train.output import check_output
 from loraloom.train.preflight.doctor import amount
@@ -151,15 +151,10 @@ class Search:
     def _describe(self) -> None:
         """What was recognised and done to the rows, and what may well be a mistake."""
         data, options = self.setup.data, self.options.train
-        for note in data.notes:
-            self.on_event(Message("note", text=note))
-        rows, held_out = len(data.train.examples), len(data.evaluation.examples)
-        self.on_event(Message("data", rows=rows, held_out=held_out, tokens=data.train.tokens, padding=data.padding))
-        for warning in data.warnings:
-            self.on_event(Warn("note", text=warning))
         batch = options.batch_size * options.gradient_accumulation_steps
-        for finding in amount(rows, batch, self.setup.steps(options)[0]):
-            self.on_event(Warn("note", text=finding.text))
+        few = amount(len(data.train.examples), batch, self.setup.steps(options)[0])
+        for message in [*data.messages(), *few]:
+            self.on_event(message)
         if later := self.options.left_for_later:
             self.on_event(Message("left_for_full", keys=later, file=BEST_FILE))
 

@@ -16,6 +16,7 @@ import torch
 
 from loraloom.errors import ConfigError, SaveError
 from loraloom.files.atomic import write_files
+from loraloom.report.sentences import sentence
 from loraloom.train import early_stopping
 from loraloom.train.checkpointing import folders
 from loraloom.train.checkpointing.folders import MANIFEST_NAME, STATE_NAME, TENSORS_NAME
@@ -139,11 +140,11 @@ def test_damaged_ones_are_named_and_passed_over(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3" / STATE_NAME).unlink()
     (tmp_path / "checkpoint-2" / TENSORS_NAME).write_bytes(b"")
     notes: list[str] = []
-    found = folders.newest(tmp_path, notes.append)
+    found = folders.newest(tmp_path, lambda message: notes.append(sentence(message)))
     assert found is not None
     assert found.step == 1
     assert len(notes) == 2
-    assert notes[0] == f"{tmp_path}/checkpoint-3 is no whole checkpoint: it has no state.json; it is passed over"
+    assert notes[0] == f"{tmp_path}/checkpoint-3 is no whole checkpoint: it has no state.json; it is skipped"
     assert notes[1].startswith(f"{tmp_path}/checkpoint-2 is no whole checkpoint: state.safetensors has 0 bytes")
 
 

@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 
 from loraloom import LoraConfig
 from loraloom.config.train import TrainConfig
-from loraloom.engine.loop import Progress
+from loraloom.engine.loop import StepEvent
 from loraloom.errors import ConfigError, SaveError, TrainingError
+from loraloom.messages import ignore
+from loraloom.report.sentences import sentence
 from loraloom.train import setup
 from loraloom.train.checkpointing import folders
 from loraloom.train.checkpointing.resume import differences, find
@@ -73,9 +75,9 @@ def complete(decoder_folder: Path, chats: Path, classify: Make) -> Make:
     return make
 
 
-def at(step: int, action: Callable[[], object]) -> Callable[[Progress], None]:
-    def watch(progress: Progress) -> None:
-        if progress.slot.step == step:
+def at(step: int, action: Callable[[], object]) -> Callable[[StepEvent], None]:
+    def watch(event: StepEvent) -> None:
+        if event.step == step:
             action()
 
     return watch
@@ -88,8 +90,11 @@ def fail(error: BaseException) -> Callable[..., None]:
     return action
 
 
-def train(options: TrainConfig, resume: Any = None, watch: Any = lambda progress: None, **more: Any) -> RunResult:
-    return run(prepare(options, resume), watch, resume, **more)
+def train(
+    options: TrainConfig, resume: Any = None, watch: Any = ignore, log: Callable[[str], object] = ignore
+) -> RunResult:
+    """``log`` gets the sentences of the events."""
+    return run(prepare(options, resume), watch, resume, lambda event: log(sentence(event)))
 
 
 def stopped(options: TrainConfig, step: int, resume: Any = None, number: int = signal.SIGTERM) -> str:
@@ -144,7 +149,7 @@ def test_stopped_again_and_again_it_comes_to_the_same_bytes_and_the_same_record(
     killed(parts, 10, True)
     said: list[str] = []
     train(parts, True, log=said.append)
-    assert said == [f"going on from {parts.output}/checkpoint-10, after step 10 of 12"]
+    assert said == [f"resuming from {parts.output}/checkpoint-10, after step 10 of 12"]
     assert weights(parts.output) == weights(whole.output)
     assert record(parts.output)["resumed_at"] == [1, 4, 7, 10]
     assert timeless(record(parts.output)) == timeless(record(whole.output))
@@ -306,7 +311,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(classify: Make
     said: list[str] = []
     train(classify(), True, log=said.append)
     assert "checkpoint-4 is no whole checkpoint: state.safetensors has 0 bytes" in said[0]
-    assert "going on from" in said[1]
+    assert "resuming from" in said[1]
     assert "checkpoint-2, after step 2 of 6" in said[1]
     assert weights(classify().output) == weights(classify("whole").output)
 
@@ -350,11 +355,17 @@ def test_a_finished_run_says_so_and_is_not_trained_again(classify: Make) -> None
     assert weights(classify().output) == before
 
 
-def test_killed_at_the_very_end_it_only_writes_what_is_missing(classify: Make) -> None:
+def test_killed_at_the_very_end_it_only_measures_and_writes_what_is_missing(
+    classify: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(classify("whole"))
     killed(classify(), 6)
     assert steps(classify().output)[-1] == 6
-    train(classify(), True, fail(AssertionError()))
+    events: list[StepEvent] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("loraloom.engine.loop.advance", fail(AssertionError("trained")))
+        train(classify(), True, events.append)
+    assert [(event.step, event.evaluation) for event in events] == [(6, record(classify().output)["result"])]
     assert weights(classify().output) == weights(classify("whole").output)
     assert timeless(record(classify().output)) == timeless(record(classify("whole").output))
 
@@ -375,7 +386,7 @@ def test_stopped_before_the_first_checkpoint_it_begins_afresh(classify: Make) ->
     said: list[str] = []
     train(options, True, log=said.append)
     assert said == [
-        f"the run in {options.output} that ended early, after step 1, left no whole checkpoint: training begins afresh"
+        f"the run in {options.output} that ended early, after step 1, left no whole checkpoint: training starts afresh"
     ]
     train(classify("whole"))
     assert weights(options.output) == weights(classify("whole").output)
@@ -442,7 +453,7 @@ def test_adapter_and_record_are_one_even_when_killed_between_them(
         prepare(classify(), True)
     said: list[str] = []
     train(classify(seed=3), True, log=said.append)
-    assert "begins afresh" in said[0]
+    assert "starts afresh" in said[0]
     train(classify("whole", seed=3))
     assert weights(classify().output) == weights(classify("whole").output)
 
@@ -459,7 +470,7 @@ def test_with_overwrite_what_is_of_other_options_or_data_makes_way(
         assert steps(options.output) == [2]
         said: list[str] = []
         train(options, True, log=said.append)
-        assert said[-1] == f"going on from {options.output}/checkpoint-2, after step 2 of 6"
+        assert said[-1] == f"resuming from {options.output}/checkpoint-2, after step 2 of 6"
 
 
 def test_a_damaged_record_is_named_and_passed_over(classify: Make) -> None:
@@ -468,7 +479,7 @@ def test_a_damaged_record_is_named_and_passed_over(classify: Make) -> None:
     path.write_text(path.read_text().replace('"steps": 6', '"steps": 7'))
     said: list[str] = []
     train(classify(), True, log=said.append)
-    assert said[0] == f"{path}: damaged, or not what loraloom writes; it is passed over"
+    assert said[0] == f"{path}: damaged, or not what loraloom writes; it is skipped"
     assert record(classify().output)["steps"] == 6
 
 
@@ -648,7 +659,7 @@ def test_without_the_best_one_an_earlier_checkpoint_is_taken(classify: Make, mon
     (Path(options.output) / "checkpoint-4" / "state.json").unlink()
     said: list[str] = []
     train(options, True, log=said.append)
-    assert "checkpoint-6 is passed over: " in said[0]
+    assert "checkpoint-6 is skipped: " in said[0]
     assert "checkpoint-4, the best one so far, is gone or damaged" in said[0]
     assert weights(options.output) == weights(classify("whole").output)
     # And where there is none to go back to, it is said instead of begun anew.
@@ -671,7 +682,7 @@ def test_training_ends_once_there_was_no_better_evaluation_for_so_long(
     options = classify(max_steps=8, eval_steps=1, early_stopping_patience=patience, early_stopping_threshold=threshold)
     told: list[str] = []
     train(options, log=told.append)
-    assert [line for line in told if line.startswith(f"enough after step {ends} of 8")] == told[: ends < 8]
+    assert [line for line in told if line.startswith(f"stopped early, after step {ends} of 8")] == told[: ends < 8]
     found = record(options.output)
     assert (found["state"], found["steps"]) == ("finished", ends)
     assert bool(found["ended_early"]) == (ends < 8)

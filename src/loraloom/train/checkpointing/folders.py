@@ -31,8 +31,8 @@ from loraloom.errors import ConfigError, SaveError
 from loraloom.files.atomic import make_folder, remove_tree, sync, write_files
 from loraloom.files.hashing import file_hash
 from loraloom.files.jsonio import MALFORMED, exact, restored
-from loraloom.files.log import Log, info
 from loraloom.lora.checkpoint import WEIGHTS_NAME, write_tensors
+from loraloom.messages import Message, OnEvent, ignore
 
 TENSORS_NAME = "state.safetensors"
 STATE_NAME = "state.json"
@@ -128,24 +128,24 @@ def read(path: str | Path) -> Checkpoint:
 
 def newest(
     folder: str | Path,
-    note: Log = info,
+    on_event: OnEvent = ignore,
     fits: Callable[[Checkpoint], str] = lambda checkpoint: "",
 ) -> Checkpoint | None:
     """The whole checkpoint in ``folder`` with the most steps; None where there is none.
 
     Args:
-        note: told of each that is damaged, and therefore passed over.
+        on_event: called for each one that is skipped.
         fits: what speaks against one that is whole, or nothing.
     """
     for path in listed(folder):
         try:
             found = read(path)
         except ConfigError as error:
-            note(f"{error}; it is passed over")
+            on_event(Message("skipped", what=str(error)))
             continue
         if not (against := fits(found)):
             return found
-        note(f"{path} is passed over: {against}")
+        on_event(Message("skipped", what=str(path), why=against))
     return None
 
 

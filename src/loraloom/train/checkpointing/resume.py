@@ -25,9 +25,9 @@ from loraloom.engine.slot import Curve, Slot
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.files.atomic import interrupted, recover
 from loraloom.files.jsonio import MALFORMED
-from loraloom.files.log import Log, info
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel
+from loraloom.messages import Message, OnEvent, ignore
 from loraloom.train import early_stopping
 from loraloom.train.checkpointing import folders
 from loraloom.train.checkpointing.folders import Checkpoint
@@ -178,7 +178,7 @@ class Found:
     stopped: dict[str, Any] | None = None
 
 
-def find(options: TrainConfig, resume: Resume, log: Log = info, *, ended: bool = True) -> Found:
+def find(options: TrainConfig, resume: Resume, on_event: OnEvent = ignore, *, ended: bool = True) -> Found:
     """Where a run with ``options`` goes on, which has to be compared with it yet.
 
     Where the options have ``overwrite``, what was trained with other ones is passed over, as it may be replaced.
@@ -196,7 +196,7 @@ def find(options: TrainConfig, resume: Resume, log: Log = info, *, ended: bool =
     folder = Path(options.output)
     if interrupted(folder):
         recover(folder)
-    record = _record(folder, log) if ended else None
+    record = _record(folder, on_event) if ended else None
     finished = record is not None and record["state"] == "finished"
     if resume is not True:
         mine = record is not None and not finished and not _differ(record["options"], options)
@@ -220,7 +220,7 @@ def find(options: TrainConfig, resume: Resume, log: Log = info, *, ended: bool =
             lost.append(reason)
         return reason
 
-    checkpoint = folders.newest(folder, log, fits)
+    checkpoint = folders.newest(folder, on_event, fits)
     if checkpoint is None and lost:
         raise ConfigError(f"resume: {lost[-1]}; train anew, in another folder or with overwrite")
     if checkpoint is None and record and not options.overwrite:
@@ -326,14 +326,14 @@ def _best_is_lost(checkpoint: Checkpoint, options: TrainConfig) -> str:
     )
 
 
-def _record(folder: Path, log: Log) -> dict[str, Any] | None:
+def _record(folder: Path, on_event: OnEvent) -> dict[str, Any] | None:
     """``run.json`` of the adapter in ``folder``; None where one of the two is missing, or damaged."""
     if not (folder / WEIGHTS_NAME).exists():
         return None
     try:
         return read_record(folder / RUN_NAME)
     except ConfigError as error:
-        log(f"{error}; it is passed over")
+        on_event(Message("skipped", what=str(error)))
         return None
 
 
