@@ -1,1 +1,1 @@
-"""What every floor needs and nobody should write twice: atomic writes, locks, sizes."""
+"""Shared basics without dependencies: atomic writes, locks, hashes, JSON, sizes, logging, resources."""

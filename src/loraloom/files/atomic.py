@@ -1,9 +1,9 @@
-"""Several files of a folder replaced as one: after a crash there are the old ones or the new ones.
+"""Replace several files of a folder together: after a crash all are old or all are new.
 
-The new contents are written aside and synced. Then one rename puts a journal in place, which is the moment the new
-files count; the renames that follow can be repeated by whoever reads the folder next (``recover``).
+The new contents are written to temporary files and synced. Renaming a journal into place is the commit point; the
+renames after it can be repeated by the next reader of the folder (``recover``).
 
-A symbolic link in the place of a file, or of a folder below the given one, is replaced. Its target is never touched.
+A symbolic link in place of a file, or of a folder below the given one, is replaced. Its target never changes.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from loraloom.errors import AdapterError, SaveError
 JOURNAL = ".loraloom-commit.json"
 
 
-#: The contents of a file, or what writes them to a path; None for a file that is to be deleted.
+#: The contents of a file, or a function that writes them to a path; None to delete the file.
 Contents = bytes | Callable[[Path], None] | None
-#: What marks a file that is to be deleted, in the journal.
+#: Marks a file to delete, in the journal.
 _GONE = "-"
 
 
 def write_files(folder: str | Path, files: Mapping[str, Contents]) -> None:
-    """Replace ``folder``'s files (relative path → contents) together, written in this order. Others stay.
+    """Replace ``folder``'s files (relative path → contents) together, written in this order. Other files do not change.
 
     Raises:
-        SaveError: the folder cannot be written or the disk is full; the old files are as they were. If the system
-            fails after the new files count, ``recover`` puts them in place later, and the message says so.
+        SaveError: the folder cannot be written or the disk is full; the old files are unchanged. If the system fails
+            after the commit point, ``recover`` finishes the replacement later, and the message says so.
     """
     folder = Path(folder)
     mark = secrets.token_hex(4)
@@ -71,16 +71,16 @@ def write_files(folder: str | Path, files: Mapping[str, Contents]) -> None:
 
 
 def interrupted(folder: str | Path) -> bool:
-    """Whether there is something for ``recover`` to do."""
+    """Whether an interrupted replacement is waiting for ``recover``."""
     return os.path.lexists(Path(folder) / JOURNAL)
 
 
 def recover(folder: str | Path) -> None:
-    """Finish a replacement that a crash interrupted after it counted. Nothing happens where none was.
+    """Finish a replacement that was interrupted after its commit point. Does nothing if there is none.
 
     Raises:
         SaveError: it cannot be finished now, for example because the folder is read-only.
-        AdapterError: the journal is not one of ours. A folder may come from anywhere: no file is moved.
+        AdapterError: the journal is invalid. The folder may be from an untrusted source, so no file is moved.
     """
     folder = Path(folder)
     journal = folder / JOURNAL
@@ -107,7 +107,7 @@ def recover(folder: str | Path) -> None:
 
 
 def _moves(text: bytes, journal: Path) -> dict[str, str]:
-    """The journal's moves, each from the hidden name beside a file to that file, and all inside the folder."""
+    """The journal's moves, each from a file's temporary name to its name, all inside the folder."""
     with contextlib.suppress(ValueError, RecursionError):
         moves = json.loads(text)
         if isinstance(moves, dict) and all(
@@ -128,7 +128,7 @@ def _is_aside(new: str, name: str) -> bool:
 
 
 def _below(names: Iterable[str]) -> list[Path]:
-    """Folders that ``names`` lie in, below the one that they are relative to, from the top down."""
+    """The parent folders of ``names``, below the folder that they are relative to, outermost first."""
     return sorted({parent for name in names for parent in Path(name).parents if parent.parts})
 
 
@@ -140,7 +140,7 @@ def _aside(name: str, mark: str) -> str:
 def _write(path: Path, contents: bytes | Callable[[Path], None]) -> None:
     if callable(contents):
         path.touch()
-        mode = path.stat().st_mode  # what the user's umask gives; safetensors would keep the file to its owner
+        mode = path.stat().st_mode  # as the user's umask allows; safetensors restricts the file to its owner
         contents(path)
         path.chmod(mode)
     with open(path, "ab") as file:
@@ -151,14 +151,14 @@ def _write(path: Path, contents: bytes | Callable[[Path], None]) -> None:
 
 
 def replace_links(*paths: Path) -> None:
-    """Delete those that are symbolic links, where folders will be: what they lead to is not ours to write."""
+    """Delete symbolic links in place of folders: their targets must not be written."""
     for path in paths:
         if path.is_symlink():
             path.unlink()
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` and those above it that are missing, so that they are still there after a power cut."""
+    """Create ``folder`` and its missing parents, and sync them."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in made[::-1]:
@@ -166,7 +166,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a folder with all that is in it, as far as that can be done; of a symbolic link the link alone."""
+    """Delete a folder and its contents as far as possible; of a symbolic link only the link."""
     if path.is_symlink():
         with contextlib.suppress(OSError):
             path.unlink()
@@ -175,8 +175,8 @@ def remove_tree(path: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Have what was made, renamed or removed in ``folder`` on the disk, where the system can."""
-    with contextlib.suppress(OSError):  # not every system lets a folder be opened
+    """Sync the entries of ``folder`` to disk, if the system supports it."""
+    with contextlib.suppress(OSError):  # some systems cannot open a folder
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

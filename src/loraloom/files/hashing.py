@@ -1,4 +1,4 @@
-"""SHA-256 of files: by which a file is known to be the one that was written."""
+"""SHA-256 of files, to detect changed or damaged ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BLOCK = 1 << 20
 
 
 def file_hash(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, of which never more than a block is in memory.
+    """The SHA-256 of a file, read block by block.
 
     Raises:
         OSError: the file cannot be read.
@@ -23,7 +23,7 @@ def file_hash(path: str | Path) -> str:
 
 
 def first_changed(folder: Path, files: Mapping[str, str]) -> tuple[Path, OSError | None] | None:
-    """The first of ``files`` (name → ``file_hash``) in ``folder`` that is not as it was, and why it cannot be read."""
+    """The first of ``files`` (name → ``file_hash``) in ``folder`` that has changed, and the error of reading it."""
     for name, wanted in sorted(files.items()):
         path = folder / name
         try:

@@ -1,7 +1,7 @@
-"""JSON of any value, numbers that are not finite included, for which JSON has no words.
+"""JSON with numbers that are not finite.
 
-A state that is read again keeps them as ``{"number": "nan"}`` (``exact`` and ``restored``); a record that any program
-may read has null in their place (``plain``).
+State that loraloom reads again stores them as ``{"number": "nan"}`` (``exact`` and ``restored``); records for any
+program have null instead (``plain``).
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-#: What reading JSON of another shape than was written raises, deep nesting and huge numbers included.
+#: Exceptions of reading JSON with an unexpected structure, including deep nesting and huge numbers.
 MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def plain(value: Any, limit: Callable[[float], Any] = lambda number: None) -> Any:
-    """``value`` in JSON's own types. ``limit`` gives what stands for a number that is not finite, by default null."""
+    """``value`` in JSON's types. ``limit`` replaces a number that is not finite, by default with null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item, limit) for key, item in value.items()}
     if isinstance(value, set | frozenset):
@@ -38,15 +38,15 @@ def plain(value: Any, limit: Callable[[float], Any] = lambda number: None) -> An
 
 
 def exact(value: Any) -> Any:
-    """``value`` in JSON's own types, from which ``restored`` gives every number back."""
+    """``value`` in JSON's types, from which ``restored`` recovers every number."""
     return plain(value, lambda number: {"number": str(number)})
 
 
 def restored(value: Any) -> Any:
-    """What ``exact`` was given, from what JSON made of it.
+    """The inverse of ``exact``, after a round trip through JSON.
 
     Raises:
-        ValueError: what stands for a number is none.
+        ValueError: an invalid replacement of a number.
     """
     if isinstance(value, dict):
         if value.keys() == {"number"} and isinstance(value["number"], str):

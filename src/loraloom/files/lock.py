@@ -1,8 +1,7 @@
-"""One run in an output folder at a time. Two would delete each other's checkpoints and mix their files.
+"""One run per output folder at a time. Two would delete each other's checkpoints and mix their files.
 
-The lock is the system's own on a file in the folder, so it goes with the process, however that dies; what the file
-holds only says who has it. Where the file system has no such locks, nothing is locked: no reason not to train. Knows
-nothing of what a run writes.
+An operating-system lock on a file in the folder, released when the process ends in any way; the contents of the file
+only name the holder. If the file system has no such locks, nothing is locked. Knows nothing of what a run writes.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 LOCK_NAME = ".loraloom.lock"
-#: Seconds for which a lock that is taken is tried, and between two tries: another process may only be looking.
+#: Seconds for which a held lock is tried, and between two tries: another process may hold it only to check it.
 PATIENCE, BETWEEN = 0.25, 0.05
 
 
 class Taken(Exception):
-    """Another process, or another thread of this one, has the lock."""
+    """Another process or thread holds the lock."""
 
 
 def exclusive(path: Path, patience: float) -> BaseFileLock | None:
-    """The lock of the file ``path``, once it is had; None where there can be none. ``patience`` -1 waits for ever.
+    """Acquire the lock of the file ``path``; None if locks are not supported. ``patience`` -1 waits without limit.
 
     Raises:
-        Taken: it was not to be had within ``patience`` seconds.
+        Taken: not acquired within ``patience`` seconds.
     """
     from filelock import FileLock, Timeout
 
@@ -47,7 +46,7 @@ def exclusive(path: Path, patience: float) -> BaseFileLock | None:
         return lock
     except Timeout:
         raise Taken from None
-    except OSError:  # no locks here, or no file: who writes into the folder says why it cannot be written
+    except OSError:  # no locks, or no file can be created: the first write into the folder reports the reason
         if not there:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -55,7 +54,7 @@ def exclusive(path: Path, patience: float) -> BaseFileLock | None:
 
 
 def release(path: Path, lock: BaseFileLock | None) -> None:
-    """Let go of what ``exclusive`` gave, and leave no file."""
+    """Release a lock of ``exclusive`` and delete its file."""
     if lock is not None:
         with contextlib.suppress(OSError):
             path.unlink()  # while it is held: nobody else's is deleted
@@ -63,7 +62,7 @@ def release(path: Path, lock: BaseFileLock | None) -> None:
 
 
 def _make_way(path: Path) -> None:
-    """Delete a link, symbolic or a second name of a file, in the lock's place: a lock is a file of its own."""
+    """Delete a symbolic or hard link in place of the lock file."""
     with contextlib.suppress(FileNotFoundError):
         found = path.lstat()
         if stat.S_ISLNK(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink > 1):
@@ -79,7 +78,7 @@ def check(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def held(folder: str | Path) -> Iterator[None]:
-    """Have ``folder``, which is made if need be, for this run alone. Afterwards it is as if there was no lock.
+    """Context that holds ``folder`` for this run, creating it if needed. Leaves no trace of the lock.
 
     Raises:
         ConfigError: another run is under way in it; the message names it.
@@ -108,7 +107,7 @@ def _acquire(folder: Path) -> BaseFileLock | None:
             "with --output"
         ) from None
     if lock is not None:
-        with contextlib.suppress(OSError):  # a full disk: the lock is had all the same
+        with contextlib.suppress(OSError):  # a full disk: the lock is held nevertheless
             path.write_text(json.dumps(_note()))
     return lock
 

@@ -1,6 +1,6 @@
-"""Lines about what happens: to Python's logger ``loraloom``, and to a program's callback where it has one.
+"""Log lines: to Python's logger ``loraloom``, and to a program's callback if it has one.
 
-Nothing is printed unless the program sets up logging, or shows what its callback is given.
+Nothing is printed unless the program sets up logging or prints in its callback.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def warning(text: str) -> None:
 
 
 def logged(log: Log) -> Log:
-    """``log``, and each of its lines to the logger too: as a warning where it begins with that word."""
+    """``log`` that also writes each line to the logger, with level WARNING if it begins with "warning"."""
 
     def both(text: str) -> None:
         rest = text.removeprefix("warning: ")

@@ -1,8 +1,7 @@
-"""Whether the hub can be reached at all: asked once and briefly, so that a name that is wrong is refused in seconds.
+"""Whether the hub can be reached: checked once with a short timeout, so that a wrong name is refused within seconds.
 
-The hub's libraries try a host that cannot be reached for half a minute, and print each try. Who looks for something
-there asks here first, and where the hub cannot be reached, looks into the cache alone. This file does not know what is
-looked for.
+The hub's libraries retry an unreachable host for half a minute and print each try. Callers check here first, and use
+only the cache if the hub cannot be reached.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from typing import Any
 
 from loraloom.errors import first_line
 
-#: Seconds in which a connection must stand, and in which the first answer may come once it does.
+#: Timeouts in seconds, of the connection and of the response.
 CONNECT, READ = 3.0, 1.0
-#: Seconds for all of it: names are looked up without a limit of their own.
+#: Timeout in seconds of the whole check: the name lookup has none.
 PATIENCE = 4.0
-#: A network that is busy may miss one try: so many are made, with so many seconds between.
+#: Number of tries and seconds between them: a busy network may fail once.
 TRIES, BETWEEN = 2, 0.5
-#: Seconds after which it is asked again.
+#: Seconds after which the check is repeated.
 KNOWN = 60.0
 
-#: What the libraries raise where there is no connection; other errors are an answer, or theirs to tell.
+#: Exceptions of the libraries without a connection; other errors mean that the host responded.
 _NO_CONNECTION = {"ConnectError", "ConnectTimeout", "ConnectionError"}
 
 
 def unreachable() -> str:
-    """Why the hub, or the mirror in ``HF_ENDPOINT``, cannot be reached; nothing where it can, or is not to be asked."""
+    """Why the hub, or the mirror in ``HF_ENDPOINT``, cannot be reached; empty if it can, or in offline mode."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -42,7 +41,7 @@ def unreachable() -> str:
 def _asked(endpoint: str, when: int) -> str:
     """``unreachable`` at about the time ``when``."""
     answers: queue.Queue[str] = queue.Queue()
-    # Nothing ends a look-up of a name that hangs: it is left behind.
+    # A name lookup that hangs cannot be interrupted: its thread is abandoned.
     threading.Thread(target=lambda: answers.put(_ask(endpoint)), daemon=True).start()
     with contextlib.suppress(queue.Empty):
         return answers.get(timeout=PATIENCE)
@@ -57,7 +56,7 @@ def _ask(endpoint: str) -> str:
         if again:
             time.sleep(BETWEEN)
         try:
-            # As the library itself would: with its proxies and certificates. Any answer will do.
+            # With the library's own proxies and certificates. Any response counts.
             limits: Any = (CONNECT, READ, READ, CONNECT)
             get_session().head(endpoint, timeout=limits, follow_redirects=False)
             return ""

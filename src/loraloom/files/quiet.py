@@ -1,4 +1,4 @@
-"""What libraries print of themselves, kept back for a while."""
+"""Temporarily suppress the output of libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet(*libraries: str) -> Iterator[None]:
-    """Within it no warnings are shown, and of ``libraries``' log messages errors alone. Import the libraries first."""
+    """Context without warnings, and with only errors of ``libraries``' logs. Import the libraries before."""
     loggers = [logging.getLogger(name) for name in libraries]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -1,7 +1,7 @@
-"""What this process may use of the machine: cores and memory, within the limits of its container.
+"""Cores and memory that this process may use, within the limits of its container.
 
-Containers limit by control groups (Linux), of version 2 in one tree or of version 1 in a tree for each controller. In
-a container the path of a process's group may be that of the host, and its own group is then the root.
+Containers set limits by control groups (Linux): version 2 has one tree, version 1 a tree per controller. In a container
+the path of a process's group may be that of the host; its own group is then the root.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ ROOT, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def cores() -> int:
-    """Cores on which the system lets this process run."""
+    """Number of cores on which this process may run."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quota(root: Path = ROOT, own: Path = OWN) -> float | None:
-    """The least number of cores that a control group of this process is given; None without a limit."""
+    """The smallest core limit of this process's control groups; None without a limit."""
     found = []
     for group in _groups("cpu", root, own):
         with contextlib.suppress(OSError, ValueError):  # no limit is "max", or -1
@@ -33,21 +33,21 @@ def quota(root: Path = ROOT, own: Path = OWN) -> float | None:
 
 
 def memory_used() -> int:
-    """Bytes of the machine's memory that this process holds."""
+    """Resident memory of this process, in bytes."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def memory_free(root: Path = ROOT, own: Path = OWN) -> int:
-    """Bytes that this process could still take: what the machine has, and what its control groups leave."""
+    """Bytes that this process can still allocate, by the machine and by its control groups."""
     import psutil
 
     return min([int(psutil.virtual_memory().available), *_left(root, own)])
 
 
 def _left(root: Path, own: Path) -> Iterator[int]:
-    """Bytes that each control group with a limit has left. Files kept in memory count as used, and make way."""
+    """Remaining bytes of each control group with a limit. Cached files count as free: the system evicts them."""
     for group in _groups("memory", root, own):
         with contextlib.suppress(OSError, ValueError, KeyError):
             new = (group / "memory.max").exists()
@@ -59,7 +59,7 @@ def _left(root: Path, own: Path) -> Iterator[int]:
 
 
 def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
-    """The control groups of this process for ``controller``, and those around them."""
+    """The control groups of this process for ``controller``, and their parents."""
     lines: list[str] = []
     with contextlib.suppress(OSError):
         lines = own.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Sizes as people read and write them: bytes, or a number with a unit, such as 20GiB or 500 MB."""
+"""Sizes with units, such as 20GiB or 500 MB."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _UNITS |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
 
 
 def read(text: str) -> int | None:
-    """The bytes that ``text`` says; None where it says none."""
+    """The size in bytes that ``text`` states; None if it is no size."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if found is None or found[2].upper() not in _UNITS:
         return None
@@ -17,7 +17,7 @@ def read(text: str) -> int | None:
 
 
 def size(count: float) -> str:
-    """Bytes for people: ``"3.0 MiB"``."""
+    """A number of bytes as text: ``"3.0 MiB"``."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
