@@ -6,14 +6,14 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import loraloom
-from loraloom.engine.slot import Slot
+from loraloom.engine.slot import Curve, Slot
 from loraloom.errors import ConfigError
 from loraloom.files import jsonio
 from loraloom.train import early_stopping
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from loraloom.train.setup import TrainJob
 
 RUN_NAME = "run.json"
+#: Files without a format are of loraloom 0.1.
+FORMAT = 1
 #: ``run.json``'s hash of its own contents without this key.
 _OWN_HASH = "record_sha256"
 
@@ -41,6 +43,42 @@ def machine() -> dict[str, Any]:
     return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
 
 
+@dataclass(frozen=True)
+class RunRecord:
+    """A whole run. ``adapter_step`` is the step of the adapter in the folder, ``result`` what was measured there."""
+
+    #: ``finished``, ``interrupted`` or ``failed``
+    state: str
+    steps: int
+    adapter_step: int
+    #: why training stopped before its last step
+    ended_early: str | None
+    #: the steps at which the run was resumed
+    resumed_at: list[int]
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    metric: str
+    result: dict[str, float]
+    #: step, metric and value of the best evaluation
+    best: dict[str, Any] | None
+    options: dict[str, Any]
+    #: hashes by which a later run knows whether it is the same
+    identity: dict[str, Any]
+    trainable_parameters: int
+    base_parameters: int
+    unadapted_experts: str | None
+    trained_in_full: list[str]
+    data: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    curve: Curve
+    format: int = FORMAT
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def record(
     job: TrainJob,
     slot: Slot,
@@ -51,39 +89,31 @@ def record(
     identity: Mapping[str, Any],
     resumed_at: list[int],
     adapter_step: int | None = None,
-) -> dict[str, Any]:
-    """What ``run.json`` holds.
-
-    Args:
-        state: ``finished``, ``interrupted`` or ``failed``.
-        identity: hashes by which a later run knows whether it is the same.
-        resumed_at: the steps at which the run was gone on with.
-        adapter_step: the step of the adapter in the folder, where it is not the last one.
-    """
+) -> RunRecord:
+    """The record of a run that stands where ``slot`` does; see ``RunRecord`` for the arguments."""
     data, evaluations = job.data, slot.curve.evaluations
     adapter_step = slot.step if adapter_step is None else adapter_step
     result = next((one for one in reversed(evaluations) if one["step"] <= adapter_step), {})
-    metric = early_stopping.watched(result, None) if result else job.setup.metrics.first
-    found = early_stopping.best(evaluations, job.options.metric_for_best_model)
-    return {
-        "state": state,
-        "steps": slot.step,
-        "adapter_step": adapter_step,
-        "ended_early": slot.enough or None,
-        "resumed_at": resumed_at,
-        "seconds": seconds,
-        "tokens": tokens,
-        "tokens_per_second": tokens / max(seconds, 1e-9),
-        "metric": metric,
-        "result": {key: value for key, value in result.items() if key != "step"},
-        "best": None if found is None else {"step": found[0], "metric": found[1], "value": found[2]},
-        "options": job.options.to_dict(),
-        "identity": {key: identity[key] for key in ("data", "examples", "base")},
-        "trainable_parameters": job.plan.parameters,
-        "base_parameters": job.plan.base_parameters,
-        "unadapted_experts": str(job.plan.experts) if job.plan.experts.weights else None,
-        "trained_in_full": [extra.name for extra in job.plan.saved],
-        "data": {
+    best = early_stopping.best(evaluations, job.options.metric_for_best_model)
+    return RunRecord(
+        state=state,
+        steps=slot.step,
+        adapter_step=adapter_step,
+        ended_early=slot.enough or None,
+        resumed_at=resumed_at,
+        seconds=seconds,
+        tokens=tokens,
+        tokens_per_second=tokens / max(seconds, 1e-9),
+        metric=early_stopping.watched(result, None) if result else job.setup.metrics.first,
+        result={key: value for key, value in result.items() if key != "step"},
+        best=None if best is None else dict(zip(("step", "metric", "value"), best, strict=True)),
+        options=job.options.to_dict(),
+        identity={key: identity[key] for key in ("data", "examples", "base")},
+        trainable_parameters=job.plan.parameters,
+        base_parameters=job.plan.base_parameters,
+        unadapted_experts=str(job.plan.experts) if job.plan.experts.weights else None,
+        trained_in_full=[extra.name for extra in job.plan.saved],
+        data={
             "sha256": data.hashes,
             "rows": len(data.train.examples),
             "evaluation_rows": len(data.evaluation.examples),
@@ -91,10 +121,10 @@ def record(
             "labels": data.names,
             "padding_share": data.padding,
         },
-        "versions": versions(),
-        "machine": machine(),
-        "curve": asdict(slot.curve),
-    }
+        versions=versions(),
+        machine=machine(),
+        curve=slot.curve,
+    )
 
 
 def as_json(found: Mapping[str, Any]) -> bytes:
@@ -107,10 +137,12 @@ def read(path: Path) -> dict[str, Any] | None:
     """The record in ``path``; None where there is none. One without a hash of its own is of an earlier version.
 
     Raises:
-        ConfigError: it is damaged, or not what loraloom writes.
+        ConfigError: it is damaged, not what loraloom writes, or of a later version.
     """
     try:
         found = json.loads(path.read_bytes())
+        if found.get("format", 0) > FORMAT:
+            raise ConfigError(f"{path}: is of format {found['format']}, and this version of loraloom reads {FORMAT}")
         parts = [found, *(found[key] for key in ("options", "identity", "versions", "machine"))]
         parts += [found["options"]["lora"], found.get("files", {})]
         whole = all(isinstance(part, dict) for part in parts) and isinstance(found["steps"], int)
@@ -122,6 +154,8 @@ def read(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ConfigError:
+        raise
     except jsonio.MALFORMED:
         pass
     raise ConfigError(f"{path}: damaged, or not what loraloom writes")

@@ -353,7 +353,7 @@ class Trainer:
         return found
 
     def _record(self, state: str, adapter_step: int | None = None) -> dict[str, Any]:
-        return record(
+        found = record(
             self.job,
             self.slot,
             state=state,
@@ -363,6 +363,7 @@ class Trainer:
             resumed_at=self._resumed_at,
             adapter_step=adapter_step,
         )
+        return found.to_json()
 
 
 def _every(moment: str, steps: int | None, minutes: float | None, steps_per_epoch: int) -> Every:
