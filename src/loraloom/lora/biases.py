@@ -35,7 +35,7 @@ class Biases(nn.Module):
         self._hooks: list[Any] = []
 
     def add(self, slot: str, owners: Mapping[str, nn.Module]) -> None:
-        """``owners``: parameter name → the module whose ``bias`` it is. The model goes on holding what it holds."""
+        """``owners``: parameter name → the module whose ``bias`` it is. What the model holds stays."""
         if not owners:
             return
         self._modules.setdefault(BASE, nn.Module())

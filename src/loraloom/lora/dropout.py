@@ -21,8 +21,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class DropoutMask:
     """A dropout mask as numbers to make it again from: nothing of its size is stored.
 
-    The bit of an element follows from ``seed``, its row and its place in the row, so it is the same whatever other
-    rows there are, on every device, and in every dtype. A row has ``times`` positions of the first dimension; what
+    The bit of an element follows from ``seed``, its row and its place in the row, so it is the same beside any other
+    rows, on every device, and in every dtype. A row has ``times`` positions of the first dimension; what
     follows a longer row's end does not change its beginning, so padding has no say either.
     """
 

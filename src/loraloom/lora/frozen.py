@@ -1,4 +1,4 @@
-"""A frozen linear layer by what LoRA needs of it, in whatever form its weight is stored: dense, quantised, sharded.
+"""A frozen linear layer by what LoRA needs of it, however its weight is stored: dense, quantised, sharded.
 
 This file alone asks for the type of a weight. A further form is one class and one line: ``register(Int8Linear, Int8)``.
 """

@@ -88,7 +88,7 @@ class SlotGroup(NamedTuple):
 
 
 #: Ranks are filled up with zeros to a multiple of this, the numbers that a vector register holds. It costs nothing and
-#: is exact, and then a slot's numbers have the same bits whatever ranks stand beside it.
+#: is exact, and then a slot's numbers have the same bits beside any other ranks.
 RANK_MULTIPLE = 16
 
 

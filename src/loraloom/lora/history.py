@@ -22,9 +22,9 @@ _number = torch._C._autograd._get_sequence_nr
 
 
 class SeedLog:
-    """The dropout seeds that layers drew in checkpointed regions of a forward, for those who repeat them.
+    """The dropout seeds that layers drew in checkpointed regions of a forward, for recomputations of it.
 
-    Torch's generator is one for all threads, so what it is set back to for a repetition may be gone when a layer asks.
+    All threads share torch's generator, so the state restored for a recomputation may be gone when a layer draws.
     """
 
     def __init__(self) -> None:

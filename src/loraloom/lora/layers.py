@@ -24,7 +24,7 @@ class LoraLinear(LoraLayer):
     kind = "Linear"
     peft_class = ("peft.tuners.lora.layer", "Linear")
     #: A, B, scale and dropout module of the one slot in use. A compiled model reads these and no names, so that another
-    #: adapter of the same shapes can take the place without compiling anew.
+    #: adapter of the same shapes can take the place without a recompilation.
     _current: tuple[Tensor, Tensor, float, Any] | None = None
 
     @staticmethod
@@ -55,7 +55,7 @@ class LoraLinear(LoraLayer):
         """The frozen layer, if ``functional.lora_projections`` can do what this layer is to do with ``x``.
 
         Elsewhere the frozen layer is called as the module that it is: rows in another order than the slots', a weight
-        that only its module can use, hooks on it, autocast, and whatever traces the model. A layer that the route
+        that only its module can use, hooks on it, autocast, and tracing. A layer that the route
         leaves alone fits as well: what is computed together must not depend on who is there.
         """
         base: Any = self._modules["base_layer"]
@@ -90,7 +90,7 @@ class LoraLinear(LoraLayer):
     def input_name(self) -> str:
         """The module that holds this layer: its layers that read one input share its dropout.
 
-        A name, and not who reads what: the mask of a slot must be the same whatever layers other slots adapt.
+        A name, not the readers: the mask of a slot must not depend on the layers that other slots adapt.
         """
         return self.name.rpartition(".")[0]
 

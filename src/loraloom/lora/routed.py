@@ -1,6 +1,6 @@
 """A frozen model whose layers follow a route: which adapters a forward goes through, set once and for a while.
 
-Knows which slots are active, merged and disabled. How slots come and go is told in ``adapters``.
+Knows which slots are active, merged and disabled. ``adapters`` adds and deletes slots.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ def _base_size(modules: dict[str, nn.Module]) -> tuple[int, int]:
 
 
 def _order_free(patterns: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The same patterns whatever their order, which an adapter folder's sorted JSON loses: name by name if need be."""
+    """The same patterns in any order, which an adapter folder's sorted JSON loses: name by name if need be."""
     in_file = dict(sorted(patterns.items()))
     if all(pattern_key(patterns, name) == pattern_key(in_file, name) for name in names):
         return patterns
