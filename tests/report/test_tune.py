@@ -93,6 +93,18 @@ def test_in_80_columns_words_are_cut_and_numbers_are_not() -> None:
         assert line.split()[0] == cut.split()[0]
 
 
+def test_in_80_columns_no_hyperparameter_is_lost_however_many_there_are() -> None:
+    trials = search()
+    for one in trials:
+        one.values |= {"train.loraplus_lr_ratio": 4.0 ** (one.number % 3), "train.weight_decay": one.number % 3 / 10}
+    lines = shown(leaderboard(trials, "accuracy", width=80), 80).splitlines()
+    head = ["trial", "r", "alpha", "targets", "dropout", "rate", "lora+", "decay", "accuracy", "state"]
+    assert lines[0].split() == head
+    assert max(map(cell_len, lines)) <= 80
+    rates = {"1.23e-4", "2.47e-4", "3.7e-4", "4.94e-4", "6.17e-4", "7.41e-4", "8.64e-4"}
+    assert {line.split()[5] for line in lines[1:]} == rates
+
+
 def test_the_best_stands_first_then_the_finished_then_the_stopped_then_the_failed() -> None:
     trials = search()
     found = verdict(trials, "accuracy")
