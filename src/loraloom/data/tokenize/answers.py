@@ -1,8 +1,7 @@
-"""Questions asked of texts: windows of the text beside the question, and the tokens of the answer in each.
+"""Questions about texts: windows of the context with the question, and the answer's tokens in each.
 
-This file knows how a long context is cut into windows and where in the text each token stands, in both directions:
-from an answer to tokens for training, from tokens back to text for evaluation. It does not know files, batches or
-models.
+This file knows how a long context is cut into windows, and maps between tokens and positions in the text: from an
+answer to tokens for training, from tokens to text for evaluation. It does not know files, batches or models.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Window:
     offsets: list[tuple[int, int]]
 
     def span(self, answer: tuple[int, int] | None) -> list[int]:
-        """[first, last] of an answer that is given in tokens of the context; [0, 0] when it is not all in here."""
+        """[first, last] of an answer given in tokens of the context; [0, 0] if it is not completely in this window."""
         if answer is None or answer[0] < self.start or answer[1] >= self.start + len(self.offsets):
             return [0, 0]
         return [place - self.start + self.first for place in answer]
@@ -41,9 +40,9 @@ class Window:
 class AnswerEncoder(Encoder):
     """``Asked`` to windows of at most ``max_length`` tokens, with [first, last] token of the first of its answers.
 
-    [0, 0], where many models have their CLS token, stands for an answer that is not in this window, or in no text.
-    Windows of one context share ``stride`` tokens. Where rows over length are to be cut or split, that is how; no part
-    of a context is left out.
+    [0, 0], the position of the CLS token in many models, means that the answer is not in this window, or that there is
+    none. Windows of one context overlap by ``stride`` tokens. ``truncate`` and ``split`` both use windows; no part of a
+    context is dropped.
     """
 
     def __init__(self, tokenizer: Any, settings: Settings) -> None:
@@ -57,7 +56,7 @@ class AnswerEncoder(Encoder):
         return [self._encode(record, tokens) for record, tokens in zip(asked, self._tokens(asked), strict=True)]
 
     def windows(self, records: Sequence[Asked]) -> list[list[Window]]:
-        """The windows of each record, those that its examples were made of, in their order."""
+        """The windows of each record, in the order of its examples."""
         return [self._windows(tokens) for tokens in self._tokens(records)]
 
     def _tokens(self, records: Sequence[Asked]) -> list[Any]:
@@ -108,7 +107,7 @@ class AnswerEncoder(Encoder):
         inside = [i for i, sequence in enumerate(which) if sequence == 1]
         begin, end = inside[0], inside[-1] + 1
         room = self.settings.max_length - len(which) + end - begin
-        # A question of many tokens leaves less room than the stride: then windows share half of what they hold.
+        # With a long question the room may be less than the stride: then windows overlap by half.
         step = room - min(self.settings.stride, room // 2)
         windows = []
         for start in range(begin, end, step):
@@ -129,6 +128,6 @@ class AnswerEncoder(Encoder):
 
 
 def _answer(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[int, int] | None:
-    """The first and the last token that touch the characters ``start:stop``."""
+    """The first and the last token that overlap the characters ``start:stop``."""
     touching = [i for i, (begin, end) in enumerate(offsets) if begin < stop and end > start and begin < end]
     return (touching[0], touching[-1]) if touching else None

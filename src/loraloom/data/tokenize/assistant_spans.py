@@ -1,19 +1,18 @@
-"""Where, in the text that a chat template writes, the assistant speaks: by what the template does, not by its name.
+"""The assistant's spans in the text that a chat template renders, found by rendering, not by the template's name.
 
-This file knows templates from outside only: what they write for a conversation, for its beginnings, and for the
-same conversation with other words in it. It does not know tokens' ids or labels.
+This file treats a template as a black box: it renders conversations, their beginnings, and the same conversation with
+other texts. It does not know token ids or labels.
 
-1. The words of all messages are replaced by marks, and the template writes that. Between the marks stands what
-   the template itself adds; it is the same for all conversations of one form, so it is worked out once for each
-   form and kept. White space around the words stays where it is, so templates that trim do so here as well.
-2. A turn starts where the template stops when it is asked to prompt for it (``add_generation_prompt``), if the
-   turn does go on from there, or as far as it does (a prompt may open a thought that the turn does not have);
-   else where its own words start. It ends with the tokens of the tokenizer that close a plain answer, whoever
-   speaks next; or else with the first that is also written when the conversation ends with this turn.
-3. For each row, the marks are filled in again and the outcome must be the text that the template wrote for the
-   row itself, to the letter. If it is not (the template treats some words in a way of their own), the same is
-   tried with less replaced: tags such as ``</think>`` kept, then only what the assistant says replaced. When that
-   fails too, the row is an error: where the assistant speaks is not known, and nothing is guessed.
+1. The texts of all messages are replaced by marks, and the result is rendered. Between the marks is what the template
+   adds; it is the same for all conversations of one form, so it is computed once per form and cached. White space
+   around the texts is kept, so that templates that trim do so here as well.
+2. A turn starts where the template's generation prompt (``add_generation_prompt``) ends, if the turn continues from
+   there, or where the two differ (a prompt may open a thought that the turn does not have); otherwise where its own
+   text starts. It ends with the tokens that close a plain answer for any next speaker; otherwise with the first token
+   that is also rendered if the conversation ends with this turn.
+3. For each row the marks are filled in again, and the result must equal the rendering of the row itself exactly. If it
+   does not (the template treats some texts specially), fewer texts are replaced: first tags such as ``</think>`` are
+   kept, then only the assistant's texts are replaced. If that fails too, the row is an error; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from loraloom.errors import DataError, InputError, ModelError
 if TYPE_CHECKING:
     from loraloom.data.records import Chat, Message
 
-#: Forms of conversation that are remembered.
+#: Maximum number of cached forms.
 FORMS = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """The text of a conversation, and the (start, end) in it of each of the assistant's turns that is not empty.
+    """The text of a conversation, and the (start, end) of each of the assistant's turns that is not empty.
 
-    ``left_out``: the template does not write everything (the reasoning of an earlier turn, a message that it
-    ignores). ``endless``: it writes nothing after some turn that would end it.
+    ``left_out``: the template omits something (the reasoning of an earlier turn, a message that it ignores).
+    ``endless``: it renders no end of some turn.
     """
 
     text: str
@@ -53,17 +52,17 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A form of conversation: what the template writes for it, with marks, and the turns in that text."""
+    """A form of conversation: its rendering with marks, and the turns in it."""
 
     text: str
-    marks: list[tuple[int, int, int]]  # start, end, number of the words that belong there
+    marks: list[tuple[int, int, int]]  # start, end, number of the text that belongs there
     spans: list[tuple[int, int]]
     left_out: bool
     endless: bool
 
 
 class Turns:
-    """Finds the assistant's turns in conversations, with one template. Forms that were met are remembered."""
+    """Finds the assistant's turns in conversations with one template. Forms are cached."""
 
     def __init__(self, template: Template) -> None:
         self.template = template
@@ -71,22 +70,22 @@ class Turns:
         self._layout = lru_cache(FORMS)(self._find)
 
     def find(self, chat: Chat) -> Spans:
-        """The text of ``chat`` and where the assistant speaks in it.
+        """The text of ``chat`` and the assistant's spans in it.
 
-        Raises ``DataError`` where the template refuses the conversation, or where what it writes cannot be told
-        apart with certainty, and ``ModelError`` where the template fails.
+        Raises ``DataError`` if the template refuses the conversation or the spans cannot be determined, and
+        ``ModelError`` if the template fails.
         """
         said = chat.messages
         try:
             text = self.template.render(said, chat.tools)
         except ModelError:
-            # Some templates can only write the arguments of a call that are JSON text, as OpenAI gives them.
+            # Some templates accept the arguments of a call only as JSON text, as in OpenAI's API.
             said = text_arguments(chat.messages)
             if said == chat.messages:
                 raise
             text = self.template.render(said, chat.tools)
         reason = ""
-        # A tag that words open with may be one that the prompt has written already.
+        # A tag at the start of a text may already be in the prompt.
         opened = self.edges.opened
         tags = bool(opened) and any(said_in(message).lstrip().startswith(opened) for message in said)
         for level in (1, 0, 2) if tags else (0, 1, 2):
@@ -131,7 +130,7 @@ class Turns:
 
 
 def _filled(layout: _Layout, words: list[str]) -> Spans:
-    """The layout with the words in their places."""
+    """The layout with the texts filled in."""
     pieces, done, ends, shifts, shift = [], 0, [], [0], 0
     for start, end, mark in layout.marks:
         word = words[mark] if mark < len(words) else layout.text[start:end]
@@ -150,9 +149,9 @@ def _filled(layout: _Layout, words: list[str]) -> Spans:
 
 
 def _quotes(layout: _Layout, messages: Sequence[Message]) -> bool:
-    """Whether what the template adds to the assistant's turns holds the words of another message."""
+    """Whether the template's additions to the assistant's turns contain the text of another message."""
     if any(message.get("tool_calls") for message in messages):
-        return False  # the arguments of a call are often words of the user, and rightly so
+        return False  # the arguments of a call often repeat words of the user, which is valid
     added = [MARK.sub("\0", layout.text[start:end]) for start, end in layout.spans]
     others = [str(message.get("content") or "").strip() for message in messages if message.get("role") != "assistant"]
     return any(len(other) > 2 and other in part for other in others for part in added)

@@ -1,16 +1,15 @@
 """Causal language models: which tokens of a text, a prompt with its completion, or a chat carry the loss.
 
-This file knows boundaries in texts and windows of tokens; what a chat template writes is known to ``chat``. It
-does not know files, batches or models.
+This file knows boundaries in texts and windows of tokens; chat templates are in ``chat``. It does not know files,
+batches or models.
 
-A text is trained on in full, a pair on every token that starts in its completion. Both are tokenized as one
-text, so that the tokens are those the model would see, with the tokenizer's special tokens, and both end with
-the end-of-text token, which is added where the tokenizer has one and has not put it there itself.
+A text is trained in full, a pair on every token that starts in its completion. Both are tokenized as one text with the
+tokenizer's special tokens, so that the tokens are those of inference. Both end with the end-of-text token, which is
+added if the tokenizer has one and does not add it itself.
 
-Over ``max_length``, with ``split``: a text becomes windows, each opening with the tokenizer's special tokens and
-with one token of the window before, which is not trained on again; so every token is trained on once, and from
-something that goes before it. A pair keeps its prompt in the first window only (repeated, it would be followed by
-words that do not follow it); each later window opens with up to half of ``max_length`` of what goes before it.
+Over ``max_length``, with ``split``: a text becomes windows. Each starts with the tokenizer's special tokens and with
+one token of the window before, which is not trained again; so every token is trained once, with a context. A pair has
+its prompt only in the first window; each later window starts with up to half of ``max_length`` of the text before it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class CausalEncoder(Encoder):
         super().__init__(tokenizer, settings)
         self._chat: ChatEncoder | None = None
         if settings.chat_template is not None:
-            find_template(tokenizer, settings.chat_template)  # one that is broken is told before any row is read
+            find_template(tokenizer, settings.chat_template)  # report a broken template before any row is read
 
     def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
         chats = [record for _, record in records if isinstance(record, Chat)]
@@ -94,7 +93,7 @@ def _targets(tokens: Any, boundary: int) -> tuple[list[int], list[int], int]:
     front = 0
     in_front = True
     for token, (start, _), special in zip(ids, tokens.offsets, tokens.special_tokens_mask, strict=True):
-        # Special tokens have no place in the text: in front they open the prompt, behind they end the row.
+        # Special tokens have no position in the text: they are before the prompt or at the end of the row.
         in_front = in_front and bool(special)
         front += in_front
         masked = in_front if special else start < boundary

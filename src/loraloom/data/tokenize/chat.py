@@ -1,19 +1,17 @@
 """Conversations to token ids, with the loss on the assistant's tokens only.
 
-This file knows how the assistant's turns, which ``turns`` finds in the text of a conversation, become labels, and
-how a conversation is split. It does not know what any template writes.
+This file knows how the assistant's turns become labels, and how a conversation is split. It does not know what any
+template renders.
 
-The text that the chat template writes is tokenized once and as a whole, without further special tokens, which is
-what transformers does when the model is used. The loss is on what the model will have to write: everything after
-the prompt for the assistant's turn (an empty ``<think></think>`` too, where the template writes one), tool calls
-as the template writes them, and the token that ends the turn. It is not on the heading of the turn, on white space
-after its end, on what tools answer, or on turns of weight 0. ``{% generation %}`` marks are not asked: most
-templates have none, and of those that do, some put the heading inside and some leave the end outside.
+The rendered text is tokenized once as a whole, without further special tokens, as transformers does it at inference.
+The loss is on the tokens that the model has to generate: everything after the generation prompt (including an empty
+``<think></think>`` if the template renders one), tool calls as rendered, and the token that ends the turn. It is not on
+the header of the turn, white space after its end, tool results, or turns of weight 0. ``{% generation %}`` marks are
+not used: most templates have none, and others include the header or exclude the end.
 
-Over ``max_length``, with ``split``: a conversation is split between exchanges (a message of the user, and all
-until the next one that follows an answer). Each part opens with the system message and has as many exchanges as
-fit; one exchange that does not fit is an error for that row. Exchanges of weight 0 go with others, as far as there
-is room, and make no part by themselves.
+Over ``max_length``, with ``split``: a conversation is split between exchanges (a user's message, and everything up to
+the next one after an answer). Each part starts with the system message and has as many exchanges as fit; an exchange
+that does not fit is an error of that row. Exchanges of weight 0 join others as far as they fit, and never form a part.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from loraloom.data.tokenize.templates import find_template
 from loraloom.data.tokenize.windows import fitted
 from loraloom.errors import DataError, InputError
 
-#: What is trained on, in messages.
+#: The word for the trained part, in messages.
 WHAT = "what the assistant says"
 
 
@@ -67,7 +65,7 @@ class ChatEncoder:
         ]
 
     def _find(self, chat: Chat) -> Spans:
-        """The assistant's turns that are to be trained on: not those of weight 0, which no template is shown."""
+        """The assistant's turns that are trained: not those of weight 0. Templates do not see weights."""
         for number, message in enumerate(chat.messages, start=1):
             if silent(message) and message.get("weight", 1):
                 raise DataError(f"{self.turns.template.name} has nothing to write for message {number}: it is empty")
@@ -106,7 +104,7 @@ class ChatEncoder:
 
         for number, exchange in enumerate(exchanges):
             if not any(message.get("role") == "assistant" for message in exchange):
-                total.left_out = True  # a question at the end that nobody answers
+                total.left_out = True  # an unanswered question at the end
                 continue
             longer = tried()
             if longer.overlong and fits is not None:
@@ -136,7 +134,7 @@ class ChatEncoder:
 
 
 def _notes(turns: Turns) -> list[str]:
-    """What should be said aloud of a template: that it is the default, and that it ends no turn."""
+    """Notes about a template: that it is the default, and that it ends no turn."""
     notes, template = [], turns.template
     if template.plain:
         notes.append(
@@ -155,18 +153,18 @@ def _notes(turns: Turns) -> list[str]:
                 f"{template.name} writes nothing after the assistant's turns, so the model does not learn to end them"
             )
     except InputError:
-        pass  # it is for other conversations than this; the rows will tell
+        pass  # it refuses this conversation, but may accept the rows
     return notes
 
 
 def _trained(spans: Spans, offsets: Sequence[tuple[int, int]]) -> tuple[list[bool], bool]:
-    """For each token whether it is trained on, and whether a token was left out since it joins both sides."""
+    """For each token whether it is trained, and whether a token was excluded because it spans a boundary."""
     text, trained, merged = spans.text, [], False
     turns = iter([*spans.spans, (len(spans.text) + 1, len(spans.text) + 1)])
     first, last = next(turns)
     done = 0
     for start, end in offsets:
-        # Some tokenizers do not count spaces as part of their token; they are what lies between two tokens.
+        # Some tokenizers exclude spaces from the offsets of their token; they are then between two tokens.
         if start > done and text[done:start].isspace():
             start = done
         if end > done:
@@ -176,7 +174,7 @@ def _trained(spans: Spans, offsets: Sequence[tuple[int, int]]) -> tuple[list[boo
         inside = first <= start and end <= last
         if not inside and end > first:
             outside = text[start : max(start, first)] + text[min(end, last) : end]
-            # A space before the first word is part of its token; a letter of the heading is not.
+            # A space before the first word may be part of its token; a letter of the header may not.
             inside = not outside.strip()
             merged = merged or not inside
         trained.append(inside)
@@ -184,7 +182,7 @@ def _trained(spans: Spans, offsets: Sequence[tuple[int, int]]) -> tuple[list[boo
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system messages in front, and the rest as exchanges."""
+    """The leading system messages, and the other messages as exchanges."""
     first = next((i for i, m in enumerate(messages) if m.get("role") not in ("system", "developer")), len(messages))
     exchanges: list[list[Message]] = []
     for message in messages[first:]:
@@ -195,7 +193,7 @@ def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Me
 
 
 def _untrained(exchange: Sequence[Message]) -> bool:
-    """All that the assistant says in it has weight 0."""
+    """All of the assistant's messages in it have weight 0."""
     return not any(message.get("weight", 1) for message in exchange if message.get("role") == "assistant")
 
 

@@ -1,7 +1,7 @@
-"""From records to token ids and labels: the one door to the encoders of all tasks.
+"""From records to token ids and labels: the entry point to the encoders of all tasks.
 
-This file knows what must be right before any row is encoded. Encoders need a fast tokenizer, because only those say
-where in the text a token starts.
+This file checks what must hold before any row is encoded. Encoders need a fast tokenizer, because only those give the
+offsets of tokens in the text.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def encoder(
 
 
 def check_overlong(task: RowTask, overlong: str) -> None:
-    """Raise ``ConfigError`` where rows are to be split that are one whole."""
+    """Raise ``ConfigError`` for ``split`` of rows that cannot be split."""
     if overlong == "split" and task.indivisible:
         raise ConfigError(
             f"overlong: {task.name} cannot split a row, for {task.indivisible}; choose truncate, drop or error"

@@ -1,4 +1,4 @@
-"""Classification and regression of texts and of pairs of texts: their tokens, and what is right of each.
+"""Classification and regression of texts and of pairs of texts: their tokens and labels.
 
 This file knows what a label becomes: the number of its class, one 0 or 1 for each class, or a number itself. It does
 not know files, batches or models.
@@ -33,7 +33,7 @@ class LabelEncoder(Encoder):
 
     def __init__(self, tokenizer: Any, settings: Settings) -> None:
         super().__init__(tokenizer, settings)
-        #: what parts the texts of a pair; None before the first pair
+        #: the separator of a pair; None before the first pair
         self._between: str | None = None
         self.problem = settings.problem_type or SINGLE
         self.ids = {name: number for number, name in enumerate(settings.labels)}
@@ -72,7 +72,7 @@ class LabelEncoder(Encoder):
         return len(self.tokenizer(self._first(record), record.second, truncation=False, verbose=False).input_ids)
 
     def _first(self, record: Labelled) -> str:
-        """The text, with what parts it from the second one if there is one."""
+        """The text, with the separator if there is a second one."""
         if record.second is None:
             return record.text
         if self._between is None:
@@ -81,7 +81,7 @@ class LabelEncoder(Encoder):
         return record.text + self._between
 
     def _label(self, label: str | int | float | list[str | int]) -> tuple[int | float | list[float], str]:
-        """The label of the example, or else what is wrong with it."""
+        """The label of the example, or what is wrong with it."""
         if self.problem == NUMBER:
             if isinstance(label, int | float):
                 return float(label), ""
@@ -102,6 +102,6 @@ class LabelEncoder(Encoder):
 
 
 def segments(tokenizer: Any, tokens: Any) -> list[int] | None:
-    """``token_type_ids`` where the tokenizer gives them and they say something: there is a second segment."""
+    """``token_type_ids`` if the tokenizer gives them and there is a second segment."""
     types: list[int] = tokens.type_ids
     return types if "token_type_ids" in tokenizer.model_input_names and any(types) else None

@@ -1,4 +1,4 @@
-"""Two texts in one input, and what stands between them."""
+"""Two texts in one input, and their separator."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ NOTE = (
 
 
 def gap(tokenizer: Any) -> str:
-    """What the first of two texts must end with to be told from the second.
+    """The separator to append to the first of two texts.
 
-    Nothing where the tokenizer has tokens for that, as those of encoders do. Those of decoders mostly have none:
-    "It rains." and "It is dry." would be one text, "It rains.It is dry."
+    Empty if the tokenizer separates them by special tokens, as those of encoders do. Those of decoders mostly do not:
+    "It rains." and "It is dry." would become "It rains.It is dry."
     """
     which = tokenizer("a", "b").encodings[0].sequence_ids
     last = max((i for i, part in enumerate(which) if part == 0), default=-1)

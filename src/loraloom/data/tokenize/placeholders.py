@@ -1,6 +1,6 @@
-"""The words of a conversation replaced by marks, so that what a template adds to them can be seen.
+"""The texts of a conversation replaced by marks, to separate them from what a template adds.
 
-This file knows messages, and which of their parts are words. It does not know templates.
+This file knows messages, and which of their parts are texts. It does not know templates.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 #: Plain letters and digits, so that no filter of a template changes it.
 MARK = re.compile(r"Qx(\d+)Zqx")
 
-#: What a template may look for inside a message: ``<think>``, ``</tool_response>``, ``[/INST]``.
+#: Tags that a template may parse inside a message: ``<think>``, ``</tool_response>``, ``[/INST]``.
 TAG = re.compile(r"(<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\])")
 
-#: The assistant's words other than its content, as models that reason have them.
+#: Fields with the assistant's reasoning.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def mark_words(messages: Sequence[Message], level: int) -> tuple[list[Message], list[str]]:
-    """The messages with marks for words, and the words by their marks' numbers.
+    """The messages with marks for texts, and the texts by the numbers of their marks.
 
-    Level 0 replaces all; 1 keeps tags; 2 keeps tags, and all that is not the assistant's.
+    Level 0 replaces all texts; 1 keeps tags; 2 keeps tags and everything that is not the assistant's.
     """
     words: list[str] = []
 
@@ -79,25 +79,25 @@ def text_arguments(messages: Sequence[Message]) -> list[Message]:
 
 
 def said_in(message: Message) -> str:
-    """What the assistant says in a message; empty for others."""
+    """The assistant's text in a message; empty for other roles."""
     return str(message.get("content") or "") if message.get("role") == "assistant" else ""
 
 
 def silent(message: Message) -> bool:
-    """Whether it is a turn of the assistant without a word in it, which has no place to be found by."""
+    """Whether it is an empty turn of the assistant, which has no position in the text."""
     words = [message.get("content"), *(message.get(key) for key in REASONING)]
     said = any(isinstance(part, str) and part.strip() for part in words)
     return message.get("role") == "assistant" and not said and not message.get("tool_calls")
 
 
 def numbers(message: Message) -> set[int]:
-    """The marks of a message's words."""
+    """The marks of a message's texts."""
     told = [message.get("content"), *(message.get(key) for key in REASONING), message.get("tool_calls")]
     return {int(mark) for mark in MARK.findall(json.dumps(told))}
 
 
 def shared_tags(text: str, words: str, step: int) -> str:
-    """The tags and white space that stand at the end of both (``step`` -1) or at the start of both (1)."""
+    """The common tags and white space at the end (``step`` -1) or at the start (1) of both."""
     shared = ""
     pieces = [piece for piece in re.split(r"(\s+|<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\])", words) if piece]
     for piece in pieces[::step]:

@@ -1,4 +1,4 @@
-"""Tags of words: the words' tokens, with the tag's number on the first piece of each word.
+"""Tagged words: their tokens, with the tag's number on the first token of each word.
 
 This file knows how words become tokens and where each word begins. It does not know what tags mean, nor files,
 batches or models.
@@ -20,8 +20,8 @@ from loraloom.errors import nearest
 class TagEncoder(Encoder):
     """``Tagged`` to token ids and one label per token: the tag's place in ``settings.labels``, or ``IGNORE``.
 
-    The words are joined by spaces and tokenized as one text, which any tokenizer can do and which is what the model has
-    seen in its training. A row over length may be split: its parts are cut between words.
+    The words are joined by spaces and tokenized as one text, which every tokenizer supports and which matches
+    pretraining. A row over length may be split between words.
     """
 
     def __init__(self, tokenizer: Any, settings: Settings) -> None:
@@ -67,8 +67,7 @@ class TagEncoder(Encoder):
 def first_pieces(words: Sequence[str], tokens: Any) -> dict[int, int]:
     """Word → the first token that starts in it, of ``words`` joined by spaces.
 
-    Words without a token of their own (of characters that the tokenizer drops, or within another word's token) are
-    left out.
+    Words without their own token (of characters that the tokenizer drops, or within another word's token) are missing.
     """
     starts = [0, *accumulate(len(word) + 1 for word in words)][:-1]
     found: dict[int, int] = {}
@@ -76,18 +75,18 @@ def first_pieces(words: Sequence[str], tokens: Any) -> dict[int, int]:
         if special or start == stop:
             continue
         word = bisect_right(starts, start) - 1
-        if start >= starts[word] + len(words[word]):  # begins with the space in front of its word
+        if start >= starts[word] + len(words[word]):  # starts with the space before its word
             if stop <= start + 1 or word + 1 == len(words):
-                continue  # the space alone
+                continue  # only the space
             word += 1
         found.setdefault(word, place)
     return found
 
 
 def _parts(special: Sequence[int], firsts: Sequence[int], limit: int) -> list[list[int]]:
-    """The tokens of each part: the special ones at both ends, and between them words as long as there is room.
+    """The tokens of each part: the special ones at both ends, and as many words between them as fit.
 
-    A word that is too long for a part of its own goes on in the next one.
+    A word that is too long for a part continues in the next one.
     """
     size = len(special)
     body = [i for i in range(size) if not special[i]]

@@ -1,8 +1,8 @@
-"""Which chat template a run uses, and a conversation as the text that it writes.
+"""Which chat template a run uses, and rendering of conversations.
 
-This file knows where templates come from and how their errors are told. It does not know what is trained on.
-Templates are the tokenizer's own or the user's, and foreign code either way: transformers renders them in its
-sandbox, exactly as it does when the model is used.
+This file knows where templates come from and reports their errors. It does not know which tokens are trained. Templates
+come from the tokenizer or the user and are untrusted code: transformers renders them in its sandbox, exactly as at
+inference.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from loraloom.data.records import Message
 
-#: The name of the template for tokenizers that have none.
+#: The name of the template for tokenizers without one.
 PLAIN = "loraloom-plain"
 
-#: A form that any tokenizer can write, since it needs no token of its own: headings, and the end-of-text token
-#: where the assistant ends. BOS and END are put in by ``plain_template``.
+#: Works with any tokenizer, because it needs no special tokens: headings, and the end-of-text token at the end of the
+#: assistant's turn. ``plain_template`` fills in BOS and END.
 PLAIN_TEXT = """\
 {{- BOS }}
 {%- if tools %}
@@ -49,11 +49,11 @@ PLAIN_TEXT = """\
 {{- '### Assistant:\\n' }}
 {%- endif %}"""
 
-#: What ends the assistant's turn in the plain template where the tokenizer has no end-of-text token.
+#: The end of the assistant's turn in the plain template if the tokenizer has no end-of-text token.
 PLAIN_END = "\n### End"
 
 
-#: A function that may be called, for templates that can only write conversations with one.
+#: A sample tool, for templates that render only conversations with tools.
 TOOL = {
     "type": "function",
     "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}},
@@ -61,38 +61,38 @@ TOOL = {
 
 
 class Refusal(DataError):
-    """A conversation that the template does not take; the message is the template's own."""
+    """The template refuses a conversation; the message is the template's own."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template with its tokenizer. ``name`` says in messages where it is from."""
+    """A chat template with its tokenizer. ``name`` gives its origin in messages."""
 
     tokenizer: PreTrainedTokenizerBase
     name: str
-    #: the template; None is what the tokenizer itself chooses (some have one for tools beside the usual one)
+    #: the template; None is the tokenizer's choice (some have a separate one for tools)
     text: str | None
-    #: the day that it writes, such as 2026-07-26, where it writes one; None is today
+    #: the day that it renders, such as 2026-07-26, if any; None is today
     date: str | None = None
 
     @property
     def dated(self) -> bool:
-        """Whether it can write the date, for which transformers gives templates one function."""
+        """Whether it can render the date, for which transformers gives templates one function."""
         source = self.text if self.text is not None else getattr(self.tokenizer, "chat_template", None)
         return "strftime_now" in str(source)
 
     @property
     def plain(self) -> bool:
-        """Whether it is the default for tokenizers that have none."""
+        """Whether it is the default for tokenizers without a template."""
         return self.name == PLAIN
 
     def render(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, *, prompt: bool = False
     ) -> str:
-        """The text of ``messages``; with ``prompt``, also what the template writes for the assistant to go on from.
+        """The rendering of ``messages``; with ``prompt``, also the generation prompt.
 
-        Raises ``Refusal`` where the template says that it cannot take the conversation, ``ModelError`` where it fails,
-        with its own message and line, and ``DataError`` for a text that no tokenizer takes.
+        Raises ``Refusal`` if the template refuses the conversation, ``ModelError`` if it fails, with its own message
+        and line, and ``DataError`` for a text that no tokenizer accepts.
         """
         from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -111,7 +111,7 @@ class Template:
             raise ModelError(f"{self.name}, line {exc.lineno - above}: {exc.message}") from None
         except Exception as exc:  # a template can raise whatever Python can
             said = f"{exc}" or type(exc).__name__
-            if type(exc) is TemplateError:  # what raise_exception raises, and nothing else
+            if type(exc) is TemplateError:  # raised only by raise_exception
                 raise Refusal(f"{self.name} does not take this conversation: {said}") from None
             raise ModelError(f"{self.name}{_line(exc, above)}: {said}") from None
         assert isinstance(text, str)
@@ -121,10 +121,10 @@ class Template:
 
 @cache
 def _clock(date: str) -> str:
-    """A line in front of a template in which ``strftime_now`` is of ``date``: its midnight.
+    """A line to prepend to a template that makes ``strftime_now`` return midnight of ``date``.
 
-    transformers hands templates no function but its own, so it is written in theirs: a macro of that name, in which
-    each directive of the format is replaced.
+    transformers passes templates only its own functions, so this is a macro with the same name, which replaces each
+    directive of the format.
     """
     day = datetime.fromisoformat(date)
     codes = [f"%{sign}{code}" for code in "aAwdbBmyYHIMSfjUWVGupcxX" for sign in ("-", "")]
@@ -149,16 +149,16 @@ def _check_text(text: str, name: str) -> None:
 def find_template(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, date: str | None = None
 ) -> Template:
-    """The template that ``chat_template`` asks for, else the tokenizer's own, else ``loraloom-plain``.
+    """The template that ``chat_template`` selects, otherwise the tokenizer's own, otherwise ``loraloom-plain``.
 
-    ``date`` is the day that it writes, if it writes one. ``chat_template`` is the path of a file (``.jinja``), the
-    template itself, or the name of one of several that the tokenizer has. Raises ``ConfigError`` for one that is none
-    of these, and ``ModelError`` for a template that is broken.
+    ``date`` is the day that it renders, if it renders one. ``chat_template`` is the path of a file (``.jinja``), the
+    template itself, or the name of one of the tokenizer's templates. Raises ``ConfigError`` for anything else, and
+    ``ModelError`` for a broken template.
     """
     template = replace(_chosen(tokenizer, chat_template), date=date)
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     fault = None
-    # It may count on a system message, or on tools; one that fails with them as well is broken.
+    # It may require a system message or tools; if it fails with them as well, it is broken.
     for messages, tools in (
         (talk, None),
         ([{"role": "system", "content": "Be kind."}, *talk], None),
@@ -167,7 +167,7 @@ def find_template(
         try:
             template.render(messages, tools)
             break
-        except Refusal:  # it is for other conversations than this
+        except Refusal:  # it refuses only this conversation
             break
         except ModelError as exc:
             fault = fault or exc
@@ -211,9 +211,8 @@ def _chosen(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Te
 def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """``loraloom-plain`` for this tokenizer, as a template that can be saved beside it.
 
-    It opens with the beginning-of-text token where the tokenizer itself puts one before a text, as it was while
-    the model was pretrained; the assistant's turns end with the end-of-text token, or with ``### End`` where
-    there is none.
+    It starts with the beginning-of-text token if the tokenizer adds one to a text, as in pretraining; the assistant's
+    turns end with the end-of-text token, or with ``### End`` if there is none.
     """
     first = tokenizer("").input_ids[:1]
     bos = tokenizer.bos_token if first and first[0] == tokenizer.bos_token_id else ""
@@ -227,9 +226,9 @@ def _quoted(text: str) -> str:
 
 
 def _line(exc: BaseException, above: int) -> str:
-    """``, line 7``: where in the template an error arose; the innermost line where it called itself.
+    """``, line 7``: the innermost line of the template in an error's traceback.
 
-    ``above``: lines that stand in front of the template's own.
+    ``above``: number of lines prepended to the template.
     """
     line, frame = None, exc.__traceback__
     while frame is not None:

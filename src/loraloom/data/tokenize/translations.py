@@ -1,4 +1,4 @@
-"""Texts for models with an encoder and a decoder: what the encoder reads, and what the decoder is to write.
+"""Rows for encoder-decoder models: the encoder's input, and the decoder's target.
 
 This file does not know files, batches or models.
 """
@@ -16,7 +16,7 @@ from loraloom.data.rows import Row
 class TranslationEncoder(Encoder):
     """``Translated`` to the source's ids, and the target's as labels, which end in the end-of-text token.
 
-    Both are cut to ``max_length``: the source keeps the special tokens around it, and a target that is cut has no end.
+    Both are cut to ``max_length``: the source keeps its special tokens, and a target that is cut has no end token.
     """
 
     def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
@@ -27,7 +27,7 @@ class TranslationEncoder(Encoder):
             targets.append(record.target)
         limit = self.settings.max_length
         read = self.tokenizer(sources, truncation=True, max_length=limit, padding=False).encodings
-        # A mode of its own: some models mark the target's language, or split it by another vocabulary.
+        # Target mode: some tokenizers mark the target's language, or use another vocabulary for it.
         written = self.tokenizer(text_target=targets, truncation=False, padding=False, verbose=False).encodings
         return [self._encode(*pair) for pair in zip(read, written, strict=True)]
 

@@ -1,4 +1,4 @@
-"""A row of tokens that may be over ``max_length``: left, cut, or in windows.
+"""A row of tokens that may exceed ``max_length``: unchanged, cut, or split into windows.
 
 This file knows token ids and labels. It does not know texts or tokenizers.
 """
@@ -11,9 +11,9 @@ from loraloom.data.example import IGNORE, EncodedRow, Example, Settings, refused
 
 
 def fitted(ids: list[int], targets: list[int], settings: Settings, *, merged: bool, what: str) -> EncodedRow:
-    """The row as one example, cut to ``max_length`` where it is longer, unless that is an error or it is dropped.
+    """The row as one example, cut to ``max_length`` unless a longer row is an error or dropped.
 
-    ``what`` names in messages what is trained on.
+    ``what`` is the word for the trained part, in messages.
     """
     limit = settings.max_length
     overlong = len(ids) > limit
@@ -33,8 +33,8 @@ def fitted(ids: list[int], targets: list[int], settings: Settings, *, merged: bo
 def windows(ids: list[int], targets: list[int], limit: int, front: int, context: int) -> list[Example]:
     """Windows of at most ``limit`` tokens over the row; every target is in exactly one of them.
 
-    Each window after the first opens with the row's first ``front`` tokens (the special ones) and with up to
-    ``context`` tokens that go before it, none of which is trained on again.
+    Each window after the first starts with the row's first ``front`` tokens (the special ones) and with up to
+    ``context`` tokens before it, none of which is trained again.
     """
     made = [Example(ids[:limit], targets[:limit])]
     done = limit
