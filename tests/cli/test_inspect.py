@@ -51,7 +51,7 @@ def test_the_singular_values_of_inspect_are_those_of_the_whole_update(call: Call
     assert len(found["updates"]) == 13  # every linear layer of two layers, and the pooler's
     for update in found["updates"]:
         key = f"base_model.model.{update['name']}.lora_"
-        delta = tensors[f"{key}B.weight"].double() @ tensors[f"{key}A.weight"].double()
+        delta = 2 * tensors[f"{key}B.weight"].double() @ tensors[f"{key}A.weight"].double()  # alpha 32, r 16
         values = torch.linalg.svdvals(delta)[:16]
         assert update["singular_values"] == pytest.approx(values.tolist(), rel=1e-6, abs=1e-9)
         assert update["norm"] == pytest.approx(float(delta.norm()))
