@@ -1,7 +1,7 @@
-"""From examples to batches: which rows go together, and the padded tensors that a model takes.
+"""From examples to batches: which rows form a batch, and the padded tensors.
 
-This file knows lengths, order and padding. It does not know texts, tokenizers or models, and it never reads
-or moves the global random generators: an order follows from its arguments alone.
+This file knows lengths, order and padding. It does not know texts, tokenizers or models, and does not use the global
+random generators: an order depends only on the arguments.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ CHUNK = 50
 def bucketed(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of one epoch as row indices, each row exactly once, rows of a batch of similar length.
 
-    Rows are shuffled, then sorted by length within stretches of ``CHUNK`` batches, then the order of the
-    batches is shuffled. All batches have ``batch_size`` rows but one, which holds what is left over. The
-    result depends on the four arguments alone.
+    Rows are shuffled, then sorted by length within groups of ``CHUNK`` batches, then the order of the batches is
+    shuffled. All batches have ``batch_size`` rows except one with the remainder. The result depends only on the four
+    arguments.
     """
     # A text seed mixes both numbers whole; a sum would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
     generator = random.Random(f"{seed}/{epoch}")
@@ -42,7 +42,7 @@ def bucketed(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> 
 def evaluation_batches(lengths: Sequence[int], batch_size: int, *, alike: bool = False) -> list[list[int]]:
     """All rows in batches by length, longest first: the least padding, and the most memory at once.
 
-    With ``alike`` the rows of a batch are of one length, so that there is no padding.
+    With ``alike`` the rows of a batch have the same length, so that there is no padding.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     if not alike:

@@ -1,4 +1,4 @@
-"""What an encoder is given and what it gives back: the contract between the tasks' encoders and their caller.
+"""The interface between the tasks' encoders and their caller: settings, examples, encoded rows.
 
 Nothing here knows a task, a file or a model.
 """
@@ -21,7 +21,7 @@ CHUNK = 1000
 
 @dataclass(slots=True)
 class Example:
-    """What the model is given for one row, or for one part of it, as numbers.
+    """The model's input for one row, or for a part of it.
 
     ``labels`` by task: a class id (seq-cls), a number (regression), 0.0 or 1.0 for each class (several labels);
     one label per token, ``IGNORE`` where none counts (causal-lm, token-cls); the target's ids, with a length of
@@ -38,13 +38,13 @@ class Example:
 class EncodedRow:
     """One row, encoded: its examples (none, one, or several where it was split), and what was done to it.
 
-    ``problem`` says why there is nothing to train on, in the same words for every row of the kind; ``error`` says
-    what is wrong with this row, in words that follow its place (a label that is unknown, a conversation that the
-    chat template refuses, a row over length where that is an error). A row with either has no examples.
+    ``problem``: why the row has no trained token, with the same text for all rows of this kind. ``error``: what is
+    wrong with this row, to append to its place (an unknown label, a conversation that the chat template refuses, a row
+    over length if that is an error). A row with either has no examples.
 
-    ``overlong``: the row had more than ``max_length`` tokens. ``merged``: a token joins text that is trained on
-    with text that is not, and is left out of the loss. ``left_out``: the chat template does not write all of the
-    row, such as the reasoning of earlier turns.
+    ``overlong``: the row had more than ``max_length`` tokens. ``merged``: a token spans trained and other text, and is
+    excluded from the loss. ``left_out``: the chat template omits a part of the row, such as the reasoning of earlier
+    turns.
     """
 
     examples: list[Example] = field(default_factory=list)
@@ -57,7 +57,7 @@ class EncodedRow:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the user chose about encoding; plain values, so that every worker process can be given them."""
+    """The user's settings of encoding: plain values that can be sent to worker processes."""
 
     max_length: int
     overlong: str = "truncate"
@@ -70,14 +70,14 @@ class Settings:
 
 
 class Encoder:
-    """Records of one task in, examples out. ``notes`` is what the user should be told once, before training."""
+    """Records of one task to examples. ``notes`` are for the user, once before training."""
 
     def __init__(self, tokenizer: Any, settings: Settings) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self.notes: list[str] = []
 
     def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
-        """One ``EncodedRow`` for each record, in order; rows are tokenized together, so give them in chunks."""
+        """One ``EncodedRow`` per record, in order. Records are tokenized together, so pass them in chunks."""
         raise NotImplementedError
 
 
@@ -90,7 +90,7 @@ def tokenize(
 ) -> Iterator[Any]:
     """One ``tokenizers.Encoding`` per text, cut to ``max_length`` unless that is None.
 
-    ``special``: with the tokenizer's own tokens in front and behind.
+    ``special``: with the tokenizer's special tokens.
     """
     for start in range(0, len(texts), CHUNK):
         yield from tokenizer(
@@ -104,9 +104,9 @@ def tokenize(
 
 
 def refused(count: Callable[[], int], settings: Settings, *, splits: bool = True) -> EncodedRow | None:
-    """A row of ``count`` tokens, more than ``max_length``, where such rows are errors or left out; else None.
+    """The result of a row of ``count`` tokens, over ``max_length``, if such rows are errors or dropped; otherwise None.
 
-    ``splits``: the task can split one.
+    ``splits``: the task can split rows.
     """
     if settings.overlong == "drop":
         return EncodedRow(overlong=True)

@@ -1,7 +1,6 @@
-"""Rows: one record of the user's data each, where it stands, and what may be wrong with it.
+"""Rows: one record of the user's data each, its place in a file, and its errors.
 
-This file knows what a row is, how to say where it stands, and the tasks that rows are read for. It does not know
-file formats (``readers``), sources, columns (``shapes``), tokenizers or tensors.
+This file does not know file formats (``readers``), sources, columns (``shapes``), tokenizers or tensors.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be used: where it stands, why, and what was there.
+    """A row that cannot be used: its place, the reason, and its contents.
 
     ``column`` is the character of the line (from 1) where that is known, ``field`` the user's name of the column
     at fault. ``raw`` is the row as text: the line itself, or JSON of the columns; its start where it is huge.
@@ -64,7 +63,7 @@ OnBad = Callable[[BadRow], None]
 
 
 class RowError(DataError):
-    """One row of the data is wrong, and the others may be right; ``bad`` says which and why."""
+    """One row of the data is invalid, the others may be valid; ``bad`` has its place and the reason."""
 
     def __init__(self, bad: BadRow) -> None:
         super().__init__(bad.message)

@@ -1,4 +1,4 @@
-"""The part of a task that reading and tokenising rows ask about. Tasks themselves lie above this package."""
+"""The members of a task that reading and tokenising rows need. The tasks are in a higher package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Layout = Literal["row", "token", "target"]
 
 
 class RowTask:
-    """Members that a task does not set have the values below."""
+    """Defaults of the members."""
 
     #: the task's name on the command line and in run files
     name: str

@@ -1,7 +1,7 @@
-"""Which rows of how many: those held out for evaluation, and those of an epoch where sources have weights.
+"""Selection of rows: those held out for evaluation, and those of an epoch if sources have weights.
 
-Knows row numbers alone, so that no row need be in memory. What is chosen follows from the arguments and from
-nothing else, on every machine: a run that goes on must hold out what it held out before.
+Uses only row numbers, so no row has to be in memory. The selection depends only on the arguments, on every machine: a
+resumed run must hold out the same rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from loraloom.errors import ConfigError, DataError
 
-#: No row comes more often than this in an epoch; a weight above it is a slip.
+#: Maximum weight; a larger one is a mistake.
 MOST = 1000.0
 
 
@@ -62,10 +62,9 @@ def check_weight(weight: object, name: str) -> float:
 def weighted(counts: Sequence[int], weights: Sequence[float], seed: int | str) -> list[int]:
     """The row numbers of one epoch, in order, where source k has ``counts[k]`` rows and weight ``weights[k]``.
 
-    Rows are numbered from 0 through all sources, one after the other. A row of a source with weight w comes w
-    times: as often as the whole part of w says, and once more for a share of the rows, chosen by ``seed``, as
-    large as the fraction (rounded to whole rows, and never so that a source that has rows gives none). With all
-    weights 1 these are simply all rows.
+    Rows are numbered from 0 through all sources. A row of a source with weight w occurs floor(w) times, and once
+    more for a fraction of the rows chosen by ``seed`` (rounded to whole rows; a source with rows contributes at least
+    one). With all weights 1 these are all rows.
     """
     chosen: list[int] = []
     start = 0

@@ -1,9 +1,8 @@
-"""Folders of the cache: written whole or absent, checked when they are read, made anew where they are damaged.
+"""Cache entries: folders that are complete or absent, verified when read, and rebuilt if damaged.
 
-This file knows folders, sizes and hashes. It does not know what the files in a folder mean. An entry is a folder named
-by the hash of all that it follows from, with a ``manifest.json`` that names every file in it with size and SHA-256. The
-time of the manifest is when the entry was last used, and who uses it holds a lock on the manifest: ``room`` goes by
-both.
+This file knows folders, sizes and hashes, not the meaning of the files. An entry is a folder named by the hash of its
+inputs, with a ``manifest.json`` that lists every file with size and SHA-256. The modification time of the manifest is
+the time of the last use, and users of an entry hold a lock on the manifest; ``eviction`` uses both.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ def cache_folder() -> Path:
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """The name of what follows from ``parts``, which are plain JSON values."""
+    """The key of ``parts``, which are plain JSON values."""
     text = json.dumps(parts, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @functools.cache
 def code_hash() -> str:
-    """The hash of all that makes rows into tokens, beside what the user chose: this package, tasks, libraries."""
+    """The hash of the code that turns rows into tokens: this package, tasks, versions of libraries."""
     digest = hashlib.sha256()
     data, tasks = Path(__file__).parents[1], Path(__file__).parents[2] / "tasks"
     for path in sorted([*data.rglob("*.py"), *tasks.rglob("*.py")]):
@@ -63,7 +62,7 @@ def code_hash() -> str:
 
 
 class _Unwritable(Exception):
-    """The folder cannot be written: what is built goes to another one."""
+    """The folder cannot be written; another one is used."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
@@ -79,7 +78,7 @@ def _writing() -> Iterator[None]:
 
 
 class Growing:
-    """A file that is written from front to back, and hashed on the way."""
+    """A file that is written sequentially, and hashed meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self.size, self._hash = 0, hashlib.sha256()
@@ -99,7 +98,7 @@ class Growing:
 
 
 class Draft:
-    """A folder that is being written. Files are made by ``file`` alone, so that the manifest names them all."""
+    """A folder that is being written. Files are created only by ``file``, so that the manifest lists them all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -125,7 +124,7 @@ class Draft:
 
 @dataclass
 class Entry:
-    """A folder that is whole. ``info`` is what its builder returned; ``fresh`` tells that it was built just now."""
+    """A complete folder. ``info`` is the result of its builder; ``fresh`` if it was built just now."""
 
     folder: Path
     info: dict[str, Any]
@@ -134,21 +133,21 @@ class Entry:
 
 
 def find(kind: str, key: str, log: Log = info) -> Entry | None:
-    """The entry of this key where there is a whole one. Nothing is written but when it was used."""
+    """The entry of this key if there is a complete one. Writes only the time of use."""
     return _read(cache_folder() / kind / key, key, log)
 
 
 def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], log: Log = info) -> Entry:
-    """The entry of this key: as it lies in the cache, or made by ``build``, which fills a folder and returns its info.
+    """The entry of this key, from the cache or from ``build``, which fills a folder and returns its info.
 
-    Where the cache cannot be written (read-only, full), the folder is a temporary one, and ``log`` is told. ``build``
-    may therefore be called twice. Of several processes that want the same entry, one builds and the others wait where
-    the system has locks; where not, all build and the first to be done counts. What is built makes room for itself:
-    entries that were long unused, and those that are too much, are deleted, and ``log`` is told.
+    If the cache cannot be written (read-only, full), the folder is a temporary one, which is logged; ``build`` may be
+    called twice then. If several processes need the same entry, one builds it and the others wait; without locks all
+    build it and the first to finish wins. After a build, entries that were long unused or exceed the limit are deleted,
+    which is logged.
 
     Raises:
-        ConfigError: the limit of the cache is none.
-        SaveError: there is no room in the system's folder for temporary files either.
+        ConfigError: the limit of the cache is invalid.
+        SaveError: the system's folder for temporary files is full as well.
     """
     root, limit = cache_folder() / kind, eviction.limit()
     try:
@@ -210,7 +209,7 @@ def _make(folder: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) -
 
 
 def _put(aside: Path, target: Path, key: str) -> Path:
-    """Rename into place. What stands there is another process's work, or damaged: then it makes way."""
+    """Rename into place. An existing folder is another process's entry, or damaged; a damaged one is replaced."""
     try:
         os.rename(aside, target)
     except OSError:
@@ -248,7 +247,7 @@ def _whole(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path, log: Log) -> Iterator[None]:
-    """Have the lock at ``path``, waiting for whoever has it. Without locks all build, and the first one counts."""
+    """Hold the lock at ``path``, waiting for its holder. Without locks all build, and the first one wins."""
     try:
         lock = exclusive(path, 0)
     except Taken:

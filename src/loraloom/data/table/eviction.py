@@ -1,7 +1,7 @@
-"""Room in the cache: entries that were long unused, or are too much, are deleted; those in use never are.
+"""Eviction of cache entries that were long unused or exceed the limit; entries in use are never deleted.
 
-Who uses an entry holds a shared lock of the system on its manifest, which goes with the process. Who deletes one must
-have that lock alone. Where there are no such locks, it cannot be known who uses what, and nothing is deleted.
+A user of an entry holds a shared operating-system lock on its manifest, which ends with the process. Deleting needs the
+exclusive lock. Without such locks the users are unknown, and nothing is deleted.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ DAYS, HOURS = 30, 24
 
 
 def limit() -> int:
-    """Bytes that the cache may take, as ``$LORALOOM_CACHE_LIMIT`` says; 0 for as many as it wants.
+    """The limit of the cache in bytes, from ``$LORALOOM_CACHE_LIMIT``; 0 for no limit.
 
     Raises:
-        ConfigError: that is no size.
+        ConfigError: not a size.
     """
     given = os.environ.get(VARIABLE, "").strip()
     if not given:
@@ -45,7 +45,7 @@ def limit() -> int:
 
 
 class Use:
-    """An entry is in use for as long as this is kept."""
+    """Keeps an entry in use during its lifetime."""
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
@@ -56,16 +56,16 @@ class Use:
 
 
 class Gone(Exception):
-    """Somebody else uses the entry, or deletes it."""
+    """Another process uses or deletes the entry."""
 
 
 def use(manifest: Path) -> Use | None:
-    """Note that the entry of ``manifest`` is used, now and for as long as what comes back is kept.
+    """Mark the entry of ``manifest`` as used, now and during the lifetime of the result.
 
-    None where that cannot be noted: there is no such file, or the system has no locks.
+    None if the file is missing or the system has no locks.
 
     Raises:
-        Gone: it is being deleted.
+        Gone: the entry is being deleted.
     """
     found = _hold(manifest, os.O_RDONLY, "LOCK_SH")
     if found is not None:
@@ -98,9 +98,9 @@ class _Found:
 
 
 def make(folder: Path, limit: int) -> str:
-    """Delete entries of the cache in ``folder`` until it takes at most ``limit`` bytes. Returns what went, in words.
+    """Delete entries of the cache in ``folder`` until it takes at most ``limit`` bytes. Returns a summary.
 
-    What cannot be looked at stays: that is no reason not to use what was built.
+    Entries that cannot be read are kept, without an error.
     """
     with contextlib.suppress(OSError):
         return _make(folder, limit) if limit else ""
@@ -128,7 +128,7 @@ def _make(folder: Path, limit: int) -> str:
 
 
 def _entries(folder: Path) -> Iterator[_Found]:
-    """What loraloom wrote there; the folder may hold other things too."""
+    """loraloom's entries; the folder may contain other files too."""
     for manifest in folder.glob(f"*/*/{MANIFEST}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if json.loads(manifest.read_bytes())["key"] == manifest.parent.name:
@@ -137,7 +137,7 @@ def _entries(folder: Path) -> Iterator[_Found]:
 
 
 def _delete(entry: Path) -> bool:
-    """Whether it could be: nobody uses it."""
+    """Delete an entry unless it is in use. Returns whether it was deleted."""
     with contextlib.suppress(OSError, Gone):
         held = _hold(entry / MANIFEST, os.O_RDWR, "LOCK_EX")
         if held is not None:
@@ -149,7 +149,7 @@ def _delete(entry: Path) -> bool:
 
 
 def _newest(folder: Path) -> float:
-    """When something in ``folder`` was last written; now, where that cannot be told."""
+    """Time of the last write in ``folder``; now if unknown."""
     try:
         return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
     except OSError:

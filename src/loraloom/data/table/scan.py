@@ -1,8 +1,7 @@
-"""The first pass over the rows: every one is read and checked, none is tokenised.
+"""The first pass over the rows: each is read and checked, none is tokenised.
 
-Afterwards it is known how many rows there are, which classes they name, and which rows are bad. This file knows
-sources, shapes and labels; it does not know tokenizers or models. Rows of small data are kept, so that they are read
-once; of large data only numbers are, and these are kept in the cache.
+It finds the number of rows, their classes, and the bad rows. This file knows sources, shapes and labels, not tokenizers
+or models. Small data are kept in memory, so that they are read once; of large data only numbers are kept, in the cache.
 """
 
 from __future__ import annotations

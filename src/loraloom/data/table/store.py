@@ -1,8 +1,7 @@
-"""Examples as flat arrays, on disk or in memory: written front to back, read at any place.
+"""Examples as flat arrays, on disk or in memory: written sequentially, read at any position.
 
-This file knows ids, labels and where each example begins. It does not know texts, tokenizers or tasks. A million
-examples are a few files that the system maps into memory as they are read; an ``Example`` is made when it is asked for.
-Small data is the same arrays in memory, so what comes out does not depend on where they lie.
+This file knows ids, labels and the offsets of examples, not texts, tokenizers or tasks. A million examples are a few
+memory-mapped files; an ``Example`` is created on access. Small data are the same arrays in memory.
 """
 
 from __future__ import annotations

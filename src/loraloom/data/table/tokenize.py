@@ -1,7 +1,7 @@
-"""The second pass over the rows: each is encoded, by several processes where there are many, and written as arrays.
+"""The second pass over the rows: they are encoded, in several processes if there are many, and written as arrays.
 
-This file knows how a row goes from its source to a table of examples, and what is done with rows that cannot be
-encoded. It does not know which rows are for training: a table holds all of them, in the order of their numbers.
+This file knows the way of a row from its source to a table of examples, and handles rows that cannot be encoded. It
+does not know which rows are for training: a table holds all of them, in order of their numbers.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def encode_survey(
     """Encode all rows of ``survey``; ``settings`` are those of ``encode.encoder``.
 
     Args:
-        skip: rows that cannot be encoded or leave nothing to train on are noted and left out, instead of raised.
-        allow_untrained: rows that leave nothing to train on are left out and counted; they are not bad.
-        workers: processes; by default as many as there are cores, for many rows.
+        skip: rows that cannot be encoded or have no trained token are recorded and skipped instead of raised.
+        allow_untrained: rows without a trained token are skipped and counted; they are not bad rows.
+        workers: number of processes; by default one per core if there are many rows.
 
     Raises:
         InputError: a setting or a row is wrong; of rows that leave nothing to train on the first, with their number.

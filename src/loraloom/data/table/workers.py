@@ -1,9 +1,8 @@
-"""Work on many items in several processes: results in the order of the items, and never more than a few under way.
+"""Map a function over many items in several processes: ordered results, with only a few items in flight.
 
-This file knows processes and pipes. It does not know what the work is. A worker is a fresh interpreter that runs this
-package alone: neither a fork of a process with threads (which tokenizers cannot take) nor a second run of the user's
-script (which the processes of ``concurrent.futures`` are, where it has no guard). What goes through the pipes is
-pickled, between processes of our own.
+This file knows processes and pipes, not the work. A worker is a fresh interpreter that runs only this package: no fork
+of a process with threads (which tokenizers do not support), and no second run of the user's script (as with
+``concurrent.futures`` if the script has no ``__main__`` guard). Data in the pipes are pickled.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ from loraloom.errors import FailureError, LoraloomError, brief
 A = TypeVar("A")
 B = TypeVar("B")
 
-#: Items of each worker that are under way at most: one that it works on, and one that waits.
+#: Maximum number of items in flight per worker: one in work, one waiting.
 AHEAD = 2
-#: Workers at most, where nobody says how many: one process reads for all of them.
+#: Default maximum number of workers: one process reads for all of them.
 MOST = 16
 
 
 def mapped(
     make: Callable[..., Callable[[A], B]], arguments: tuple[Any, ...], items: Iterable[A], workers: int = 1
 ) -> Iterator[B]:
-    """``make(*arguments)(item)`` for each item, in order; with ``workers`` above 1, in so many processes.
+    """``make(*arguments)(item)`` for each item, in order; with ``workers`` above 1, in that many processes.
 
-    ``make`` is a function of a module, called once in each worker. What it raises there is raised here. Whatever ends
-    this iterator, an error or a Ctrl-C or its last item, the workers end with it.
+    ``make`` is a module-level function, called once in each worker. Its exceptions are raised here. The workers end
+    with this iterator: after its last item, an error or Ctrl-C.
 
     Raises:
-        FailureError: a worker died, or raised what is none of loraloom's errors.
+        FailureError: a worker died, or raised an exception that is not loraloom's.
     """
     if workers <= 1:
         work = make(*arguments)
@@ -82,7 +81,7 @@ def mapped(
 
 
 class _Worker:
-    """One process, which answers one question at a time."""
+    """One process, which handles one request at a time."""
 
     def __init__(self, opening: bytes) -> None:
         # The path as it is here: the package may have been found in a way that the environment does not tell.
@@ -122,7 +121,7 @@ class _Worker:
 
 
 def serve() -> None:
-    """A worker's whole life: make what does the work, answer until nobody asks any more."""
+    """Main loop of a worker: create the function, and handle requests until the pipe closes."""
     # A Ctrl-C reaches all processes of a terminal; the one that started us ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     questions: Any = sys.stdin.buffer
@@ -147,7 +146,7 @@ def serve() -> None:
 
 
 def _picklable(error: LoraloomError) -> LoraloomError:
-    """The error as it is, or one of loraloom's own kind with its words where it cannot travel."""
+    """The error itself, or one of loraloom's with the same message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
