@@ -66,9 +66,6 @@ class Categorical:
     def raw(self) -> Any:
         return list(self.values.values())
 
-    def __str__(self) -> str:
-        return ", ".join(_shown(value) for value in self.values)
-
 
 @dataclass(frozen=True)
 class Range:
@@ -185,7 +182,3 @@ def read_range(name: str, raw: Mapping[str, Any]) -> Range:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)

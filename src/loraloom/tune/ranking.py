@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median_low, variance
 from typing import Any
 
-from loraloom.tasks.metrics.registry import greater_is_better as greater_is_better
+from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.tune.trial import Trial
 
 #: Fewer trials than these say nothing about hyperparameters.

@@ -265,12 +265,6 @@ class Space:
                 found[key] = side
         return found
 
-    def describe(self) -> list[str]:
-        """A line for each key."""
-        return [f"{key}: {param}" for key, param in self.params.items()] + [
-            f"{key}: {label(value)} in all trials" for key, value in self.fixed.items()
-        ]
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values that ``parse`` reads as this space."""
         return {key: param.raw() for key, param in self.params.items()} | {key: [v] for key, v in self.fixed.items()}
