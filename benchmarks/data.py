@@ -162,19 +162,21 @@ def resident(pid: int) -> list[tuple[int, int]]:
 
 def job(model: Path, rows: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What training does before the model is loaded, and the first batches of an epoch."""
+    from loraloom import tasks
     from loraloom.config.train import TrainConfig
     from loraloom.data.batches import bucketed
+    from loraloom.data.dataset import read_rows, tokenise
     from loraloom.models.load import load_tokenizer
-    from loraloom.train.dataset import encode_run_rows, read_run_rows
 
     settings = TrainConfig(
         model=str(model), data=str(rows), task=options.task, output="unused", eval_split=1000, max_length=512,
         data_workers=options.workers,
     )  # fmt: skip
     started = time.perf_counter()
-    found = read_run_rows(settings)
+    task = tasks.get(settings.task)
+    found = read_rows(settings, task)
     read = time.perf_counter()
-    data = encode_run_rows(found, settings, load_tokenizer(settings.model))
+    data = tokenise(found, settings, task, load_tokenizer(settings.model))
     encoded = time.perf_counter()
     print("prepared", flush=True)
     order = bucketed(data.train.lengths, 16, 0, 1)
@@ -189,7 +191,7 @@ def job(model: Path, rows: Path, options: argparse.Namespace) -> dict[str, Any]:
         "encoding": encoded - read,
         "an epoch's order": shuffled - encoded,
         "seconds per 1000 examples": (time.perf_counter() - shuffled) / sum(map(len, some)) * 1000,
-        "tokens": data.train.tokens + data.evaluation.tokens,
+        "tokens": data.train.tokens + data.validation.tokens,
         "warnings": data.warnings,
     }
 

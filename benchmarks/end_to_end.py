@@ -26,11 +26,12 @@ import torch
 import common
 import docstrings
 import loraloom
+from loraloom import tasks
 from loraloom.config.train import TrainConfig
+from loraloom.data.dataset import read_rows, tokenise
 from loraloom.lora import matmul
 from loraloom.models.load import load_base, load_tokenizer
 from loraloom.tasks import TASKS
-from loraloom.train.dataset import read_data
 from loraloom.train.run import prepare, run
 
 BY_LENGTH, NO_DROPOUT = (
@@ -120,7 +121,8 @@ def trainer(settings: TrainConfig, grouped: bool, dropout: bool) -> dict[str, An
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     tokenizer = load_tokenizer(settings.model)
-    data = read_data(settings, tokenizer)
+    task = tasks.get(settings.task)
+    data = tokenise(read_rows(settings, task), settings, task, tokenizer)
     torch.manual_seed(settings.seed)
     base, _ = load_base(settings.model, TASKS[settings.task], settings.dtype, data.names)
     if not dropout:
@@ -160,7 +162,7 @@ def trainer(settings: TrainConfig, grouped: bool, dropout: bool) -> dict[str, An
         model=model,
         args=arguments,
         train_dataset=rows(data.train),
-        eval_dataset=rows(data.evaluation),
+        eval_dataset=rows(data.validation),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
     )

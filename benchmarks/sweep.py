@@ -165,8 +165,8 @@ def one_run(setup: Setup, options: TrainConfig, steps: int) -> dict[str, float]:
     started = time.perf_counter()
     model.eval()
     with torch.inference_mode():
-        for rows in evaluation_batches(setup.data.evaluation.lengths, 64):
-            model(**inputs(rows, setup.data.evaluation)).logits.argmax(-1)
+        for rows in evaluation_batches(setup.data.validation.lengths, 64):
+            model(**inputs(rows, setup.data.validation)).logits.argmax(-1)
     evaluation = time.perf_counter() - started
     each = {"set_up": set_up, "step": step, "evaluation": evaluation}
     return each | {"seconds": set_up + total * step + evaluation}

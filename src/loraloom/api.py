@@ -240,7 +240,7 @@ def _key(name: str, searching: bool) -> str:
     Raises:
         ConfigError: there is no such keyword; names the nearest one.
     """
-    known = {**keys.KEYS, **keys.LORA_KEYS, "validation": "data.validation"}
+    known = {**keys.KEYS, **keys.LORA_KEYS, "validation": "data.validation", "test": "data.test"}
     if searching:
         known |= keys.TUNE_KEYS
     if name not in known:
@@ -277,7 +277,7 @@ def _write_rows(given: dict[str, Any], config: str | Path | None) -> list[Path]:
     """Rows that were given as objects, in files; the keys then hold their paths."""
     output = given.get("output")
     written = []
-    for key, name in (("data.train", "data"), ("data.validation", "validation")):
+    for key, name in (("data.train", "data"), ("data.validation", "validation"), ("data.test", "test")):
         if not is_rows(given.get(key)):
             continue
         output = output or (runfile.read(config, (), {**given, key: "rows.jsonl"}).options.output if config else None)

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraloom.data.read.holdout import held_out
 from loraloom.data.read.sources import resolve
 from loraloom.data.rows import Row, ordered_labels
+from loraloom.data.split import held_out
 from loraloom.errors import ConfigError, DataError
 
 CALM = settings(max_examples=60, deadline=None)  # two cores are shared: a slow example is no failure

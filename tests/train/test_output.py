@@ -12,9 +12,9 @@ import pytest
 
 from loraloom import LoraConfig
 from loraloom.config.train import TrainConfig
+from loraloom.data.tokenize.templates import TEMPLATE_NAME
 from loraloom.errors import ConfigError
 from loraloom.models.load import load_tokenizer
-from loraloom.train.dataset import TEMPLATE_NAME
 from loraloom.train.run import prepare, run
 
 TALK = [{"role": "user", "content": "say now : good"}, {"role": "assistant", "content": "good film"}]

@@ -216,8 +216,8 @@ def test_three_predictions_are_the_adapters_own(classify: Callable[..., TrainCon
     job = prepare(classify(max_steps=40))
     result = run(job)
     assert len(result.predictions) == 3
-    rows = job.data.evaluation_rows
-    for said, row in zip(result.predictions, rows, strict=False):
+    rows = job.data.validation_rows
+    for said, (row, _) in zip(result.predictions, rows, strict=False):
         assert (said["input"], said["expected"]) == (row.fields["text"], row.fields["label"])
         with torch.no_grad():
             inputs = job.tokenizer(row.fields["text"], return_tensors="pt")
@@ -229,8 +229,8 @@ def test_three_predictions_are_the_adapters_own(classify: Callable[..., TrainCon
 def test_a_completion_is_what_the_adapter_generates(complete: Callable[..., TrainConfig]) -> None:
     job = prepare(complete(max_steps=60, learning_rate=2e-2, lora={"lora_alpha": 32}))
     result = run(job)
-    words = {row.fields["completion"].strip() for row in job.data.evaluation_rows}
-    for said, row in zip(result.predictions, job.data.evaluation_rows, strict=False):
+    words = {row.fields["completion"].strip() for row, _ in job.data.validation_rows}
+    for said, (row, _) in zip(result.predictions, job.data.validation_rows, strict=False):
         assert (said["input"], said["expected"]) == (row.fields["prompt"], row.fields["completion"].strip())
         assert set(said["predicted"].split()) <= words | {
             "good",

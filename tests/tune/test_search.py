@@ -170,7 +170,7 @@ def test_the_best_adapter_gives_the_metric_that_was_reported(
     setup = load(options.train)
     reported = result.record["trials"][result.record["best"]["number"]]["metric"]
     model = PeftModel.from_pretrained(setup.base, adapter)
-    pad, rows = setup.tokenizer.pad_token_id, setup.data.evaluation.examples
+    pad, rows = setup.tokenizer.pad_token_id, setup.data.validation.examples
     measured = Evaluator(model, setup.task, rows, pad_id=pad, batch_size=64).evaluate("default")
     assert measured[options.metric] == pytest.approx(reported, rel=1e-4)
     # What its outputs mean is beside it, and in the record.

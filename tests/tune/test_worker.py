@@ -201,7 +201,7 @@ def test_an_adapter_that_came_to_its_end_is_saved_and_gives_what_was_measured(cl
         assert all(0 <= used <= r == trial.options.lora.r for r, used, _ in trial.used.values())
         base, _ = load_base(trial.options.model, worker.setup.task, "float32", worker.setup.data.names)
         model = PeftModel.from_pretrained(base, tmp_path / "search" / TRIALS / name_of(trial.number))
-        found = Evaluator(model, worker.setup.task, worker.setup.data.evaluation.examples).evaluate("default")
+        found = Evaluator(model, worker.setup.task, worker.setup.data.validation.examples).evaluate("default")
         last = {key: value for key, value in trial.curve.evaluations[-1].items() if key != "step"}
         assert found == pytest.approx(last, rel=1e-5)
 

@@ -88,3 +88,11 @@ class Asked:
 
 
 Record = Text | Pair | Chat | Labelled | Tagged | Translated | Asked
+
+#: What a model is to learn of a row; the other fields it reads.
+_LEARNED = ("label", "tags", "target", "answers", "score")
+
+
+def inputs(record: Record) -> tuple[Any, ...]:
+    """What the model reads of a record: rows of which that is the same are no test of each other."""
+    return tuple(getattr(record, name) for name in record.__slots__ if name not in _LEARNED)

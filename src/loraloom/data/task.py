@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from loraloom.data.example import Encoder, Settings
@@ -37,4 +37,8 @@ class RowTask:
 
     def class_names(self, record: Record) -> list[str]:
         """The classes that a record names."""
+        return []
+
+    def notes(self, labels: Sequence[str]) -> list[str]:
+        """What to say of these classes before training."""
         return []

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from rich.console import Group, RenderableType
 
+from loraloom.data.dataset import Data, Part
 from loraloom.data.example import IGNORE, Example
 from loraloom.report.screen import Text
 from loraloom.tasks.base import Task
-from loraloom.train.dataset import Data, Part
 
 #: How trained tokens look, and the others; and what stands around trained ones where there are no colours.
 TRAINED, SEEN = "bold green", "dim"
@@ -74,7 +74,7 @@ def _pieces(
 
 def figures(data: Data, task: Task) -> Iterator[Text]:
     """Counts in lines."""
-    for what, part in (("train", data.train), ("validation", data.evaluation)):
+    for what, part in (("train", data.train), ("validation", data.validation)):
         lengths = np.asarray(part.lengths)
         yield Text(
             f"{what:11}{_counted(part.rows, 'row')}, {_counted(len(part.examples), 'example')}, "

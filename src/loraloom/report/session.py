@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from loraloom.config.train import TrainConfig
+from loraloom.data.dataset import BAD_ROWS
 from loraloom.distributed.launch import rank
 from loraloom.engine.loop import OnStep, StepEvent
 from loraloom.errors import ConfigError, SaveError
@@ -27,7 +28,6 @@ from loraloom.report.terminal import Meter, Reading, expectations, outcome, over
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
 from loraloom.train.checkpointing.resume import Resume, find
-from loraloom.train.dataset import BAD_ROWS
 from loraloom.train.failures import Interrupted
 from loraloom.train.run import RunResult, examine, outlook, prepare, run
 from loraloom.train.run_record import RUN_NAME

@@ -36,10 +36,6 @@ class Task(RowTask, ModelTask):
 
     # -- rows
 
-    def notes(self, labels: Sequence[str]) -> list[str]:
-        """What to say of these classes before training."""
-        return []
-
     def collate(self, examples: Examples, pad_id: int) -> dict[str, Tensor]:
         """The tensors of a batch: see ``data.batches.collate``."""
         return batches.collate(examples, pad_id, self.layout)

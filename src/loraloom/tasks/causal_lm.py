@@ -30,9 +30,9 @@ class CausalLM(TextTask):
         **TextTask.options,
     }
     forms = (
-        Form("messages", ("messages",), read_messages, ("tools",), chat=True, item="role"),
-        Form("sharegpt", ("conversations",), read_sharegpt, ("system", "tools"), chat=True, item="from"),
-        Form("alpaca", ("instruction", "output"), read_alpaca, ("input", "system", "history"), chat=True),
+        Form("messages", ("messages",), read_messages, ("tools",), item="role"),
+        Form("sharegpt", ("conversations",), read_sharegpt, ("system", "tools"), item="from"),
+        Form("alpaca", ("instruction", "output"), read_alpaca, ("input", "system", "history")),
         Form("prompt-completion", ("prompt", "completion"), read_prompt_completion, ("tools",)),
         Form("text", ("text",), read_text),
     )

@@ -15,6 +15,8 @@ from typing import Any
 from loraloom.config import runfile
 from loraloom.config.lora import CONFIG_NAME
 from loraloom.config.train import TrainConfig
+from loraloom.data.dataset import BAD_ROWS
+from loraloom.data.tokenize.templates import TEMPLATE_NAME
 from loraloom.errors import ConfigError, SaveError
 from loraloom.files.atomic import Contents, interrupted, recover, write_files
 from loraloom.files.hashing import file_hash, first_changed
@@ -23,7 +25,6 @@ from loraloom.lora import checkpoint
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel
 from loraloom.train.checkpointing import folders
-from loraloom.train.dataset import BAD_ROWS, TEMPLATE_NAME
 from loraloom.train.run_record import RUN_NAME, as_json
 
 #: The options of a run, with nothing left open, as a run file that gives the same run again.

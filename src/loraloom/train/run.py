@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraloom.config.train import TrainConfig
-from loraloom.data.table.scan import OnProgress
+from loraloom.data.table.scan import OnProgress, silent
 from loraloom.distributed.launch import find as find_device
 from loraloom.distributed.launch import single_process_warning
 from loraloom.engine.loop import OnStep
@@ -25,7 +25,6 @@ from loraloom.messages import Message, OnEvent, Warn, ignore, logged
 from loraloom.models import activation_checkpointing
 from loraloom.models.fsdp import shard
 from loraloom.train.checkpointing.resume import Resume, date_of, resumes
-from loraloom.train.dataset import silent
 from loraloom.train.output import check_output, described
 from loraloom.train.preflight import doctor, machine
 from loraloom.train.preflight.estimate import ResourceEstimate, estimate_resources
@@ -124,7 +123,7 @@ def outlook(job: TrainJob) -> ResourceEstimate:
         ADAPTER,
         setup.config(options),
         job.data.train.examples,
-        job.data.evaluation.examples,
+        job.data.validation.examples,
         empty=setup.empty(),
         dtype=options.dtype,
         batch_size=-(-options.batch_size // processes),

@@ -116,7 +116,7 @@ def record(
         data={
             "sha256": data.hashes,
             "rows": len(data.train.examples),
-            "evaluation_rows": len(data.evaluation.examples),
+            "evaluation_rows": len(data.validation.examples),
             "truncated": data.train.truncated,
             "labels": data.names,
             "padding_share": data.padding,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +15,8 @@ from loraloom import tasks
 from loraloom.config import objects
 from loraloom.config.lora import LoraConfig
 from loraloom.config.train import TrainConfig
-from loraloom.data.records import Record
-from loraloom.data.rows import Row
-from loraloom.data.table.scan import OnProgress
+from loraloom.data.dataset import Data, read_rows, tokenise, with_date
+from loraloom.data.table.scan import OnProgress, silent
 from loraloom.distributed import launch
 from loraloom.distributed.launch import Placement
 from loraloom.distributed.process_group import SINGLE
@@ -38,8 +37,6 @@ from loraloom.models.parts import text_only
 from loraloom.tasks.base import Task
 from loraloom.tasks.metrics.registry import Metrics, choose
 from loraloom.train import early_stopping
-from loraloom.train.dataset import Data, encode_run_rows, read_run_rows, silent, with_date
-from loraloom.train.dataset import HeldOut as EvaluationRows
 
 
 @dataclass
@@ -112,7 +109,7 @@ class Setup:
 
     def evaluator(self, model: PeftModel, rows: Sequence[int] | None = None, **changes: Any) -> Evaluator:
         """Adapters of ``model`` on the held-out examples, or on those at ``rows``."""
-        examples = self.data.evaluation.examples if rows is None else self.data.evaluation.examples.view(rows)
+        examples = self.data.validation.examples if rows is None else self.data.validation.examples.view(rows)
         pad_id, size = self.tokenizer.pad_token_id, self.options.eval_batch_size
         held_out = replace(self.held_out(rows), **changes)
         return Evaluator(model, self.task, examples, held_out, pad_id, size, self.place.world)
@@ -120,14 +117,14 @@ class Setup:
     @property
     def parts(self) -> list[list[int]]:
         """The held-out examples in parts, for the error of figures."""
-        return divide(self.data.evaluation_rows.of.tolist())
+        return divide(self.data.validation_rows.of.tolist())
 
     def held_out(self, rows: Sequence[int] | None = None) -> HeldOut:
         """What metrics need to know of the held-out examples, or of those at ``rows``."""
-        data, options, of = self.data, self.options, self.data.evaluation_rows.of
+        data, options, of = self.data, self.options, self.data.validation_rows.of
         return HeldOut(
             metrics=self.metrics,
-            records=_Records(data.evaluation_rows) if self.metrics.needs_predictions else (),
+            records=data.validation_rows if self.metrics.needs_predictions else (),
             rows=(of if rows is None else of[list(rows)]).tolist(),
             labels=data.names,
             tokenizer=self.tokenizer,
@@ -173,34 +170,11 @@ def predict(job: TrainJob, count: int, name: str = "default") -> list[dict[str, 
 
     ``name`` is an adapter of the model, or ``"__base__"`` for the frozen model alone.
     """
-    rows = job.data.evaluation_rows
+    rows = job.data.validation_rows
     count = min(count, len(rows))
     numbers = [number for number, row in enumerate(rows.of.tolist()) if row < count]
-    records = [(rows[row], rows.record(row)) for row in range(count)]
-    evaluator = job.setup.evaluator(job.model, numbers, records=records, metrics=None)
+    evaluator = job.setup.evaluator(job.model, numbers, records=rows[:count], metrics=None)
     return replace(evaluator, world=SINGLE).shown(name)
-
-
-class _Records(Sequence[tuple[Row, Record]]):
-    """The held-out rows with what they hold, read as far as they are asked for."""
-
-    def __init__(self, rows: EvaluationRows) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[tuple[Row, Record]]:
-        return (self[number] for number in range(len(self)))
-
-    @overload
-    def __getitem__(self, number: int) -> tuple[Row, Record]: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[tuple[Row, Record]]: ...
-    def __getitem__(self, number: int | slice) -> Any:
-        if isinstance(number, slice):
-            return [self[one] for one in range(len(self))[number]]
-        return self._rows[number], self._rows.record(number)
 
 
 def load(
@@ -225,7 +199,7 @@ def load(
         optimizers.find(options.optim, options.weight_decay, options.optim_args)
     if options.problem_type or "problem_type" not in task.options:
         choose(task, options.problem_type, options.metrics)  # before anything is read
-    rows = read_run_rows(options, reading)
+    rows = read_rows(options, task, reading)
     config = load_config(options.model, options.revision)
     limit = tokens_at_most(config)
     options = replace(options, max_length=length_within(limit, options.max_length, options.model))
@@ -235,7 +209,7 @@ def load(
     tokenizer = load_tokenizer(options.model, options.revision)
     day = where.world.gather(today())[0]  # the same in all processes, also at midnight
     options = with_date(rows, options, tokenizer, date or day)
-    data = encode_run_rows(rows, options, tokenizer, reading)
+    data = tokenise(rows, options, task, tokenizer, reading)
     metrics = choose(task, data.problem, options.metrics).of_labels(data.names)
     if options.metric_for_best_model and not metrics.own:  # what a function returns is not known before
         early_stopping.watched(dict.fromkeys(["loss", *metrics.names], 0.0), options.metric_for_best_model)
@@ -268,7 +242,7 @@ def today() -> str:
 
 def _check_vocabulary(model: nn.Module, data: Data, name: str) -> None:
     known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    largest = max(data.train.largest, data.evaluation.largest)
+    largest = max(data.train.largest, data.validation.largest)
     if largest >= known:
         raise ModelError(
             f"{name}: its tokenizer gives token {largest}, and the model has {known} (numbered from 0), so they do "

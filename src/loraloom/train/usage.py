@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from loraloom.train.dataset import TEMPLATE_NAME
+from loraloom.data.tokenize.templates import TEMPLATE_NAME
 from loraloom.train.setup import Setup
 
 USAGE_NAME = "usage.json"

@@ -93,7 +93,7 @@ class Gain:
 
 def set_bar(setup: Setup, model: PeftModel) -> Bar:
     """Measure the bar on the held-out rows of ``setup``; adapters on ``model`` have no part in it."""
-    bar = Bar(len(setup.data.evaluation_rows))
+    bar = Bar(len(setup.data.validation_rows))
     if (found := constant(setup)) is not None:
         bar.base, bar.answers = training_loss(found, setup), measure(found, setup)
     bar.begins = not (setup.new_modules and setup.task.class_word)  # a new head for classes is of no use untrained

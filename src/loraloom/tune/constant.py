@@ -35,7 +35,7 @@ def training_loss(found: Constant, setup: Setup) -> float:
 
 def measure(found: Constant, setup: Setup) -> dict[str, Figures]:
     """Answer in words → its figures on the held-out rows, as ``Setup.evaluate_parts`` has them."""
-    examples, parts = setup.data.evaluation.examples, setup.parts
+    examples, parts = setup.data.validation.examples, setup.parts
     scores = [total(found.score(examples[number]) for number in part) for part in parts]
     if found.texts:
         texts = found.texts if setup.metrics.needs_predictions else found.texts[:1]

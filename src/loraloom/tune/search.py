@@ -304,11 +304,11 @@ class Search:
 
 def _check_validation(setup: Setup) -> None:
     """Rows that all are of one class cannot tell a good configuration from a poor one."""
-    labels = {example.labels for example in setup.data.evaluation.examples if isinstance(example.labels, int)}
+    labels = {example.labels for example in setup.data.validation.examples if isinstance(example.labels, int)}
     if len(labels) == 1:
         raise DataError(
             f"{setup.options.eval_split if isinstance(setup.options.eval_split, str) else setup.options.data}: all "
-            f"{len(setup.data.evaluation.examples)} held-out rows are labelled "
+            f"{len(setup.data.validation.examples)} held-out rows are labelled "
             f"{setup.data.names[labels.pop()]!r}, so no configuration can be told from another; hold out more rows"
         )
 

@@ -122,7 +122,7 @@ class Worker:
         self.slots: dict[int, Slot] = {}
         self.trials: dict[int, Trial] = {}
         #: what trials have to beat; its owner sets it
-        self.bar = Bar(len(setup.data.evaluation_rows))
+        self.bar = Bar(len(setup.data.validation_rows))
 
     def run(
         self,
@@ -209,7 +209,7 @@ class Worker:
         if trial.repeats is not None or trial.step == between(trial):
             return None
         rungs = [rung for rung in range(len(self.options.rungs)) if rung_step(self.options, trial, rung) == trial.step]
-        there = len(self.setup.data.evaluation.examples)
+        there = len(self.setup.data.validation.examples)
         options = self.setup.options
         steps, _ = self.setup.steps(options)
         seen = steps * options.batch_size * options.gradient_accumulation_steps

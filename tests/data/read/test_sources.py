@@ -21,11 +21,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from loraloom.data.read import arrays, readers, tables
-from loraloom.data.read.holdout import held_out, weighted
 from loraloom.data.read.jsonfiles import other_form
 from loraloom.data.read.source import Source
 from loraloom.data.read.sources import resolve
 from loraloom.data.rows import BadRow, RowError, shown
+from loraloom.data.split import held_out, weighted
 from loraloom.errors import ConfigError, DataError
 
 CALM = settings(max_examples=40, deadline=None)  # two cores are shared: a slow example is no failure

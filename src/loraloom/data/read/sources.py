@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.config.names import SOURCE_KEYS
-from loraloom.data.read.holdout import check_weight
 from loraloom.data.read.hub import DatasetSource
 from loraloom.data.read.readers import open_file
 from loraloom.data.read.source import READERS, Source, suffix
+from loraloom.data.split import check_weight
 from loraloom.errors import ConfigError, DataError, nearest
 
 KINDS = ".jsonl or .json (an object on each line, or one array), .csv, .tsv, .parquet or .txt"

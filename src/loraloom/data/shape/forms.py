@@ -19,15 +19,13 @@ from loraloom.data.shape.labels import label
 class Form:
     """One shape: the columns that it needs, those that it may have, and the record they make.
 
-    ``chat``: its records are conversations. ``item`` is a key of the objects that its one column lists, where other
-    shapes give that column the same name.
+    ``item`` is a key of the objects that its one column lists, where other shapes give that column the same name.
     """
 
     name: str
     needs: tuple[str, ...]
     read: Callable[[Fields], Record]
     may: tuple[str, ...] = ()
-    chat: bool = False
     item: str = ""
 
 

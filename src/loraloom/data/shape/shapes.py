@@ -19,6 +19,8 @@ from loraloom.data.shape.labels import labels_of
 from loraloom.data.task import RowTask
 from loraloom.errors import ConfigError, DataError, nearest
 
+#: Our name of the column whose equal values keep rows together when some are held out. Any shape may have one.
+GROUP = "group"
 #: Names of ``format`` that say how plain text is cut into rows; their shape is ``text``.
 TEXT_FORMATS = ("text-lines", "text-file")
 
@@ -127,13 +129,14 @@ def _forms(task: RowTask, format: str | None, columns: dict[str, str]) -> list[F
             )
         forms = [form for form in forms if form.name == wanted]
     known = list(dict.fromkeys(name for form in forms for name in (*form.needs, *form.may)))
+    known.append(GROUP)
     for ours in columns:
         if ours not in known:
             raise ConfigError(
                 f"columns: {ours!r} is no column of {format or option}, which are {', '.join(known)}"
                 f"{nearest(ours, known)} (columns maps these names to yours: {{{known[0]}: ...}})"
             )
-    left = [form for form in forms if set(columns) <= {*form.needs, *form.may}]
+    left = [form for form in forms if set(columns) <= {*form.needs, *form.may, GROUP}]
     if not left:
         raise ConfigError(f"columns: no shape of {option} has all of {', '.join(columns)}")
     return left

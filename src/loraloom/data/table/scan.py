@@ -1,28 +1,31 @@
 """The first pass over the rows: each is read and checked, none is tokenised.
 
-It finds the number of rows, their classes, and the bad rows. This file knows sources, shapes and labels, not tokenizers
+It finds the number of rows, their classes, those that are the same, and the bad ones. This file knows sources, shapes and labels, not tokenizers
 or models. Small data are kept in memory, so that they are read once; of large data only numbers are kept, in the cache.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from loraloom.data.read.source import Source
-from loraloom.data.records import Record
+from loraloom.data.records import Chat, Record, inputs
 from loraloom.data.rows import BadRow, Row, RowError, ordered_labels, row_error
+from loraloom.data.shape.fields import ABSENT, lookup
 from loraloom.data.shape.labels import NUMBER, SEVERAL
-from loraloom.data.shape.shapes import Shape, recognise
+from loraloom.data.shape.shapes import GROUP, Shape, recognise
 from loraloom.data.table import cache
 from loraloom.data.task import RowTask
 from loraloom.errors import DataError, nearest
@@ -37,39 +40,64 @@ SPOOL = 16 * 2**20
 
 #: Of its entries in the cache; and rows after which somebody is told.
 KIND, STEP = "surveys", 10_000
-_NONE = np.zeros(0, "<i4")
+BAD = "bad.jsonl"
+#: What is kept of the rows, as arrays.
+ARRAYS = {"label_ids": "<i4", "label_counts": "<i4", "digests": "<u8", "groups": "<u8"}
 
 Array = npt.NDArray[Any]
 OnProgress = Callable[[str, int, int | None], None]
 
 
+def silent(what: str, done: int, total: int | None) -> None:
+    """The progress of reading is of no interest."""
+
+
 @dataclass
-class Survey:
+class Scan:
     """What the first pass found. Rows are numbered from 0 through all sources, bad ones left out."""
 
     sources: list[Source]
     #: of each source
     shapes: list[Shape]
-    counts: list[int]
-    #: the classes or tags in the order of their numbers; none where there are no classes
-    names: list[str]
-    #: what a seq-cls label is: transformers' ``problem_type``
-    problem: str | None
-    #: the numbers of the classes of each row, one after the other, and how many of them each row has
-    label_ids: Array
-    label_counts: Array
-    bad: int
     hashes: dict[str, str]
     #: size and time of each file, from before it was hashed
     stamps: dict[Path, tuple[int, int]]
+    #: of each source
+    counts: list[int] = field(default_factory=list)
+    #: the classes or tags in the order of their numbers; none where there are no classes
+    names: list[str] = field(default_factory=list)
+    #: what a seq-cls label is: transformers' ``problem_type``
+    problem: str | None = None
+    #: some rows are conversations
+    chats: bool = False
+    bad: int = 0
+    #: ``label_ids``: the numbers of the classes of each row, one after the other; ``label_counts``: how many each row
+    #: has; ``digests``: a hash of what the model reads of each row; ``groups``: of its group, 0 where it has none
+    arrays: dict[str, Array] = field(default_factory=dict)
     #: all rows, by source, where they are few
-    kept: list[list[Row]] | None
-    _bad_lines: IO[bytes] | Path | None = None
+    kept: list[list[Row]] | None = None
+    #: a line of JSON for each bad row: file, line, reason and the row itself
+    bad_lines: Callable[[], Iterator[bytes]] = lambda: iter(())
     _keep: Any = None
 
     @property
     def rows(self) -> int:
         return sum(self.counts)
+
+    @property
+    def described(self) -> list[str]:
+        """Each source and its shape in a few words."""
+        return [f"{one.describe()}: {shape.describe()}" for one, shape in zip(self.sources, self.shapes, strict=True)]
+
+    def origin(self, task: RowTask, skip: bool) -> dict[str, Any]:
+        """What follows from the rows follows from these plain values: the first part of any key in the cache."""
+        return {
+            "code": cache.code_hash(),
+            "files": list(self.hashes.items()),
+            "text": [source.text_by for source in self.sources],
+            "shapes": [shape.plain() | {"task": task.name} for shape in self.shapes],
+            "skip": skip,
+        }
 
     def read(self, skip: bool) -> Iterator[tuple[int, Row]]:
         """The rows again, with the number of their source. With ``skip``, what cannot be read is passed over."""
@@ -99,25 +127,124 @@ class Survey:
             if _stamp(path) != stamp:
                 raise DataError(f"{path}: changed while it was read; begin again once it is whole")
 
-    def classes(self) -> list[str] | list[list[str]] | None:
+    def classes(self) -> list[list[str]] | None:
         """The names of the classes of each row, for holding out rows; None where there are no classes."""
         if not self.names:
             return None
-        ids, names = self.label_ids.tolist(), self.names
-        if (self.label_counts == 1).all():
-            return [names[i] for i in ids]
-        ends = np.cumsum(self.label_counts).tolist()
-        starts = [0, *ends[:-1]] if ends else []
-        return [[names[i] for i in ids[start:end]] for start, end in zip(starts, ends, strict=True)]
+        ids, counts = self.arrays["label_ids"].tolist(), self.arrays["label_counts"]
+        spans = zip((np.cumsum(counts) - counts).tolist(), counts.tolist(), strict=True)
+        return [[self.names[i] for i in ids[start : start + count]] for start, count in spans]
 
-    def bad_lines(self) -> Iterator[bytes]:
-        """A line of JSON for each bad row: file, line, reason and the row itself."""
-        if isinstance(self._bad_lines, Path):
-            with open(self._bad_lines, "rb") as file:
-                yield from file
-        elif self._bad_lines is not None:
-            self._bad_lines.seek(0)
-            yield from self._bad_lines
+
+def scan(
+    sources: Sequence[Source],
+    task: RowTask,
+    *,
+    format: str | None = None,
+    columns: dict[str, str] | None = None,
+    problem: str | None = None,
+    skip: bool = False,
+    known: Scan | None = None,
+    log: Log = info,
+    on_progress: OnProgress = silent,
+) -> Scan:
+    """Read and check all rows of ``sources``.
+
+    Args:
+        problem: what the labels of seq-cls are, where it is not to be recognised.
+        skip: a bad row is noted and left out, instead of raised.
+        known: the rows of training, where these are for validation: their classes are those, and the others bad.
+        log: called with what the user should know.
+        on_progress: called now and then with what is done, how many rows of it, and of how many.
+
+    Raises:
+        DataError: a source that cannot be read, a bad row, a label never seen in training, classes too few to tell
+            apart.
+    """
+    shapes = _recognised(sources, task, format, columns, problem, skip, known)
+    stamps = {path: _stamp(path) for source in sources for path in source.files}
+    hashes = {name: value for source in sources for name, value in source.hashes().items()}
+    made = Scan(list(sources), shapes, hashes, stamps)
+    key = cache.key_of(made.origin(task, skip) | {"known": known and known.names})
+    if found := cache.find(KIND, key):
+        return _opened(made, found)
+    _read(made, _Tally(task, shapes[0].problem_type, known), skip, on_progress)
+    return made if made.kept is not None else _opened(made, cache.entry(KIND, key, partial(_write, made), log))
+
+
+def _recognised(
+    sources: Sequence[Source],
+    task: RowTask,
+    format: str | None,
+    columns: dict[str, str] | None,
+    problem: str | None,
+    skip: bool,
+    known: Scan | None,
+) -> list[Shape]:
+    """The shape of each source, by its first rows."""
+    problem, on_bad = known.problem if known else problem, _pass_over if skip else None
+    shapes = [recognise(source.first(LOOK, on_bad), task, format, columns, problem, skip) for source in sources]
+    for source, shape in zip(sources, shapes, strict=True):
+        if shape.problem_type != shapes[0].problem_type:
+            raise DataError(
+                f"{source.name}: its labels are those of {shape.problem_type}, and those of {sources[0].name} of "
+                f"{shapes[0].problem_type}; say with problem_type what they are"
+            )
+        if shape.multi_hot != shapes[0].multi_hot:
+            raise DataError(
+                f"{source.name}: its labels are {_lists(shape)}, and those of {sources[0].name} {_lists(shapes[0])}; "
+                "write them in one way"
+            )
+    # What was found of the first rows holds for those of the other sources, and for those of validation.
+    whole, multi_hot = all(shape.whole for shape in shapes), shapes[0].multi_hot
+    if known is not None:
+        whole, multi_hot = known.shapes[0].whole, known.shapes[0].multi_hot
+    return [replace(shape, whole=whole, multi_hot=multi_hot) for shape in shapes]
+
+
+def _lists(shape: Shape) -> str:
+    return f"multi-hot lists of {shape.multi_hot} classes" if shape.multi_hot else "lists of the classes' names"
+
+
+def _read(made: Scan, tally: _Tally, skip: bool, on_progress: OnProgress) -> None:
+    """Read all rows into ``made``."""
+    with_bad = tempfile.SpooledTemporaryFile(SPOOL)  # noqa: SIM115 - the scan keeps it
+    few = sum(size for size, _ in made.stamps.values()) <= SMALL_BYTES
+    made.kept = [[] for _ in made.sources] if few else None
+
+    def note(row: BadRow) -> None:
+        made.bad += 1
+        with_bad.write(bad_line(row))
+
+    def bad_lines() -> Iterator[bytes]:
+        with_bad.seek(0)
+        yield from with_bad
+
+    made.bad_lines = bad_lines
+    for number, (source, shape) in enumerate(zip(made.sources, made.shapes, strict=True)):
+        made.counts.append(0)
+        before, first = made.rows, ""
+        for row in source.read(note if skip else None):
+            try:
+                tally.add(row, shape, skip)
+            except RowError as error:
+                if not skip:
+                    raise
+                note(error.bad)
+                first = first or str(error)
+                continue
+            made.counts[-1] += 1
+            total = before + made.counts[-1]
+            if made.kept is not None:
+                made.kept[number].append(row)
+                if total > SMALL_ROWS:
+                    made.kept = None
+            if total % STEP == 0:
+                on_progress("rows read", total, None)
+        if not made.counts[-1]:
+            raise DataError(f"{source.name}: no row is left; the first bad one is {first}")
+    made.check_unchanged()
+    tally.finish(made)
 
 
 def bad_line(row: BadRow) -> bytes:
@@ -136,184 +263,85 @@ def bad_line(row: BadRow) -> bytes:
     return json.dumps(fields, sort_keys=True).encode() + b"\n"
 
 
-def survey(
-    sources: Sequence[Source],
-    task: RowTask,
-    *,
-    format: str | None = None,
-    columns: dict[str, str] | None = None,
-    problem: str | None = None,
-    skip: bool = False,
-    known: Survey | None = None,
-    log: Log = info,
-    watch: OnProgress = lambda what, done, total: None,
-) -> Survey:
-    """Read and check all rows of ``sources``.
-
-    Args:
-        problem: what the labels of seq-cls are, where it is not to be recognised.
-        skip: a bad row is noted and left out, instead of raised.
-        known: the rows of training, where these are for validation: their classes are those, and the others bad.
-        say: told what the user should know.
-        watch: told now and then what is done, how many rows of it, and of how many.
-
-    Raises:
-        DataError: a source that cannot be read, a bad row, a label never seen in training, classes too few to tell
-            apart.
-    """
-    on_bad = _pass_over if skip else None
-    problem = known.problem if known else problem
-    shapes = [recognise(source.first(LOOK, on_bad), task, format, columns, problem, skip) for source in sources]
-    _check_alike(sources, shapes)
-    # What was found of the first rows holds for those of the other sources, and for those of validation.
-    whole, multi_hot = all(shape.whole for shape in shapes), shapes[0].multi_hot
-    if known is not None:
-        whole, multi_hot = known.shapes[0].whole, known.shapes[0].multi_hot
-    shapes = [replace(shape, whole=whole, multi_hot=multi_hot) for shape in shapes]
-    stamps = {path: _stamp(path) for source in sources for path in source.files}
-    hashes = {name: value for source in sources for name, value in source.hashes().items()}
-    made = Survey(list(sources), shapes, [], [], None, _NONE, _NONE, 0, hashes, stamps, None)
-    key = cache.key_of(
-        {
-            "code": cache.code_hash(),
-            "files": list(hashes.items()),
-            "text": [source.text_by for source in sources],
-            "shapes": [shape.plain() | {"task": task.name} for shape in shapes],
-            "skip": skip,
-            "known": known and known.names,
-        }
-    )
-    found = cache.find(KIND, key)
-    if found is not None:
-        return _opened(made, found)
-    tally = _Tally(task, shapes[0].problem_type, known)
-    with_bad = tempfile.SpooledTemporaryFile(SPOOL)  # noqa: SIM115 - the survey keeps it
-    kept: list[list[Row]] | None = [[] for _ in sources]
-    if sum(size for size, _ in stamps.values()) > SMALL_BYTES:
-        kept = None
-
-    def note(row: BadRow) -> None:
-        made.bad += 1
-        with_bad.write(bad_line(row))
-
-    total = 0
-    for number, (source, shape) in enumerate(zip(sources, shapes, strict=True)):
-        before, first = total, ""
-        for row in source.read(note if skip else None):
-            try:
-                tally.add(row, shape.read(row), skip)
-            except RowError as error:
-                if not skip:
-                    raise
-                note(error.bad)
-                first = first or str(error)
-                continue
-            total += 1
-            if kept is not None:
-                kept[number].append(row)
-                if total > SMALL_ROWS:
-                    kept = None
-            if total % STEP == 0:
-                watch("rows read", total, None)
-        made.counts.append(total - before)
-        if total == before:
-            raise DataError(f"{source.name}: no row is left; the first bad one is {first}")
-    made.check_unchanged()
-    tally.finish(made, ", ".join(source.name for source in sources))
-    made.kept, made._bad_lines = kept, with_bad
-    if kept is None:
-        entry = cache.entry(KIND, key, lambda draft: _write(made, draft), log)
-        with_bad.close()
-        return _opened(made, entry)
-    return made
+def lines_of(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        yield from file
 
 
-def _check_alike(sources: Sequence[Source], shapes: Sequence[Shape]) -> None:
-    for source, shape in zip(sources, shapes, strict=True):
-        if shape.problem_type != shapes[0].problem_type:
-            raise DataError(
-                f"{source.name}: its labels are those of {shape.problem_type}, and those of {sources[0].name} of "
-                f"{shapes[0].problem_type}; say with problem_type what they are"
-            )
-        if shape.multi_hot != shapes[0].multi_hot:
-            raise DataError(
-                f"{source.name}: its labels are {_lists(shape)}, and those of {sources[0].name} {_lists(shapes[0])}; "
-                "write them in one way"
-            )
+_KEPT = ("counts", "names", "problem", "chats", "bad")
 
 
-def _lists(shape: Shape) -> str:
-    return f"multi-hot lists of {shape.multi_hot} classes" if shape.multi_hot else "lists of the classes' names"
-
-
-def _write(made: Survey, draft: cache.Draft) -> dict[str, Any]:
-    draft.file("label_ids.bin").write(made.label_ids.tobytes())
-    draft.file("label_counts.bin").write(made.label_counts.tobytes())
-    lines = draft.file("bad.jsonl")
+def _write(made: Scan, draft: cache.Draft) -> dict[str, Any]:
+    for name, dtype in ARRAYS.items():
+        draft.file(f"{name}.bin").write(made.arrays[name].astype(dtype).tobytes())
+    lines = draft.file(BAD)
     for line in made.bad_lines():
         lines.write(line)
-    return {"counts": made.counts, "names": made.names, "problem": made.problem, "bad": made.bad}
+    return {name: getattr(made, name) for name in _KEPT}
 
 
-def _opened(made: Survey, entry: cache.Entry) -> Survey:
-    info = entry.info
-    made.counts, made.names, made.problem, made.bad = info["counts"], info["names"], info["problem"], info["bad"]
-    made.label_ids = np.fromfile(entry.folder / "label_ids.bin", "<i4")
-    made.label_counts = np.fromfile(entry.folder / "label_counts.bin", "<i4")
-    made._bad_lines, made._keep = entry.folder / "bad.jsonl", entry
-    return made
+def _opened(made: Scan, entry: cache.Entry) -> Scan:
+    arrays = {name: np.fromfile(entry.folder / f"{name}.bin", dtype) for name, dtype in ARRAYS.items()}
+    lines = partial(lines_of, entry.folder / BAD)
+    return replace(made, **entry.info, arrays=arrays, kept=None, bad_lines=lines, _keep=entry)
 
 
 class _Tally:
-    """The classes of the rows, as they come."""
+    """What is kept of the rows, as they come."""
 
-    def __init__(self, task: RowTask, problem: str | None, known: Survey | None) -> None:
+    def __init__(self, task: RowTask, problem: str | None, known: Scan | None) -> None:
         self.task, self.problem, self.known = task, problem, known
         self.has_classes = bool(task.class_word) and problem != NUMBER
         self.numbers: dict[str, int] = {name: i for i, name in enumerate(known.names)} if known else {}
-        self.ids, self.counts = array("i"), array("i")
+        self.arrays = {name: array("Q" if dtype == "<u8" else "i") for name, dtype in ARRAYS.items()}
+        self.chats = False
 
-    def add(self, row: Row, record: Record, skip: bool) -> None:
-        if not self.has_classes:
-            return
-        names = dict.fromkeys(self.task.class_names(record))
-        if self.known is not None:
-            self._check(row, names, skip)
-            return
-        self.ids.extend([self.numbers.setdefault(name, len(self.numbers)) for name in names])
-        self.counts.append(len(names))
+    def add(self, row: Row, shape: Shape, skip: bool) -> None:
+        record = shape.read(row)
+        if self.has_classes:
+            self._add_classes(row, list(dict.fromkeys(self.task.class_names(record))), skip)
+        self.chats = self.chats or isinstance(record, Chat)
+        self.arrays["digests"].append(_digest(inputs(record)))
+        group = lookup(row, shape.columns[GROUP]) if GROUP in shape.columns else None
+        self.arrays["groups"].append(0 if group in (None, ABSENT) else _digest(str(group)))
 
-    def _check(self, row: Row, names: Iterable[str], skip: bool) -> None:
-        """A class that training does not have. Where bad rows are skipped, the encoder finds it again and notes it."""
-        for name in names:
-            if name not in self.numbers and not skip:
-                what = self.task.class_word
-                raise row_error(
-                    row,
-                    f"the {what} {name!r} is never seen in training, which has {len(self.numbers)} {what}s"
-                    f"{nearest(name, self.numbers)}",
-                )
+    def _add_classes(self, row: Row, names: list[str], skip: bool) -> None:
+        """Note the classes of a row. The encoder finds those that training does not have where bad rows are skipped."""
+        if self.known is None:
+            self.arrays["label_ids"].extend([self.numbers.setdefault(name, len(self.numbers)) for name in names])
+            self.arrays["label_counts"].append(len(names))
+        elif new := [name for name in names if name not in self.numbers and not skip]:
+            what = self.task.class_word
+            raise row_error(
+                row,
+                f"the {what} {new[0]!r} is never seen in training, which has {len(self.numbers)} {what}s"
+                f"{nearest(new[0], self.numbers)}",
+            )
 
-    def finish(self, made: Survey, source: str) -> None:
+    def finish(self, made: Scan) -> None:
         """Number the classes in their order.
 
         Raises:
             DataError: there are too few to tell apart.
         """
-        made.problem = self.problem
-        if self.known is not None:
-            made.names = self.known.names
-            return
-        if not self.has_classes:
-            return
-        made.names = ordered_labels(self.numbers)
-        if len(made.names) < (1 if made.problem == SEVERAL else 2):
-            only = made.names[0] if made.names else "none"
-            raise DataError(f"{source}: {self.task.one_class.format(rows=made.rows, only=repr(only))}")
-        places = {name: place for place, name in enumerate(made.names)}
-        order = np.array([places[name] for name in self.numbers], "<i4")  # a dict keeps the order of first sight
-        made.label_ids = order[np.frombuffer(self.ids, np.intc)] if self.ids else _NONE
-        made.label_counts = np.array(self.counts, "<i4")
+        made.problem, made.chats = self.problem, self.chats
+        made.names = self.known.names if self.known else ordered_labels(self.numbers)
+        arrays = {name: np.array(values, ARRAYS[name]) for name, values in self.arrays.items()}
+        if self.has_classes and self.known is None:
+            if len(made.names) < (1 if made.problem == SEVERAL else 2):
+                only = made.names[0] if made.names else "none"
+                names = ", ".join(source.name for source in made.sources)
+                raise DataError(f"{names}: {self.task.one_class.format(rows=made.rows, only=repr(only))}")
+            places = {name: place for place, name in enumerate(made.names)}
+            order = np.array([places[name] for name in self.numbers], "<i4")  # a dict keeps the order of first sight
+            arrays["label_ids"] = order[arrays["label_ids"]]
+        made.arrays = arrays
+
+
+def _digest(value: Any) -> int:
+    """A hash of a plain value, above 0."""
+    text = repr(value).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -325,10 +325,3 @@ def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
     if isinstance(examples, Examples):
         return examples.lengths  # type: ignore[return-value] # an array of whole numbers serves as a sequence of them
     return [len(example.input_ids) for example in examples]
-
-
-def unpicked(total: int, wanted: Array) -> Array:
-    """The numbers below ``total`` that are not in ``wanted``, in order."""
-    left = np.ones(total, bool)
-    left[wanted] = False
-    return np.flatnonzero(left)

@@ -12,6 +12,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from loraloom.data.records import Record
 from loraloom.data.rows import BadRow, Row, RowError, row_error
 from loraloom.data.shape.shapes import Shape
 from loraloom.data.table import cache
-from loraloom.data.table.scan import OnProgress, Survey, bad_line
+from loraloom.data.table.scan import BAD, OnProgress, Scan, bad_line, lines_of, silent
 from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Memory, Packed, Table, Writer, pack
 from loraloom.data.table.workers import MOST, mapped
 from loraloom.data.task import RowTask
@@ -35,7 +36,6 @@ MANY = 20_000
 #: Characters of the rows that go to a worker together.
 CHARACTERS = 2 * 2**20
 KIND = "rows"
-BAD = "bad.jsonl"
 
 
 @dataclass
@@ -50,19 +50,19 @@ class Encoded:
     notes: list[str]
 
 
-def encode_survey(
-    survey: Survey,
+def encode(
+    found: Scan,
     task: RowTask,
     tokenizer: Any,
+    settings: dict[str, Any],
     *,
     skip: bool = False,
     allow_untrained: bool = False,
     workers: int | None = None,
     log: Log = info,
-    watch: OnProgress = lambda what, done, total: None,
-    **settings: Any,
+    on_progress: OnProgress = silent,
 ) -> Encoded:
-    """Encode all rows of ``survey``; ``settings`` are those of ``encode.encoder``.
+    """Encode all rows of ``found``; ``settings`` are those of ``encode.encoder``.
 
     Args:
         skip: rows that cannot be encoded or have no trained token are recorded and skipped instead of raised.
@@ -73,51 +73,29 @@ def encode_survey(
         InputError: a setting or a row is wrong; of rows that leave nothing to train on the first, with their number.
         FailureError: a worker died.
     """
-    settings = {"labels": survey.names, **settings}
     encoder(task, tokenizer, **settings)  # what is wrong with a setting is said before the cache is asked
-    job = _Job(task, tokenizer, settings, survey.shapes, skip, allow_untrained)
-    small = survey.kept is not None
-    count = workers if workers is not None else min(cores(), MOST) if survey.rows >= MANY else 1
-
-    def build(folder: Any) -> dict[str, Any]:
-        return _build(folder, survey, job, count, log, watch)
-
-    if small:
+    job = _Job(task, tokenizer, settings, found.shapes, skip, allow_untrained)
+    count = workers if workers is not None else min(cores(), MOST) if found.rows >= MANY else 1
+    build = partial(_build, found=found, job=job, workers=count, log=log, on_progress=on_progress)
+    if found.kept is not None:
         memory = Memory()
-        info = build(memory)
-        lines = bytes(memory.files[BAD])
-        return Encoded(
-            Table.written(memory, info),
-            _problems(info),
-            info["bad"],
-            lambda: iter(lines.splitlines(True)),
-            info["notes"],
-        )
-    key = cache.key_of(
-        {
-            "code": cache.code_hash(),
-            "files": list(survey.hashes.items()),
-            "text": [source.text_by for source in survey.sources],
-            "shapes": [shape.plain() | {"task": task.name} for shape in survey.shapes],
-            "tokenizer": tokenizer_hash(tokenizer),
-            "settings": settings,
-            "template": _template_hash(settings.get("chat_template")),
-            "skip": skip,
-            "allow_untrained": allow_untrained,
-        }
-    )
-    entry = cache.entry(KIND, key, build, log)
-
-    def read() -> Iterator[bytes]:
-        with open(entry.folder / BAD, "rb") as file:
-            yield from file
-
+        facts = build(memory)
+        lines = bytes(memory.files[BAD]).splitlines(True)
+        return _encoded(Table.written(memory, facts), facts, lambda: iter(lines))
+    key = found.origin(task, skip) | {
+        "tokenizer": tokenizer_hash(tokenizer),
+        "settings": settings,
+        "template": _template_hash(settings["chat_template"]),
+        "allow_untrained": allow_untrained,
+    }
+    entry = cache.entry(KIND, cache.key_of(key), build, log)
     table = Table.opened(entry.folder, entry.info, entry)
-    return Encoded(table, _problems(entry.info), entry.info["bad"], read, entry.info["notes"])
+    return _encoded(table, entry.info, partial(lines_of, entry.folder / BAD))
 
 
-def _problems(info: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
-    return {reason: (count, where) for reason, (count, where) in info["problems"].items()}
+def _encoded(table: Table, facts: Mapping[str, Any], bad_lines: Callable[[], Iterator[bytes]]) -> Encoded:
+    problems = {reason: (count, where) for reason, (count, where) in facts["problems"].items()}
+    return Encoded(table, problems, facts["bad"], bad_lines, facts["notes"])
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -200,15 +178,15 @@ def _records(shape: Shape, rows: Iterable[Row], skip: bool) -> Iterator[tuple[Ro
                 raise
 
 
-def _build(folder: Any, survey: Survey, job: _Job, workers: int, log: Log, watch: OnProgress) -> dict[str, Any]:
+def _build(folder: Any, found: Scan, job: _Job, workers: int, log: Log, on_progress: OnProgress) -> dict[str, Any]:
     problems: dict[str, tuple[int, str]] = {}
     notes: dict[str, None] = {}
     writer, lines, bad = Writer(folder), folder.file(BAD), 0
     if workers > 1 and not _travels(job):
         log("the tokenizer cannot be sent to other processes, so one process tokenises")
         workers = 1
-    workers = min(workers, -(-survey.rows // CHUNK))
-    for done in mapped(_worker, (job,), _chunks(survey.read(job.skip)), workers):
+    workers = min(workers, -(-found.rows // CHUNK))
+    for done in mapped(_worker, (job,), _chunks(found.read(job.skip)), workers):
         for where, reason in done.problems:
             count, first = problems.get(reason, (0, where))
             problems[reason] = count + 1, first
@@ -217,11 +195,11 @@ def _build(folder: Any, survey: Survey, job: _Job, workers: int, log: Log, watch
         bad += len(done.bad)
         notes |= dict.fromkeys(done.notes)
         writer.add(done.packed)
-        watch("rows tokenised", writer.rows, survey.rows)
-    if survey.kept is None:
-        survey.check_unchanged()
-    if writer.rows != survey.rows:
-        names = ", ".join(source.name for source in survey.sources)
+        on_progress("rows tokenised", writer.rows, found.rows)
+    if found.kept is None:
+        found.check_unchanged()
+    if writer.rows != found.rows:
+        names = ", ".join(source.name for source in found.sources)
         raise DataError(f"{names}: changed while it was read; begin again once it is whole")
     if problems and not job.skip and not job.allow_untrained:
         reason, (count, first) = next(iter(problems.items()))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from loraloom.data.records import Message
 
+#: The file of a chat template, by which transformers finds it with a tokenizer.
+TEMPLATE_NAME = "chat_template.jinja"
 #: The name of the template for tokenizers without one.
 PLAIN = "loraloom-plain"
 

@@ -157,7 +157,7 @@ def _text(value: Any) -> Any:
 
 def _sources(name: str, value: Any) -> Any:
     """Where data lies says nothing: its bytes are compared. How much of it is held out, and weights, do."""
-    if name not in ("data", "eval_split"):
+    if name not in ("data", "eval_split", "test_split"):
         return value, name
     if isinstance(value, list):
         return [_sources(name, entry) for entry in value]

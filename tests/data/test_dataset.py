@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
+from loraloom import tasks
 from loraloom.config.train import TrainConfig
+from loraloom.data.dataset import Data, Rows, read_rows, tokenise
 from loraloom.data.example import IGNORE
 from loraloom.data.records import Pair
 from loraloom.data.table import cache, scan, tokenize
+from loraloom.data.table.scan import OnProgress, silent
 from loraloom.errors import ConfigError, DataError
 from loraloom.models.load import load_tokenizer
-from loraloom.train.dataset import Data, encode_run_rows, read_data, read_run_rows
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +37,13 @@ def options(model: Path, data: Any, task: str = "causal-lm", **changes: object) 
     return TrainConfig(**{"model": model, "data": data, "task": task, "output": "unused", **changes})
 
 
-def load(given: TrainConfig) -> Data:
-    return read_data(given, load_tokenizer(given.model))
+def rows_of(given: TrainConfig, on_progress: OnProgress = silent) -> Rows:
+    return read_rows(given, tasks.get(given.task), on_progress)
+
+
+def load(given: TrainConfig, on_progress: OnProgress = silent) -> Data:
+    rows = rows_of(given, on_progress)
+    return tokenise(rows, given, tasks.get(given.task), load_tokenizer(given.model), on_progress)
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -46,55 +53,57 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 def all_of(data: Data) -> list[Any]:
     return [
-        *[(e.input_ids, e.labels) for part in (data.train, data.evaluation) for e in part.examples],
-        [(row.line, row.fields) for row in data.evaluation_rows],
+        *[(e.input_ids, e.labels) for part in (data.train, data.validation) for e in part.examples],
+        [(row.line, row.fields) for row, _ in data.validation_rows],
         (data.names, data.padding, data.hashes, data.notes, data.warnings),
-        [(part.rows, part.tokens, part.truncated, part.merged) for part in (data.train, data.evaluation)],
+        [(part.rows, part.tokens, part.truncated, part.merged) for part in (data.train, data.validation)],
     ]
 
 
 def test_rows_held_out_are_never_trained_on_and_follow_from_the_seed(decoder_folder: Path, chats: Path) -> None:
     given = options(decoder_folder, chats, eval_split=0.3, seed=5)
-    rows = read_run_rows(given)
-    assert sorted([*rows.train_rows, *rows.evaluation_rows]) == list(range(100))
-    assert len(rows.evaluation_rows) == 30
+    rows = rows_of(given)
+    assert sorted([*rows.numbers["train"], *rows.numbers["validation"]]) == list(range(100))
+    assert len(rows.numbers["validation"]) == 30
     data = load(given)
-    assert (len(data.train.examples), len(data.evaluation.examples)) == (70, 30)
-    assert [row.line - 1 for row in data.evaluation_rows] == rows.evaluation_rows.tolist()
-    assert data.evaluation.examples.rows.tolist() == rows.evaluation_rows.tolist()
-    assert data.evaluation_rows.of.tolist() == list(range(30))
-    other = read_run_rows(options(decoder_folder, chats, eval_split=0.3, seed=6))
-    assert other.evaluation_rows.tolist() != rows.evaluation_rows.tolist()
+    assert (len(data.train.examples), len(data.validation.examples)) == (70, 30)
+    assert [row.line - 1 for row, _ in data.validation_rows] == rows.numbers["validation"].tolist()
+    assert data.validation.examples.rows.tolist() == rows.numbers["validation"].tolist()
+    assert data.validation_rows.of.tolist() == list(range(30))
+    other = rows_of(options(decoder_folder, chats, eval_split=0.3, seed=6))
+    assert other.numbers["validation"].tolist() != rows.numbers["validation"].tolist()
 
 
 def test_a_held_out_row_and_its_record_are_those_of_its_example(decoder_folder: Path, chats: Path) -> None:
     data = load(options(decoder_folder, chats, eval_split=7))
     tokenizer = load_tokenizer(str(decoder_folder))
-    for number, example in enumerate(data.evaluation.examples):
-        row, record = data.evaluation_rows[number], data.evaluation_rows.record(number)
+    for number, example in enumerate(data.validation.examples):
+        row, record = data.validation_rows[number]
         assert record == Pair(row.fields["prompt"], row.fields["completion"])
         said = tokenizer.decode([t for t, label in zip(example.input_ids, example.labels) if label != IGNORE][:-1])
         assert said.strip() == row.fields["completion"].strip()
-        assert data.evaluation.examples.where(number) == row.where
-    assert [row.line for row in data.evaluation_rows[-2:]] == [data.evaluation_rows[i].line for i in (5, 6)]
+        assert data.validation.examples.where(number) == row.where
+    assert data.validation_rows[-2:] == [data.validation_rows[i] for i in (5, 6)]
     with pytest.raises(IndexError, match="row 7 of 7"):
-        data.evaluation_rows[7]
+        data.validation_rows[7]
 
 
 def test_every_label_stays_in_training_however_many_rows_are_held_out(encoder_folder: Path, reviews: Path) -> None:
-    rows = read_run_rows(options(encoder_folder, reviews, "seq-cls", eval_split=198))
-    classes = rows.train.classes()
+    rows = rows_of(options(encoder_folder, reviews, "seq-cls", eval_split=198))
+    classes = rows.scans["train"].classes()
     assert classes is not None
-    assert {classes[number] for number in rows.train_rows} == set(rows.names) == {"blame", "praise"}
+    assert (
+        {name for number in rows.numbers["train"] for name in classes[number]} == set(rows.names) == {"blame", "praise"}
+    )
 
 
 def test_the_model_is_not_asked_before_the_rows_are_right(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\ngood,a\nbad,a\n")
     with pytest.raises(DataError, match="two classes or more; all 2 rows are labelled 'a'"):
-        read_run_rows(options(tmp_path / "no-model", tmp_path / "a.csv", "seq-cls"))
+        rows_of(options(tmp_path / "no-model", tmp_path / "a.csv", "seq-cls"))
     write(tmp_path / "b.jsonl", [{"text": "good"}] * 30 + ["{\n"])
     with pytest.raises(DataError, match="b.jsonl, line 31"):
-        read_run_rows(options(tmp_path / "no-model", tmp_path / "b.jsonl"))
+        rows_of(options(tmp_path / "no-model", tmp_path / "b.jsonl"))
 
 
 @pytest.mark.parametrize(("task", "workers"), [("causal-lm", 1), ("causal-lm", 2), ("seq-cls", 1), ("seq-cls", 3)])
@@ -127,8 +136,8 @@ def test_the_second_time_nothing_is_tokenised(
 ) -> None:
     given = options(decoder_folder, chats)
     first = load(given)
-    monkeypatch.setattr(tokenize, "_build", None)
-    monkeypatch.setattr(scan, "_Tally", None)
+    monkeypatch.setattr(tokenize, "_build", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr(scan, "_read", lambda *_: pytest.fail("read again"))
     assert all_of(load(given)) == all_of(first)
     # Another split and other weights are other views of the same rows.
     assert load(options(decoder_folder, chats, eval_split=0.5, seed=9)).train.rows == 50
@@ -165,9 +174,10 @@ def test_a_file_that_changes_while_it_is_read_is_said_and_nothing_is_kept(
 ) -> None:
     own = write(tmp_path / "own.jsonl", chats.read_text().splitlines(keepends=True))
     given = options(decoder_folder, own)
-    rows = read_run_rows(given)
+    rows = rows_of(given)
     with pytest.raises(DataError, match="own.jsonl: changed while it was read"):
-        encode_run_rows(rows, given, load_tokenizer(given.model), lambda *what: own.write_bytes(chats.read_bytes()))
+        change = lambda *what: own.write_bytes(chats.read_bytes())  # noqa: E731
+        tokenise(rows, given, tasks.get(given.task), load_tokenizer(given.model), change)
     assert list(own_cache.glob("rows/*")) == []
 
 
@@ -210,8 +220,8 @@ def test_bad_rows_are_skipped_and_written_down_with_reasons(
     assert not (tmp_path / "out").exists()
     for workers in (1, 2):
         data = load(options(decoder_folder, path, on_bad_row="skip", data_workers=workers, **common))
-        assert data.train.rows + data.evaluation.rows in (24, 25)
-        assert len(data.train.examples) + len(data.evaluation.examples) == 24
+        assert data.train.rows + data.validation.rows in (24, 25)
+        assert len(data.train.examples) + len(data.validation.examples) == 24
         found = [json.loads(line) for line in (tmp_path / "out" / "bad-rows.jsonl").read_text().splitlines()]
         assert [row["line"] for row in found] == [6, 26, 27]
         assert "JSON" in found[0]["reason"]
@@ -220,8 +230,8 @@ def test_bad_rows_are_skipped_and_written_down_with_reasons(
         assert json.loads(found[2]["row"]) == rows[-1]
         assert all(row["file"] == str(path) for row in found)
         assert any("3 rows cannot be used and are left out" in text for text in data.warnings)
-        for number, row in enumerate(data.evaluation_rows):  # bad rows do not shift the numbers of good ones
-            assert data.evaluation.examples.where(data.evaluation_rows.of.tolist().index(number)) == row.where
+        for number, (row, _) in enumerate(data.validation_rows):  # bad rows do not shift the numbers of good ones
+            assert data.validation.examples.where(data.validation_rows.of.tolist().index(number)) == row.where
 
 
 def test_rows_with_nothing_to_train_on_are_an_error_unless_allowed(decoder_folder: Path, tmp_path: Path) -> None:
@@ -262,10 +272,10 @@ def test_a_row_that_was_split_is_held_out_as_a_whole(decoder_folder: Path, tmp_p
     data = load(
         options(decoder_folder, write(tmp_path / "a.jsonl", rows), overlong="split", max_length=16, eval_split=6)
     )
-    assert not set(data.train.examples.rows) & set(data.evaluation.examples.rows)
-    assert len(data.evaluation.examples) > len(data.evaluation_rows) == 6
-    for number, at in enumerate(data.evaluation_rows.of):
-        assert data.evaluation.examples.where(number) == data.evaluation_rows[at].where
+    assert not set(data.train.examples.rows) & set(data.validation.examples.rows)
+    assert len(data.validation.examples) > len(data.validation_rows) == 6
+    for number, at in enumerate(data.validation_rows.of):
+        assert data.validation.examples.where(number) == data.validation_rows[at][0].where
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
@@ -283,8 +293,8 @@ def test_sources_with_weights_come_as_often_as_they_weigh(
     assert (from_one, len(data.train.examples)) == (30, 40)
     assert data.train.rows == 20
     split = load(options(decoder_folder, spec, eval_split=6))
-    assert not set(split.train.examples.rows) & set(split.evaluation.examples.rows)
-    assert len(split.evaluation.examples) == 6
+    assert not set(split.train.examples.rows) & set(split.validation.examples.rows)
+    assert len(split.validation.examples) == 6
     text = "\n".join(data.notes)
     assert "weight 3" in text
     assert "prompt-completion" in text
@@ -304,10 +314,10 @@ def test_labels_that_training_never_sees_are_found_before_the_model_is_asked(
 ) -> None:
     held = write(tmp_path / "held.jsonl", [{"text": "good", "label": "praise"}, {"text": "bad", "label": "prais"}])
     with pytest.raises(DataError, match=r"held.jsonl, line 2: the label 'prais' .*did you mean 'praise'"):
-        read_run_rows(options(tmp_path / "no-model", reviews, "seq-cls", eval_split=held))
+        rows_of(options(tmp_path / "no-model", reviews, "seq-cls", eval_split=held))
     out = tmp_path / "out"
     data = load(options(encoder_folder, reviews, "seq-cls", eval_split=held, on_bad_row="skip", output=out))
-    assert len(data.evaluation.examples) == len(data.evaluation_rows) == 1
+    assert len(data.validation.examples) == len(data.validation_rows) == 1
     assert "'prais' is never seen" in (out / "bad-rows.jsonl").read_text()
 
 
@@ -336,12 +346,12 @@ def test_tags_are_numbered_and_all_stay_in_training(encoder_folder: Path, tmp_pa
     assert data.names == ["B-X", "B-Y", "O"]
     assert {label for e in data.train.examples for label in e.labels} == {0, 1, 2, IGNORE}
     with pytest.raises(DataError, match="two tags or more"):
-        read_run_rows(options(encoder_folder, write(tmp_path / "o.jsonl", rows[1::3]), "token-cls", eval_split=1))
+        rows_of(options(encoder_folder, write(tmp_path / "o.jsonl", rows[1::3]), "token-cls", eval_split=1))
 
 
 def test_too_many_rows_to_hold_out_is_an_error(decoder_folder: Path, chats: Path) -> None:
     with pytest.raises(DataError, match="100 of 100 rows cannot be held out"):
-        read_run_rows(options(decoder_folder, chats, eval_split=100))
+        rows_of(options(decoder_folder, chats, eval_split=100))
 
 
 @pytest.mark.usefixtures("large")
@@ -366,7 +376,7 @@ def test_progress_is_told_with_rows_done_and_in_all(
 ) -> None:
     monkeypatch.setattr(scan, "STEP", 30)
     told: list[tuple[str, int, int | None]] = []
-    read_data(options(decoder_folder, chats), load_tokenizer(str(decoder_folder)), lambda *what: told.append(what))
+    load(options(decoder_folder, chats), lambda *what: told.append(what))
     assert [one for one in told if one[0] == "rows read"] == [("rows read", n, None) for n in (30, 60, 90)]
     assert told[-1] == ("rows tokenised", 100, 100)
 
@@ -395,14 +405,14 @@ def test_windows_of_a_long_context_and_targets_of_their_own_length_come_through(
         encoder_folder, write(tmp_path / "q.jsonl", asked), "question-answering", max_length=24, stride=4, eval_split=2
     )
     data = load(given)
-    assert len(data.evaluation_rows) == 2
-    assert len(data.evaluation.examples) > 2
+    assert len(data.validation_rows) == 2
+    assert len(data.validation.examples) > 2
     assert "2 held-out rows are over max_length=24 tokens and read in windows" in data.warnings
-    assert len(data.evaluation_rows.of) == len(data.evaluation.examples)
-    for example in data.evaluation.examples:
+    assert len(data.validation_rows.of) == len(data.validation.examples)
+    for example in data.validation.examples:
         assert len(example.labels) == 2
         assert len(example.token_type_ids or []) in (0, len(example.input_ids))
-    assert any(example.labels != [0, 0] for example in data.evaluation.examples)
+    assert any(example.labels != [0, 0] for example in data.validation.examples)
     pairs = [{"source": "the cat was good", "target": "the " * n + "cat"} for n in range(1, 13)]
     data = load(options(encoder_folder, write(tmp_path / "s.jsonl", pairs), "seq2seq-lm", eval_split=2))
     assert len({len(example.labels) for example in data.train.examples}) == 10

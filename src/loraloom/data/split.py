@@ -9,20 +9,38 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from loraloom.errors import ConfigError, DataError
+
+Array = npt.NDArray[Any]
 
 #: Maximum weight; a larger one is a mistake.
 MOST = 1000.0
 
 
-def held_out(rows: int, amount: float, seed: int, labels: Sequence[str | Sequence[str]] | None = None) -> list[int]:
+def held_out(
+    rows: int,
+    amount: float,
+    seed: int | str,
+    labels: Sequence[str | Sequence[str]] | None = None,
+    units: Sequence[int] | None = None,
+) -> list[int]:
     """The numbers (from 0, in order) of the rows to hold out at random of ``rows``.
 
-    ``amount`` is a share (a float between 0 and 1, at least one row) or a number of rows (an int). With
-    ``labels``, one for each row or several, training keeps at least one row of every label, so that no label is
-    held out altogether. Raises ``ConfigError`` for an amount out of range and ``DataError`` when there are too
-    few rows.
+    Args:
+        amount: a share (a float between 0 and 1, at least one row) or a number of rows (an int).
+        labels: of each row one or several; training keeps at least one row of every label, so that no label is held
+            out altogether.
+        units: rows of the same unit are held out together or not at all; by default each row is its own. Where units
+            do not add up to ``amount``, fewer rows are held out, at least half of them.
+
+    Raises:
+        ConfigError: an amount out of range.
+        DataError: there are too few rows.
     """
     if isinstance(amount, bool) or not (
         0 < amount < 1 if isinstance(amount, float) else isinstance(amount, int) and amount >= 1
@@ -33,19 +51,53 @@ def held_out(rows: int, amount: float, seed: int, labels: Sequence[str | Sequenc
     count = max(1, round(amount * rows)) if isinstance(amount, float) else amount
     order = list(range(rows))
     random.Random(seed).shuffle(order)
+    members: dict[int, list[int]] = {}
+    for index in order:
+        members.setdefault(index if units is None else units[index], []).append(index)
     kept: set[str] = set()
     free = []
-    for place, index in enumerate(order):
-        label = labels[index] if labels is not None else ""
-        names = {label} if isinstance(label, str) else set(label)
-        # The first row stays for training also where it has no label at all: something must be left.
+    for place, unit in enumerate(members.values()):
+        names = {name for index in unit for name in _names(labels, index)}
+        # The first unit stays for training also where it has no label at all: something must be left.
         if place and names <= kept:
-            free.append(index)
+            free.append(unit)
         kept |= names
-    if count > len(free):
+    chosen: list[int] = []
+    for unit in free:
+        if len(chosen) + len(unit) <= count:
+            chosen += unit
+    if 2 * len(chosen) < count or count > sum(map(len, free)):
         reason = f" with one row of each of {len(kept)} labels kept for training" if labels is not None else ""
+        reason += "" if len(members) == rows else f" and {len(members)} groups of rows kept together"
         raise DataError(f"{count} of {rows} rows cannot be held out{reason}; give more rows or hold out fewer")
-    return sorted(free[:count])
+    return sorted(chosen)
+
+
+def _names(labels: Sequence[str | Sequence[str]] | None, index: int) -> Sequence[str]:
+    found = () if labels is None else labels[index]
+    return [found] if isinstance(found, str) else found
+
+
+def units_of(digests: Array, groups: Array) -> Array:
+    """[rows] → the number of each row's unit: rows with the same digest or the same group, 0 for none, are of one unit.
+
+    So are those that are connected through others: a row of two groups' makes them one.
+    """
+    units = np.unique(digests, return_inverse=True)[1]
+    if not groups.any():
+        return units
+    above = list(range(int(units.max(initial=-1)) + 1))  # a forest: each unit's parent
+
+    def root(unit: int) -> int:
+        while above[unit] != unit:
+            above[unit] = unit = above[above[unit]]
+        return unit
+
+    first: dict[int, int] = {}
+    for unit, group in zip(units.tolist(), groups.tolist(), strict=True):
+        if group:
+            above[root(unit)] = root(first.setdefault(group, unit))
+    return np.array([root(unit) for unit in range(len(above))])[units]
 
 
 def check_weight(weight: object, name: str) -> float:
