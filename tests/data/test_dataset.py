@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import loraloom
 from loraloom import tasks
 from loraloom.config.train import TrainConfig
 from loraloom.data.dataset import Data, Rows, read_rows, tokenise
@@ -17,6 +19,7 @@ from loraloom.data.records import Pair
 from loraloom.data.table import cache, scan, tokenize
 from loraloom.data.table.scan import OnProgress, silent
 from loraloom.errors import ConfigError, DataError
+from loraloom.files.hashing import file_hash
 from loraloom.models.load import load_tokenizer
 
 
@@ -416,3 +419,91 @@ def test_windows_of_a_long_context_and_targets_of_their_own_length_come_through(
     pairs = [{"source": "the cat was good", "target": "the " * n + "cat"} for n in range(1, 13)]
     data = load(options(encoder_folder, write(tmp_path / "s.jsonl", pairs), "seq2seq-lm", eval_split=2))
     assert len({len(example.labels) for example in data.train.examples}) == 10
+
+
+# Parts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("test", [0.2, 20, "file"])
+def test_rows_of_a_test_are_read_hashed_and_in_no_other_part(
+    test: Any, encoder_folder: Path, reviews: Path, tmp_path: Path
+) -> None:
+    if test == "file":
+        rows = [{"text": f"a book {word}", "label": "praise"} for word in ("good", "fine")]
+        test = write(tmp_path / "test.jsonl", rows)
+    given = options(encoder_folder, reviews, "seq-cls", eval_split=10, test_split=test)
+    data, without = load(given), load(options(encoder_folder, reviews, "seq-cls", eval_split=10))
+    assert data.test is not None
+    assert without.test is None
+    assert [e.input_ids for e in data.validation.examples] == [e.input_ids for e in without.validation.examples]
+    assert data.train.rows + data.validation.rows + (data.test.rows if isinstance(test, float | int) else 0) == 200
+    if isinstance(test, Path):
+        assert data.test.rows == 2
+        assert data.hashes == without.hashes | {str(test): file_hash(test)}
+    else:
+        parts = [set(part.examples.rows.tolist()) for part in (data.train, data.validation, data.test)]
+        assert data.test.rows == (40 if test == 0.2 else 20)
+        assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+
+
+def test_a_test_file_is_checked_like_the_others(encoder_folder: Path, reviews: Path, tmp_path: Path) -> None:
+    held = write(tmp_path / "t.jsonl", [{"text": "good", "label": "prais"}])
+    with pytest.raises(DataError, match=r"t.jsonl, line 1: the label 'prais' .*did you mean 'praise'"):
+        rows_of(options(tmp_path / "no-model", reviews, "seq-cls", test_split=held))
+    same = write(tmp_path / "s.jsonl", reviews.read_text().splitlines(keepends=True)[:4])
+    data = load(options(encoder_folder, reviews, "seq-cls", eval_split=2, test_split=same))
+    assert any(text.startswith("4 test rows (100.0%) are among the training rows") for text in data.warnings)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_rows_that_are_the_same_or_of_one_group_are_held_out_together(
+    size: str, encoder_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if size == "large":
+        request.getfixturevalue("large")
+    words = ("the", "film", "was", "a", "book", "with", "cat", "in", "it", "and")
+    rows = [
+        {"text": f"{one} {two}", "label": "ab"[i % 2], "customer": f"c{i % 20}"}
+        for i, (one, two) in enumerate((one, two) for one in words for two in words)
+    ]
+    path = write(tmp_path / "rows.jsonl", [*rows, *rows[:30]])  # some of them twice
+    common: dict[str, Any] = {"eval_split": 0.25, "test_split": 0.25}
+    data = load(options(encoder_folder, path, "seq-cls", **common))
+    assert data.test is not None
+    parts = [{tuple(e.input_ids) for e in part.examples} for part in (data.train, data.validation, data.test)]
+    assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+    assert data.validation.rows == 32
+    data = load(options(encoder_folder, path, "seq-cls", columns={"group": "customer"}, **common))
+    assert "group from 'customer'" in data.notes[0]
+    assert data.test is not None
+    customers = [
+        {rows[row % 100]["customer"] for row in part.examples.rows.tolist()}
+        for part in (data.train, data.validation, data.test)
+    ]
+    assert not customers[0] & customers[1] | customers[0] & customers[2] | customers[1] & customers[2]
+    assert all(customers)
+
+
+def test_a_group_column_must_be_there_and_is_offered_where_it_is_not_read(encoder_folder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "g.jsonl", [{"text": f"{w} cat", "label": w, "group": 1} for w in ("a", "the")] * 10)
+    with pytest.raises(DataError, match="no column 'custmer', which columns maps to 'group'"):
+        rows_of(options(encoder_folder, path, "seq-cls", columns={"group": "custmer"}))
+    with pytest.raises(DataError, match="2 of 20 rows cannot be held out .* and 1 groups of rows kept together"):
+        rows_of(options(encoder_folder, path, "seq-cls", columns={"group": "group"}))
+    assert any("columns: {group: group} keeps rows of one group together" in note
+               for note in rows_of(options(encoder_folder, path, "seq-cls")).notes)  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["data/tokenize/causal.py", "tasks/causal_lm.py"])
+def test_another_code_in_a_package_that_decides_tokens_is_another_key(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "loraloom"
+    shutil.copytree(Path(loraloom.__file__).parent, source, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(cache, "SOURCE", source)
+    hashes = [cache.code_hash.__wrapped__()]
+    assert hashes[0] == cache.code_hash()
+    for path in (source / file, source / "report" / "plot.py"):
+        path.write_text(path.read_text() + "\n")
+        hashes.append(cache.code_hash.__wrapped__())
+    assert hashes[0] != hashes[1] == hashes[2]

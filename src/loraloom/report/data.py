@@ -74,7 +74,9 @@ def _pieces(
 
 def figures(data: Data, task: Task) -> Iterator[Text]:
     """Counts in lines."""
-    for what, part in (("train", data.train), ("validation", data.validation)):
+    for what, part in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+        if part is None:
+            continue
         lengths = np.asarray(part.lengths)
         yield Text(
             f"{what:11}{_counted(part.rows, 'row')}, {_counted(len(part.examples), 'example')}, "

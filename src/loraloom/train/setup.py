@@ -242,7 +242,7 @@ def today() -> str:
 
 def _check_vocabulary(model: nn.Module, data: Data, name: str) -> None:
     known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    largest = max(data.train.largest, data.validation.largest)
+    largest = max(part.largest for part in (data.train, data.validation, data.test) if part)
     if largest >= known:
         raise ModelError(
             f"{name}: its tokenizer gives token {largest}, and the model has {known} (numbered from 0), so they do "

@@ -26,7 +26,6 @@ from loraloom.data.table.store import (
     Writer,
     lengths_of,
     pack,
-    unpicked,
 )
 
 
@@ -196,8 +195,3 @@ def test_a_table_on_disk_stays_there() -> None:
     assert type(table.ids) is np.ndarray
     assert not table.ids.flags.writeable
     assert [table[i].input_ids for i in (99, 0, 50)] == [parts[i][0].input_ids for i in (99, 0, 50)]
-
-
-def test_what_is_not_picked_is_the_rest_in_order() -> None:
-    assert unpicked(6, np.array([4, 0])).tolist() == [1, 2, 3, 5]
-    assert unpicked(2, np.array([], dtype=int)).tolist() == [0, 1]

@@ -32,6 +32,8 @@ from loraloom.files.log import Log, info
 VARIABLE = "LORALOOM_CACHE"
 #: Of the layout of entries. Another one is as good as none.
 FORMAT = 1
+#: The packages of ``SOURCE`` whose code decides what tokens a row becomes: reading, shapes and the tasks' encoders.
+SOURCE, PACKAGES = Path(__file__).parents[2], ("data", "tasks")
 
 
 def cache_folder() -> Path:
@@ -50,10 +52,9 @@ def key_of(parts: Mapping[str, Any]) -> str:
 
 @functools.cache
 def code_hash() -> str:
-    """The hash of the code that turns rows into tokens: this package, tasks, versions of libraries."""
+    """The hash of all that makes rows into tokens, beside what the user chose: code of ours and of libraries."""
     digest = hashlib.sha256()
-    data, tasks = Path(__file__).parents[1], Path(__file__).parents[2] / "tasks"
-    for path in sorted([*data.rglob("*.py"), *tasks.rglob("*.py")]):
+    for path in sorted(path for package in PACKAGES for path in (SOURCE / package).rglob("*.py")):
         digest.update(path.read_bytes())
     for package in ("loraloom", "tokenizers", "transformers", "jinja2"):
         with contextlib.suppress(PackageNotFoundError):

@@ -1,7 +1,8 @@
 """The first pass over the rows: each is read and checked, none is tokenised.
 
-It finds the number of rows, their classes, those that are the same, and the bad ones. This file knows sources, shapes and labels, not tokenizers
-or models. Small data are kept in memory, so that they are read once; of large data only numbers are kept, in the cache.
+It finds the number of rows, their classes, those that are the same, and the bad ones. This file knows sources, shapes
+and labels, not tokenizers or models. Small data are kept in memory, so that they are read once; of large data only
+numbers are kept, in the cache.
 """
 
 from __future__ import annotations
