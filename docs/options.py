@@ -49,6 +49,7 @@ CHINESE = {
     "cpu, cuda, cuda:1, mps": "cpu、cuda、cuda:1、mps",
     # Data
     "Held-out rows: a share, a count, or data of their own": "留出的验证行：比例、行数，或者单独的数据",
+    "Rows kept for a last test, in the same ways": "留给最后测试的行，给法相同",
     "Shape of the rows, such as text-label": "数据格式，例如 text-label",
     'Names of columns, ours to yours, such as {"text": "body"}': '列名，从 loraloom 的到你的，例如 {"text": "body"}',
     "Longest row, in tokens": "一行最长多少 token",
