@@ -1,6 +1,6 @@
 """Torch's fused attention beside the plain one on a CPU, forward and backward: where which is faster.
 
-Usage: ``python benchmarks/attention.py [--repetitions 9]``. ``train.objective`` takes the plain one below a length.
+Usage: ``python benchmarks/attention.py [--repetitions 9]``. ``tasks.objective`` takes the plain one below a length.
 """
 
 from __future__ import annotations

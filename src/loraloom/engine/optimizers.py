@@ -1,6 +1,6 @@
-"""Any optimizer of ``torch.optim`` by its name, with what a slot asks of one. ``train.flat`` has the usual one, faster.
+"""Any optimizer of ``torch.optim`` by its name, with the methods that a slot needs.
 
-Knows parameters and numbers; slots, schedules and options are others' business.
+``engine.flat_adamw`` has the usual one, faster. Knows parameters and numbers, no slots, schedules or options.
 """
 
 from __future__ import annotations

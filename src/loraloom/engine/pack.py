@@ -1,7 +1,7 @@
 """Many adapters in one forward and one backward of one frozen model, each with rows, loss and gradients of its own.
 
 A pack knows adapters and tensors. What rows they are, optimizers and schedules are others' business, so that it serves
-in anybody's loop; ``train.loop`` is ours.
+in anybody's loop; ``engine.loop`` is ours.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Pack:
         return mixed.prove(self.model.base_model, forward, (labels,), inputs, count, site)
 
     def _place(self, name: str, batch: Mapping[str, Tensor]) -> tuple[int, bool, int]:
-        """Like stands beside like, which can be computed by one product: see ``lora.inputs``."""
+        """Like stands beside like, which can be computed by one product: see ``lora.shared_inputs``."""
         config = self.model.peft_config[name]
         return len(batch["input_ids"]), config.lora_dropout > 0, config.r
 

@@ -52,7 +52,7 @@ def train_run(
     Of several processes the first one talks.
 
     Args:
-        resume: True to go on from the newest checkpoint, or the path of one: see ``train.run.run``.
+        resume: True to go on from the newest checkpoint, or the path of one: see ``training.run.run``.
         dry_run: do everything but train: None comes back, and nothing is written but the file of bad rows, if they
             are skipped.
         on_step: called after each step.

@@ -1,6 +1,6 @@
 """From a batch to losses: one forward for all slots, then each slot's own loss, or scores, on its own rows.
 
-A causal language model is run up to its head, and the head only for tokens that carry a label (``train.loss``).
+A causal language model runs up to its head, and the head only for labelled tokens (``tasks.linear_cross_entropy``).
 """
 
 from __future__ import annotations

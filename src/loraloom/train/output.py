@@ -123,7 +123,7 @@ def save(
 ) -> dict[str, Any]:
     """Write the adapter and ``run.json`` in one step; where the folder cannot be written, into a temporary one.
 
-    ``beside`` are further files (``start.usage``). The chat template of an earlier run goes with its adapter. Returns
+    ``beside``: further files (``training.usage``). The chat template of an earlier run goes with its adapter. Returns
     what ``run.json`` holds: ``record`` with the hashes of the files beside it.
 
     Raises:

@@ -113,7 +113,7 @@ def _probed(job: TrainJob) -> list[Warn]:
 
 
 def outlook(job: TrainJob) -> ResourceEstimate:
-    """What training will need, in memory and time: see ``train.outlook``. The adapter stays as it is."""
+    """What training will need, in memory and time: see ``training.preflight.estimate``. The adapter stays as it is."""
     options, setup = job.options, job.setup
     processes = job.setup.place.world.size  # of which each does its share
     every = {"steps": options.eval_steps, "epoch": job.steps_per_epoch}.get(options.eval_at)

@@ -1,4 +1,4 @@
-"""What to try next: each diagnosis of ``tune.diagnostics`` that its figures support."""
+"""What to try next: each diagnosis of ``tuning.diagnostics`` that its figures support."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """How many trials train together: as many as cost no speed, within the memory there is.
 
-The need is counted from shapes, by ``train.memory``; what pays is measured for a moment, on the rows of the search.
+The memory is counted from shapes, by ``training.preflight.memory``; the speed is measured for a moment, on the rows of
+the search.
 """
 
 from __future__ import annotations

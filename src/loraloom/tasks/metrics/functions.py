@@ -1,6 +1,6 @@
 """The numbers that metrics are: from what was predicted and what was right to a figure.
 
-Plain Python values in, one float out. Knows no model, no tensors and no names of metrics; ``train.metrics`` has those.
+Plain Python values in, one float out. Knows no model, no tensors and no names of metrics (``tasks.metrics.registry``).
 All shares are from 0 to 1.
 """
 

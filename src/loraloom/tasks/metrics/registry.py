@@ -1,7 +1,7 @@
 """Which metrics a task has, which of them are better when greater, and a user's own functions.
 
-Knows names and plain values; how the figures are worked out is ``train.measures``'s business, and where predictions
-come from ``train.evaluation``'s.
+Knows names and plain values. ``tasks.metrics.functions`` computes the figures; predictions come from
+``inference.evaluation``.
 """
 
 from __future__ import annotations
