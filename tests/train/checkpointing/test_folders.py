@@ -207,7 +207,7 @@ import resource, sys
 import torch
 from loraloom.errors import SaveError
 from loraloom.files.atomic import write_files
-from loraloom.train.course import checkpoints
+from loraloom.train.checkpointing import folders
 
 folder, limit, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
