@@ -34,8 +34,8 @@ test: setup
 NUMBERS := $(addprefix tests/lora/test_, functional.py matmul.py dropout.py layers.py shared_inputs.py biases.py merge.py routing.py) \
   $(addprefix tests/engine/test_, pack.py flat_adamw.py optimizers.py loop.py slot.py) \
   $(addprefix tests/tasks/test_, linear_cross_entropy.py objective.py) tests/models/test_activation_checkpointing.py \
-  tests/inference/test_evaluation.py tests/tasks/metrics/test_registry.py $(addprefix tests/tune/test_, asha.py verdict.py) \
-  tests/tune/test_search.py::test_a_trial_gone_wild_is_reported_and_changes_no_bit_of_the_others tests/gpu
+  tests/inference/test_evaluation.py tests/tasks/metrics/test_registry.py $(addprefix tests/tuning/test_, asha.py verdict.py) \
+  tests/tuning/test_search.py::test_a_trial_gone_wild_is_reported_and_changes_no_bit_of_the_others tests/gpu
 
 test-avx2: setup
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 LORALOOM_TEST_DEVICE=cpu OMP_NUM_THREADS=1 \

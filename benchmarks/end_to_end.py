@@ -32,7 +32,7 @@ from loraloom.data.dataset import read_rows, tokenise
 from loraloom.lora import matmul
 from loraloom.models.load import load_base, load_tokenizer
 from loraloom.tasks import TASKS
-from loraloom.train.run import prepare, run
+from loraloom.training.run import prepare, run
 
 BY_LENGTH, NO_DROPOUT = (
     "Trainer and peft, group_by_length",

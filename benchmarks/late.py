@@ -25,10 +25,10 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 import common
 from loraloom.config.train import TrainConfig
-from loraloom.tune.conclusion import SearchResult
-from loraloom.tune.config import TuneConfig
-from loraloom.tune.search import search
-from loraloom.tune.space import Space
+from loraloom.tuning.conclusion import SearchResult
+from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.search import search
+from loraloom.tuning.space import Space
 
 FILL = [f"w{i}" for i in range(12)]
 KEYS = {label: [f"{label}{i}" for i in range(2)] for label in "abc"}

@@ -36,10 +36,10 @@ from loraloom.config.train import TrainConfig
 from loraloom.data.batches import bucketed, evaluation_batches
 from loraloom.lora import matmul
 from loraloom.models.load import load_base
-from loraloom.train.setup import Setup, load
-from loraloom.tune.config import TuneConfig
-from loraloom.tune.search import search
-from loraloom.tune.space import Space
+from loraloom.training.setup import Setup, load
+from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.search import search
+from loraloom.tuning.space import Space
 
 TRIALS, GOAL = 16, 8.0
 

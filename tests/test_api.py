@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loraloom.api import train, tune
 from loraloom.errors import ConfigError, DataError, ModelError
-from loraloom.train.setup import predict
+from loraloom.training.setup import predict
 
 SHORT: dict[str, Any] = {"task": "seq-cls", "max_steps": 2, "quiet": True}
 

@@ -9,6 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loraloom.api import Run as Run
+    from loraloom.api import Search as Search
+    from loraloom.api import train as train
+    from loraloom.api import tune as tune
     from loraloom.config.lora import LoraConfig as LoraConfig
     from loraloom.config.lora import PeftConfig as PeftConfig
     from loraloom.config.lora import PeftType as PeftType
@@ -46,6 +50,10 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _WHERE = {
+    "train": "loraloom.api",
+    "tune": "loraloom.api",
+    "Run": "loraloom.api",
+    "Search": "loraloom.api",
     "LoraConfig": "loraloom.config.lora",
     "TaskType": "loraloom.config.lora",
     "LoraloomError": "loraloom.errors",

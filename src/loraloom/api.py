@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from loraloom import tasks
 from loraloom.config import keys, objects, runfile
 from loraloom.data.example import Settings
@@ -22,17 +20,17 @@ from loraloom.data.read.given import is_rows, write_rows
 from loraloom.errors import ConfigError, InputError, nearest
 from loraloom.inference.answers import answers
 from loraloom.models.given import hold_model
-from loraloom.report.session import train_run, tune_run
-from loraloom.report.tune import conclusion
-from loraloom.train.run import ADAPTER
-from loraloom.tune.conclusion import BEST_NAME, SearchResult
-from loraloom.tune.config import TuneConfig
+from loraloom.training.run import ADAPTER
+from loraloom.tuning.conclusion import BEST_NAME, SearchResult
+from loraloom.tuning.config import TuneConfig
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from loraloom.engine.loop import OnStep
     from loraloom.lora.model import PeftModel
-    from loraloom.train.run import RunResult
-    from loraloom.train.setup import TrainJob
+    from loraloom.training.run import RunResult
+    from loraloom.training.setup import TrainJob
 
 #: The folder below the output in which rows are kept that were given as objects.
 ROWS = "rows"
@@ -145,6 +143,8 @@ def train(
         InputError: what was given is wrong; nothing was trained.
         TrainingError: the training failed; what it reached is saved.
     """
+    from loraloom.report.session import train_run
+
     with _given(config, model, data, tokenizer, options) as given:
         found = runfile.read(config, (), given, tasks.check, resume=resume)
         result = train_run(found.options, _console(quiet), resume=found.resume, on_step=on_step, notes=found.notes)
@@ -172,6 +172,8 @@ def tune(
         InputError: what was given is wrong; nothing was trained.
         TrainingError: no trial came to a figure.
     """
+    from loraloom.report.session import tune_run
+
     with _given(config, model, data, tokenizer, options, searching=True) as given:
         result = tune_run(TuneConfig.read(config, (), given), _console(quiet))
     return Search(result.folder, result.record, _recommendation(result), _table(result))
@@ -197,6 +199,10 @@ def _table(result: SearchResult) -> list[dict[str, Any]]:
 
 
 def _recommendation(result: SearchResult) -> str:
+    from rich.console import Console
+
+    from loraloom.report.tune import conclusion
+
     console = Console(file=io.StringIO(), width=100)
     console.print(conclusion(result.verdict))
     assert isinstance(console.file, io.StringIO)
@@ -204,6 +210,8 @@ def _recommendation(result: SearchResult) -> str:
 
 
 def _console(quiet: bool) -> Console | None:
+    from rich.console import Console
+
     return Console(quiet=True) if quiet else None
 
 

@@ -19,7 +19,7 @@ import pytest
 from loraloom import PeftModel
 from loraloom.models.load import load_base
 from loraloom.tasks import TASKS
-from loraloom.train.run_record import RUN_NAME
+from loraloom.training.run_record import RUN_NAME
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -64,7 +64,7 @@ def test_ctrl_c_saves_what_is_there_and_says_how(encoder_folder: Path, reviews: 
 def test_ctrl_c_while_the_model_is_loading_leaves_nothing(
     call: Callable[..., Any], encoder_folder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraloom.train.setup.load_base", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("loraloom.training.setup.load_base", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     ended = call(*classify(encoder_folder, reviews, tmp_path / "run"))
     assert (ended.code, ended.err) == (1, "error: stopped\n")
     assert not (tmp_path / "run").exists()
@@ -161,7 +161,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_the_trace_is_there_for_the
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the moon is full\nand so on")
 
-    monkeypatch.setattr("loraloom.train.setup.load_base", fail)
+    monkeypatch.setattr("loraloom.training.setup.load_base", fail)
     arguments = classify(encoder_folder, reviews, tmp_path / "run")
     ended = call(*arguments)
     assert ended.code == 1
@@ -170,7 +170,7 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_the_trace_is_there_for_the
     )
     monkeypatch.setenv("LORALOOM_TRACEBACK", "1")
     assert "in fail" in call(*arguments).err
-    monkeypatch.setattr("loraloom.train.setup.load_base", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr("loraloom.training.setup.load_base", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
     monkeypatch.delenv("LORALOOM_TRACEBACK")
     ended = call(*arguments)
     assert ended.code == 1
@@ -192,7 +192,7 @@ def test_an_error_of_the_system_that_nobody_foresaw_names_the_file(
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "some/file")
 
-    monkeypatch.setattr("loraloom.train.setup.load_base", fail)
+    monkeypatch.setattr("loraloom.training.setup.load_base", fail)
     ended = call(*classify(encoder_folder, reviews, tmp_path / "run"))
     assert ended.code == 1
     assert ended.err == (

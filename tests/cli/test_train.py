@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from loraloom import LoraConfig, PeftModel
 from loraloom.models.load import load_base
 from loraloom.tasks import TASKS
-from loraloom.train.run_record import RUN_NAME
+from loraloom.training.run_record import RUN_NAME
 
 WEIGHTS = "adapter_model.safetensors"
 

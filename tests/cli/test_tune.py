@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loraloom.train.run_record import RUN_NAME
+from loraloom.training.run_record import RUN_NAME
 
 
 def test_a_search_says_which_to_use_and_its_file_trains_it(

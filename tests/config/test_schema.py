@@ -13,8 +13,8 @@ from loraloom.config.keys import OPTIONS
 from loraloom.config.runfile import read, write
 from loraloom.config.schema import schema
 from loraloom.config.train import TrainConfig
-from loraloom.tune.config import TuneConfig
-from loraloom.tune.space import PRESETS
+from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.space import PRESETS
 
 BASE: dict[str, Any] = {"task": "seq-cls", "model": {"name": "m"}, "data": {"train": "d"}, "output": "o"}
 ROOT = Path(__file__).parents[2]

@@ -403,9 +403,9 @@ def test_the_page_on_the_search_names_every_option_key_preset_and_advice() -> No
 
     import typer
 
-    from loraloom.tune import diagnostics
-    from loraloom.tune.config import TuneConfig
-    from loraloom.tune.space import _VARY, PRESETS
+    from loraloom.tuning import diagnostics
+    from loraloom.tuning.config import TuneConfig
+    from loraloom.tuning.space import _VARY, PRESETS
 
     page = text_of("docs/tune.md")
     command = typer.main.get_command(cli.app).commands["tune"]

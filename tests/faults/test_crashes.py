@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from loraloom.files.atomic import recover
-from loraloom.train.output import changed
+from loraloom.training.output import changed
 
 from .conftest import Case, Ended
 

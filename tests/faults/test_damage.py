@@ -21,11 +21,11 @@ from loraloom.config.train import TrainConfig
 from loraloom.errors import LoraloomError
 from loraloom.messages import ignore
 from loraloom.report.sentences import sentence
-from loraloom.train.checkpointing import folders
-from loraloom.train.output import RUN_FILE
-from loraloom.train.run import prepare, run
-from loraloom.train.setup import TrainJob
-from loraloom.train.trainer import Trainer
+from loraloom.training.checkpointing import folders
+from loraloom.training.output import RUN_FILE
+from loraloom.training.run import prepare, run
+from loraloom.training.setup import TrainJob
+from loraloom.training.trainer import Trainer
 
 from .mutations import mutated
 
@@ -189,9 +189,9 @@ def test_a_damaged_state_of_a_search_is_read_or_named(
 def call_search(job: TrainJob, tmp_path: Path) -> Callable[[], tuple[Path, Callable[[], Any]]]:
     """Where a search stands, and what reads it."""
     from loraloom.engine.slot import Curve
-    from loraloom.tune.asha import SuccessiveHalving
-    from loraloom.tune.state import STATE_NAME, State, load_state, save_state
-    from loraloom.tune.trial import Trial
+    from loraloom.tuning.asha import SuccessiveHalving
+    from loraloom.tuning.state import STATE_NAME, State, load_state, save_state
+    from loraloom.tuning.trial import Trial
 
     def make() -> tuple[Path, Callable[[], Any]]:
         evaluations = [{"step": 2.0, "loss": 0.5, "accuracy": 0.75}]

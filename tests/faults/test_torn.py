@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from loraloom.files.atomic import recover, write_files
-from loraloom.train.checkpointing import folders
+from loraloom.training.checkpointing import folders
 
 Tree = dict[str, bytes | None]
 OLD = {"a": b"old a", "b/c": b"old c", "gone": b"old"}

@@ -14,7 +14,7 @@ from loraloom.files.log import info, logged
 RUN = """
 import sys
 from loraloom.config.train import TrainConfig
-from loraloom.train.run import prepare, run
+from loraloom.training.run import prepare, run
 run(prepare(TrainConfig(model=sys.argv[1], data=sys.argv[2], task="seq-cls", output=sys.argv[3], max_steps=1,
                         report_to=[])), resume=True)
 """

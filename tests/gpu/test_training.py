@@ -17,7 +17,7 @@ from loraloom.engine.loop import advance, train_pack
 from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
 from loraloom.lora.dropout import DropoutMask
-from loraloom.train.checkpointing import folders, resume
+from loraloom.training.checkpointing import folders, resume
 
 pytestmark = pytest.mark.gpu
 Make, Batch = Callable[..., nn.Module], Callable[..., dict[str, Tensor]]
@@ -123,8 +123,8 @@ def test_a_slot_that_goes_on_from_a_checkpoint_comes_to_the_same_bits(llama: Mak
 
 def test_a_whole_run_is_stopped_and_resumed(encoder_folder: Path, reviews: Path, device: str, tmp_path: Path) -> None:
     from loraloom.config.train import TrainConfig
-    from loraloom.train.failures import Interrupted
-    from loraloom.train.run import prepare, run
+    from loraloom.training.failures import Interrupted
+    from loraloom.training.run import prepare, run
 
     def options(output: str) -> TrainConfig:
         lora = LoraConfig(target_modules="all-linear", lora_dropout=0.1)

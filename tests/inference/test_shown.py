@@ -12,8 +12,8 @@ import pytest
 from loraloom import LoraConfig
 from loraloom.config.train import TrainConfig
 from loraloom.lora.routing import BASE
-from loraloom.train.run import prepare, run
-from loraloom.train.setup import predict
+from loraloom.training.run import prepare, run
+from loraloom.training.setup import predict
 
 GOOD, BAD = ("good", "fine", "lovely", "great"), ("bad", "poor", "awful", "weak")
 FILLERS = ("the", "film", "was", "a", "book", "with", "cat", "in", "it")

@@ -264,7 +264,7 @@ def test_a_folder_is_inspected_expert_by_expert(tmp_path: Path) -> None:
 
 def test_the_doctor_says_which_experts_stay_as_they_are_and_takes_wrappers_of_one_module_for_one_adapter() -> None:
     from loraloom.report.sentences import sentence
-    from loraloom.train.preflight import doctor
+    from loraloom.training.preflight import doctor
 
     kinds = {found.kind for found in doctor.examine(get_peft_model(net(), config()))}
     assert "experts" not in kinds  # and that it is no model with LoRA already

@@ -38,7 +38,7 @@ def test_everything_that_is_printed_passes_there() -> None:
         "cli/look.py",
         "cli/start.py",
         "lora/model.py",
-        "train/signals.py",
+        "training/signals.py",
     }
     # A string given to rich would be printed as it is.
     said = [

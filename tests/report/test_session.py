@@ -19,8 +19,8 @@ from loraloom.errors import SaveError
 from loraloom.report import session
 from loraloom.report.session import data_run, train_run, tune_run
 from loraloom.report.tune import conclusion
-from loraloom.tune.config import TuneConfig
-from loraloom.tune.space import Space
+from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.space import Space
 
 
 def options(model: Path, data: Path, output: Path, **changes: Any) -> TuneConfig:

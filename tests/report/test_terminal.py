@@ -30,9 +30,9 @@ from loraloom.report.terminal import (
     overview,
     predictions,
 )
-from loraloom.train.preflight.estimate import ResourceEstimate
-from loraloom.train.preflight.memory import Memory
-from loraloom.train.run import prepare
+from loraloom.training.preflight.estimate import ResourceEstimate
+from loraloom.training.preflight.memory import Memory
+from loraloom.training.run import prepare
 
 
 def shown(what: RenderableType, width: int = 80) -> str:

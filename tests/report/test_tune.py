@@ -22,9 +22,9 @@ from loraloom.messages import Message
 from loraloom.report.format import count, duration, figure
 from loraloom.report.tune import TuneMeter, conclusion, improvement, leaderboard
 from loraloom.report.tune_plot import plot_pareto, plot_search
-from loraloom.tune.executor import SearchStatus
-from loraloom.tune.trial import Trial
-from loraloom.tune.verdict import verdict
+from loraloom.tuning.executor import SearchStatus
+from loraloom.tuning.trial import Trial
+from loraloom.tuning.verdict import verdict
 
 TARGETS = ["q-v", "attention", "all-linear", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"]
 

@@ -114,7 +114,7 @@ def _said(error: Any) -> tuple[str, int]:
     if isinstance(error, OSError) and error.filename and error.strerror:
         place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
         return f"{place}: cannot be read or written ({error.strerror}); the same command can be given again", 1
-    from loraloom.train.failures import explain
+    from loraloom.training.failures import explain
 
     what = explain(error)
     if what.startswith("out of memory"):

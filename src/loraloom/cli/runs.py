@@ -22,7 +22,7 @@ def tune(given: dict[str, Any], run_file: RunFile = None, settings: Settings = N
     'tune.space={lora.r: [8, 16]}'. After a stop the same command resumes the search.
     """
     from loraloom.report.session import tune_run
-    from loraloom.tune.config import TuneConfig
+    from loraloom.tuning.config import TuneConfig
 
     tune_run(TuneConfig.read(run_file, settings or (), given))
 

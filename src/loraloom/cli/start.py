@@ -31,7 +31,7 @@ def init(
         print(json.dumps(make_schema(), indent=2))
         return
     need(given, keys.TRAIN["model"], keys.TRAIN["data"])
-    from loraloom.train.init_template import begin
+    from loraloom.training.init_template import begin
 
     rows = keys.fields_of(given)
     task = begin(rows.pop("model"), rows.pop("data"), path, overwrite=overwrite, **rows)
@@ -50,7 +50,7 @@ def data(
         found = runfile.read(source, settings or (), given, check_task)
     else:
         need(given, keys.TRAIN["model"])
-        from loraloom.train.init_template import guess
+        from loraloom.training.init_template import guess
 
         rest = given.get("data.format"), given.get("data.columns"), given.get("data.on_bad_row") == "skip"
         given.setdefault("task", given.get("task") or guess(source, None, *rest)[0])
@@ -72,7 +72,7 @@ def plan(
     lora, rest = keys.split(runfile.with_starter(given, notes))
     config = LoraConfig(**lora)
     from loraloom.report.terminal import memory_table
-    from loraloom.train.preflight.memory import forecast
+    from loraloom.training.preflight.memory import forecast
 
     values = {name: one.default for name, one in keys.TRAIN.items()} | rest
     chosen = {name: values[name] for name in ("batch_size", "max_length", "dtype", "gradient_checkpointing")}

@@ -27,14 +27,14 @@ from loraloom.report.sentences import line, sentence
 from loraloom.report.terminal import Meter, Reading, expectations, outcome, overview
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
-from loraloom.train.checkpointing.resume import Resume, find
-from loraloom.train.failures import Interrupted
-from loraloom.train.run import RunResult, examine, outlook, prepare, run
-from loraloom.train.run_record import RUN_NAME
-from loraloom.train.setup import TrainJob
-from loraloom.tune.conclusion import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult
-from loraloom.tune.config import TuneConfig
-from loraloom.tune.search import search
+from loraloom.training.checkpointing.resume import Resume, find
+from loraloom.training.failures import Interrupted
+from loraloom.training.run import RunResult, examine, outlook, prepare, run
+from loraloom.training.run_record import RUN_NAME
+from loraloom.training.setup import TrainJob
+from loraloom.tuning.conclusion import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult
+from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.search import search
 
 
 def train_run(

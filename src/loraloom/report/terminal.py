@@ -21,14 +21,14 @@ from loraloom.messages import Message, Warn
 from loraloom.report.format import counted, duration
 from loraloom.report.screen import Text
 from loraloom.report.sentences import line, lines
-from loraloom.train.preflight.rates import HIGHEST, falls
+from loraloom.training.preflight.rates import HIGHEST, falls
 
 if TYPE_CHECKING:
     from loraloom.engine.loop import StepEvent
-    from loraloom.train.preflight.estimate import ResourceEstimate
-    from loraloom.train.preflight.memory import Memory
-    from loraloom.train.run import RunResult
-    from loraloom.train.setup import TrainJob
+    from loraloom.training.preflight.estimate import ResourceEstimate
+    from loraloom.training.preflight.memory import Memory
+    from loraloom.training.run import RunResult
+    from loraloom.training.setup import TrainJob
 
 #: Characters of an example's text in the list of predictions.
 SHOWN = 100

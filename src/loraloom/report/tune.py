@@ -20,11 +20,11 @@ from loraloom.messages import Message
 from loraloom.report.format import count, duration, figure, label, params, shown
 from loraloom.report.screen import Text
 from loraloom.report.sentences import line, sentence
-from loraloom.tune.executor import SearchStatus
-from loraloom.tune.ranking import Score, last_measured, measured, originals, ranking, scores, varying
-from loraloom.tune.selection import difference
-from loraloom.tune.trial import Trial
-from loraloom.tune.verdict import Verdict
+from loraloom.tuning.executor import SearchStatus
+from loraloom.tuning.ranking import Score, last_measured, measured, originals, ranking, scores, varying
+from loraloom.tuning.selection import difference
+from loraloom.tuning.trial import Trial
+from loraloom.tuning.verdict import Verdict
 
 #: Characters of a hyperparameter's value in a table.
 WIDE = 12

@@ -10,9 +10,9 @@ from typing import Any
 from loraloom.report.format import count, params
 from loraloom.report.plot import literal, write_picture
 from loraloom.tasks.metrics.registry import greater_is_better
-from loraloom.tune.ranking import last_measured, measured, originals, ranking, scores, varying
-from loraloom.tune.trial import Trial
-from loraloom.tune.verdict import Verdict
+from loraloom.tuning.ranking import last_measured, measured, originals, ranking, scores, varying
+from loraloom.tuning.trial import Trial
+from loraloom.tuning.verdict import Verdict
 
 SEARCH_NAME = "search.png"
 PARETO_NAME = "pareto.png"

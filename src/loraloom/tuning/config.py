@@ -1,0 +1,143 @@
+"""What a search is told: checked as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from loraloom import tasks
+from loraloom.config import runfile
+from loraloom.config.options import options_of
+from loraloom.config.train import TrainConfig
+from loraloom.config.tune import PRESET, SearchOptions
+from loraloom.errors import ConfigError, nearest
+from loraloom.tuning.space import PRESETS, Space
+
+#: Shares of the steps at which trials are compared. Few are early: early losses say least about the end.
+RUNGS = (1 / 9, 2 / 9, 1 / 3, 1 / 2, 2 / 3)
+
+
+@dataclass(kw_only=True)
+class TuneConfig(SearchOptions):
+    """One search. ``train`` are the options of every trial but for what ``space`` varies; its ``output`` is the folder.
+
+    Raises:
+        ConfigError: an unknown option, a wrong type, a value out of range, or options that contradict.
+    """
+
+    train: TrainConfig
+    space: Space
+    #: What there is to know of how a run file was read, for people; not a field.
+    notes: ClassVar[Sequence[str]] = ()
+
+    def __post_init__(self) -> None:
+        for name, kind in (("train", TrainConfig), ("space", Space)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name}: must be {kind.__name__}, found {type(getattr(self, name)).__name__}")
+        self.check_fields()
+        if self.sampler == "grid":
+            self.space.grid()
+        size = self.space.size
+        if size is not None and self.trials > size:
+            raise ConfigError(
+                f"trials: the space has {size} configurations, found {self.trials}; lower it or widen the space"
+            )
+        if self.finalists > self.trials:
+            raise ConfigError(f"finalists: must be at most trials ({self.trials}), found {self.finalists}")
+        self._check_metric()
+
+    def _check_metric(self) -> None:
+        train = self.train
+        # Which of its kinds a task has, such as whether tags mark entities, is not known before the data is read.
+        kinds = tasks.get(train.task).kinds(train.problem_type)
+        measured = train.metrics or list(dict.fromkeys(name for kind in kinds for name in kind.unasked))
+        given = [name for name in measured if ":" not in name and name != "loss"]
+        own = [spec.partition(":")[2] for spec in train.metrics or () if ":" in spec]
+        self.metric = self.metric or next(iter([*given, *own]), "loss")
+        # What a function returns is not known before.
+        if self.metric not in (*given, "loss") and not own:
+            words = " or ".join([", ".join(given), "loss"] if given else ["loss"])
+            raise ConfigError(
+                f"metric: {train.task} is measured by {words}, found {self.metric!r}"
+                f"{nearest(str(self.metric), (*given, 'loss'))}"
+            )
+
+    @property
+    def left_for_later(self) -> list[str]:
+        """Keys of what was chosen that a search has no use for: it measures at its rungs, and keeps what it needs.
+
+        They are for the training of the best configuration in full.
+        """
+        unused = (one for one in options_of(TrainConfig).values() if one.search == "unused")
+        return [one.key for one in unused if getattr(self.train, one.name) != one.default]
+
+    @property
+    def over_ray(self) -> bool:
+        return self.workers > 1 or self.ray_address is not None
+
+    @property
+    def rungs(self) -> list[float]:
+        """The shares of its steps at which a trial is compared with others, below 1 and rising."""
+        first = float(self.min_share)
+        return [share for share in (first, *(rung for rung in RUNGS if rung > first + 1e-9)) if share < 1 - 1e-9]
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path | None,
+        overrides: Mapping[str, Any] | Sequence[str] = (),
+        given: Mapping[str, Any] | None = None,
+    ) -> TuneConfig:
+        """The search of a run file; arguments as of ``runfile.read``. Its section ``tune`` has these fields' names.
+
+        ``tune.preset`` (quick, standard or thorough) gives the space, the trials, the finalists and their seeds where
+        the file does not. Numbers that come from it are lowered to what a small space allows.
+
+        Raises:
+            ConfigError: begins with the file and the line.
+        """
+        found = runfile.read(path, overrides, given, tasks.check)
+        try:
+            config = cls(train=found.options, **_with_preset(found.tune, found.options))
+        except ConfigError as error:
+            found.fail(error, "tune")
+        vars(config)["notes"] = found.notes
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        plain = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        return plain | {"train": self.train.to_dict(), "space": self.space.to_dict()}
+
+    def fingerprint(self) -> str:
+        """A hash of all that makes it this search and no other: not where it is kept or runs, nor how much at once."""
+        values = self.to_dict()
+        for name, option in options_of(SearchOptions).items():
+            if option.resume == "nothing":
+                del values[name]
+        for name, option in options_of(TrainConfig).items():
+            if option.since and values["train"][name] == option.default:
+                del values["train"][name]
+        for name in ("output", "overwrite", *(["date"] if self.train.date is None else [])):
+            del values["train"][name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _with_preset(tune: Mapping[str, Any], base: TrainConfig) -> dict[str, Any]:
+    """The section ``tune`` with what its preset says of the rest."""
+    values = dict(tune)
+    name = PRESET.check.test("preset", values.pop("preset", PRESET.default))
+    preset = PRESETS[name]
+    space = Space.parse(values["space"], base) if "space" in values else Space.default(base, name)
+    size = math.inf if space.size is None else space.size
+    trials = int(size) if values.get("sampler") == "grid" and size < math.inf else int(min(preset.trials, size))
+    limit = values.get("trials", trials)
+    usual = {"trials": trials, "finalists": preset.finalists, "seeds": preset.seeds}
+    if isinstance(limit, int):
+        usual["finalists"] = max(1, min(preset.finalists, limit))
+    return usual | values | {"space": space}

@@ -1,0 +1,90 @@
+"""What to try next: first what is known to do well, then what Optuna proposes from what was measured.
+
+A proposal follows from the space, the seed and the trials so far alone, so a search that was killed goes on as if it
+had not been.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from loraloom.files.quiet import quiet
+from loraloom.lora.initialize import seed_of
+from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.ranking import goodness
+from loraloom.tuning.trial import Trial
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial
+
+JOURNAL_NAME = "study.log"
+#: Proposals that repeat a configuration are asked again so many times; then the first that is left is taken.
+_ASK_AGAIN = 50
+
+
+def propose(options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler | None = None) -> dict[str, Any] | None:
+    """The values of the next trial; None when the space has no other. ``sampler`` is the user's own."""
+    tried = [trial.values for trial in trials if trial.repeats is None]
+    number = len(tried)
+    if options.sampler == "grid" and sampler is None:
+        grid = options.space.grid()
+        points = (dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values()))
+        return next(itertools.islice(points, number, None), None)
+    known = (options.trials + 1) // 2 if options.sampler == "tpe" and sampler is None else 0
+    for values in options.space.prior(known):
+        if values not in tried:
+            return values
+    for attempt in range(_ASK_AGAIN):
+        values = _ask(options, trials, sampler, seed_of("proposal", options.train.seed, number, attempt) % 2**32)
+        if values not in tried:
+            return values
+    if options.space.size is None:
+        return None
+    corners = itertools.product(*options.space.grid().values())
+    rest = (dict(zip(options.space.params, corner, strict=True)) for corner in corners)
+    return next((values for values in rest if values not in tried), None)
+
+
+def _ask(options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler | None, seed: int) -> dict[str, Any]:
+    import optuna
+
+    if sampler is None and options.sampler == "tpe":
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, constant_liar=True, n_startup_trials=max(4, options.trials // 4)
+        )
+    with quiet("optuna"):
+        study = optuna.create_study(direction="maximize", sampler=sampler or optuna.samplers.RandomSampler(seed=seed))
+        for trial in trials:
+            if trial.repeats is None:
+                study.add_trial(frozen(options, trial))
+        return options.space.suggest(study.ask())
+
+
+def frozen(options: TuneConfig, trial: Trial) -> FrozenTrial:
+    """A trial as Optuna knows it; its values are how good they are, greater being better."""
+    import optuna
+
+    measured = {
+        int(e["step"]): goodness(options.metric, e[options.metric])
+        for e in trial.curve.evaluations
+        if e.get(options.metric) is not None
+    }
+    states = optuna.trial.TrialState
+    state = {"running": states.RUNNING, "finished": states.COMPLETE, "failed": states.FAIL}.get(
+        trial.state, states.PRUNED
+    )
+    if trial.state == "waiting" and not measured:  # held where nobody was compared yet: nothing is known of it
+        state = states.RUNNING
+    if state is states.COMPLETE and not measured:
+        state = states.FAIL
+    return optuna.trial.create_trial(
+        state=state,
+        value=list(measured.values())[-1] if state is states.COMPLETE else None,
+        params=dict(trial.values),
+        distributions=options.space.distributions(),
+        intermediate_values=measured,
+        user_attrs={"trial": trial.number, "parameters": trial.parameters, "reason": trial.reason},
+    )

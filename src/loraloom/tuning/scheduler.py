@@ -1,0 +1,216 @@
+"""Which trial trains next: proposals, promotions at rungs, further seeds. Decides from figures alone, trains nothing.
+
+No decision depends on which trial came first, or on the clock.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from loraloom.messages import Message, OnEvent
+from loraloom.training.setup import Setup
+from loraloom.tuning.asha import Standing
+from loraloom.tuning.bar import Bar, learned
+from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.ranking import goodness
+from loraloom.tuning.sampler import propose
+from loraloom.tuning.state import State
+from loraloom.tuning.trial import Trial
+from loraloom.tuning.worker import TrialFactory, rung_step
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+#: Proposals that a sampler makes from the same knowledge, and the least number of first ones, which keeps the slots of
+#: a small search busy.
+PROPOSALS, FIRST = 16, 8
+
+
+class Scheduler:
+    """Decides for the search that stands at ``state``, and changes it."""
+
+    def __init__(
+        self,
+        options: TuneConfig,
+        setup: Setup,
+        factory: TrialFactory,
+        state: State,
+        on_event: OnEvent,
+        sampler: BaseSampler | None = None,
+    ) -> None:
+        self.options, self.setup, self.factory, self.state = options, setup, factory, state
+        self._on_event, self._sampler, self._exhausted = on_event, sampler, False
+
+    @property
+    def trials(self) -> list[Trial]:
+        return self.state.trials
+
+    @property
+    def originals(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.repeats is None]
+
+    @property
+    def bar(self) -> Bar:
+        assert self.state.bar is not None
+        return self.state.bar
+
+    def next(self, held: Collection[int]) -> Trial | None:
+        """A trial without a slot that is to train or to be measured, preferably one that a worker holds already."""
+        while self._decided():
+            pass
+        ready = [t for t in self.trials if t.state == "waiting" and (t.measure or t.step < (t.goal or t.steps))]
+        return min(ready, key=lambda trial: (trial.number not in held, trial.number), default=None)
+
+    def _decided(self) -> bool:
+        """Take one decision, if what is known allows it."""
+        originals, halving = self.originals, self.state.halving
+        if not self._exhausted and len(originals) < self.options.trials:
+            return all(self._stands(trial, 0) for trial in originals) and self._propose()
+        if halving.open < halving.rungs:
+            return self._decide_rung(halving.open)
+        paused = halving.suspended([trial.number for trial in originals])
+        if any(trial.state in ("running", "waiting") and trial.number not in paused for trial in self.trials):
+            return False
+        if any(trial.repeats is not None for trial in self.trials):
+            return False
+        finished = [trial for trial in originals if self._learned(trial)]
+        return self._add_repeats(finished) if finished else self._resume_paused()
+
+    def _stands(self, trial: Trial, rung: int) -> bool:
+        """Whether it has come to ``rung`` and does not train, or never will."""
+        if trial.state in ("finished", "failed"):
+            return True
+        return bool(self.options.rungs) and trial.state == "waiting" and trial.step >= self._rung_step(trial, rung)
+
+    def _rung_step(self, trial: Trial, rung: int) -> int:
+        return rung_step(self.options, trial, rung)
+
+    # -- proposals --------------------------------------------------------------------------------------------------
+
+    def _propose(self) -> bool:
+        """The next proposals, all from the same knowledge: they do not depend on which trial came to a rung first."""
+        before, trials = len(self.originals), self.options.trials
+        count = trials
+        if self._sampler is not None or self.options.sampler == "tpe":
+            count = max(PROPOSALS, trials // 4) if before else max((trials + 1) // 2, FIRST)
+        for _ in range(min(count, trials - before)):
+            values = propose(self.options, self.trials, self._sampler)
+            if values is None:
+                self._exhausted = True
+                break
+            trial = self._add(values, self.options.train.seed)
+            trial.goal = self._rung_step(trial, 0) if self.options.rungs else trial.steps
+        return True
+
+    def _add(self, values: Mapping[str, Any], seed: int, repeats: int | None = None) -> Trial:
+        options = self.factory.trial_options(values, seed)
+        steps, _ = self.setup.steps(options)
+        made = self.factory.plan(self.setup.config(options))
+        trial = Trial(len(self.trials), dict(values), options, steps, repeats=repeats)
+        trial.parameters, trial.bytes = made.parameters, made.bytes
+        trial.unadapted = str(made.experts) if made.experts.weights else ""
+        self.trials.append(trial)
+        return trial
+
+    def _add_repeats(self, finished: Sequence[Trial]) -> bool:
+        """Train the best of those that learned again with other seeds, to know the noise."""
+
+        def order(trial: Trial) -> tuple[float, int, int]:
+            value = trial.latest(self.options.metric)
+            return -goodness(self.options.metric, math.nan if value is None else value), trial.parameters, trial.number
+
+        if not self.options.seeds:
+            return False
+        finalists = sorted(finished, key=order)[: self.options.finalists]
+        for further in range(1, self.options.seeds + 1):
+            for trial in finalists:
+                self._add(trial.values, self.options.train.seed + further, repeats=trial.number)
+        self._on_event(Message("finalists", trials=[t.number for t in finalists], seeds=self.options.seeds))
+        return True
+
+    # -- rungs ------------------------------------------------------------------------------------------------------
+
+    def _decide_rung(self, rung: int) -> bool:
+        halving, options = self.state.halving, self.options
+        here = [self.trials[n] for n in halving.members(rung, [trial.number for trial in self.originals])]
+        here = [trial for trial in here if trial.state != "failed"]
+        numbers = [trial.number for trial in here]
+        warm = max((self._warmup(trial) for trial in here), default=0.0)
+        if len(here) <= halving.quota(len(here)) or options.rungs[rung] < warm:
+            return self._promote_all(numbers)
+        if not all(self._stands(trial, rung) for trial in here):
+            return False
+        off = {trial.number: self._off(trial, rung) for trial in here}
+        share, constant = options.rungs[rung], self.bar.base is not None
+        if not any(off.values()):
+            self._on_event(Message("none_taken_off", share=share, trials=len(here), constant=constant))
+            return self._promote_all(numbers)
+        if late := [trial for trial in here if not trial.measured and trial.state == "waiting"]:
+            for trial in late:
+                trial.measure = True
+            return False
+        promoted = halving.decide({trial.number: self._standing(trial, off[trial.number]) for trial in here})
+        paused = [n for n in numbers if n not in promoted and self.trials[n].state == "waiting"]
+        figures = {"trials": len(here), "reduction": options.reduction, "promoted": promoted, "paused": paused}
+        self._on_event(Message("rung", share=share, taken_off=sum(off.values()), **figures))
+        return self._promote(promoted)
+
+    def _off(self, trial: Trial, rung: int) -> bool:
+        return self.bar.has_taken_off(trial.curve.loss[: self._rung_step(trial, rung)], trial.steps)
+
+    def _standing(self, trial: Trial, off: bool) -> Standing:
+        last = trial.curve.evaluations[-1]
+        return Standing(off, last["loss"], goodness(self.options.metric, last[self.options.metric]))
+
+    def _warmup(self, trial: Trial) -> float:
+        """The share of its steps in which the rate rises."""
+        given = trial.options.warmup_steps
+        return trial.options.warmup_ratio if given is None else given / trial.steps
+
+    def _promote_all(self, numbers: Sequence[int]) -> bool:
+        self.state.halving.pass_all(numbers)
+        return self._promote(numbers)
+
+    def _promote(self, numbers: Sequence[int]) -> bool:
+        """Let these train to the next rung at which a trial may be paused, or to their end."""
+        halving = self.state.halving
+        rung = halving.open
+        for number in numbers:
+            trial = self.trials[number]
+            trial.goal = trial.steps if rung == halving.rungs else self._rung_step(trial, rung)
+        return True
+
+    def _resume_paused(self) -> bool:
+        """No trial that came to its end has learned anything: those paused last come to theirs as well."""
+        originals = [trial.number for trial in self.originals]
+        chosen = [n for n in self.state.halving.resume(originals) if self.trials[n].state == "waiting"]
+        if not chosen:
+            return bool(self.state.halving.suspended(originals))
+        for number in chosen:
+            self.trials[number].goal = self.trials[number].steps
+        self._on_event(Message("paused_resume", trials=chosen, **self.bar.figures(self.options.metric)))
+        return True
+
+    def _learned(self, trial: Trial) -> bool:
+        return trial.state == "finished" and learned(self.bar, [trial], self.options.metric, len(self.originals))
+
+    # -- the time left ----------------------------------------------------------------------------------------------
+
+    def seconds_left(self) -> float | None:
+        """By the steps that successive halving leaves, at the speed so far."""
+        done = sum(trial.step for trial in self.trials)
+        if not done or not self.state.seconds:
+            return None
+        steps, options = statistics.median(trial.steps for trial in self.trials), self.options
+        count, before, whole = float(options.trials), 0.0, 0.0
+        for rung, share in enumerate([*options.rungs, 1.0]):
+            whole, before = whole + count * (share - before) * steps, share
+            if rung < self.state.halving.rungs:
+                promoted = self.state.halving.sent[rung]
+                quota = self.state.halving.quota(math.ceil(count))
+                count = quota if promoted is None else len(promoted)
+        whole += options.seeds * options.finalists * steps
+        return max(whole - done, 0) * self.state.seconds / done

@@ -1,0 +1,318 @@
+"""The search: trials train side by side over one frozen model, poor ones stop early, waiting ones take their slots.
+
+Here trials are given to workers (``tuning.worker``) and where the search stands is written down; ``tuning.search``
+decides who trains. Decisions follow from what was measured alone, never from the clock, so a search that is killed at
+any moment and run again comes to the same verdict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraloom.engine.slot import Curve
+from loraloom.errors import ConfigError, DataError, SaveError
+from loraloom.files import lock
+from loraloom.files.atomic import replace_links
+from loraloom.messages import Describe, Message, OnEvent, ignore, logged
+from loraloom.training.failures import Interrupted
+from loraloom.training.output import check_output
+from loraloom.training.preflight.doctor import amount
+from loraloom.training.setup import Setup, load
+from loraloom.training.signals import asked_to_stop
+from loraloom.tuning.asha import SuccessiveHalving
+from loraloom.tuning.conclusion import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, conclude
+from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.executor import Executor, LocalExecutor, SearchStatus
+from loraloom.tuning.journal import Journal
+from loraloom.tuning.sampler import JOURNAL_NAME
+from loraloom.tuning.scheduler import Scheduler
+from loraloom.tuning.state import (
+    STATE_NAME,
+    TRIALS,
+    State,
+    clear,
+    date_of,
+    hashes_of,
+    load_numbers,
+    load_state,
+    save_state,
+)
+from loraloom.tuning.trial import Trial
+from loraloom.tuning.worker import Report, TensorState, TrialFactory, Worker, name_of
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+OnStatus = Callable[[SearchStatus], object]
+
+
+def search(
+    options: TuneConfig,
+    on_event: OnEvent = ignore,
+    on_status: OnStatus = ignore,
+    sampler: BaseSampler | None = None,
+    describe: Describe = str,
+) -> SearchResult:
+    """Search, or resume the search in the folder.
+
+    Args:
+        on_event: called with what happens: a trial starts, is paused, finishes.
+        on_status: called after each step of the trials.
+        sampler: one of Optuna's in place of ``options.sampler``.
+        describe: writes the sentences of ``result.json``: ``report.sentences.sentence``. By default they are kinds and
+            figures.
+
+    Raises:
+        InputError: anything wrong with what the user gave, before any training.
+        Interrupted: Ctrl-C; the same call resumes.
+        TrainingError: no trial came to a figure.
+        SaveError: the folder cannot be written.
+    """
+    with lock.held(options.train.output):
+        options, setup = _prepare(options)
+        found = Search(options, setup, logged(on_event, describe), on_status, sampler)
+        found.run()
+        return conclude(options, setup, found.state, describe)
+
+
+def _prepare(options: TuneConfig) -> tuple[TuneConfig, Setup]:
+    """Read and check everything. The options come back with what turned out once the rows were read."""
+    check_output(options.train, files=(RESULT_NAME, BEST_FILE, STATE_NAME, JOURNAL_NAME, "search.png", "pareto.png"))
+    folder = Path(options.train.output)
+    links = (BEST_NAME, TRIALS, JOURNAL_NAME)
+    replace_links(*(folder / name for name in links), *(folder / TRIALS).glob("trial-*"))
+    if options.over_ray:
+        from loraloom.tuning.ray_executor import need_ray
+
+        need_ray()
+    setup = load(options.train, date=None if options.train.overwrite else date_of(folder))
+    _check_validation(setup)
+    metric, own = options.metric, setup.metrics
+    if metric == setup.task.kind().unasked[0] and metric not in own.names and not own.own:
+        metric = own.first  # labels turned out to be numbers or several classes, or tags to mark no entities
+    if metric != "loss" and metric not in own.names and not own.own:
+        raise ConfigError(f"metric: {metric!r} is not measured of this data; there are {', '.join(own.names)}, loss")
+    problem = setup.data.problem if "problem_type" in setup.task.options else None
+    options = replace(options, train=replace(setup.options, problem_type=problem), metric=metric)
+    options.space.check(setup.base, options.train)
+    return options, setup
+
+
+class Search:
+    """One search from its first step to its last: who has which trial, and where it stands on disk."""
+
+    def __init__(
+        self,
+        options: TuneConfig,
+        setup: Setup,
+        on_event: OnEvent,
+        on_status: OnStatus,
+        sampler: BaseSampler | None = None,
+    ) -> None:
+        self.options, self.setup, self.on_event, self.on_status = options, setup, on_event, on_status
+        self.folder, self.sampler = Path(options.train.output), sampler
+        self.factory = TrialFactory(options, setup)
+        self.fingerprint = _fingerprint(options, setup)
+        #: worker → the trials that it holds
+        self.members: dict[int, list[int]] = {}
+        self.journal = Journal(options, self.folder, on_event)
+        self.pressed = threading.Event()
+
+    def run(self) -> None:
+        """Train until everything is decided."""
+        self._describe()
+        if self.options.train.overwrite:
+            clear(self.folder, RESULT_NAME, BEST_FILE, BEST_NAME)
+        found = load_state(self.folder, self.fingerprint, self.factory.trial_options)
+        halving = SuccessiveHalving(len(self.options.rungs), self.options.reduction, self.options.finalists)
+        self.state = found or State(self.fingerprint, 0, halving, date=self.options.train.date)
+        if found is not None:
+            ended = sum(trial.state not in ("running", "waiting") for trial in found.trials)
+            self.on_event(Message("resumed", folder=str(self.folder), ended=ended, trials=len(found.trials)))
+        if self.state.finished:
+            return
+        self.scheduler = Scheduler(
+            self.options, self.setup, self.factory, self.state, self.on_event, sampler=self.sampler
+        )
+        with contextlib.closing(self._executor()) as executor:
+            self._plan(executor, fresh=found is None)
+            self.state.bar = executor.set_bar(self.state.bar)
+            self.on_event(Message("to_beat", **self.state.bar.figures(self.options.metric)))
+            self._train(executor)
+
+    def _describe(self) -> None:
+        """What was recognised and done to the rows, and what may well be a mistake."""
+        data, options = self.setup.data, self.options.train
+        batch = options.batch_size * options.gradient_accumulation_steps
+        few = amount(len(data.train.examples), batch, self.setup.steps(options)[0])
+        for message in [*data.messages(), *few]:
+            self.on_event(message)
+        if later := self.options.left_for_later:
+            self.on_event(Message("left_for_full", keys=later, file=BEST_FILE))
+
+    def _executor(self) -> Executor:
+        def stop() -> bool:
+            return self.pressed.is_set()
+
+        if self.options.over_ray:
+            from loraloom.tuning.ray_executor import RayExecutor
+
+            return RayExecutor(self.options, list(self.setup.data.hashes.values()), self._tell, stop)
+        return LocalExecutor(Worker(self.options, self.setup, self.factory), self._tell, stop)
+
+    def _plan(self, executor: Executor, fresh: bool) -> None:
+        """How many trials train together; planned again if the user gives other limits than before."""
+        most = math.ceil(self.options.trials / executor.count)
+        asked = self.options.slots, self.options.memory
+        if fresh or self.state.asked != asked:
+            planned = executor.plan(most)
+            self.state.slots, self.state.asked = planned.count, asked
+            self.on_event(Message("slots", slots=planned.count, workers=executor.count, **planned.figures))
+        self.state.slots = min(self.state.slots, most)  # there may have been fewer workers before
+
+    def _train(self, executor: Executor) -> None:
+        with asked_to_stop() as self.pressed:
+            self.members = {worker: [] for worker in range(executor.count)}
+            busy = self._assign(executor, list(self.members), {})
+            while busy:
+                worker, report = executor.wait()
+                busy.discard(worker)
+                numbers = self._receive(worker, report)
+                if self.pressed.is_set():
+                    self._save(numbers)
+                    if busy:  # they hand over as well
+                        continue
+                    raise Interrupted(f"stopped; the same command resumes the search in {self.folder}")
+                idle = [other for other in self.members if other not in busy]
+                busy |= self._assign(executor, idle, numbers)
+        for trial in self.trials:
+            if trial.state == "waiting":
+                trial.state, trial.reason = "stopped", f"others were better at step {trial.step}"
+        self.state.finished = True
+        self._save({})
+
+    @property
+    def trials(self) -> list[Trial]:
+        return self.state.trials
+
+    def _tell(self, running: Sequence[Trial], tokens_per_second: float) -> None:
+        slots, left = self.state.slots * len(self.members), self.scheduler.seconds_left()
+        self.on_status(SearchStatus(running, self.trials, self.options.metric, slots, tokens_per_second, left))
+
+    # -- what workers report ----------------------------------------------------------------------------------------
+
+    def _receive(self, worker: int, report: Report | None) -> dict[int, TensorState]:
+        """Take over what a worker reports. Returns the tensors of its trials."""
+        if report is None or report.out_of_memory:
+            if report is None:
+                self.on_event(Message("worker_died", worker=worker))
+            elif self.state.slots == 1:
+                raise MemoryError("out of memory with a single trial")
+            else:
+                self.state.slots //= 2
+                self.on_event(Message("out_of_memory", slots=self.state.slots))
+            self.members[worker] = []
+            self._back_to_disk()
+            return {}
+        for trial in report.trials:
+            self.trials[trial.number] = trial
+        self.state.seconds += report.seconds / len(self.members)
+        for number in report.events:
+            self._take_note(self.trials[number])
+        return report.numbers
+
+    def _back_to_disk(self) -> None:
+        """Trials that no worker holds are as they were when last written down."""
+        there = load_state(self.folder, self.fingerprint, self.factory.trial_options)
+        held = self._held(self.members)
+        for trial in there.trials if there else []:
+            if trial.number not in held:
+                self.trials[trial.number] = trial
+
+    def _held(self, workers: Mapping[int, object]) -> set[int]:
+        return {number for worker in workers for number in self.members[worker]}
+
+    def _take_note(self, trial: Trial) -> None:
+        if trial.state == "failed":
+            self.on_event(Message("failed", trial=trial.number, reason=trial.reason))
+        elif trial.state == "finished":
+            metric = self.options.metric
+            trial.files = hashes_of(self.folder / TRIALS / name_of(trial.number))
+            self.on_event(Message("finished", trial=trial.number, metric=metric, value=trial.latest(metric)))
+        else:
+            trial.state = "waiting"
+
+    # -- who trains -------------------------------------------------------------------------------------------------
+
+    def _assign(self, executor: Executor, idle: Sequence[int], numbers: dict[int, TensorState]) -> set[int]:
+        """Decide who trains next, write it down, and let the idle workers start. Returns those that have work.
+
+        ``numbers`` are those of the trials that just came back.
+        """
+        free = len(idle) * self.state.slots
+        elsewhere = self._held({worker: None for worker in self.members if worker not in idle})
+        mine = [trial for trial in self.trials if trial.state == "running" and trial.number not in elsewhere]
+        while len(mine) < free and (chosen := self.scheduler.next(self._held(self.members))) is not None:
+            chosen.state = "running"
+            mine.append(chosen)
+        self._save(numbers)
+        working = set()
+        for worker, trials in self._places(idle, sorted(mine, key=lambda trial: trial.number)).items():
+            if not trials:  # what it holds it keeps until told otherwise
+                continue
+            there, self.members[worker] = self.members[worker], sorted(trial.number for trial in trials)
+            leave = [n for n in there if n not in self.members[worker]]
+            # Those that it holds are handed over as well, for how far they train now, without their tensors.
+            enter = [(trial, {} if trial.number in there else self._begin(trial)) for trial in trials]
+            executor.start(worker, enter, leave)
+            working.add(worker)
+        return working
+
+    def _places(self, idle: Sequence[int], mine: Sequence[Trial]) -> dict[int, list[Trial]]:
+        """Idle worker → its trials: those that it holds already, then others as far as it has slots."""
+        slots = self.state.slots  # fewer than before, once memory was not enough
+        places = {worker: [t for t in mine if t.number in self.members[worker]][:slots] for worker in idle}
+        rest = [trial for trial in mine if not any(trial in place for place in places.values())]
+        for worker in idle:
+            room = slots - len(places[worker])
+            places[worker], rest = places[worker] + rest[:room], rest[room:]
+        return places
+
+    def _begin(self, trial: Trial) -> TensorState:
+        try:
+            numbers = load_numbers(self.folder, self.state, trial.number)
+        except SaveError as error:
+            self.on_event(Message("restarted", trial=trial.number, error=str(error)))
+            self.state.files.pop(trial.number)
+            trial.step, trial.measure, trial.curve, numbers = 0, False, Curve(), {}
+        if not numbers:
+            self.on_event(Message("started", trial=trial.number, params=trial.values))
+        return numbers
+
+    def _save(self, numbers: Mapping[int, TensorState]) -> None:
+        save_state(self.folder, self.state, numbers)
+        self.journal.keep(self.trials)
+
+
+def _check_validation(setup: Setup) -> None:
+    """Rows that all are of one class cannot tell a good configuration from a poor one."""
+    labels = {example.labels for example in setup.data.validation.examples if isinstance(example.labels, int)}
+    if len(labels) == 1:
+        raise DataError(
+            f"{setup.options.eval_split if isinstance(setup.options.eval_split, str) else setup.options.data}: all "
+            f"{len(setup.data.validation.examples)} held-out rows are labelled "
+            f"{setup.data.names[labels.pop()]!r}, so no configuration can be told from another; hold out more rows"
+        )
+
+
+def _fingerprint(options: TuneConfig, setup: Setup) -> str:
+    hashes = sorted(setup.data.hashes.values())
+    return hashlib.sha256(json.dumps([options.fingerprint(), hashes, setup.weights]).encode()).hexdigest()
