@@ -54,7 +54,7 @@ class Run:
     def predict(
         self, rows: Sequence[str | Mapping[str, Any]], *, batch_size: int = 64, max_new_tokens: int | None = None
     ) -> list[Any]:
-        """What the adapter answers: a class, a number, tags, an answer or a text for each row, in order.
+        """What the adapter answers: a class, a number, tags, an answer, a text or an embedding for each row, in order.
 
         Args:
             rows: texts, or dicts with the columns of the training rows, the answer left out.

@@ -67,6 +67,16 @@ RUNS: dict[str, tuple[str, str, Callable[[int], dict[str, Any]], list[str]]] = {
         lambda i: {"prompt": " ".join([*sentence(i, word(i)), "now say :"]), "completion": f" {word(i)}"},
         ["perplexity"],
     ),
+    "matches": (
+        "feature-extraction", "encoder_folder",
+        lambda i: {"anchor": " ".join(sentence(i, word(i))), "positive": word(i)},
+        ["recall_at_1"],
+    ),
+    "similarities": (
+        "feature-extraction", "decoder_folder",
+        lambda i: {"text1": " ".join(sentence(i, word(i))), "text2": word(i // 8), "score": float(i % 8 == i // 8 % 8)},
+        ["spearman", "pearson"],
+    ),
 }  # fmt: skip
 
 

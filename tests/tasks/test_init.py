@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 import pytest
 
 from loraloom import TaskType, tasks
 from loraloom.config.names import TASKS as NAMES
-from loraloom.data.table import cache
 from loraloom.errors import ConfigError
 
 
@@ -27,17 +25,3 @@ def test_every_task_that_a_run_can_name_is_there_and_travels_to_other_processes(
     assert {name: task.task_type for name, task in tasks.TASKS.items()} == NAMES
     for task in tasks.TASKS.values():
         assert type(pickle.loads(pickle.dumps(task))) is type(task)
-
-
-def test_the_caches_key_covers_the_files_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes and encoders are named there: an edit makes other tokens of the same rows."""
-    import shutil
-
-    source = Path(tasks.__file__).parents[1]
-    for folder in ("data", "tasks"):
-        shutil.copytree(source / folder, tmp_path / folder)
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "data" / "table" / "cache.py"))
-    before = cache.code_hash.__wrapped__()
-    with open(tmp_path / "tasks" / "seq_cls.py", "a") as file:
-        file.write("# edited\n")
-    assert cache.code_hash.__wrapped__() != before

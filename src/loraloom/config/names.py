@@ -11,6 +11,7 @@ TASKS = {
     "token-cls": TaskType.TOKEN_CLS,
     "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
     "question-answering": TaskType.QUESTION_ANS,
+    "feature-extraction": TaskType.FEATURE_EXTRACTION,
 }
 
 #: What is done with a row of more than ``max_length`` tokens.

@@ -87,7 +87,18 @@ class Asked:
     answers: list[tuple[str, int]]
 
 
-Record = Text | Pair | Chat | Labelled | Tagged | Translated | Asked
+@dataclass(frozen=True, slots=True)
+class Related:
+    """feature-extraction: two texts that belong together, and perhaps a third that does not; or two and their cosine.
+
+    ``score`` is the cosine that the embeddings of the two texts should have, from -1 to 1.
+    """
+
+    texts: tuple[str, ...]
+    score: float | None = None
+
+
+Record = Text | Pair | Chat | Labelled | Tagged | Translated | Asked | Related
 
 #: What a model is to learn of a row; the other fields it reads.
 _LEARNED = ("label", "tags", "target", "answers", "score")

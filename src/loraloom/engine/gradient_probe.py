@@ -64,9 +64,10 @@ def unseen(model: PeftModel, names: Sequence[str]) -> list[str]:
 
 
 def probe(model: PeftModel, objective: Objective, name: str, row: Mapping[str, Tensor]) -> list[Fault]:
-    """What is wrong with the adapter ``name``, by one ``row`` [1, ...] with its ``labels``."""
+    """What is wrong with the adapter ``name``, by ``row`` [1, ...] (or a few) with its ``labels``."""
     inputs = dict(row)
     labels = inputs.pop("labels")
+    rows = len(inputs["input_ids"])
     # A parameter that is adapted by itself is read, never called.
     layers = {
         place: layer
@@ -80,10 +81,10 @@ def probe(model: PeftModel, objective: Objective, name: str, row: Mapping[str, T
     with (
         torch.random.fork_rng(devices=[]),
         _watched(base, layers, seen),
-        model.base_model.lora_routed([name], {name: 0}),
+        model.base_model.lora_routed([name] * rows, {name: 0}),
         objective.attention(inputs["input_ids"]),
     ):
-        loss = objective.losses(objective.forward(inputs, labels), labels, {name: slice(0, 1)})[name]
+        loss = objective.losses(objective.forward(inputs, labels), labels, {name: slice(0, rows)})[name]
         grads = _gradients(loss, model, [p for _, p in factors])
     got: dict[str, list[Tensor | None]] = {}
     for (place, _), grad in zip(factors, grads, strict=True):

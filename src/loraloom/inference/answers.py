@@ -1,4 +1,4 @@
-"""What an adapter answers to rows that have no answer yet: classes, numbers, tags, parts of a text, or texts."""
+"""What an adapter answers to rows without an answer: classes, numbers, tags, parts of a text, texts, embeddings."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def answers(
         stride=settings.stride,
     )
     evaluator = Evaluator(model, task, examples, held_out, tokenizer.pad_token_id, batch_size)
-    made = evaluator.predictions(name, evaluator.run(name)[1])
+    made = task.answers(examples, evaluator.run(name)[1], held_out)
     found = {of[example]: answer for answer, example in zip(made.predictions, made.examples, strict=True)}
     return [found[number] for number in range(len(records))]
 

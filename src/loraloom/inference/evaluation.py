@@ -5,6 +5,7 @@ What a task's outputs mean is the task's business, and which figures follow from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +36,8 @@ class HeldOut(EvalRows):
 
     metrics: Metrics | None = None
     max_new_tokens: int = 64
+    #: rows that are compared with one another where the loss is of that kind, as many as in a batch of the training
+    block: int = 16
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,37 @@ class Evaluator:
             ConfigError: a user's own metric fails, or one was asked for that the tags do not have.
         """
         metrics = self._metrics
-        scores, outputs = self.run(name, keep=metrics.needs_predictions)
+        (scores,), outputs = self._scored(name, [range(len(self.examples))], keep=metrics.needs_predictions)
         made = self.predictions(name, outputs) if metrics.needs_predictions else Predictions()
         return metrics.measure(scores, made.predictions, made.references)
 
+    def loss(self, name: str) -> float:
+        """The mean loss over all examples, or over all tokens that are trained on."""
+        return self._scored(name, [range(len(self.examples))], keep=False)[0][0].loss
+
     def evaluate_parts(self, name: str, parts: Sequence[Sequence[int]]) -> Figures:
         """The same figures, each followed by those over all examples but one of the ``parts``."""
-        metrics, scores = self._metrics, list[Scores]()
-        outputs: list[Tensor | None] = [None] * len(self.examples)
+        metrics = self._metrics
+        scores, outputs = self._scored(name, parts, keep=metrics.needs_predictions)
+        made = self.predictions(name, outputs) if metrics.needs_predictions else Predictions()
+        return jackknife.figures(metrics, scores, made, parts)
+
+    def _scored(
+        self, name: str, parts: Sequence[Sequence[int]], *, keep: bool
+    ) -> tuple[list[Scores], list[Tensor | None]]:
+        """The loss of each part, and all examples' outputs."""
+        if self.task.compares_rows:
+            _, outputs = self.run(name)
+            losses = self.task.losses(self.examples, outputs, self.rows.block)
+            return [Scores(math.fsum(losses[n] for n in part), len(part)) for part in parts], outputs
+        scores: list[Scores] = []
+        outputs = [None] * len(self.examples)
         for part in parts:
-            score, found = self.run(name, part, keep=metrics.needs_predictions)
+            score, found = self.run(name, part, keep=keep)
             scores.append(score)
             for number in part:
                 outputs[number] = found[number]
-        made = self.predictions(name, outputs) if metrics.needs_predictions else Predictions()
-        return jackknife.figures(metrics, scores, made, parts)
+        return scores, outputs
 
     def shown(self, name: str) -> list[dict[str, str]]:
         """``{"input", "expected", "predicted"}`` of each row, for a person to read."""
@@ -136,7 +155,7 @@ class Evaluator:
                 if count >= len(mine):
                     continue
                 parts.append(objective.score(out, labels))
-                kept = task.kept(objective.outputs(out)).cpu() if keep else ()
+                kept = task.kept(objective.outputs(out), len(rows)).cpu() if keep else ()
                 for row, example, found in zip(rows, examples, kept, strict=keep):
                     outputs[numbers[row]] = task.own(found, example)
         everyone = world.gather((total(parts), outputs))

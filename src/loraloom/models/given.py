@@ -35,17 +35,22 @@ class GivenModel:
             built: nn.Module = type(self.model)(copy.deepcopy(self.model.config))
         return built
 
-    def check(self, auto: str, labels: int | None) -> None:
+    def check(self, auto: str, labels: int | None, bare: bool = False) -> None:
         """Check that the model has the head that the task needs.
 
         Args:
             auto: transformers' class that loads a model for the task.
             labels: outputs of the head; None for the head of a language model.
+            bare: the task needs the model without any head.
 
         Raises:
             ModelError: it does not; the message says how to load one that does.
         """
         kind = type(self.model).__name__
+        if bare:
+            if self.model.base_model is not self.model:
+                raise ModelError(f"model: {kind} has a head; load the model with {auto}.from_pretrained")
+            return
         if labels is None:
             head = getattr(self.model, "get_output_embeddings", lambda: None)()
             if head is None:

@@ -113,7 +113,7 @@ def load_base(
 
     if given := find(name):
         _check_direction(name, given.model.config, task)
-        given.check(task.auto_class, task.head(labels, problem_type).get("num_labels"))
+        given.check(task.auto_class, task.head(labels, problem_type).get("num_labels"), bare=task.bare)
         return given.model, []
     _check_folder(name, revision)
     options: dict[str, Any] = {

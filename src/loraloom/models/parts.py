@@ -124,6 +124,11 @@ def text_only(model: nn.Module, config: LoraConfig) -> LoraConfig:
         return config
     inside = "|".join(rf"{re.escape(part)}(?:\.|$)" for part in kept)
     pattern = rf"(?!{inside}).*"
+    return excluding(config, pattern)
+
+
+def excluding(config: LoraConfig, pattern: str) -> LoraConfig:
+    """``config`` that also leaves alone the modules whose names match ``pattern`` in full."""
     given = config.exclude_modules
     if given:
         more = given if isinstance(given, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, given))})"

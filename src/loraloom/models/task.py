@@ -23,6 +23,8 @@ class ModelTask:
     by_last_token = False
     #: attention is causal, also in models that read a prompt bidirectionally
     one_way = False
+    #: the model has no head
+    bare = False
     #: the folder may lack the pooler
     without_pooler = False
 

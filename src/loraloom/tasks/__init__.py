@@ -12,6 +12,7 @@ from loraloom.data.tokenize.encode import check_overlong
 from loraloom.errors import ConfigError, nearest
 from loraloom.tasks.base import Task
 from loraloom.tasks.causal_lm import CausalLM
+from loraloom.tasks.feature_extraction import FeatureExtraction
 from loraloom.tasks.question_answering import QuestionAnswering
 from loraloom.tasks.seq2seq_lm import Seq2SeqLM
 from loraloom.tasks.seq_cls import SequenceClassification
@@ -20,7 +21,14 @@ from loraloom.tasks.token_cls import TokenClassification
 #: By their names. Rows whose task is not given are tried for these in turn: what says the most comes first.
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (QuestionAnswering(), TokenClassification(), SequenceClassification(), Seq2SeqLM(), CausalLM())
+    for task in (
+        QuestionAnswering(),
+        TokenClassification(),
+        SequenceClassification(),
+        Seq2SeqLM(),
+        CausalLM(),
+        FeatureExtraction(),
+    )
 }
 
 

@@ -12,10 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from loraloom.config.lora import LoraConfig
 from loraloom.data import batches
 from loraloom.data.example import IGNORE, Example
 from loraloom.data.records import Record
+from loraloom.data.table.store import lengths_of
 from loraloom.data.task import RowTask
+from loraloom.models.parts import text_only
 from loraloom.models.task import ModelTask
 from loraloom.tasks.baseline import Constant, Known
 from loraloom.tasks.metrics.kinds import Kind
@@ -40,6 +43,17 @@ class Task(RowTask, ModelTask):
         """The tensors of a batch: see ``data.batches.collate``."""
         return batches.collate(examples, pad_id, self.layout)
 
+    #: texts of a row that go through the model by themselves
+    texts = 1
+
+    def widest(self, examples: Examples) -> tuple[int, int]:
+        """Rows of a batch that an example makes at most, and tokens of the longest."""
+        return self.texts, max(map(int, lengths_of(examples)))
+
+    def adapted(self, model: Any, config: LoraConfig) -> LoraConfig:
+        """``config`` that leaves alone what has no part in the task's output."""
+        return text_only(model, config)
+
     def count(self, example: Example) -> int:
         """Predictions that the loss of an example is a mean of: its weight where gradients are accumulated."""
         if self.layout == "row" or self.own_loss is not None or not isinstance(example.labels, list):
@@ -63,7 +77,7 @@ class Task(RowTask, ModelTask):
                 other slots are never among them.
         """
         made = copy.copy(self)
-        made.own_loss, made.head_in_loss = function, False
+        made.own_loss, made.head_in_loss, made.compares_rows = function, False, False
         return made
 
     def inputs(self, model: Any, inputs: Inputs, labels: Tensor | None) -> Inputs:
@@ -97,6 +111,10 @@ class Task(RowTask, ModelTask):
         """A row's columns with a placeholder for the answer that is asked for, which nothing is made of."""
         raise NotImplementedError
 
+    def answers(self, examples: Examples, outputs: Outputs, held_out: EvalRows) -> Predictions:
+        """The answers to such rows."""
+        return self.predictions(examples, outputs, held_out)
+
     # -- held-out rows
 
     #: predictions are texts that the adapter writes
@@ -125,8 +143,8 @@ class Task(RowTask, ModelTask):
             return out
         return out[: len(example.labels)]
 
-    def kept(self, out: Tensor) -> Tensor:
-        """What is kept of the output of a batch for ``predictions``."""
+    def kept(self, out: Tensor, examples: int) -> Tensor:
+        """[examples, ...]: what is kept of the output of a batch for ``predictions``."""
         return out.float()
 
     def predictions(self, examples: Examples, outputs: Outputs, held_out: EvalRows) -> Predictions:
@@ -134,6 +152,13 @@ class Task(RowTask, ModelTask):
 
         Where these are NaN, ``NOTHING`` is predicted.
         """
+        raise NotImplementedError
+
+    #: the loss of a row depends on the other rows of its batch
+    compares_rows = False
+
+    def losses(self, examples: Examples, outputs: Outputs, block: int) -> list[float]:
+        """Of tasks that compare rows: the loss of each example among ``block`` of them, however they were batched."""
         raise NotImplementedError
 
     def prompt_and_target(self, example: Example) -> tuple[list[int], list[int]]:
@@ -162,7 +187,7 @@ class Task(RowTask, ModelTask):
         """What is trained on, where it is not some of the row's own tokens."""
         return None
 
-    def usage(self, options: Any, problem: str | None) -> dict[str, Any]:
+    def usage(self, options: Any, problem: str | None, config: Any) -> dict[str, Any]:
         """What whoever uses the adapter has to know, beside classes and template: plain JSON."""
         return {}
 

@@ -25,12 +25,13 @@ Answer = Callable[[Example], Tensor]
 
 @dataclass(frozen=True)
 class Known:
-    """What a run knows of its training rows: classes by number, problem type, and tokens that there are."""
+    """What a run knows of its training rows: classes, problem type, tokens that there are, rows of a batch."""
 
     labels: Sequence[str]
     problem: str | None
     tokenizer: Any
     tokens: int
+    block: int
 
 
 @dataclass

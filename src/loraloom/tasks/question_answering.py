@@ -113,7 +113,7 @@ class QuestionAnswering(Task):
         start, end = (int(label) for label in example.labels)
         return str(tokenizer.decode(example.input_ids[start : end + 1])) if end else "(not in this window)"
 
-    def usage(self, options: Any, problem: str | None) -> dict[str, Any]:
+    def usage(self, options: Any, problem: str | None, config: Any) -> dict[str, Any]:
         return {"stride": options.stride}
 
 

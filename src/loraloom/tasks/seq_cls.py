@@ -117,7 +117,7 @@ class SequenceClassification(Task):
             return ", ".join(name for name, applies in zip(names, labels, strict=True) if applies) or "(none)"
         return names[labels] if names and isinstance(labels, int) else f"{labels:g}"
 
-    def usage(self, options: Any, problem: str | None) -> dict[str, Any]:
+    def usage(self, options: Any, problem: str | None, config: Any) -> dict[str, Any]:
         return {"problem_type": problem or SINGLE}
 
 

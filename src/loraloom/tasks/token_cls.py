@@ -59,7 +59,7 @@ class TokenClassification(Task):
         scheme = scheme_of(labels)
         return WORDS if scheme is None else replace(TAGS, plain=scheme.rows)
 
-    def kept(self, out: Tensor) -> Tensor:
+    def kept(self, out: Tensor, examples: int) -> Tensor:
         """The number of each token's best tag; -1 where a logit is NaN, which ``argmax`` takes for the greatest."""
         return torch.where(out.isnan().any(-1), -1, out.argmax(-1))
 

@@ -96,7 +96,6 @@ def nonfinite_examples(model: PeftModel, slot: Slot, examples: Sequence[Example]
     """Of the examples that ``slot`` failed on, those whose loss is not finite by themselves, as numbers."""
 
     def loss(number: int) -> float:
-        scores, _ = Evaluator(model, task, [examples[number]], pad_id=pad_id).run(slot.name, keep=False)
-        return scores.loss
+        return Evaluator(model, task, [examples[number]], pad_id=pad_id).loss(slot.name)
 
     return [number for number in slot.failed if not math.isfinite(loss(number))]

@@ -23,6 +23,7 @@ from loraloom.distributed.process_group import SINGLE
 from loraloom.engine import optimizers
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, ModelError, some
+from loraloom.files import log
 from loraloom.inference.evaluation import Evaluator, HeldOut
 from loraloom.inference.jackknife import Figures, divide
 from loraloom.lora.matching import matches_name
@@ -32,7 +33,6 @@ from loraloom.models.configs import tokens_at_most
 from loraloom.models.given import hash_of_weights
 from loraloom.models.labels import SHOWN, as_the_model
 from loraloom.models.load import build_empty, length_within, load_base, load_config, load_tokenizer
-from loraloom.models.parts import text_only
 from loraloom.tasks.base import Task
 from loraloom.tasks.metrics.registry import Metrics, choose
 from loraloom.training import early_stopping
@@ -59,7 +59,7 @@ class Setup:
         given = list(options.lora.modules_to_save or ())
         known = [*given, *self.task.heads]
         new = [n for n in self.new_modules if not any(matches_name(k, n) or f".{k}." in f".{n}." for k in known)]
-        return text_only(self.base, options.lora.copy(modules_to_save=[*given, *new] or None))
+        return self.task.adapted(self.base, options.lora.copy(modules_to_save=[*given, *new] or None))
 
     def empty(self) -> nn.Module:
         """The model without its weights, for counting."""
@@ -130,6 +130,7 @@ class Setup:
             max_length=options.max_length or 0,
             stride=options.stride,
             max_new_tokens=options.max_new_tokens,
+            block=options.batch_size,
         )
 
 
@@ -228,6 +229,10 @@ def load(
     if not options.fsdp:  # else its parts go there one by one
         base.to(where.device)
     _check_vocabulary(base, data, options.model)
+    for text in data.notes:
+        log.info(text)
+    for text in data.warnings:
+        log.warning(text)
     return Setup(options, data, tokenizer, base, task, new, metrics, where, weights)
 
 

@@ -315,9 +315,8 @@ class Trainer:
 
     def _needs(self, batch_sizes: list[int]) -> dict[int, int]:
         setup, options = self.job.setup, self.options
-        length = int(max(self.job.data.train.lengths))
-        again = options.gradient_checkpointing
-        return estimate.needs(setup.empty, setup.config(options), length, options.dtype, batch_sizes, again)
+        widest, again = setup.task.widest(setup.data.train.examples), options.gradient_checkpointing
+        return estimate.needs(setup.empty, setup.config(options), widest, options.dtype, batch_sizes, again)
 
     def _keep(self, found: dict[str, Any], error: BaseException | None) -> list[str]:
         """Save a checkpoint, where it is known what it would hold, and the adapter. Returns what there is now."""

@@ -28,7 +28,7 @@ def usage(setup: Setup) -> dict[str, Any]:
         "max_length": options.max_length,
         "overlong": options.overlong,
     }
-    found |= setup.task.usage(options, data.problem)
+    found |= setup.task.usage(options, data.problem, setup.base.config)
     if data.names:
         found["id2label"] = {str(number): name for number, name in enumerate(data.names)}
     if data.template is not None:

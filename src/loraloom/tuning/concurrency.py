@@ -109,11 +109,11 @@ def _in_turns(rate: Callable[[int], float], rates: dict[int, list[float]], count
 def one_slot(setup: Setup, config: LoraConfig) -> Memory:
     """What a step of a single adapter needs, for the longest rows there are."""
     options = setup.options
-    length = int(max(setup.data.train.lengths))
+    texts, length = setup.task.widest(setup.data.train.examples)
     _, need = estimate(
         setup.empty(),
         config,
-        rows=options.batch_size,
+        rows=options.batch_size * texts,
         length=length,
         dtype=options.dtype,
         recompute=options.gradient_checkpointing,

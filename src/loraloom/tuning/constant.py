@@ -24,7 +24,8 @@ def constant(setup: Setup) -> Constant | None:
     if setup.task.own_loss is not None:
         return None  # its losses are not those of a user's own function
     data = setup.data
-    known = Known(data.names, data.problem, setup.tokenizer, data.train.largest + 1)
+    block = min(setup.options.batch_size, len(data.validation.examples))
+    known = Known(data.names, data.problem, setup.tokenizer, data.train.largest + 1, block)
     return setup.task.constant(list(_some(data.train.examples)), known)
 
 

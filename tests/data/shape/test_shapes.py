@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraloom.data.records import Asked, Chat, Labelled, Pair, Record, Tagged, Text, Translated
+from loraloom.data.records import Asked, Chat, Labelled, Pair, Record, Related, Tagged, Text, Translated
 from loraloom.data.rows import Row, RowError
 from loraloom.data.shape.shapes import Shape, recognise
 from loraloom.errors import ConfigError, DataError
@@ -144,6 +144,9 @@ GOOD: list[tuple[str, str, dict[str, Any], Record]] = [
     ("seq-cls", "text-label", {"text": "t", "label": 0.5}, Labelled("t", None, 0.5)),
     ("seq-cls", "text-label", {"text": "t", "label": "-5e-1"}, Labelled("t", None, -0.5)),
     ("seq-cls", "pair-label", {"text1": "t", "text2": "u", "label": 1}, Labelled("t", "u", 1)),
+    ("feature-extraction", "pair", {"text1": "t", "text2": "u", "label": 1}, Related(("t", "u"))),
+    ("feature-extraction", "triplet", {"text1": "t", "text2": "u", "negative": "v"}, Related(("t", "u", "v"))),
+    ("feature-extraction", "pair-score", {"text1": "t", "text2": "u", "score": 1}, Related(("t", "u"), 1.0)),
     ("token-cls", "tokens-tags", {"tokens": ["a", "b"], "tags": ["O", 1]}, Tagged(["a", "b"], ["O", 1])),
     ("token-cls", "tokens-tags", {"tokens": '["a"]', "tags": "[0]"}, Tagged(["a"], [0])),
     ("seq2seq-lm", "source-target", {"source": "s", "target": "t"}, Translated("s", "t")),
@@ -232,7 +235,6 @@ def test_a_column_with_a_dot_in_its_name_goes_before_an_object() -> None:
         ("causal-lm", {"columns": {"promt": "text"}}, "did you mean 'prompt'"),
         ("causal-lm", {"columns": {"prompt": "text", "instruction": "text"}}, "no shape of causal-lm has all of"),
         ("causal-lm", {"format": "text", "columns": {"prompt": "text"}}, "no column of text"),
-        ("no-task", {}, "is not one of"),
     ],
 )
 def test_a_format_or_a_column_that_the_task_does_not_know_is_refused(

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from loraloom.data.records import Asked, Labelled, Record, Tagged, Text, Translated
+from loraloom.data.records import Asked, Labelled, Record, Related, Tagged, Text, Translated
 from loraloom.data.rows import shown
 from loraloom.data.shape.fields import JSON_NAMES, Fields, is_name, text_fault
-from loraloom.data.shape.labels import label
+from loraloom.data.shape.labels import as_number, label
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Form:
     """One shape: the columns that it needs, those that it may have, and the record they make.
 
     ``item`` is a key of the objects that its one column lists, where other shapes give that column the same name.
+    ``aliases`` are other names of all the columns that it needs, and ``problem`` is the problem type of its rows.
     """
 
     name: str
@@ -27,6 +28,8 @@ class Form:
     read: Callable[[Fields], Record]
     may: tuple[str, ...] = ()
     item: str = ""
+    aliases: tuple[tuple[str, ...], ...] = ()
+    problem: str | None = None
 
 
 def read_text(fields: Fields) -> Text:
@@ -39,6 +42,25 @@ def read_labelled(fields: Fields) -> Labelled:
 
 def read_pair(fields: Fields) -> Labelled:
     return Labelled(fields.text("text1"), fields.text("text2"), label(fields))
+
+
+def read_related(fields: Fields) -> Related:
+    return Related((fields.text("text1"), fields.text("text2")))
+
+
+def read_triplet(fields: Fields) -> Related:
+    return Related((fields.text("text1"), fields.text("text2"), fields.text("negative")))
+
+
+def read_scored(fields: Fields) -> Related:
+    score = as_number(fields.get("score"))
+    if score is None or not -1 <= score <= 1:
+        raise fields.wrong(
+            "score",
+            f"must be a number from -1 to 1, the cosine that the two texts should have, found "
+            f"{shown(fields.get('score'))}; divide scores of 0 to 5 by 5",
+        )
+    return Related((fields.text("text1"), fields.text("text2")), score)
 
 
 def read_tagged(fields: Fields) -> Tagged:

@@ -29,7 +29,7 @@ def labels_of(rows: Sequence[Row], column: str, problem: str | None = None) -> L
     labels = [label for label in (lookup(row, column) for row in rows) if label is not ABSENT]
     if problem == SEVERAL or (problem is None and any(_as_list(label) is not None for label in labels)):
         return Labels(SEVERAL, multi_hot=_multi_hot(labels))
-    numbers = [_number(label) for label in labels if label is not None]
+    numbers = [as_number(label) for label in labels if label is not None]
     numeric = all(number is not None for number in numbers)
     if problem is None and numeric and any(map(_has_fraction, labels)):
         return Labels(NUMBER)
@@ -62,11 +62,12 @@ def _is_bit(value: object) -> bool:
 def _has_fraction(label: object) -> bool:
     if isinstance(label, str) and not FRACTION.fullmatch(label.strip()):
         return False
-    number = _number(label)
+    number = as_number(label)
     return number is not None and math.isfinite(number) and not number.is_integer()
 
 
-def _number(label: object) -> float | None:
+def as_number(label: object) -> float | None:
+    """A number, also one that is written as text; None where it is none."""
     if isinstance(label, bool) or not isinstance(label, int | float | str):
         return None
     if isinstance(label, str) and not NUMERIC.fullmatch(label.strip()):
@@ -92,7 +93,7 @@ def label(fields: Fields) -> str | int | float | list[str | int]:
         return list(classes)
     value = fields.get("label")
     if labels.problem == NUMBER:
-        number = _number(value)
+        number = as_number(value)
         if number is None or not math.isfinite(number):
             raise fields.wrong("label", f"must be a number that is finite (regression), found {shown(value)}")
         return number
@@ -129,7 +130,7 @@ def _whole(fields: Fields, value: str) -> str | int:
 
     Text that is no number is a class like any other.
     """
-    number = _number(value)
+    number = as_number(value)
     if number is None:
         return value
     if not number.is_integer():  # nor are NaN and infinity

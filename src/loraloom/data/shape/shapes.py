@@ -107,7 +107,7 @@ def recognise(
     if not fitting:
         raise _nothing_fits(row, task, forms, named)
     form, renamed = fitting[0]
-    labels = Labels(problem_type)
+    labels = Labels(form.problem or problem_type)
     if "label" in form.needs:
         labels = labels_of(first, renamed.get("label", "label"), problem_type)
     used = {renamed.get(name, name).split(".")[0] for name in (*form.needs, *form.may)} | set(renamed.values())
@@ -148,14 +148,19 @@ _ITEMS = ("role", "from")
 
 def _fits(form: Form, row: Row, columns: dict[str, str], forced: bool) -> Iterator[dict[str, str]]:
     """The mapping of columns by which the row has all that the form needs; none where it does not."""
-    columns = dict(columns)
-    for name in (*form.needs, *form.may):
-        if name not in columns and (there := _as_written(row, name)) != name:
-            columns[name] = there
-    if not form.item:
-        if all(lookup(row, columns.get(name, name)) is not ABSENT for name in form.needs):
-            yield columns
-        return
+    for names in (form.needs, *form.aliases):
+        called = dict(zip(form.needs, names, strict=True)) | {name: name for name in form.may}
+        found = {ours: _as_written(row, theirs) for ours, theirs in called.items() if ours not in columns}
+        found = columns | {ours: theirs for ours, theirs in found.items() if ours != theirs}
+        if form.item:
+            yield from _talk(form, row, found, forced)
+        elif all(lookup(row, found.get(name, name)) is not ABSENT for name in form.needs):
+            yield found
+            return
+
+
+def _talk(form: Form, row: Row, columns: dict[str, str], forced: bool) -> Iterator[dict[str, str]]:
+    """The same of a conversation."""
     # These two are told apart by what is in the column, because both names are used for both.
     ours = form.needs[0]
     own = columns.get(ours, ours)

@@ -185,7 +185,13 @@ def _recognised(
     """The shape of each source, by its first rows."""
     problem, on_bad = known.problem if known else problem, _pass_over if skip else None
     shapes = [recognise(source.first(LOOK, on_bad), task, format, columns, problem, skip) for source in sources]
+    first, where = (known.shapes[0], known.sources[0].name) if known else (shapes[0], sources[0].name)
     for source, shape in zip(sources, shapes, strict=True):
+        if shape.form.problem and shape.name != first.name:
+            raise DataError(
+                f"{source.name}: its rows are of the shape {shape.name}, and those of {where} of {first.name}; give "
+                "rows of one shape (format chooses one that fits all)"
+            )
         if shape.problem_type != shapes[0].problem_type:
             raise DataError(
                 f"{source.name}: its labels are those of {shape.problem_type}, and those of {sources[0].name} of "

@@ -82,6 +82,9 @@ WORDS = Kind(
     },
     which="which mark no entities",
 )
+#: A row's second text is found among all, or the cosine of two texts is as its score.
+MATCHES = Kind("matches", {"recall_at_1": functions.accuracy}, problem="contrastive")
+SIMILARITIES = Kind("similarities", {"spearman": functions.spearman, "pearson": functions.pearson}, problem="cosine")
 ANSWERS = Kind("answers", {"f1": functions.answer_f1, "exact_match": functions.answer_exact})
 #: Texts are generated only when asked for; perplexity follows from the loss.
 TEXTS = Kind(

@@ -56,8 +56,9 @@ def estimate_resources(
     the whole training, as far as this process has a part in them.
     """
     lengths = sorted(len(example.input_ids) for example in train)
+    texts, longest = pack.task.widest(train)
     _, memory = estimate(
-        empty, config, rows=batch_size, length=lengths[-1], dtype=dtype, recompute=gradient_checkpointing
+        empty, config, rows=batch_size * texts, length=longest, dtype=dtype, recompute=gradient_checkpointing
     )
     order = sorted(range(len(train)), key=lambda row: len(train[row].input_ids))
     middle = max(0, (len(order) - batch_size) // 2)
@@ -79,12 +80,20 @@ def estimate_resources(
 
 
 def needs(
-    empty: Callable[[], nn.Module], config: LoraConfig, length: int, dtype: str, batch_sizes: Iterable[int], again: bool
+    empty: Callable[[], nn.Module],
+    config: LoraConfig,
+    widest: tuple[int, int],
+    dtype: str,
+    batch_sizes: Iterable[int],
+    again: bool,
 ) -> dict[int, int]:
-    """Rows of a forward → bytes that a step with them takes beside the frozen model, as far as it can be counted."""
+    """Rows of a forward → bytes that a step with them takes beside the frozen model, as far as it can be counted.
+
+    ``widest`` is that of the examples: see ``Task.widest``.
+    """
     found = {}
     for rows in batch_sizes:
-        _, memory = estimate(empty(), config, rows=rows, length=length, dtype=dtype, recompute=again)
+        _, memory = estimate(empty(), config, rows=rows * widest[0], length=widest[1], dtype=dtype, recompute=again)
         if memory.activations is not None:
             found[rows] = memory.total - memory.base
     return found

@@ -22,7 +22,6 @@ from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import Plan, plan
 from loraloom.models.activation_checkpointing import repeated
 from loraloom.models.load import build_empty, length_within, load_limit
-from loraloom.models.parts import text_only
 from loraloom.tasks.base import Task
 from loraloom.tasks.head_split import Split, Whole, split
 from loraloom.tasks.linear_cross_entropy import AT_A_TIME
@@ -57,10 +56,10 @@ def estimate(
     trained one. With ``recompute``, layers keep their inputs, and what one of them needs exists at a time.
     """
     model = model.to(getattr(torch, dtype))
-    config = text_only(model, config)
+    task = tasks.get(config.task_type or "seq-cls")
+    config = task.adapted(model, config)
     made = plan(model, config)
     peft = get_peft_model(model, config)
-    task = tasks.get(peft.peft_config["default"].task_type or "seq-cls")
     way = split(peft) if task.head_in_loss else None
     return made, Memory(
         base=made.base_bytes,
@@ -104,7 +103,7 @@ def forecast(
     made, memory = estimate(
         base,
         config.copy(task_type=TASKS[task]),
-        rows=batch_size,
+        rows=batch_size * tasks.get(task).texts,
         length=length,
         dtype=dtype,
         recompute=gradient_checkpointing,
