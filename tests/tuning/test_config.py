@@ -235,3 +235,19 @@ def test_any_metric_of_the_run_can_be_searched_by() -> None:
     assert options(train=train, metric="whatever_it_returns").metric == "whatever_it_returns"
     assert options(train=base(problem_type="regression")).metric == "mse"
     assert options(train=base(metrics=["loss"])).metric == "loss"
+
+
+def test_an_option_that_is_newer_than_the_first_version_says_so() -> None:
+    """At its default it then has no part in a search's fingerprint: searches of 0.1 are recognised."""
+    from loraloom.config.options import options_of
+
+    first = """
+        model data task output overwrite revision dtype attn_implementation device eval_split format columns max_length
+        overlong on_bad_row allow_untrained chat_template date stride problem_type data_workers epochs max_steps
+        batch_size gradient_accumulation_steps learning_rate loraplus_lr_ratio lr_scheduler_type warmup_ratio
+        warmup_steps decay_ratio optim optim_args weight_decay max_grad_norm gradient_checkpointing fsdp seed
+        eval_strategy eval_steps eval_minutes eval_batch_size metrics metric_for_best_model load_best_model_at_end
+        early_stopping_patience early_stopping_threshold max_new_tokens save_strategy save_steps save_minutes
+        save_total_limit report_to"""
+    newer = {name for name, option in options_of(TrainConfig).items() if name not in first.split()}
+    assert newer == {name for name, option in options_of(TrainConfig).items() if option.since}

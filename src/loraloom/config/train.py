@@ -63,7 +63,9 @@ class TrainConfig(Options):
     )
 
     eval_split: Any = _data(0.1, SPLIT, "Held-out rows: a share, a count, or data of their own", key="data.validation")
-    test_split: Any = _data(None, SPLIT, "Rows kept for a last test, in the same ways", key="data.test", unset="none")
+    test_split: Any = _data(
+        None, SPLIT, "Rows kept for a last test, in the same ways", key="data.test", unset="none", since="0.2"
+    )
     format: str | None = _data(None, _TEXT, "Shape of the rows, such as text-label", unset="recognised")
     columns: dict[str, str] = _data({}, COLUMNS, 'Names of columns, ours to yours, such as {"text": "body"}')
     max_length: int | None = _data(None, _COUNT, "Longest row, in tokens", unset="512, or what the model reads")
