@@ -18,7 +18,7 @@ from loraloom.engine.loop import OnStep
 from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import TargetError
-from loraloom.files import lock
+from loraloom.files import lock, log
 from loraloom.lora.model import PeftModel, get_peft_model
 from loraloom.lora.targets import plan
 from loraloom.messages import Message, OnEvent, Warn, ignore, logged
@@ -62,6 +62,10 @@ def prepare(options: TrainConfig, resume: Resume = None, reading: OnProgress = s
     place.world.main_process_first(lambda: lock.check(options.output))
     place.world.main_process_first(lambda: check_output(options, going_on=resumes(options, resume)))
     setup = load(options, place, reading, date_of(options, resume))
+    for text in setup.data.notes:
+        log.info(text)
+    for text in setup.data.warnings:
+        log.warning(text)
     options, config = setup.options, setup.config(setup.options)
     made = plan(setup.base, config)
     model = get_peft_model(setup.base, config, adapter_name=ADAPTER, seed=options.seed)

@@ -23,7 +23,6 @@ from loraloom.distributed.process_group import SINGLE
 from loraloom.engine import optimizers
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, ModelError, some
-from loraloom.files import log
 from loraloom.inference.evaluation import Evaluator, HeldOut
 from loraloom.inference.jackknife import Figures, divide
 from loraloom.lora.matching import matches_name
@@ -229,10 +228,6 @@ def load(
     if not options.fsdp:  # else its parts go there one by one
         base.to(where.device)
     _check_vocabulary(base, data, options.model)
-    for text in data.notes:
-        log.info(text)
-    for text in data.warnings:
-        log.warning(text)
     return Setup(options, data, tokenizer, base, task, new, metrics, where, weights)
 
 
