@@ -188,7 +188,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Any], list[object]], list[str]]] = {
     ),
     "a run file without a model": (
         lambda w: ["train", w.file("run.yaml", "task: seq-cls\n")],
-        ["run.yaml: model.name: not given", "--model"],
+        ["run.yaml: model.name, data.train, output: not given", "--model"],
     ),
     "a key of the run file that is unknown": (
         lambda w: w.train(w.file("run.yaml", "lora:\n  r: 8\n  lora_alhpa: 8\n")),
@@ -219,7 +219,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Any], list[object]], list[str]]] = {
     "an option without its value": (lambda w: w.train("--seed"), ["--seed", "requires an argument"]),
     "a number that is none": (lambda w: w.train("--r", "eight"), ["--r"]),
     "a word too many": (lambda w: w.train("twice"), ["twice"]),
-    "a missing option": (lambda w: ["train", "--model", w.encoder], ["Missing option '--data'"]),
+    "a missing option": (
+        lambda w: ["train", "--model", w.encoder],
+        ["Missing options --data, --task, --output; give them, or a run file"],
+    ),
     # tune
     "an empty space": (lambda w: w.tune(space={}), ["tune.space", "must map keys such as lora.r to lists or ranges"]),
     "a space in which nothing varies": (lambda w: w.tune(space={"lora.r": [4]}), ["space: nothing varies"]),
@@ -371,7 +374,7 @@ def test_an_adapter_for_another_base_is_refused_with_its_folder_and_the_shapes(
     before = {name: p.clone() for name, p in other.named_parameters()}
     with pytest.raises(AdapterError) as error:
         PeftModel.from_pretrained(other, tmp_path / "run")
-    for part in (str(tmp_path / "run"), "(8, 32)", "(8, 64)", "another base"):
+    for part in (str(tmp_path / "run"), "(16, 64)", "(16, 128)", "another base"):
         assert part in str(error.value)
     assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
 

@@ -110,7 +110,8 @@ def _said(error: Any) -> tuple[str, int]:
     if isinstance(error, LoraloomError):
         return str(error), 2 if isinstance(error, InputError) else 1
     if hasattr(error, "format_message"):  # the parser's own: an unknown option, a number that is none
-        return error.format_message() or "a command is missing; see loraloom --help", 2
+        missing = type(error).__name__ == "NoArgsIsHelpError"  # whose message is the whole help
+        return "a command is missing; see loraloom --help" if missing else error.format_message(), 2
     if isinstance(error, OSError) and error.filename and error.strerror:
         place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
         return f"{place}: cannot be read or written ({error.strerror}); the same command can be given again", 1
