@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from loraloom import tasks
 from loraloom.data.read.sources import resolve
 from loraloom.data.shape.shapes import recognise
 
@@ -93,7 +94,7 @@ def test_the_script_writes_the_same_bytes_every_time_and_they_can_be_trained_on(
     assert len(parts[1]) == 800
     written = [json.dumps(row.fields, sort_keys=True) for part in parts for row in part]
     assert sorted(written) == sorted(json.dumps(row, sort_keys=True) for row in rows)
-    shape = recognise(parts[0], "seq-cls")
+    shape = recognise(parts[0], tasks.get("seq-cls"))
     assert (shape.name, shape.problem_type) == ("text-label", "single_label_classification")
     for part in parts:
         assert {shape.read(row).label for row in part} == set(corpus.AREAS)
