@@ -437,7 +437,7 @@ SKIPPED: dict[str, tuple[str, list[Any], str, str]] = {
     ),
     "nothing to train on": (
         "causal-lm",
-        [{"prompt": "say good :", "completion": " good"}] * 6,
+        [{"prompt": f"say {word} :", "completion": " good"} for word in ("the", "film", "was", "a", "book", "with")],
         json.dumps({"prompt": "the film " * 40, "completion": " good"}),
         "nothing of 'completion' is left to train on",
     ),

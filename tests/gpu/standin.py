@@ -311,7 +311,7 @@ def _taken_for_real() -> Iterator[None]:
     Whether a model sees later tokens, no fake numbers can tell.
     """
     from loraloom.engine import gradient_probe
-    from loraloom.lora import layers
+    from loraloom.lora import frozen
 
     ahead = gradient_probe._reads_ahead
 
@@ -321,7 +321,7 @@ def _taken_for_real() -> Iterator[None]:
     def never(*args: Any) -> bool:
         return ahead(*args) and False
 
-    with mock.patch.object(layers, "type", kind, create=True), mock.patch.object(gradient_probe, "_reads_ahead", never):
+    with mock.patch.object(frozen, "type", kind, create=True), mock.patch.object(gradient_probe, "_reads_ahead", never):
         yield
 
 
