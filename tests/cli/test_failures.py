@@ -43,7 +43,7 @@ def test_ctrl_c_saves_what_is_there_and_says_how(encoder_folder: Path, reviews: 
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step 5:"):
+        if line.startswith("step 5 of"):
             process.send_signal(signal.SIGINT)
             break
     _, said = process.communicate(timeout=60)

@@ -56,7 +56,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(
 ) -> None:
     folder = world.tmp / "out"
     going = ["--max-steps", 10**6, "--eval-steps", 5, "--save-steps", 5, "--report-to", "none"]
-    first = begun(world.train(*going), "step 5:")
+    first = begun(world.train(*going), "step 5 of")
     told = (
         rf"error: output: another run is under way in {re.escape(str(folder))} \(process {first.pid}, since "
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\); wait for its end, or give another folder with --output\n"
