@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from loraloom import LoraConfig, PeftModel, get_peft_model
 from loraloom.errors import AdapterError
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_compiled() -> None:
+    """Threads are tried as in a process without compiled code, whatever tests ran before."""
+    if (dynamo := sys.modules.get("torch._dynamo.utils")) is not None:
+        dynamo.counters.clear()
+
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = transformers.LlamaConfig(vocab_size=50, max_position_embeddings=32, **SHAPE)
