@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def test_ctrl_c_saves_what_is_there_and_says_how(encoder_folder: Path, reviews: 
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout is not None
+    threading.Timer(120, process.kill).start()
     for line in process.stdout:
         if line.startswith("step 5 of"):
             process.send_signal(signal.SIGINT)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,12 @@ def begun() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         processes.append(process)
         assert process.stdout is not None
         said = []
+        late = threading.Timer(120, process.kill)  # a line that never comes is a failure, not a wait without end
+        late.start()
         for line in process.stdout:
             said.append(line)
             if until in line:
+                late.cancel()
                 return process
         raise AssertionError((said, process.communicate()[1]))
 
@@ -84,7 +88,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(
 def test_a_second_search_in_a_folder_is_refused_and_so_is_a_run(
     world: Any, call: Callable[..., Any], begun: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    first = begun(world.tune("--max-steps", 10**6), "trial 1 begins")
+    first = begun(world.tune("--max-steps", 10**6), "trial 1 starts")
     for arguments in (world.tune("--max-steps", 10**6), world.tune("--overwrite"), world.train()):
         ended = call(*arguments)
         assert (ended.code, ended.err.count("\n")) == (2, 1), ended

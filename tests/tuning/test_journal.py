@@ -11,13 +11,13 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from tune.proposing import all_proposals, options, trial
 
 from loraloom.report.sentences import sentence
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.journal import ASIDE, Journal
 from loraloom.tuning.sampler import JOURNAL_NAME
 from loraloom.tuning.trial import Trial
+from tuning.proposing import all_proposals, options, trial
 
 
 def opened(folder: Path) -> list[optuna.trial.FrozenTrial]:

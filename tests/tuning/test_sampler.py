@@ -9,11 +9,11 @@ from typing import Any
 
 import optuna
 import pytest
-from tune.proposing import BASE, SMALL, WIDE, all_proposals, options, trial
 
 from loraloom.config.train import TrainConfig
 from loraloom.tuning.sampler import propose
 from loraloom.tuning.trial import Trial
+from tuning.proposing import BASE, SMALL, WIDE, all_proposals, options, trial
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
