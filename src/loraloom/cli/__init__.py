@@ -96,6 +96,7 @@ def _run(arguments: list[str]) -> int:
             code = app(runs.whole_resume(arguments), prog_name="loraloom", standalone_mode=False)
         if code == 130:  # how the parser says Ctrl-C
             raise KeyboardInterrupt
+        _leave()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped", 1)
@@ -103,6 +104,13 @@ def _run(arguments: list[str]) -> int:
         if os.environ.get("LORALOOM_TRACEBACK"):
             log(traceback.format_exc(), sys.stderr)
         return _fail(*_said(error))
+
+
+def _leave() -> None:
+    """Leave the process group of a run that ended well: a process that exits with its threads open may abort."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _said(error: Any) -> tuple[str, int]:
