@@ -1,4 +1,4 @@
-"""The keys of a run file: every option by its dotted key, and what is said of a key that is none."""
+"""The keys of a run file: every option by its dotted key, and the error for an unknown key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects that a program gives where a run file has a name: a loaded model with its tokenizer, a function of its own.
+"""Objects that a program gives where a run file has a name: a loaded model with its tokenizer, a function.
 
 Options hold names alone, so that they can be written down and compared. An object gets a name that follows from what
 it is (a function's source, a model's weights), and is found by it as long as it is held.
@@ -44,7 +44,7 @@ def find(name: str) -> Any:
 def name_of(function: Callable[..., Any]) -> str:
     """``"package.module:function"`` for one that can be imported; else ``"given:NAME-HASH"``, by its source.
 
-    The hash is that of the source text, or of the bytecode where there is no source.
+    The hash is that of the source text, or of the bytecode if the source is missing.
     """
     module, qualname = getattr(function, "__module__", None) or "", getattr(function, "__qualname__", "")
     if module not in ("", "__main__") and qualname.isidentifier():

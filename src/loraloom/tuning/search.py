@@ -1,6 +1,6 @@
 """The search: trials train side by side over one frozen model, poor ones stop early, waiting ones take their slots.
 
-Here trials are given to workers (``tuning.worker``) and where the search stands is written down; ``tuning.search``
+Here trials are given to workers (``tuning.worker``) and where the search stands is written down; ``tuning.scheduler``
 decides who trains. Decisions follow from what was measured alone, never from the clock, so a search that is killed at
 any moment and run again comes to the same verdict.
 """
