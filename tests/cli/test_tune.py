@@ -22,7 +22,7 @@ def test_a_search_says_which_to_use_and_its_file_trains_it(
 ) -> None:
     (tmp_path / "run.yaml").write_text(
         f"task: seq-cls\nmodel: {{name: {encoder_folder}}}\ndata: {{train: {reviews}, validation: 40}}\n"
-        "lora: {target_modules: all-linear}\ntrain: {max_steps: 72, batch_size: 16}\n"
+        "lora: {target_modules: all-linear}\ntrain: {max_steps: 144, batch_size: 16}\n"
         f"output: {tmp_path / 'search'}\ntune:\n  slots: 2\n  seeds: 1\n"
         "  finalists: 2\n  space: {lora.r: [2, 4], train.learning_rate: [1e-2, 1.5e-2]}\n"
     )
@@ -32,9 +32,7 @@ def test_a_search_says_which_to_use_and_its_file_trains_it(
     folder = tmp_path / "search"
     record = json.loads((folder / "result.json").read_text())
     assert {"best.yaml", "best", "result.json", "search.png", "pareto.png"} <= {*os.listdir(folder)}
-    repeats = [trial for trial in record["trials"] if trial["repeats"] is not None]
-    assert len(record["trials"]) - len(repeats) == 4
-    assert len(repeats) in (1, 2)  # one that did not clearly learn is not trained again
+    assert len(record["trials"]) == 6
     assert f"loraloom train {folder / 'best.yaml'}" in ended.out
     for name in ("best", "result.json", "search.png", "pareto.png"):
         assert str(folder / name) in ended.out

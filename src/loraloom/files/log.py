@@ -20,14 +20,3 @@ def info(text: str) -> None:
 
 def warning(text: str) -> None:
     LOGGER.warning("%s", text)
-
-
-def logged(log: Log) -> Log:
-    """``log`` that also writes each line to the logger, with level WARNING if it begins with "warning"."""
-
-    def both(text: str) -> None:
-        rest = text.removeprefix("warning: ")
-        (info if rest == text else warning)(rest)
-        log(text)
-
-    return info if log is info else both
