@@ -353,9 +353,9 @@ def test_ctrl_c_before_the_first_step_leaves_the_run_file_alone(classify: Callab
     [
         (
             MemoryError(),
-            "step 3: out of memory; set gradient_checkpointing, with which it can go on, or begin anew with batch_size "
-            "8 and gradient_accumulation_steps 2, as many rows in a step; or a lower max_length than 64; or dtype "
-            "bfloat16 (beside the model a step takes SIZE with batch_size 16, SIZE with batch_size 8, "
+            "step 3: out of memory; set gradient_checkpointing, with which it can resume, or start over with "
+            "batch_size 8 and gradient_accumulation_steps 2, as many rows in a step; or a lower max_length than 64; or "
+            "dtype bfloat16 (beside the model a step takes SIZE with batch_size 16, SIZE with batch_size 8, "
             "SIZE with batch_size 4, SIZE with batch_size 2); the adapter as it was after step 2 is saved",
         ),
         (RuntimeError("CUDA out of memory. Tried"), "step 3: out of memory; set gradient_checkpointing"),

@@ -163,7 +163,7 @@ def test_the_folder_of_another_search_is_refused_and_overwrite_named(tmp_path: P
         load_state(tmp_path, "e" * 64, build)
     assert str(error.value) == (
         f"output: {tmp_path} holds another search, of other options, space or data; choose another folder, or give "
-        "--overwrite to begin anew"
+        "--overwrite to start over"
     )
 
 
@@ -190,7 +190,7 @@ def test_a_damaged_search_is_one_error_that_names_the_file_and_the_way_out(
     with pytest.raises(ConfigError) as error:
         load_state(tmp_path, state.fingerprint, build)
     assert str(error.value).startswith(f"{path}: not what a search writes (")
-    assert "give --overwrite to begin anew" in str(error.value)
+    assert "give --overwrite to start over" in str(error.value)
 
 
 def _flip(path: Path) -> None:

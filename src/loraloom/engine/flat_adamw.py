@@ -99,7 +99,7 @@ class FlatAdamW:
         return moved
 
     def state(self) -> dict[str, Tensor]:
-        """Who moves together, their moments and counts of steps: what a file must hold to go on."""
+        """Who moves together, their moments and counts of steps: what a file must hold to resume."""
         out: dict[str, Tensor] = {}
         for number, members in enumerate(self._groups):
             assert self._optimizer is not None

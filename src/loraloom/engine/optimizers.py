@@ -32,7 +32,7 @@ class Optimizer(Protocol):
         """
 
     def state(self) -> dict[str, Tensor]:
-        """All that it takes to go on, as tensors."""
+        """The state to resume from, as tensors."""
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from ``state()`` of an optimizer over the same parameters; this one took no step yet."""

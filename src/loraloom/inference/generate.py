@@ -151,7 +151,7 @@ class _Company:
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> dict[str, torch.Tensor]:
-    """A decoder goes on from a prompt's end, so all ends are to stand side by side: its padding is on the left."""
+    """A decoder continues from the end of a prompt, so all ends stand side by side: its padding is on the left."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros_like(ids)

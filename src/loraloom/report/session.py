@@ -133,7 +133,7 @@ def data_run(options: TrainConfig, console: Console | None = None, *, rows: int 
 
 
 def tune_run(options: TuneConfig, console: Console | None = None) -> SearchResult:
-    """Search as ``options`` say, or go on with the search in their folder, and tell ``console`` about it.
+    """Search as ``options`` say, or resume the search in their folder, and tell ``console`` about it.
 
     The output folder gets the best adapter, ``best.yaml``, ``result.json`` and two pictures.
 

@@ -58,8 +58,10 @@ def _less(options: TrainConfig | None, evaluating: bool) -> str:
         anew.append(f"a lower max_length than {options.max_length}")
     if options.dtype == "float32":
         anew.append("dtype bfloat16")
-    ways = f"begin anew with {'; or '.join(anew)}" if anew else "take a smaller model"
-    return ways if options.gradient_checkpointing else f"set gradient_checkpointing, with which it can go on, or {ways}"
+    ways = f"start over with {'; or '.join(anew)}" if anew else "take a smaller model"
+    if options.gradient_checkpointing:
+        return ways
+    return f"set gradient_checkpointing, with which it can resume, or {ways}"
 
 
 def _counted(options: TrainConfig | None, needs: Callable[[list[int]], Mapping[int, int]] | None) -> str:

@@ -51,14 +51,14 @@ def check_output(options: TrainConfig, *, going_on: bool = False, files: Sequenc
     try:
         if not going_on and not options.overwrite:
             there = folders.listed(folder)
-            hint = f", and {there[0].name}; to go on with that run give --resume, else" if there else ";"
+            hint = f", and {there[0].name}; to resume that run give --resume, else" if there else ";"
             if (folder / WEIGHTS_NAME).exists():
                 raise ConfigError(
                     f"output: {folder} holds an adapter already{hint} choose another folder, or give --overwrite"
                 )
             if there:
                 raise ConfigError(
-                    f"output: {folder} holds {there[0].name} of a run that did not end; to go on with it give "
+                    f"output: {folder} holds {there[0].name} of a run that did not end; to resume it give "
                     "--resume, else choose another folder, or give --overwrite"
                 )
         if (folder / "config.json").exists():

@@ -147,8 +147,8 @@ def run(
 
     Args:
         on_step: called after each step.
-        resume: True goes on from the newest whole checkpoint of the output folder, and begins afresh where there is
-            none; a path goes on from that checkpoint. On a CPU, with as many threads, the adapter comes out as that of
+        resume: True resumes from the newest whole checkpoint of the output folder, and starts over where there is
+            none; a path resumes from that checkpoint. On a CPU, with as many threads, the adapter comes out as that of
             a run that was never stopped, to the byte. A run that has come to its end is not trained again.
         on_event: called with all else: where it resumes, which checkpoint is damaged.
 

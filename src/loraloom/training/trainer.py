@@ -334,7 +334,7 @@ class Trainer:
         except SaveError as problem:
             notes.append(str(problem))
         if last := folders.listed(self.folder):
-            what = "the last checkpoint is" if slot.failure else "the same command with --resume goes on from"
+            what = "the last checkpoint is" if slot.failure else "the same command with --resume continues from"
             notes.append(f"{what} {last[0]}")
         return notes
 

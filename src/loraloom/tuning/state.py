@@ -1,4 +1,4 @@
-"""Where a search stands, on disk: whole after any crash, and all that is needed to go on.
+"""Where a search stands, on disk: whole after any crash, and all that is needed to resume.
 
 ``search.json`` is the one file that counts. It names the files with the numbers of trials under way, which are written
 before it and deleted once it names others.
@@ -144,7 +144,7 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
     if other:
         raise ConfigError(
             f"output: {folder} holds another search, of other options, space or data; choose another folder, or give "
-            "--overwrite to begin anew"
+            "--overwrite to start over"
         )
     try:
         return State(
@@ -166,7 +166,7 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
 
 def _damaged(path: Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{path}: not what a search writes ({type(error).__name__}: {error}); give --overwrite to begin anew"
+        f"{path}: not what a search writes ({type(error).__name__}: {error}); give --overwrite to start over"
     )
 
 

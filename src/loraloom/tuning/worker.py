@@ -247,7 +247,7 @@ class Worker:
         del self.slots[number], self.trials[number]
 
     def _numbers(self, number: int) -> TensorState:
-        """All that it takes to go on with a trial, to the bit."""
+        """All that a trial needs to resume, to the bit."""
         slot = self.slots[number]
         parameters = self.pack.parameters_of(slot.name)
         found = {f"adapter/{key}": p.detach() for key, p in parameters.items()}

@@ -578,9 +578,7 @@ def test_what_may_change_the_last_bits_is_said(classify: Make) -> None:
 
 def test_a_folder_with_checkpoints_is_neither_mixed_with_nor_lost(classify: Make, tmp_path: Path) -> None:
     killed(classify(), 5)
-    with pytest.raises(
-        ConfigError, match="holds checkpoint-4 of a run that did not end; to go on with it give --resume"
-    ):
+    with pytest.raises(ConfigError, match="holds checkpoint-4 of a run that did not end; to resume it give --resume"):
         prepare(classify())
     train(classify("whole"))
     with pytest.raises(ConfigError, match="holds checkpoint-4"):
@@ -713,7 +711,7 @@ def test_a_stop_saves_a_checkpoint_and_says_how_to_go_on(
     said = stopped(classify(), 3, number=number)
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
     assert said.startswith("stopped at step 3 of 6; the adapter as it was after step 3 is saved in")
-    assert said.endswith(f"the same command with --resume goes on from {classify().output}/checkpoint-3")
+    assert said.endswith(f"the same command with --resume continues from {classify().output}/checkpoint-3")
     assert "stopping after this step" in capsys.readouterr().err
     assert steps(classify().output) == [2, 3]
     assert weights(classify().output) == weights(Path(classify().output) / "checkpoint-3")
@@ -745,7 +743,7 @@ def test_a_second_ctrl_c_leaves_the_checkpoints_as_they_are(classify: Make) -> N
 
 def test_a_failure_between_steps_loses_no_step(classify: Make) -> None:
     train(classify("whole"))
-    with pytest.raises(TrainingError, match="the same command with --resume goes on from .*checkpoint-3"):
+    with pytest.raises(TrainingError, match="the same command with --resume continues from .*checkpoint-3"):
         train(classify(), watch=at(3, fail(RuntimeError("odd"))))
     train(classify(), True)
     assert weights(classify().output) == weights(classify("whole").output)
@@ -834,7 +832,7 @@ def test_a_disk_that_fills_up_ends_with_a_message_and_the_last_checkpoint(
     assert said.startswith(
         f"{classify().output}/checkpoint-4: the checkpoint cannot be written (No space left on device)"
     )
-    assert said.endswith(f"the same command with --resume goes on from {classify().output}/checkpoint-2")
+    assert said.endswith(f"the same command with --resume continues from {classify().output}/checkpoint-2")
     monkeypatch.undo()
     train(classify(), True)
     assert weights(classify().output) == weights(classify("whole").output)
@@ -956,7 +954,7 @@ def test_sigterm_to_a_real_process_saves_and_ends_with_one(classify: Make, proce
     options = classify(max_steps=3000, save_strategy="no", eval_strategy="no")
     code, said = process(options, after=2.5, number=signal.SIGTERM)
     assert code == 1
-    assert "--resume goes on from" in said
+    assert "--resume continues from" in said
     (step,) = steps(options.output)
     assert 0 < step < 3000
     assert folders.is_whole(Path(options.output) / f"checkpoint-{step}")

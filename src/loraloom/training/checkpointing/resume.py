@@ -1,4 +1,4 @@
-"""How a run stands in a checkpoint, and goes on from one as if it had never been stopped.
+"""How a run stands in a checkpoint, and resumes from one as if it had never been stopped.
 
 Knows what a run's numbers depend on, and whether two runs are the same in that. Files and hashes are ``checkpoints``'
 business, when to save is ``run``'s.
@@ -82,7 +82,7 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> l
         ConfigError: they are not of one training; what differs is named with both values.
     """
     check_options(then["options"], now["options"], where)
-    advice = "train anew, in another folder or with overwrite"
+    advice = "start over, in another folder or with overwrite"
     if then["data"] != now["data"]:
         raise ConfigError(
             f"resume: {where} was trained on other data: the hashes of the files differ; bring those files back, or "
@@ -96,7 +96,7 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> l
     if then["examples"] != now["examples"]:
         raise ConfigError(
             f"resume: {where} was trained on other tokens, though the files are the same: the tokenizer, or how rows "
-            f"are read, has changed; go on with the model and the versions of then, or {advice}"
+            f"are read, has changed; resume with the original model and versions, or {advice}"
         )
     old, new = then["machine"], now["machine"]
     changes = [f"{name} {old.get(name)} is now {new[name]}" for name in new if old.get(name) != new[name]]
@@ -117,8 +117,8 @@ def check_options(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -
     if found := differences(then, now):
         told = "; ".join(f"{name} is {new!r} and was {old!r}" for name, (old, new) in found.items())
         raise ConfigError(
-            f"resume: {where} was trained with other options: {told}. Give those of then to go on, or train anew, in "
-            "another folder or with overwrite"
+            f"resume: {where} was trained with other options: {told}. Give the original options to resume, or start "
+            "over, in another folder or with overwrite"
         )
 
 
@@ -222,14 +222,14 @@ def find(options: TrainConfig, resume: Resume, on_event: OnEvent = ignore, *, en
 
     checkpoint = folders.newest(folder, on_event, fits)
     if checkpoint is None and lost:
-        raise ConfigError(f"resume: {lost[-1]}; train anew, in another folder or with overwrite")
+        raise ConfigError(f"resume: {lost[-1]}; start over, in another folder or with overwrite")
     if checkpoint is None and record and not options.overwrite:
         return Found(finished=record) if finished else Found(stopped=record)
     return Found(checkpoint)
 
 
 def resumes(options: TrainConfig, resume: Resume) -> bool:
-    """Whether a run with ``options`` finds something to go on from in its own output folder.
+    """Whether a run with ``options`` finds something to resume from in its own output folder.
 
     Raises:
         ConfigError: what it finds was trained with other options, or is no whole checkpoint: as ``find``, and before
@@ -291,7 +291,7 @@ def understood(checkpoint: Checkpoint) -> Iterator[None]:
     except (*MALFORMED, RuntimeError) as error:
         raise ConfigError(
             f"{checkpoint.path}: {folders.STATE_NAME} or {folders.TENSORS_NAME} is not what loraloom writes "
-            f"({type(error).__name__}: {error}); choose an earlier one, or train anew"
+            f"({type(error).__name__}: {error}); choose an earlier one, or start over"
         ) from None
 
 
@@ -309,7 +309,7 @@ def _given(path: Path, options: TrainConfig) -> Checkpoint:
         hint = f"; did you mean {inside[0]}?" if inside else ""
         raise ConfigError(f"resume: {error}{hint}") from None
     if reason := _best_is_lost(checkpoint, options):
-        raise ConfigError(f"resume: {reason}; choose an earlier one, or train anew")
+        raise ConfigError(f"resume: {reason}; choose an earlier one, or start over")
     return checkpoint
 
 
