@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,6 +118,11 @@ class Evaluator:
             return replace(metrics, names=(), own=())
         return metrics
 
+    @cached_property
+    def _objective(self) -> Objective:
+        """Made once: it runs the model to see how its logits come about."""
+        return Objective(self.model, self.task)
+
     def run(
         self, name: str, numbers: Sequence[int] | None = None, *, keep: bool = True
     ) -> tuple[Scores, list[Tensor | None]]:
@@ -124,8 +130,8 @@ class Evaluator:
 
         Outputs are what ``Task.kept`` makes of them, padding left out; None for texts, which are generated.
         """
-        model, task, world = self.model, self.task, self.world
-        objective, device = Objective(model, task), next(model.parameters()).device
+        model, task, world, objective = self.model, self.task, self.world, self._objective
+        device = next(model.parameters()).device
         numbers = range(len(self.examples)) if numbers is None else numbers
         every = lengths_of(self.examples)
         lengths = [int(every[number]) for number in numbers]
