@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from loraloom.lora.auto import inject_adapter_in_model as inject_adapter_in_model
     from loraloom.lora.auto import load_peft_weights as load_peft_weights
     from loraloom.lora.auto import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-    from loraloom.lora.checkpoint import LoadReport as LoadReport
+    from loraloom.lora.keys import LoadReport as LoadReport
     from loraloom.lora.model import PeftModel as PeftModel
     from loraloom.lora.model import PeftModelForCausalLM as PeftModelForCausalLM
     from loraloom.lora.model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
@@ -57,7 +57,7 @@ _WHERE = {
     "LoraConfig": "loraloom.config.lora",
     "TaskType": "loraloom.config.lora",
     "LoraloomError": "loraloom.errors",
-    "LoadReport": "loraloom.lora.checkpoint",
+    "LoadReport": "loraloom.lora.keys",
     "PeftModel": "loraloom.lora.model",
     "get_base_model_state_dict": "loraloom.lora.state_dicts",
     "get_peft_model": "loraloom.lora.model",

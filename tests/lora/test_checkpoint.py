@@ -28,7 +28,7 @@ from loraloom import (
     set_peft_model_state_dict,
 )
 from loraloom.errors import AdapterError, ConfigError, SaveError
-from loraloom.lora.loadreport import LoadReport
+from loraloom.lora.keys import LoadReport
 
 WEIGHTS = "adapter_model.safetensors"
 Q, V = (f"base_model.model.model.layers.0.self_attn.{name}_proj" for name in "qv")
@@ -447,8 +447,8 @@ def test_embeddings_of_the_base_in_the_file_are_put_into_the_base_and_reported(s
     ("table", "message"),
     [
         (torch.ones(101, 64), r"\(101, 64\), this base has \(100, 64\); .*resize_token_embeddings\(101\)"),
-        (torch.full((100, 64), torch.nan), "embed_tokens.weight with values that are not finite"),
-        (torch.full((100, 64), torch.inf), "embed_tokens.weight with values that are not finite"),
+        (torch.full((100, 64), torch.nan), "embed_tokens.weight holds values that are not finite"),
+        (torch.full((100, 64), torch.inf), "embed_tokens.weight holds values that are not finite"),
     ],
     ids=["resized", "NaN", "infinite"],
 )
@@ -662,7 +662,7 @@ def test_a_key_mapping_renames_the_keys_of_a_file(saved, fresh, tmp_path) -> Non
         model.load_adapter(tmp_path / "old", "b", key_mapping={"(": "x"})
 
 
-@pytest.mark.parametrize("where", ["_fill", "embeddings.check"])
+@pytest.mark.parametrize("where", ["_fill", "embeddings.in_file"])
 def test_a_load_that_is_cut_off_leaves_nothing(saved, fresh, monkeypatch, where: str) -> None:
     def cut_off(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt

@@ -15,8 +15,7 @@ from loraloom.errors import AdapterError, ConfigError
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.checkpoint import read_tensors
 from loraloom.lora.frozen import HALF
-from loraloom.lora.keys import normalise
-from loraloom.lora.loadreport import LoadReport
+from loraloom.lora.keys import LoadReport, normalise
 from loraloom.lora.model import PeftModel
 from loraloom.lora.peft_options import check_config, check_options
 

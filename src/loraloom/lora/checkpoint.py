@@ -23,9 +23,7 @@ from loraloom.lora import embeddings
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.base import base_modules
 from loraloom.lora.embeddings import dtype_name, overflows
-from loraloom.lora.file_keys import PREFIX, file_key
-from loraloom.lora.keys import follow_renamings, normalise
-from loraloom.lora.loadreport import LoadReport as LoadReport
+from loraloom.lora.keys import PREFIX, LoadReport, file_key, follow_renamings, normalise
 from loraloom.lora.targets import Plan
 from loraloom.lora.unstacked import restack
 
@@ -190,27 +188,25 @@ def load(
     renamed, config = _stacked(model, renamed, config, report, f"{folder}: ")
     if config.target_parameters and not config.lora_dropout:
         config = config.copy(lora_dropout=_noted_dropout(folder))
-    base = embeddings.take(model, renamed, config)
+    base = embeddings.in_file(model.model, renamed, config)
 
-    def put(made: Plan) -> None:
+    def fill_slot(made: Plan) -> None:
         for key in [key for key in renamed for name in made.idle if key.startswith(file_key(f"{name}.lora_"))]:
             report.skipped.append(key)
             del renamed[key]
-        embeddings.check(model, base, f"{folder}: ")
-        _fill(model, adapter_name, renamed, report, strict=strict, source=f"{folder}: ")
-        _replace(base, report)
+        _fill(model.tensors_of(adapter_name), base, renamed, report, strict=strict, source=f"{folder}: ")
 
     if adapter_name in model.peft_config:
-        put(model.check_same(adapter_name, config, f"{folder}: "))
+        fill_slot(model.check_same(adapter_name, config, f"{folder}: "))
     else:
         model.add_adapter(
             adapter_name,
             config,
-            strict=False,  # every tensor is checked by ``put``, which says more than the patterns do
+            strict=False,  # ``fill_slot`` checks every tensor, and names it
             autocast_adapter_dtype=autocast_adapter_dtype,
             tensors=renamed,
             source=f"{folder}: ",
-            fill=put,
+            fill=fill_slot,
         )
     return report
 
@@ -241,35 +237,27 @@ def _noted_dropout(folder: str | Path) -> float:
 
 def fill(model: LoraModel, adapter_name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
     """Copy ``tensors`` into an adapter that exists, after checking all of them."""
-    report = LoadReport()
+    report, own = LoadReport(), model.tensors_of(adapter_name)
     renamed = normalise(tensors, report)
-    base = embeddings.take(model, renamed, model.peft_config[adapter_name]) if adapter_name in model.peft_config else {}
-    embeddings.check(model, base, "")
-    _fill(model, adapter_name, renamed, report, strict=strict)
-    _replace(base, report)
+    base = embeddings.in_file(model.model, renamed, model.peft_config[adapter_name])
+    _fill(own, base, renamed, report, strict=strict)
     return report
 
 
-def _replace(base: Mapping[str, tuple[Tensor, Tensor]], report: LoadReport) -> None:
-    """Put the base's embeddings of a file into the base."""
-    for key, (live, tensor) in base.items():
-        if not torch.equal(live.detach(), tensor.to(live)):
-            live.data.copy_(tensor)
-            report.base_replaced.append(key)
-        report.used.append(key)
-
-
 def _fill(
-    model: LoraModel,
-    adapter_name: str,
+    own: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
     report: LoadReport,
     *,
     strict: bool,
     source: str = "",
 ) -> None:
-    """Check every tensor against the slot, then copy. The slot's own parameters stay the same objects."""
-    live = model.tensors_of(adapter_name)
+    """Copy ``tensors`` into a slot's ``own`` and into the ``base``'s embeddings, by key, after checking all of them.
+
+    The slot's parameters stay the same objects.
+    """
+    live = {**base, **own}
     report.missing = sorted(live.keys() - tensors.keys())
     report.unexpected = sorted(tensors.keys() - live.keys())
     wrong: list[str] = []
@@ -278,7 +266,12 @@ def _fill(
     finite = not sums or bool(torch.isfinite(torch.stack(sums)).all())
     for key in sorted(live.keys() & tensors.keys()):
         found, wanted = tensors[key], live[key]
-        if found.shape != wanted.shape:
+        if found.shape != wanted.shape and key in base:
+            wrong.append(
+                f"it carries the base's {key} with shape {tuple(found.shape)}, this base has {tuple(wanted.shape)}; "
+                f"resize the base's embeddings first (resize_token_embeddings({found.shape[0]}))"
+            )
+        elif found.shape != wanted.shape:
             wrong.append(f"{key} has shape {tuple(found.shape)} and the model needs {tuple(wanted.shape)}")
         elif found.is_floating_point() != wanted.is_floating_point():
             wrong.append(f"{key} holds {dtype_name(found)} numbers and the model needs {dtype_name(wanted)}")
@@ -290,7 +283,6 @@ def _fill(
             report.used.append(key)
             if found.dtype != wanted.dtype:
                 report.dtypes[key] = (dtype_name(found), dtype_name(wanted))
-    report.problems = wrong
     if wrong:
         raise AdapterError(
             f"{source}the adapter does not fit this model: {wrong[0]}{_more(wrong)}. Is it for another base?"
@@ -307,10 +299,12 @@ def _fill(
             f"{source}the adapter and this model fit only in part ({len(report.used)} tensors): "
             f"{text}{'' if text.endswith('?') else '.'} Is it for another base? strict=False loads what fits"
         )
-    if not report.used:
+    if not report.used or report.used == sorted(base):
         raise AdapterError(f"{source}no tensor of the adapter fits this model")
     with torch.no_grad():
         for key in report.used:
+            if key in base and not torch.equal(live[key], tensors[key].to(live[key])):
+                report.base_replaced.append(key)
             live[key].copy_(tensors[key])
 
 

@@ -10,28 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.config.lora import LoraConfig
-from loraloom.errors import AdapterError, ConfigError
+from loraloom.errors import ConfigError
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.base import base_modules
-from loraloom.lora.file_keys import file_key
+from loraloom.lora.keys import file_key
 from loraloom.lora.layer import LoraLayer
+from loraloom.lora.matching import lies_in, matches_any
 from loraloom.lora.modules_to_save import unwrap
 
 
-def take(model: LoraModel, tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """Take out copies of the base's embeddings, which PEFT adds when it adapts them or the vocabulary was resized."""
-    out: dict[str, tuple[Tensor, Tensor]] = {}
+def in_file(model: nn.Module, tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """Key → live weight, for the base's embeddings among the ``tensors`` of a file.
+
+    PEFT writes them when an adapter targets them or the vocabulary was resized.
+    """
     if all(".lora_" in key for key in tensors):
-        return out
-    saved = config.modules_to_save or []
-    for name, weight in _tables(model.model).items():
-        if any(name == s or name.endswith("." + s) for s in saved):
-            continue
-        for middle in (".base_layer.", "."):
-            key = file_key(f"{name}{middle}weight")
-            if key in tensors:
-                out[key] = (weight, tensors.pop(key))
-    return out
+        return {}
+    saved = config.modules_to_save or ()
+    tables = {name: weight for name, weight in _tables(model).items() if not matches_any(list(saved), name)}
+    return {key: weight for name, weight in tables.items() for key in _keys(name) if key in tensors}
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """The keys that a table may have in a file: adapted, and not."""
+    return file_key(f"{name}.base_layer.weight"), file_key(f"{name}.weight")
 
 
 def _tables(model: nn.Module) -> dict[str, Tensor]:
@@ -53,13 +55,9 @@ def _tables(model: nn.Module) -> dict[str, Tensor]:
 
 
 def rows_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
-    """The rows of the input embeddings that ``tensors`` carry for ``model``, if they carry them."""
-    for name in _tables(model):
-        for middle in (".base_layer.", "."):
-            found = tensors.get(file_key(f"{name}{middle}weight"))
-            if found is not None and found.dim() == 2:
-                return found.shape[0]
-    return None
+    """The rows of the base's embeddings in ``tensors``, None if they hold none."""
+    found = [tensors[key] for name in _tables(model) for key in _keys(name) if key in tensors]
+    return next((table.shape[0] for table in found if table.dim() == 2), None)
 
 
 def to_save(model: LoraModel, adapter_name: str, wanted: bool | str) -> dict[str, Tensor]:
@@ -73,14 +71,9 @@ def to_save(model: LoraModel, adapter_name: str, wanted: bool | str) -> dict[str
     if not wanted or (wanted == "auto" and not resized(model.model, model.peft_config[adapter_name])):
         return {}
     trained = {name for name, wrapper in model.lora_saved_modules.items() if adapter_name in wrapper.modules_to_save}
-    layers = model.lora_layers
-    return {
-        file_key(
-            f"{name}{'.base_layer' if name in layers and adapter_name in layers[name].slots else ''}.weight"
-        ): weight
-        for name, weight in _tables(model.model).items()
-        if not any(name == one or name.startswith(one + ".") for one in trained)
-    }
+    adapted = {name for name, layer in model.lora_layers.items() if adapter_name in layer.slots}
+    tables = {name: weight for name, weight in _tables(model.model).items() if not lies_in(name, trained)}
+    return {_keys(name)[name not in adapted]: weight for name, weight in tables.items()}
 
 
 def resized(model: nn.Module, config: LoraConfig) -> bool:
@@ -95,19 +88,6 @@ def resized(model: nn.Module, config: LoraConfig) -> bool:
         return False
     sizes = [getattr(one.get_text_config(), "vocab_size", None) for one in (mine, there)]
     return sizes[0] != sizes[1]
-
-
-def check(model: LoraModel, base: Mapping[str, tuple[Tensor, Tensor]], source: str) -> None:
-    for key, (live, tensor) in base.items():
-        if live.shape != tensor.shape:
-            raise AdapterError(
-                f"{source}it carries the base's {key} with shape {tuple(tensor.shape)}, this base has "
-                f"{tuple(live.shape)}; resize the base's embeddings first (resize_token_embeddings({tensor.shape[0]}))"
-            )
-        if not torch.isfinite(tensor).all() or overflows(tensor, live.dtype):
-            raise AdapterError(
-                f"{source}it carries the base's {key} with values that are not finite in {dtype_name(live)}"
-            )
 
 
 def overflows(tensor: Tensor, dtype: torch.dtype) -> bool:

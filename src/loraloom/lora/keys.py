@@ -1,20 +1,124 @@
-"""Keys of an adapter's tensors as other tools and versions wrote them, read as PEFT writes them today."""
+"""Keys of an adapter's tensors in files and state dicts: PEFT's, and those that other tools and versions wrote.
+
+Knows names and tensors, not files. ``LoadReport`` records which key was read as which.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError, ConfigError
-from loraloom.lora.file_keys import PREFIX, file_key
-from loraloom.lora.loadreport import LoadReport
+from loraloom.lora.parameters import LoraParameter
 
+PREFIX = "base_model.model."
+_BASE = ".base_layer"
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 #: A factor's key with the adapter's name inside, as it stands in a model's state dict.
 _NAMED = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$|\.lora_(?![AB]\.)\w+\.([^.]+)$")
+
+
+@lru_cache(1 << 16)
+def file_key(name: str) -> str:
+    """PEFT's key for a tensor of the model: without the segments that torch.compile and FSDP put into names."""
+    return PREFIX + _WRAPPERS.sub("", name)
+
+
+def file_place(name: str) -> str:
+    """PEFT's key for a module of the model."""
+    return file_key(f"{name}.")[:-1]
+
+
+def tensor_key(place: str, name: str) -> str:
+    """PEFT's key for the tensor ``name`` (see ``LoraLayer.tensors``) of the target that lies in a file at ``place``."""
+    return f"{place}.{name}.weight" if name in ("lora_A", "lora_B") else f"{place}.{name}"
+
+
+def places(targets: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Names and kinds of an adapter's targets, in the model's order → where PEFT has their tensors in a file.
+
+    PEFT puts a wrapper around a module for each of its parameters, the first innermost. What lies further in is under
+    ``base_layer``.
+    """
+    around = Counter(name.rpartition(".")[0] for name, kind in targets if kind == LoraParameter.kind)
+    out, done = {}, Counter[str]()
+    for name, kind in targets:
+        owner = name.rpartition(".")[0] if kind == LoraParameter.kind else name
+        done[owner] += kind == LoraParameter.kind
+        place = (
+            _inside(name, around) if owner == name else _inside(owner, around) + _BASE * (around[owner] - done[owner])
+        )
+        out[name] = file_place(place)
+    return out
+
+
+def _inside(name: str, around: Mapping[str, int]) -> str:
+    """The name of a module below those that have wrappers around them."""
+    if not around:
+        return name
+    out, path = "", ""
+    for part in name.split("."):
+        out += _BASE * around.get(path, 0) + ("." if path else "") + part
+        path = f"{path}.{part}" if path else part
+    return out
+
+
+# -- what loading found and did ----------------------------------------------------------------------------------
+
+
+@dataclass
+class LoadReport:
+    """What became of each tensor of a file. Keys are PEFT's."""
+
+    used: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    #: key → (dtype in the file, dtype in the model)
+    dtypes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    #: key in the file → key that it was read as
+    renamed: dict[str, str] = field(default_factory=dict)
+    #: repeats of other tensors and of the base's biases, which PEFT writes for bias="all"; left out
+    repeated: list[str] = field(default_factory=list)
+    #: embeddings of the base that the file carries along and that were put into the base, as PEFT does
+    base_replaced: list[str] = field(default_factory=list)
+    #: of modules that are never called, where an adapter does nothing; left out
+    skipped: list[str] = field(default_factory=list)
+    #: fields of ``adapter_config.json`` that were left out, and why
+    notes: list[str] = field(default_factory=list)
+
+    # PEFT's names for the two lists.
+    @property
+    def missing_keys(self) -> list[str]:
+        return self.missing
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        return self.unexpected
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.used)} tensors used"]
+        for words, entries in (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("converted to another dtype", self.dtypes),
+            ("renamed", self.renamed),
+            ("repeated", self.repeated),
+            ("put into the base", self.base_replaced),
+            ("skipped, because the model never calls their modules", self.skipped),
+        ):
+            if entries:
+                parts.append(f"{len(entries)} {words}")
+        return ", ".join(parts)
+
+
+# -- keys of other tools and versions ------------------------------------------------------------------------------
 
 
 def normalise(

@@ -8,7 +8,7 @@ model's router and adds the update of the slots that the route names. In-memory 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,29 +22,18 @@ from loraloom.lora.kinds import forward_of
 from loraloom.lora.routing import Route
 from loraloom.lora.variants.base import PLAIN, Shapes, Variant
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class Factor(nn.Module):
     """A tensor of one slot under PEFT's name for it, ``lora_A.<slot>.weight`` or ``lora_B.<slot>.weight``."""
 
-    weight: nn.Parameter
-
-    def __init__(self, weight: nn.Parameter, training: bool) -> None:
+    def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
-        put(self, training, {"_parameters": {"weight": weight}})
+        self.weight = weight
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}"
-
-
-def put(module: nn.Module, training: bool, tables: Mapping[str, Mapping[str, Any]]) -> None:
-    """``setattr`` past the checks of ``nn.Module.__setattr__``: ``_modules`` or ``_parameters`` → what is new there.
-
-    Adding an adapter to 224 layers takes 29 ms so, and 36 ms otherwise.
-    """
-    state = vars(module)
-    for table, new in tables.items():
-        state[table].update(new)
-    state["training"] = training
 
 
 class LoraLayer(SeenAsPeft, nn.Module):
@@ -69,10 +58,10 @@ class LoraLayer(SeenAsPeft, nn.Module):
 
     def __init__(self, base_layer: nn.Module, router: Router, name: str = "") -> None:
         super().__init__()
-        drops = nn.ModuleDict()
-        put(drops, base_layer.training, {})
-        put(self, base_layer.training, {"_modules": {"base_layer": base_layer, "lora_dropout": drops}})
-        vars(self).update(router=router, name=name, r={}, scaling={}, variants={}, merged=(), _frozen=(), _current=None)
+        self.training = base_layer.training
+        self.base_layer, self.lora_dropout = base_layer, self._in_my_mode(nn.ModuleDict())
+        self.router, self.name, self.merged, self._frozen = router, name, (), ()
+        self.r, self.scaling, self.variants = {}, {}, {}
 
     # -- shapes and slots ---------------------------------------------------------------------------------------
 
@@ -113,19 +102,18 @@ class LoraLayer(SeenAsPeft, nn.Module):
         self.r[slot], self.scaling[slot] = r, scale
         if variant is not PLAIN:
             self.variants[slot] = variant
-        drop = nn.Dropout(dropout)
-        put(drop, self.training, {})
-        put(self.lora_dropout, self.training, {"_modules": {slot: drop}})
+        self.lora_dropout[slot] = self._in_my_mode(nn.Dropout(dropout))
         for name, tensor in tensors.items():
-            table: Any = self._modules.get(name)
-            if table is None:
-                table = nn.ModuleDict() if name in ("lora_A", "lora_B") else nn.ParameterDict()
-                put(table, self.training, {})
-                put(self, self.training, {"_modules": {name: table}})
-            if isinstance(table, nn.ModuleDict):
-                put(table, self.training, {"_modules": {slot: Factor(tensor, self.training)}})
-            else:
-                table[slot] = tensor
+            table = nn.ModuleDict if name in ("lora_A", "lora_B") else nn.ParameterDict
+            if name not in self._modules:
+                self.add_module(name, self._in_my_mode(table()))
+            held: Any = self._modules[name]
+            held[slot] = self._in_my_mode(Factor(tensor)) if table is nn.ModuleDict else tensor
+
+    def _in_my_mode(self, module: M) -> M:
+        """A new part of this layer in its train or eval mode."""
+        module.training = self.training
+        return module
 
     def remove_slot(self, slot: str) -> None:
         tables: list[Any] = [table for name, table in self._modules.items() if name.startswith("lora_")]

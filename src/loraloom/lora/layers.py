@@ -36,7 +36,7 @@ class LoraLinear(LoraLayer):
         mine, current = [slot for slot in active if slot in self.r], None
         if len(mine) == 1 and not self.merged and not self.variants:
             current = (*self.factors(mine[0]), self.scaling[mine[0]], self.lora_dropout._modules[mine[0]])
-        vars(self)["_current"] = current
+        self._current = current
 
     def update(self, slot: str, x: Tensor, times: int = 1) -> Tensor:
         return functional.lora_linear(self.apply_dropout(slot, x, times), *self.factors(slot), self.scaling[slot])

@@ -15,8 +15,7 @@ from loraloom.config.peft_compat import SeenAsPeft
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.lora import checkpoint, mixed, status, trainer_compat
 from loraloom.lora.adapters import LoraModel
-from loraloom.lora.file_keys import file_key
-from loraloom.lora.loadreport import LoadReport
+from loraloom.lora.keys import LoadReport, file_key
 from loraloom.lora.peft_options import SAVING, check_config, check_options
 from loraloom.lora.routed import EARLIER
 from loraloom.lora.selection import is_all_linear

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from loraloom.lora.biases import Biases
 from loraloom.lora.dispatch import Router
-from loraloom.lora.file_keys import file_key, places, tensor_key
 from loraloom.lora.frozen import HALF, adapter_dtype
 from loraloom.lora.initialize import seed_of
 from loraloom.lora.injection import ModuleLocator, strip
+from loraloom.lora.keys import file_key, places, tensor_key
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.layers import layer_class
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper

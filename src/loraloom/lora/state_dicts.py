@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from loraloom.errors import ConfigError
 from loraloom.lora import checkpoint
 from loraloom.lora.adapters import LoraModel
-from loraloom.lora.file_keys import PREFIX
-from loraloom.lora.loadreport import LoadReport
+from loraloom.lora.keys import PREFIX, LoadReport
 from loraloom.lora.model import PeftModel, by_identity
 from loraloom.lora.modules_to_save import unwrapped_state
 from loraloom.lora.peft_options import check_options
