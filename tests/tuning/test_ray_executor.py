@@ -212,7 +212,7 @@ def test_ctrl_c_saves_what_all_workers_have_and_a_worker_that_only_dies_ends_the
     def hire(crew: RayExecutor) -> Any:
         class Dies:
             def open(self) -> ray_executor.Placement:
-                return ray_executor.Placement("here", "here", os.getpid())
+                return ray_executor.Placement("here", os.getpid())
 
             def run(self, *args: Any) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)

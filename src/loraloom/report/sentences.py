@@ -133,7 +133,6 @@ SEARCH: Table = {
     "paused_resume": _paused_resume,
     "out_of_memory": "out of memory: continuing with {slots:slot}",
     "worker_died": "worker {worker} died; its trials resume from their last saved state",
-    "journal_damaged": "{path}: is damaged ({error}); kept as {kept_as}, and written again from the trials",
 }
 
 # -- the verdict ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from loraloom.config.lora import LoraConfig
 from loraloom.engine.loop import advance
 from loraloom.engine.pack import Pack
@@ -42,7 +44,13 @@ class Slots:
 
 
 def plan_slots(
-    pack: Pack, setup: Setup, config: LoraConfig, most: int, memory: int | None, wanted: int | None
+    pack: Pack,
+    setup: Setup,
+    config: LoraConfig,
+    most: int,
+    memory: int | None,
+    wanted: int | None,
+    neighbours: int = 1,
 ) -> Slots:
     """Slots for adapters like ``config``, the largest of the search.
 
@@ -50,12 +58,14 @@ def plan_slots(
         most: how many trials there are to train at once.
         memory: bytes that the search may use in all, or None for what is free.
         wanted: a number given by the user, which is not measured but checked against ``memory``.
+        neighbours: searching processes on this machine, this one included, that share what is free.
 
     Raises:
         ConfigError: not even one fits.
     """
     need = one_slot(setup, config)
-    room = (memory - need.base) if memory else int(SHARE * free_memory())
+    sharing = 1 if torch.cuda.is_available() else neighbours  # each has a GPU of its own
+    room = memory - need.base if memory else int(SHARE * free_memory() / sharing)
     each = int(MARGIN * (need.total - need.base))
     fit = room // max(each, 1)
     if fit < 1:

@@ -11,6 +11,11 @@ from loraloom.tuning.concurrency import Slots, plan_slots
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.worker import Report, TensorState, Worker
 
+#: Called after each step with the trials under way and the tokens of a second.
+OnTrials = Callable[[list[Trial], float], None]
+#: Trials that enter a worker, with their tensors.
+Enter = Sequence[tuple[Trial, TensorState]]
+
 
 @dataclass(frozen=True)
 class SearchStatus:
@@ -18,7 +23,7 @@ class SearchStatus:
 
     running: Sequence[Trial]
     trials: Sequence[Trial]
-    #: the one that trials are compared by
+    #: the metric by which trials are compared
     metric: str
     slots: int
     tokens_per_second: float
@@ -37,7 +42,7 @@ class Executor(Protocol):
     def set_bar(self, known: Bar | None) -> Bar:
         """Give all workers the bar that trials have to beat, measured unless it is ``known``."""
 
-    def start(self, worker: int, enter: Sequence[tuple[Trial, TensorState]], leave: Sequence[int]) -> None: ...
+    def start(self, worker: int, enter: Enter, leave: Sequence[int]) -> None: ...
 
     def wait(self) -> tuple[int, Report | None]:
         """The next worker to report. None as the report: the worker died and was replaced."""
@@ -45,31 +50,40 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
+def plan(worker: Worker, most: int, neighbours: int = 1) -> Slots:
+    """Slots for ``worker``, one of ``neighbours`` on its machine; its share of the memory that the user gave."""
+    factory, options = worker.factory, worker.options
+    largest = max(factory.largest(), key=lambda one: factory.plan(one).parameters)
+    memory = options.memory and options.memory // options.workers
+    return plan_slots(worker.pack, factory.widest(), largest, most, memory, options.slots, neighbours)
+
+
+def measure_bar(worker: Worker) -> Bar:
+    """What trials have to beat."""
+    return set_bar(worker.setup, worker.model)
+
+
 class LocalExecutor:
     """One worker, in this process."""
 
     count = 1
 
-    def __init__(self, worker: Worker, tell: Callable[[list[Trial], float], None], stop: Callable[[], bool]) -> None:
-        self._worker, self._tell, self._stop = worker, tell, stop
-        self._next: tuple[Sequence[tuple[Trial, TensorState]], Sequence[int]] = ((), ())
+    def __init__(self, worker: Worker, on_trials: OnTrials, stop: Callable[[], bool]) -> None:
+        self._worker, self._on_trials, self._stop = worker, on_trials, stop
+        self._next: tuple[Enter, Sequence[int]] = ((), ())
 
     def plan(self, most: int) -> Slots:
-        factory, options = self._worker.factory, self._worker.options
-        largest = max(factory.largest(), key=lambda one: factory.plan(one).parameters)
-        return plan_slots(
-            self._worker.pack, self._worker.factory.widest(), largest, most, options.memory, options.slots
-        )
+        return plan(self._worker, most)
 
     def set_bar(self, known: Bar | None) -> Bar:
-        self._worker.bar = known or set_bar(self._worker.setup, self._worker.model)
+        self._worker.bar = known or measure_bar(self._worker)
         return self._worker.bar
 
-    def start(self, worker: int, enter: Sequence[tuple[Trial, TensorState]], leave: Sequence[int]) -> None:
+    def start(self, worker: int, enter: Enter, leave: Sequence[int]) -> None:
         self._next = enter, leave
 
     def wait(self) -> tuple[int, Report | None]:
-        return 0, self._worker.run(*self._next, self._tell, self._stop)
+        return 0, self._worker.run(*self._next, self._on_trials, self._stop)
 
     def close(self) -> None:
         pass

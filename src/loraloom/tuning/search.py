@@ -123,7 +123,7 @@ class Search:
         self.fingerprint = _fingerprint(options, setup)
         #: worker → the trials that it holds
         self.members: dict[int, list[int]] = {}
-        self.journal = Journal(options, self.folder, on_event)
+        self.journal = Journal(options, self.folder)
         self.pressed = threading.Event()
 
     def run(self) -> None:
