@@ -1,4 +1,4 @@
-"""An executor over Ray: each worker is a process of its own, here or on a cluster, with rows, model and pack of its own.
+"""An executor over Ray: each worker is a process of its own, here or on a cluster, with its own rows, model and pack.
 
 This process alone writes: tensors and the files of finished adapters travel to it, and the folder of a search need not
 be shared.

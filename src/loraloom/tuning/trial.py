@@ -59,4 +59,4 @@ class Trial:
 
     def latest(self, metric: str) -> float | None:
         """The metric on the held-out rows when last measured."""
-        return self.curve.evaluations[-1][metric] if self.curve.evaluations else None
+        return self.curve.evaluations[-1].get(metric) if self.curve.evaluations else None
