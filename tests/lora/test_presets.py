@@ -10,7 +10,7 @@ from torch import nn
 
 from loraloom import LoraConfig, get_peft_model
 from loraloom.errors import TargetError, TargetsWarning
-from loraloom.lora.base import base_modules
+from loraloom.lora.injection import base_modules
 from loraloom.lora.matching import matches_name
 from loraloom.lora.presets import TARGET_MODULES, preset
 from loraloom.lora.targets import plan

@@ -12,7 +12,7 @@ from torch import nn
 
 from loraloom import LoraConfig, Plan, get_peft_model, plan
 from loraloom.errors import TargetError
-from loraloom.lora.base import base_modules
+from loraloom.lora.injection import base_modules
 
 SMALL = {
     "hidden_size": 16,

@@ -20,10 +20,9 @@ from loraloom.lora import merge
 from loraloom.lora.base import Base
 from loraloom.lora.dispatch import Plan as ForwardPlan
 from loraloom.lora.initialize import seed_of
-from loraloom.lora.injection import strip
+from loraloom.lora.injection import Wrapper, strip
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.matching import matches_any
-from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.routed import RoutedModel, listed
 from loraloom.lora.routing import BASE, Route
@@ -44,7 +43,7 @@ class LoraModel(RoutedModel):
     prefix = "lora_"
 
     def __init__(self, model: nn.Module) -> None:
-        if any(isinstance(module, LoraLayer | ModulesToSaveWrapper | LoraModel) for module in model.modules()):
+        if any(isinstance(module, Wrapper | LoraModel) for module in model.modules()):
             raise ConfigError(
                 "model: it carries adapters already; use add_adapter or load_adapter on the PeftModel that you have, "
                 "or unload() it first"

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 
 from torch import nn
 
 from loraloom.config.lora import TASK_HEADS, LoraConfig
+from loraloom.lora.injection import base_modules, unwrap
 from loraloom.lora.layers import LoraConv1D, LoraLinear, layer_class
 from loraloom.lora.matching import matches_any
-from loraloom.lora.modules_to_save import unwrap
 from loraloom.lora.presets import preset
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules as they were before any adapter: wrappers are looked through. Each module once."""
-    seen: set[int] = set()
-    stack: list[tuple[str, nn.Module]] = [("", model)]
-    while stack:
-        name, module = stack.pop()
-        module = unwrap(module)
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if name:
-            yield name, module
-        children = [(f"{name}.{key}" if name else key, m) for key, m in module._modules.items() if m is not None]
-        stack.extend(reversed(children))
 
 
 class Base:

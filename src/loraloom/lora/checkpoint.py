@@ -21,8 +21,8 @@ from loraloom.errors import AdapterError, SaveError, nearest
 from loraloom.files.atomic import Contents, recover, write_files
 from loraloom.lora import embeddings
 from loraloom.lora.adapters import LoraModel
-from loraloom.lora.base import base_modules
 from loraloom.lora.embeddings import dtype_name, overflows
+from loraloom.lora.injection import base_modules
 from loraloom.lora.keys import PREFIX, LoadReport, file_key, follow_renamings, normalise
 from loraloom.lora.targets import Plan
 from loraloom.lora.unstacked import restack

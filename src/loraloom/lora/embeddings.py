@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import ConfigError
 from loraloom.lora.adapters import LoraModel
-from loraloom.lora.base import base_modules
+from loraloom.lora.injection import base_modules, unwrap
 from loraloom.lora.keys import file_key
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.matching import lies_in, matches_any
-from loraloom.lora.modules_to_save import unwrap
 
 
 def in_file(model: nn.Module, tensors: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraloom.config.peft_compat import SeenAsPeft
 from loraloom.lora import functional
 from loraloom.lora.dispatch import Frame, Router
 from loraloom.lora.dropout import DropoutMask, dropout
+from loraloom.lora.injection import Wrapper
 from loraloom.lora.kinds import forward_of
 from loraloom.lora.routing import Route
 from loraloom.lora.variants.base import PLAIN, Shapes, Variant
@@ -36,10 +36,11 @@ class Factor(nn.Module):
         return f"shape={tuple(self.weight.shape)}"
 
 
-class LoraLayer(SeenAsPeft, nn.Module):
+class LoraLayer(Wrapper):
     """A frozen ``base_layer`` and, for each slot that adapts it, tensors: ``A``, ``B`` and those of its variant."""
 
     kind = ""
+    inside = "base_layer"
     peft_class = ("peft.tuners.lora.layer", "LoraLayer")
     #: The base module's name in the model.
     name: str
@@ -290,13 +291,8 @@ class LoraLayer(SeenAsPeft, nn.Module):
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
+    def removed(self, keep_copies: bool = False) -> nn.Module:
+        return self.base_layer.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import MergeError
+from loraloom.lora.injection import unwrap
 from loraloom.lora.layer import LoraLayer
-from loraloom.lora.modules_to_save import ModulesToSaveWrapper, unwrap
+from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 
 
 def merge(layers: Mapping[str, LoraLayer], slots: Sequence[str]) -> None:

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.config.peft_compat import SeenAsPeft
 from loraloom.errors import AdapterError
 from loraloom.lora.dispatch import Router
-from loraloom.lora.layer import LoraLayer
+from loraloom.lora.injection import Wrapper, strip, unwrap, unwrapped_state
 from loraloom.lora.rows import leading
 
 
-class ModulesToSaveWrapper(SeenAsPeft, nn.Module):
+class ModulesToSaveWrapper(Wrapper):
     """Calls the copy of the slot that the route names, or the original for slots without one.
 
     A copy of a half-precision module is kept in float32: its optimizer needs the digits. Inputs are cast to it,
     outputs back to the original's dtype. Names in memory are PEFT's.
     """
 
+    inside, outermost = "original_module", True
     peft_class = ("peft.utils.other", "ModulesToSaveWrapper")
 
     def __init__(self, original: nn.Module, router: Router, name: str = "") -> None:
@@ -45,10 +45,7 @@ class ModulesToSaveWrapper(SeenAsPeft, nn.Module):
     def new_copy(self, dtype: torch.dtype | None) -> nn.Module:
         """A trainable copy of the original without adapters, floating tensors in ``dtype`` (None: as they are)."""
         module = copy.deepcopy(unwrap(self.original_module))
-        for parent in module.modules():
-            for key, child in parent._modules.items():
-                if child is not None:
-                    parent._modules[key] = unwrap(child)
+        strip(module)
         module.requires_grad_(True)
         return module if dtype is None else module.to(dtype)
 
@@ -59,12 +56,14 @@ class ModulesToSaveWrapper(SeenAsPeft, nn.Module):
             if tensor.is_floating_point() and key in original:
                 yield tensor, original[key].dtype
 
-    def in_place_of_original(self) -> nn.Module:
-        """The module in use, for a model without wrappers: a copy in the dtypes of the original, which callers expect.
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return tuple(self.modules_to_save)
 
-        Tensors stay the same objects, so copies that share one still share it.
-        """
-        module = self.current()
+    def removed(self, keep_copies: bool = False) -> nn.Module:
+        # A copy gets the dtypes of the original, which callers expect. Its tensors stay the same objects, so copies
+        # that share one still share it.
+        module = self.current() if keep_copies else self.original_module
         for slot, copied in self.modules_to_save.items():
             if copied is module:
                 for tensor, dtype in self.own_dtypes(slot):
@@ -107,36 +106,6 @@ class ModulesToSaveWrapper(SeenAsPeft, nn.Module):
             return module(*args, **kwargs)
         out = module(*(_cast(a, inside[0]) for a in args), **{k: _cast(v, inside[0]) for k, v in kwargs.items()})
         return _cast(out, outside[-1])  # what computes last gives the output its dtype
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("original_module", "modules_to_save"):
-                raise
-            return getattr(self.current(), name)
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module under LoRA wrappers, itself where there are none."""
-    while isinstance(module, LoraLayer | ModulesToSaveWrapper):
-        module = module.base_layer if isinstance(module, LoraLayer) else module.original_module
-    return module
-
-
-def unwrapped_state(module: nn.Module, persistent: bool = False) -> dict[str, Tensor]:
-    """The tensors of ``module`` as it was before any adapter, by their names then.
-
-    ``persistent``: without the buffers that a state dict leaves out.
-    """
-    module = unwrap(module)
-    named = [*module._parameters.items(), *module._buffers.items()]
-    hidden = module._non_persistent_buffers_set if persistent else ()
-    out = {key: tensor for key, tensor in named if tensor is not None and key not in hidden}
-    for name, child in module._modules.items():
-        if child is not None:
-            out.update({f"{name}.{key}": tensor for key, tensor in unwrapped_state(child, persistent).items()})
-    return out
 
 
 def _dtypes(module: nn.Module) -> list[torch.dtype]:

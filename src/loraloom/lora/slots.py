@@ -79,7 +79,7 @@ class Slots:
             cls = LoraParameter if parameter else layer_class(module)
             assert cls is not None
             layer = cls(module, self._router, target.name)
-            locator.replace(module, layer)
+            locator.wrap(module, layer)
             self.layers[target.name] = layer
         return layer
 
@@ -91,7 +91,7 @@ class Slots:
             wrapper = self.saved.get(name)
             if wrapper is None:
                 wrapper = self.saved[name] = ModulesToSaveWrapper(modules[name], self._router, name)
-                locator.replace(modules[name], wrapper)
+                locator.wrap(modules[name], wrapper)
             half = any(p.dtype in HALF for p in modules[name].parameters())
             module = wrapper.new_copy(torch.float32 if autocast and half else None)
             # Modules that share storage in the base share their copies too, so that they stay tied.

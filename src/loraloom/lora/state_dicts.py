@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from loraloom.errors import ConfigError
 from loraloom.lora import checkpoint
 from loraloom.lora.adapters import LoraModel
+from loraloom.lora.injection import unwrapped_state
 from loraloom.lora.keys import PREFIX, LoadReport
 from loraloom.lora.model import PeftModel, by_identity
-from loraloom.lora.modules_to_save import unwrapped_state
 from loraloom.lora.peft_options import check_options
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from loraloom.errors import ConfigError
 from loraloom.lora import matmul
-from loraloom.lora.base import base_modules
 from loraloom.lora.experts import unadapted
+from loraloom.lora.injection import base_modules
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.model import PeftModel
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper
