@@ -107,7 +107,7 @@ class LoraLayer(Wrapper):
         for name, tensor in tensors.items():
             table = nn.ModuleDict if name in ("lora_A", "lora_B") else nn.ParameterDict
             if name not in self._modules:
-                self.add_module(name, self._in_my_mode(table()))
+                setattr(self, name, self._in_my_mode(table()))
             held: Any = self._modules[name]
             held[slot] = self._in_my_mode(Factor(tensor)) if table is nn.ModuleDict else tensor
 
