@@ -22,13 +22,13 @@ from loraloom.report.sentences import sentence
 from loraloom.report.session import train_run
 from loraloom.report.terminal import (
     Meter,
-    Reading,
     _still_falling,
     expectations,
     inspection,
     memory_table,
     overview,
     predictions,
+    reading,
 )
 from loraloom.training.preflight.estimate import ResourceEstimate
 from loraloom.training.preflight.memory import Memory
@@ -97,10 +97,10 @@ def test_rows_that_were_cut_are_counted_aloud(encoder_folder: Path, reviews: Pat
 
 def test_reading_many_rows_says_how_far_it_is_now_and_then() -> None:
     console, times = Console(file=io.StringIO(), width=80), iter([0.0, 1.0, 20.0, 20.0, 21.0])
-    with Reading(console, lambda: next(times)) as reading:
-        reading("rows read", 10_000, None)
-        reading("rows tokenised", 20_000, 30_000)
-        reading("rows tokenised", 30_000, 30_000)
+    with reading(console, lambda: next(times)) as progress:
+        progress("rows read", 10_000, None)
+        progress("rows tokenised", 20_000, 30_000)
+        progress("rows tokenised", 30_000, 30_000)
     assert console.file.getvalue() == "20,000 of 30,000 rows tokenised\n"  # type: ignore[attr-defined]
 
 

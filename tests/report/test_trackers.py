@@ -15,7 +15,7 @@ from loraloom.config.train import TrainConfig
 from loraloom.engine.loop import StepEvent
 from loraloom.errors import ConfigError
 from loraloom.report.session import train_run
-from loraloom.report.trackers import FOLDER, Trackers, check
+from loraloom.report.trackers import FOLDER, check, tracking
 
 
 def progress(step: int, evaluated: int | None = None) -> StepEvent:
@@ -43,7 +43,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_has_every_step_and_evaluation(tmp_path: Path) -> None:
-    with Trackers(["tensorboard"], tmp_path, {"train": {"seed": 1}}) as tell:
+    with tracking(["tensorboard"], tmp_path, {"train": {"seed": 1}}) as tell:
         for step in (1, 2):
             tell(progress(step, evaluated=2 if step == 2 else None))
     found = scalars(tmp_path / FOLDER)
@@ -57,14 +57,14 @@ def test_tensorboard_has_every_step_and_evaluation(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_drops_what_was_noted_of_later_steps(tmp_path: Path) -> None:
     for first, last in ((1, 4), (3, 5)):
         time.sleep(1.1 if first > 1 else 0)  # files are named by the second
-        with Trackers(["tensorboard"], tmp_path) as tell:
+        with tracking(["tensorboard"], tmp_path) as tell:
             for step in range(first, last + 1):
                 tell(progress(step))
     assert [step for step, _ in scalars(tmp_path / FOLDER)["train/loss"]] == [1, 2, 3, 4, 5]
 
 
 def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
-    with Trackers([], tmp_path) as tell:
+    with tracking([], tmp_path) as tell:
         tell(progress(1))
     assert list(tmp_path.iterdir()) == []
 
@@ -135,7 +135,7 @@ def test_a_tracker_has_figures_options_and_the_name_of_the_run(
 ) -> None:
     kind = fake(name)
     lora = {"r": 4, "target_modules": ["q", "v"], "rank_pattern": {"^q|v$": 2}, "bias": None}
-    with Trackers([name], tmp_path / "run", {"seed": 1, "lora": lora, "metrics": ["f1"]}) as tell:
+    with tracking([name], tmp_path / "run", {"seed": 1, "lora": lora, "metrics": ["f1"]}) as tell:
         for step in (1, 2):
             tell(progress(step, evaluated=2 if step == 2 else None))
     (one,) = kind.made
@@ -158,7 +158,7 @@ def test_a_tracker_that_does_not_start_is_said_before_the_first_step_and_the_oth
     fake: Callable[..., type[Fake]], tmp_path: Path
 ) -> None:
     good, _ = fake("trackio"), fake("wandb", "start")
-    with pytest.raises(ConfigError) as error, Trackers(["trackio", "wandb"], tmp_path):
+    with pytest.raises(ConfigError) as error, tracking(["trackio", "wandb"], tmp_path):
         pytest.fail("it was entered")
     assert str(error.value) == (
         "report_to: wandb does not start (OSError: no start); log in with wandb login, or set WANDB_MODE=offline, "
@@ -172,7 +172,7 @@ def test_a_tracker_that_fails_on_the_way_is_said_once_and_the_others_are_told_on
 ) -> None:
     bad, good, said = fake("wandb", "log"), fake("trackio", "finish"), list[str]()
     picky = fake("swanlab", "options")
-    with Trackers(["wandb", "trackio", "swanlab"], tmp_path, {"seed": 1}, said.append) as tell:
+    with tracking(["wandb", "trackio", "swanlab"], tmp_path, {"seed": 1}, said.append) as tell:
         for step in (1, 2):
             tell(progress(step))
     assert said == [
@@ -187,7 +187,7 @@ def test_a_tracker_that_fails_on_the_way_is_said_once_and_the_others_are_told_on
 def test_a_folder_that_tensorboard_cannot_write_is_said_and_nothing_ends(tmp_path: Path) -> None:
     said = list[str]()
     (tmp_path / FOLDER).write_text("a file")
-    with Trackers(["tensorboard"], tmp_path, log=said.append) as tell:
+    with tracking(["tensorboard"], tmp_path, log=said.append) as tell:
         tell(progress(1))
         tell(progress(2))
     assert [text.startswith("report_to: tensorboard does not start (") for text in said] == [True]
@@ -195,7 +195,7 @@ def test_a_folder_that_tensorboard_cannot_write_is_said_and_nothing_ends(tmp_pat
 
 def test_a_run_that_failed_is_no_success(fake: Callable[..., type[Fake]], tmp_path: Path) -> None:
     kind = fake("wandb")
-    with pytest.raises(KeyboardInterrupt), Trackers(["wandb"], tmp_path) as tell:
+    with pytest.raises(KeyboardInterrupt), tracking(["wandb"], tmp_path) as tell:
         tell(progress(1))
         raise KeyboardInterrupt
     assert kind.made[0].ended == [1]
@@ -203,7 +203,7 @@ def test_a_run_that_failed_is_no_success(fake: Callable[..., type[Fake]], tmp_pa
 
 def test_mlflow_is_given_names_that_it_takes(fake: Callable[..., type[Fake]], tmp_path: Path) -> None:
     kind = fake("mlflow")
-    with Trackers(["mlflow"], tmp_path) as tell:
+    with tracking(["mlflow"], tmp_path) as tell:
         given = progress(1, evaluated=1)
         assert given.evaluation is not None
         given.evaluation["f(x), %"] = 1.0

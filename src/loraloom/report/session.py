@@ -24,7 +24,7 @@ from loraloom.report.data import picture
 from loraloom.report.plot import PLOT_NAME, plot_run
 from loraloom.report.screen import Text
 from loraloom.report.sentences import line, sentence
-from loraloom.report.terminal import Meter, Reading, expectations, outcome, overview
+from loraloom.report.terminal import Meter, expectations, outcome, overview, reading
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
 from loraloom.training.checkpointing.resume import Resume, find
@@ -64,8 +64,8 @@ def train_run(
     trackers.check(options.report_to)
     console = console or Console(quiet=rank() > 0)
     _print(notes, console)
-    with Reading(console) as reading:
-        job = prepare(options, resume, reading)
+    with reading(console) as progress:
+        job = prepare(options, resume, progress)
     first = job.setup.place.world.is_main_process
     console.print(overview(job), soft_wrap=True)
     console.print(expectations(examine(job), outlook(job)), soft_wrap=True)
@@ -103,10 +103,11 @@ def _tracked(job: TrainJob, resume: Resume, log: Log) -> Iterator[OnStep]:
     """Trackers, of which the first process has the figures of each step; a run that has ended needs none."""
     options, world = job.options, job.setup.place.world
     names = [] if find(options, resume).finished else options.report_to
-    found = trackers.Trackers(names, options.output, options.to_dict(), log)
+    found = trackers.tracking(names, options.output, options.to_dict(), log)
     with contextlib.ExitStack() as stack:
-        world.main_process_first(lambda: stack.enter_context(found))
-        yield found if world.is_main_process else ignore
+        tracks: list[OnStep] = []
+        world.main_process_first(lambda: tracks.append(stack.enter_context(found)))
+        yield tracks[0] if tracks else ignore
 
 
 def data_run(options: TrainConfig, console: Console | None = None, *, rows: int = 3) -> None:
@@ -119,9 +120,9 @@ def data_run(options: TrainConfig, console: Console | None = None, *, rows: int 
         raise ConfigError(f"rows: must be a whole number of at least 0, found {rows}")
     console = console or Console()
     with tempfile.TemporaryDirectory() as folder:
-        with Reading(console) as reading:
-            nowhere = replace(options, output=str(Path(folder) / "nothing"), overwrite=True)
-            job = prepare(nowhere, reading=reading)
+        nowhere = replace(options, output=str(Path(folder) / "nothing"), overwrite=True)
+        with reading(console) as progress:
+            job = prepare(nowhere, reading=progress)
         bad = Path(nowhere.output) / BAD_ROWS
         job.data.warnings = [text.replace(str(bad), "below") for text in job.data.warnings]
         length, marks = job.options.max_length, console.color_system is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from loraloom.report.sentences import line, lines
 from loraloom.training.preflight.rates import HIGHEST, falls
 
 if TYPE_CHECKING:
+    from loraloom.data.table.scan import OnProgress
     from loraloom.engine.loop import StepEvent
     from loraloom.training.preflight.estimate import ResourceEstimate
     from loraloom.training.preflight.memory import Memory
@@ -70,30 +72,23 @@ def expectations(findings: Sequence[Message], needs: ResourceEstimate) -> Render
     return lines([*messages, *findings])
 
 
-class Reading:
+@contextlib.contextmanager
+def reading(console: Console, clock: Callable[[], float] = time.monotonic) -> Iterator[OnProgress]:
     """The callback of rows that are read and tokenised: a live line in a terminal, one line now and then elsewhere."""
+    status = console.status("reading") if console.is_terminal else None
+    printed = clock()
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console, self.clock = console, clock
-        self.status = console.status("reading") if console.is_terminal else None
-        self.told = clock()
-
-    def __enter__(self) -> Reading:
-        if self.status is not None:
-            self.status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.status is not None:
-            self.status.stop()
-
-    def __call__(self, what: str, done: int, total: int | None) -> None:
+    def progress(what: str, done: int, total: int | None) -> None:
+        nonlocal printed
         line = f"{done:,} {what}" if total is None else f"{done:,} of {total:,} {what}"
-        if self.status is not None:
-            self.status.update(line)
-        elif self.clock() - self.told >= TELL:
-            self.told = self.clock()
-            self.console.print(Text(line))
+        if status is not None:
+            status.update(line)
+        elif clock() - printed >= TELL:
+            printed = clock()
+            console.print(Text(line))
+
+    with status or contextlib.nullcontext():
+        yield progress
 
 
 class Meter:

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from loraloom.errors import ConfigError, brief, nearest
@@ -17,11 +16,11 @@ from loraloom.files.log import Log, info
 from loraloom.files.quiet import quiet
 
 if TYPE_CHECKING:
-    from loraloom.engine.loop import StepEvent
+    from loraloom.engine.loop import OnStep, StepEvent
 
 #: The packages of those whose package has another name.
 _PACKAGES = {"comet_ml": "comet-ml", "tensorboard": "tensorboardX"}
-#: What an argument of a tracker is called that names the run. Others name it themselves.
+#: The argument of a tracker that names the run. Others name it themselves.
 _NAMED = {"wandb": "name", "trackio": "name", "mlflow": "run_name"}
 #: What is missing most often.
 _HINTS = {
@@ -54,97 +53,76 @@ def check(names: Sequence[str]) -> None:
             )
 
 
-class Trackers:
-    """The callback ``on_step`` of trackers ``names``, by accelerate's names.
+@contextlib.contextmanager
+def tracking(
+    names: Sequence[str], folder: str | Path, options: Mapping[str, Any] | None = None, log: Log = info
+) -> Iterator[OnStep]:
+    """The callback ``on_step`` of trackers ``names``, by accelerate's names, which end with the context.
 
-    Entered before the first step: a tracker that does not start is an error then. One that fails later is logged, and
-    training continues without it.
+    A tracker that does not start is an error here. One that fails later is logged, and training continues without it.
+    TensorBoard starts with the first step, because it has to know after which step a run resumes.
 
     Args:
         folder: the run's; TensorBoard's files lie in it, and the run is named after it.
         options: stored with the run.
         log: called when a tracker fails.
+
+    Raises:
+        ConfigError: one does not start. Begins with ``report_to``.
     """
+    check(names)
+    folder, trackers, waiting = Path(folder), list[Any](), _TENSORBOARD in names
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        folder: str | Path,
-        options: Mapping[str, Any] | None = None,
-        log: Log = info,
-    ) -> None:
-        self._names, self._folder, self._options, self._log = list(names), Path(folder), _flat(options or {}), log
-        self._trackers: list[Any] = []
-        self._began = False
-        check(names)
+    @contextlib.contextmanager
+    def guarded(tracker: Any, what: str, *, drop: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a tracker's own, of whatever kind
+            if drop:
+                trackers.remove(tracker)
+            log(f"report_to: {tracker.name} {what} ({brief(error)}){'; training continues without it' * drop}")
 
-    def __enter__(self) -> Trackers:
-        """Start all but TensorBoard, which waits for the first step.
-
-        Raises:
-            ConfigError: one does not start. Begins with ``report_to``.
-        """
-        for name in self._names:
-            if name == _TENSORBOARD:
-                continue
+    def on_step(event: StepEvent) -> None:
+        nonlocal waiting
+        if waiting:
+            waiting = False
             try:
-                self._trackers.append(_start(name, self._folder))
-            except Exception as error:  # a tracker's own, of whatever kind
-                self._end(failed=True)
-                hint = _HINTS.get(name, "set it up")
-                raise ConfigError(
-                    f"report_to: {name} does not start ({brief(error)}); {hint}, or leave it out"
-                ) from None
-        for tracker in list(self._trackers):
-            with self._guarded(tracker, "did not take the options", drop=False):
-                tracker.store_init_configuration(self._options)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end(failed=kind is not None)
-
-    def __call__(self, event: StepEvent) -> None:
-        if not self._began:
-            self._began = True
-            self._start_tensorboard(event.step - 1)
+                trackers.append(_start(_TENSORBOARD, folder, event.step - 1))
+            except Exception as error:
+                log(f"report_to: {_TENSORBOARD} does not start ({brief(error)}); training continues without it")
         values = {"train/loss": event.loss, "train/learning_rate": event.learning_rate}
         values["train/tokens_per_second"] = event.tokens / max(event.seconds, 1e-9)
         values |= {f"eval/{key}": value for key, value in (event.evaluation or {}).items()}
-        for tracker in list(self._trackers):
-            with self._guarded(tracker, f"failed at step {event.step}"):
+        for tracker in list(trackers):
+            with guarded(tracker, f"failed at step {event.step}", drop=True):
                 tracker.log(_named_for(tracker.name, values), step=event.step)
 
-    def _start_tensorboard(self, step: int) -> None:
-        """TensorBoard has to know after which step a run starts."""
-        if _TENSORBOARD in self._names:
-            try:
-                self._trackers.append(_start(_TENSORBOARD, self._folder, step))
-            except Exception as error:
-                self._log(f"report_to: {_TENSORBOARD} does not start ({brief(error)}); training continues without it")
-
-    def _end(self, failed: bool) -> None:
-        for tracker in list(self._trackers):
-            with self._guarded(tracker, "did not end well", drop=False):
+    failed = True
+    try:
+        for name in names:
+            if name != _TENSORBOARD:
+                trackers.append(_started(name, folder))
+        for tracker in trackers:
+            with guarded(tracker, "did not take the options"):
+                tracker.store_init_configuration(_flat(options or {}))
+        yield on_step
+        failed = False
+    finally:
+        for tracker in trackers:
+            with guarded(tracker, "did not end well"):
                 _finish(tracker, failed)
-        self._trackers.clear()
 
-    @contextlib.contextmanager
-    def _guarded(self, tracker: Any, what: str, *, drop: bool = True) -> Iterator[None]:
-        """Log what a tracker raises and drop it: training goes before tracking."""
-        try:
-            yield
-        except Exception as error:
-            without = ""
-            if drop:
-                self._trackers.remove(tracker)
-                without = "; training continues without it"
-            self._log(f"report_to: {tracker.name} {what} ({brief(error)}){without}")
+
+def _started(name: str, folder: Path) -> Any:
+    try:
+        return _start(name, folder)
+    except Exception as error:  # a tracker's own, of whatever kind
+        hint = _HINTS.get(name, "set it up")
+        raise ConfigError(f"report_to: {name} does not start ({brief(error)}); {hint}, or leave it out") from None
 
 
 def _start(name: str, folder: Path, step: int = 0) -> Any:
-    """``step``: after which the run starts; TensorBoard drops what a killed run noted of later steps."""
+    """``step``: after which the run starts; TensorBoard drops what a killed run logged of later steps."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -164,7 +142,7 @@ def _start(name: str, folder: Path, step: int = 0) -> Any:
 
 
 def _finish(tracker: Any, failed: bool) -> None:
-    """accelerate calls every run a success; these two can be told otherwise."""
+    """accelerate reports every run as a success; these two trackers can report a failure."""
     if failed and tracker.name == "wandb":
         tracker.tracker.finish(exit_code=1)
     elif failed and tracker.name == "mlflow":

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from loraloom.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from optuna import Trial
     from optuna.distributions import BaseDistribution
 
 #: What lies this near an end of a range, as a share of it, lies at its edge.
@@ -44,9 +43,6 @@ class Categorical:
         from optuna.distributions import CategoricalDistribution
 
         return CategoricalDistribution(list(self.values))
-
-    def suggest(self, trial: Trial, key: str) -> Any:
-        return trial.suggest_categorical(key, list(self.values))
 
     def grid(self, key: str) -> list[Any]:
         return list(self.values)
@@ -91,11 +87,6 @@ class Range:
         if self.whole:
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
-
-    def suggest(self, trial: Trial, key: str) -> Any:
-        if self.whole:
-            return trial.suggest_int(key, int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
-        return trial.suggest_float(key, self.low, self.high, log=self.log, step=self.step)
 
     def grid(self, key: str) -> list[Any]:
         if self.size is None:

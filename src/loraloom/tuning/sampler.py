@@ -1,7 +1,7 @@
 """What to try next: first what is known to do well, then what Optuna proposes from what was measured.
 
-A proposal follows from the space, the seed and the trials so far alone, so a search that was killed goes on as if it
-had not been.
+A proposal follows from the space, the seed and the trials so far alone, so a search that was killed and resumed
+proposes the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 JOURNAL_NAME = "study.log"
-#: Proposals that repeat a configuration are asked again so many times; then the first that is left is taken.
+#: How often the sampler is asked again when it repeats a configuration; then the first that is left is taken.
 _ASK_AGAIN = 50
 
 
@@ -30,9 +30,7 @@ def propose(options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler |
     tried = [trial.values for trial in trials if trial.repeats is None]
     number = len(tried)
     if options.sampler == "grid" and sampler is None:
-        grid = options.space.grid()
-        points = (dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values()))
-        return next(itertools.islice(points, number, None), None)
+        return next(itertools.islice(options.space.grid(), number, None), None)
     known = (options.trials + 1) // 2 if options.sampler == "tpe" and sampler is None else 0
     for values in options.space.prior(known):
         if values not in tried:
@@ -43,9 +41,7 @@ def propose(options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler |
             return values
     if options.space.size is None:
         return None
-    corners = itertools.product(*options.space.grid().values())
-    rest = (dict(zip(options.space.params, corner, strict=True)) for corner in corners)
-    return next((values for values in rest if values not in tried), None)
+    return next((values for values in options.space.grid() if values not in tried), None)
 
 
 def _ask(options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler | None, seed: int) -> dict[str, Any]:
@@ -60,7 +56,8 @@ def _ask(options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler | No
         for trial in trials:
             if trial.repeats is None:
                 study.add_trial(frozen(options, trial))
-        return options.space.suggest(study.ask())
+        found = study.ask(options.space.distributions()).params
+    return {key: found[key] for key in options.space.params}
 
 
 def frozen(options: TuneConfig, trial: Trial) -> FrozenTrial:
@@ -76,10 +73,8 @@ def frozen(options: TuneConfig, trial: Trial) -> FrozenTrial:
     state = {"running": states.RUNNING, "finished": states.COMPLETE, "failed": states.FAIL}.get(
         trial.state, states.PRUNED
     )
-    if trial.state == "waiting" and not measured:  # held where nobody was compared yet: nothing is known of it
-        state = states.RUNNING
-    if state is states.COMPLETE and not measured:
-        state = states.FAIL
+    if not measured:  # a trial that waits where nobody was compared yet is as one that runs
+        state = {"waiting": states.RUNNING, "finished": states.FAIL}.get(trial.state, state)
     return optuna.trial.create_trial(
         state=state,
         value=list(measured.values())[-1] if state is states.COMPLETE else None,

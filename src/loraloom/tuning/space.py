@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,12 @@ from loraloom.config.keys import OPTIONS, check_key
 from loraloom.config.lora_checks import split_names
 from loraloom.config.runfile import with_values
 from loraloom.config.train import TrainConfig
+from loraloom.config.tune import PRESET
 from loraloom.errors import ConfigError, nearest
 from loraloom.tuning.params import Categorical, Range, label, read_range
 from loraloom.tuning.targets import SETS, resolve_targets
 
 if TYPE_CHECKING:
-    from optuna import Trial
     from optuna.distributions import BaseDistribution
     from torch import nn
 
@@ -68,34 +68,24 @@ _WIDE = {
     # Ten times the rates of full fine-tuning, which are 5e-6 to 5e-4 from the largest models to the smallest.
     "train.learning_rate": {"log": [5e-5, 5e-3]},
 }
+_NARROWER = {
+    RANK: [8, 16, 32],
+    TARGETS: ["attention", "all-linear"],
+    "lora.lora_dropout": [0.0, 0.1],
+    "train.learning_rate": {"log": [2e-4, 4e-3]},
+}
+_WIDER = {
+    RANK: [2, 4, 8, 16, 32, 64, 128],
+    ALPHA: ["r", "2r", "4r", "rslora"],
+    "lora.lora_dropout": [0.0, 0.05, 0.1, 0.2, 0.3],
+    "train.learning_rate": {"log": [2e-5, 1e-2]},
+    "train.loraplus_lr_ratio": [1.0, 4.0, 16.0],
+    "train.weight_decay": [0.0, 0.01, 0.1],
+}
 PRESETS = {
-    "quick": Preset(
-        8,
-        2,
-        1,
-        _WIDE
-        | {
-            RANK: [8, 16, 32],
-            TARGETS: ["attention", "all-linear"],
-            "lora.lora_dropout": [0.0, 0.1],
-            "train.learning_rate": {"log": [2e-4, 4e-3]},
-        },
-    ),
+    "quick": Preset(8, 2, 1, _WIDE | _NARROWER),
     "standard": Preset(16, 3, 2, _WIDE),
-    "thorough": Preset(
-        64,
-        4,
-        3,
-        _WIDE
-        | {
-            RANK: [2, 4, 8, 16, 32, 64, 128],
-            ALPHA: ["r", "2r", "4r", "rslora"],
-            "lora.lora_dropout": [0.0, 0.05, 0.1, 0.2, 0.3],
-            "train.learning_rate": {"log": [2e-5, 1e-2]},
-            "train.loraplus_lr_ratio": [1.0, 4.0, 16.0],
-            "train.weight_decay": [0.0, 0.01, 0.1],
-        },
-    ),
+    "thorough": Preset(64, 4, 3, _WIDE | _WIDER),
 }
 
 
@@ -147,11 +137,7 @@ class Space:
     @classmethod
     def default(cls, base: TrainConfig, preset: str = "standard") -> Space:
         """The space of a preset: rank, alpha, targets, dropout and learning rate vary, whatever ``base`` has there."""
-        if preset not in PRESETS:
-            raise ConfigError(
-                f"preset: must be one of {', '.join(PRESETS)}, found {preset!r}{nearest(preset, PRESETS)}"
-            )
-        return cls.parse(PRESETS[preset].space, base)
+        return cls.parse(PRESETS[PRESET.check.test("preset", preset)].space, base)
 
     @property
     def size(self) -> int | None:
@@ -159,20 +145,17 @@ class Space:
         sizes = [param.size for param in self.params.values()]
         return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
-    def suggest(self, trial: Trial) -> dict[str, Any]:
-        """A configuration, as Optuna proposes it."""
-        return {key: param.suggest(trial, key) for key, param in self.params.items()}
-
     def distributions(self) -> dict[str, BaseDistribution]:
         return {key: param.distribution() for key, param in self.params.items()}
 
-    def grid(self) -> dict[str, list[Any]]:
-        """All values of every hyperparameter.
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """All configurations.
 
         Raises:
             ConfigError: a range is continuous.
         """
-        return {key: param.grid(key) for key, param in self.params.items()}
+        values = [param.grid(key) for key, param in self.params.items()]
+        return (dict(zip(self.params, point, strict=True)) for point in itertools.product(*values))
 
     def order(self) -> dict[str, list[Any]]:
         """Labels from low to high of hyperparameters whose values are ordered but no numbers: multiples of the rank."""
@@ -190,18 +173,17 @@ class Space:
         liked = {key: _liked(key, param) for key, param in self.params.items()}
         ranges_first = sorted(self.params, key=lambda key: isinstance(self.params[key], Categorical))
         steps = dict(zip(ranges_first, _steps(len(self.params))))
-        found: dict[tuple[Any, ...], None] = {}
-        for i in range(20 * count):
+        spread = (
+            {key: param.point(i * steps[key] % 1, liked[key]) for key, param in self.params.items()}
+            for i in range(20 * count)
+        )
+        found: dict[tuple[Any, ...], dict[str, Any]] = {}
+        # A small space may be used up before chance finds its last corners.
+        for values in itertools.chain(spread, self.grid() if self.size is not None else ()):
             if len(found) == count:
                 break
-            point = (param.point(i * steps[key] % 1, liked[key]) for key, param in self.params.items())
-            found.setdefault(tuple(point))
-        if self.size is not None:  # a small space may be used up before chance finds its last corners
-            for corner in itertools.product(*self.grid().values()):
-                if len(found) == count:
-                    break
-                found.setdefault(corner)
-        return [dict(zip(self.params, point)) for point in found]
+            found.setdefault(tuple(values.values()), values)
+        return list(found.values())
 
     def to_options(self, values: Mapping[str, Any], base: TrainConfig, model: nn.Module | None = None) -> TrainConfig:
         """The options of a configuration's training. ``model`` says which modules "q-v" and "attention" are.
@@ -242,8 +224,8 @@ class Space:
 
         structure = {key: param for key, param in self.params.items() if key in _STRUCTURE}
         rest = {key: value for key, value in self.prior(1)[0].items() if key not in structure}
-        for combination in itertools.product(*(param.grid(key) for key, param in structure.items())):
-            values = dict(zip(structure, combination)) | rest
+        for combination in Space(structure).grid():
+            values = combination | rest
             try:
                 plan(model, self.to_options(values, base, model).lora)
             except ConfigError as error:
