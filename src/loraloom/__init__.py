@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from loraloom.lora.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
     from loraloom.lora.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
     from loraloom.lora.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from loraloom.lora.auto import get_base_model_state_dict as get_base_model_state_dict
     from loraloom.lora.auto import get_peft_config as get_peft_config
+    from loraloom.lora.auto import get_peft_model_state_dict as get_peft_model_state_dict
     from loraloom.lora.auto import inject_adapter_in_model as inject_adapter_in_model
     from loraloom.lora.auto import load_peft_weights as load_peft_weights
     from loraloom.lora.auto import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from loraloom.lora.auto import set_peft_model_state_dict as set_peft_model_state_dict
     from loraloom.lora.keys import LoadReport as LoadReport
     from loraloom.lora.model import PeftModel as PeftModel
     from loraloom.lora.model import PeftModelForCausalLM as PeftModelForCausalLM
@@ -39,9 +42,6 @@ if TYPE_CHECKING:
     from loraloom.lora.model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from loraloom.lora.model import PeftModelForTokenClassification as PeftModelForTokenClassification
     from loraloom.lora.model import get_peft_model as get_peft_model
-    from loraloom.lora.state_dicts import get_base_model_state_dict as get_base_model_state_dict
-    from loraloom.lora.state_dicts import get_peft_model_state_dict as get_peft_model_state_dict
-    from loraloom.lora.state_dicts import set_peft_model_state_dict as set_peft_model_state_dict
     from loraloom.lora.status import get_layer_status as get_layer_status
     from loraloom.lora.status import get_model_status as get_model_status
     from loraloom.lora.targets import Plan as Plan
@@ -59,10 +59,10 @@ _WHERE = {
     "LoraloomError": "loraloom.errors",
     "LoadReport": "loraloom.lora.keys",
     "PeftModel": "loraloom.lora.model",
-    "get_base_model_state_dict": "loraloom.lora.state_dicts",
+    "get_base_model_state_dict": "loraloom.lora.auto",
     "get_peft_model": "loraloom.lora.model",
-    "get_peft_model_state_dict": "loraloom.lora.state_dicts",
-    "set_peft_model_state_dict": "loraloom.lora.state_dicts",
+    "get_peft_model_state_dict": "loraloom.lora.auto",
+    "set_peft_model_state_dict": "loraloom.lora.auto",
     "get_layer_status": "loraloom.lora.status",
     "get_model_status": "loraloom.lora.status",
     "PeftConfig": "loraloom.config.lora",

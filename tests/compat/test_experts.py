@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import loraloom
 from loraloom.errors import AdapterError, SaveError
-from loraloom.lora.experts import TYPES
+from loraloom.lora.peft_targets import TYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -18,8 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from loraloom.errors import AdapterError
 from loraloom.lora.dispatch import Router
-from loraloom.lora.routing import BASE
-from loraloom.lora.rows import leading
+from loraloom.lora.routing import BASE, leading
 
 
 class Biases(nn.Module):

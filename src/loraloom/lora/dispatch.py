@@ -22,8 +22,7 @@ from torch import Tensor
 from loraloom.errors import AdapterError
 from loraloom.lora.history import PlanHistory, SeedLog
 from loraloom.lora.initialize import seed_of
-from loraloom.lora.routing import Route
-from loraloom.lora.rows import Batch, RowProbe, RowSites, Unproven
+from loraloom.lora.routing import Batch, Route, RowProbe, RowSites, Unproven
 from loraloom.lora.shared_inputs import InputTracker, LayerGroups, SlotGroups
 
 #: Autograd nodes that a recomputation may make after its last adapted layer.
@@ -41,7 +40,7 @@ class Plan:
     layer_groups: LayerGroups = field(default_factory=LayerGroups)
     #: what is known of the batch, where rows go to different slots
     batch: Batch | None = None
-    #: set while a probe finds out whose rows are where: see ``lora.rows``
+    #: set while a probe finds out whose rows are where: see ``lora.routing``
     probe: RowProbe | None = None
     #: the adapters are disabled, and no route is followed inside
     disabled: bool = False

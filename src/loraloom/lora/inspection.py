@@ -17,9 +17,8 @@ from torch import Tensor
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import AdapterError
 from loraloom.lora.checkpoint import read_tensors
-from loraloom.lora.expressions import check_expressions
 from loraloom.lora.keys import PREFIX
-from loraloom.lora.matching import matches_any, rank_and_alpha
+from loraloom.lora.matching import check_expressions, matches_any, rank_and_alpha
 
 #: The rank used is the fewest singular directions that hold this share of the update's squared norm.
 ENERGY = 0.99

@@ -1,15 +1,29 @@
 """How patterns match names: PEFT's grammar, over names alone.
 
 A list holds exact names or suffixes after a dot, a string is a regular expression over whole names, and the keys of
-``rank_pattern`` and ``alpha_pattern`` match the end of a name.
+``rank_pattern`` and ``alpha_pattern`` match the end of a name. Expressions come from users' files: ``re`` cannot be
+interrupted, so one that might take exponential time is tried in a process that can.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 
 from loraloom.config.lora import LoraConfig
+from loraloom.errors import TargetError, short
+
+#: Time limit in seconds for all names of a model; a harmless expression takes milliseconds.
+_SECONDS = 5.0
+_TRY = "import json, re, sys\ne, names = json.load(sys.stdin)\nm = re.compile(e).match\nfor n in names: m(n)"
+#: A repeated group, which may hold another repeat. (Escaped ones count too: the trial is cheap.)
+_NESTED = re.compile(r"\)[*+{]")
+_REPEATS = re.compile(r"[*+]|\{\d*,\d*\}")
+#: Adjacent repeats take time to the power of their number, and each optional part doubles it.
+_MOST_REPEATS, _MOST_OPTIONAL = 4, 15
 
 
 def matches_name(pattern: str, name: str) -> bool:
@@ -33,6 +47,11 @@ def matches_any(patterns: Iterable[str] | str | None, name: str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(matches_name(pattern, name) for pattern in patterns)
+
+
+def each(patterns: list[str] | str | None) -> list[tuple[str, list[str] | str]]:
+    """Every pattern as an error quotes it, and as ``matches_any`` takes it."""
+    return [(patterns, patterns)] if isinstance(patterns, str) else [(one, [one]) for one in patterns or ()]
 
 
 def suffixes(names: Iterable[str], modules: Iterable[str]) -> list[str] | str:
@@ -78,3 +97,45 @@ def rank_and_alpha(config: LoraConfig, name: str) -> tuple[int, float]:
         config.r if r is None else config.rank_pattern[r],
         config.lora_alpha if alpha is None else config.alpha_pattern[alpha],
     )
+
+
+def check_expressions(config: LoraConfig, names: Iterable[str]) -> None:
+    """Raise TargetError if a regular expression of ``config`` does not finish on ``names`` within seconds."""
+    found = [(field, expression) for field, expression in _expressions(config) if may_explode(expression)]
+    if not found:
+        return
+    listed = list(names)
+    for field, expression in found:
+        try:
+            subprocess.run(
+                [sys.executable, "-I", "-S", "-c", _TRY],
+                input=json.dumps([expression, listed]).encode(),
+                timeout=_SECONDS,
+                check=False,
+                capture_output=True,
+            )
+        except subprocess.TimeoutExpired:
+            raise TargetError(
+                f"{field}: the regular expression {short(expression)} does not come to an end on this model's names; "
+                "write it without a repeat inside a repeat"
+            ) from None
+
+
+def may_explode(expression: str) -> bool:
+    """Whether matching might take exponential time, or a high power of a name's length."""
+    many = len(_REPEATS.findall(expression)) > _MOST_REPEATS or expression.count("?") > _MOST_OPTIONAL
+    return many or bool(_NESTED.search(expression))
+
+
+def _expressions(config: LoraConfig) -> Iterator[tuple[str, str]]:
+    """Field and expression, anchored at the end so that matching has to try every alternative."""
+    for field in ("target_modules", "exclude_modules"):
+        value = getattr(config, field)
+        if isinstance(value, str):
+            yield field, rf"(?:{value})\Z"
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            yield field, rf"(.*\.)?(?:{key})$"
+    patterns = config.layers_pattern
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        yield "layers_pattern", rf"(?:^|.*?\.){pattern}\.(\d+)\."

@@ -1,6 +1,6 @@
 """A batch whose rows go through different adapters: in one forward where that is exact, else adapter by adapter.
 
-One forward it is where every adapted layer's input is known to hold the batch's rows (``lora.rows``). Where that is
+One forward it is where every adapted layer's input is known to hold the batch's rows (``lora.routing``). Where that is
 not known it is looked at once, with the frozen model; where it is not so, the model is called with the rows of one
 adapter at a time, and the answers are put together.
 """
@@ -19,8 +19,7 @@ from loraloom.errors import AdapterError
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.dispatch import Plan
 from loraloom.lora.routed import media_tokens
-from loraloom.lora.routing import Route
-from loraloom.lora.rows import Batch, RowProbe, Unproven, rows_of, tensors
+from loraloom.lora.routing import Batch, Route, RowProbe, Unproven, rows_of, tensors
 
 T = TypeVar("T")
 Run = Callable[..., Any]

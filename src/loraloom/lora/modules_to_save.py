@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loraloom.errors import AdapterError
 from loraloom.lora.dispatch import Router
 from loraloom.lora.injection import Wrapper, strip, unwrap, unwrapped_state
-from loraloom.lora.rows import leading
+from loraloom.lora.routing import leading
 
 
 class ModulesToSaveWrapper(Wrapper):

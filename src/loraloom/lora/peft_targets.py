@@ -1,8 +1,11 @@
-"""How PEFT (0.21) reads a config on a model, computed from names alone; and a config that it reads as we do.
+"""How PEFT (0.21) reads the targets of a config, computed from names alone; and a config that it reads as we do.
 
-An adapter folder holds no list of the modules that it adapts: whoever reads it resolves ``target_modules`` and
-``target_parameters`` for himself. Where PEFT would come to other modules, ranks or alphas, the names are written in
-full.
+An adapter folder holds no list of the modules that it adapts: every reader resolves ``target_modules`` and
+``target_parameters`` again. Where PEFT would find other modules, ranks or alphas, the names are written in full.
+
+Transformers 5 keeps the experts of a layer in two parameters, ``gate_up_proj`` and ``down_proj``, where version 4 had a
+module for each expert's projection. On the model types listed here PEFT lets the old names mean the new parameters, and
+so does loraloom: there "gate_proj" is no longer the name of a module.
 """
 
 from __future__ import annotations
@@ -10,19 +13,39 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import TargetError
-from loraloom.lora.experts import TYPES, parameter_names, translate
-from loraloom.lora.matching import in_layers, matches_any, matches_name, rank_and_alpha, suffixes
+from loraloom.lora.matching import each, in_layers, matches_any, matches_name, rank_and_alpha, suffixes
 
 #: Module names that PEFT refuses on these model types, because fused kernels read the weight and call no module.
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBA_NAMES = ("out_proj", "conv1d")
+
+
+#: Old name → the end of the parameter's name that it means now.
+_MIXTRAL = {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+_QWEN = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+#: The parameter that holds two of the old ones, and so gets their ranks together.
+FUSED = "gate_up_proj"
+#: Model types on which PEFT 0.21 reads the old names so, with transformers 5.23.
+TYPES: dict[str, Mapping[str, str]] = {
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), _MIXTRAL),
+    **dict.fromkeys(
+        (
+            *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
+            *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe"),
+            *("longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text"),
+            *("qwen3_omni_moe_thinker", "solar_open"),
+        ),
+        _QWEN,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -110,10 +133,11 @@ def as_peft_reads(
     changes: dict[str, object] = {}
     if isinstance(config.target_modules, str) or set(names) != {one.name for one in wanted if not one.parameter}:
         changes |= {"layers_to_transform": None, "layers_pattern": None}
+    excluded = None if any(matches_any(config.exclude_modules, name) for name in names) else config.exclude_modules
     changed = config.copy(
         target_modules=names if table else suffixes(names, modules),
         target_parameters=parameters or None,
-        exclude_modules=config.exclude_modules if matches_none(config, names) else None,
+        exclude_modules=excluded,
         rank_pattern={one.name: one.r for one in exact if one.r != config.r},
         alpha_pattern={one.name: one.alpha for one in exact if one.alpha != config.lora_alpha},
         **changes,
@@ -127,6 +151,134 @@ def as_peft_reads(
     return config, tuple(sorted(other))
 
 
-def matches_none(config: LoraConfig, names: Sequence[str]) -> bool:
-    """Whether ``exclude_modules`` leaves all of ``names``."""
-    return not any(matches_any(config.exclude_modules, name) for name in names)
+# -- experts that are stacked in one parameter --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Expert weights that an adapter leaves as they are: how many tensors, their numbers, the share of the model."""
+
+    weights: int = 0
+    parameters: int = 0
+    share: float = 0.0
+    #: the shortest names by which ``target_parameters`` means the stacked ones
+    names: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.weights:,} expert weights, {self.parameters:,} parameters, {100 * self.share:.1f} % of the model"
+
+
+@dataclass
+class Translation:
+    """``target_modules`` where names mean parameters, and what came of it."""
+
+    config: LoraConfig
+    #: names of parameters that are adapted
+    parameters: set[str] = field(default_factory=set)
+    #: modules that have an expert's name, are none, and are left out
+    left_out: list[str] = field(default_factory=list)
+
+
+def parameter_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names of all parameters, each with its module's name before it."""
+    return [
+        f"{name}.{key}" for name, module in modules.items() for key, p in module._parameters.items() if p is not None
+    ]
+
+
+def old_names(model_type: str | None, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The old names of projections that parameters of this model hold now."""
+    places = _places(TYPES.get(model_type or "", {}), modules)
+    return sorted({place.rpartition(".")[2] for place in places})
+
+
+def translate(config: LoraConfig, model_type: str | None, modules: Mapping[str, nn.Module]) -> Translation:
+    """``config`` with the names of experts in ``target_modules`` moved to ``target_parameters``.
+
+    A bare name ("gate_proj") means the experts and no module that is called so too, as in PEFT. A longer one, or an
+    expression, means experts where it matches their place, and modules elsewhere.
+
+    Raises:
+        TargetError: one of two projections that are one parameter now is named alone.
+    """
+    table = TYPES.get(model_type or "")
+    wanted = config.target_modules
+    if table is None or not wanted:
+        return Translation(config)
+    places = _places(table, modules)
+    hits = {shown: [place for place in places if _means(pattern, place)] for shown, pattern in each(wanted)}
+    named = {place for found in hits.values() for place in found}
+    if not named:
+        return Translation(config)
+    _check_whole(table, places, named)
+    of_pattern = {name: shown for shown, pattern in each(wanted) for name in modules if matches_any(pattern, name)}
+    left_out = [n for n, pattern in of_pattern.items() if hits[pattern] and n.rpartition(".")[2] in table]
+    kept = [name for name in of_pattern if name not in left_out]
+    parameters = {places[place] for place in named}
+    rest: list[str] | str = [pattern for pattern, found in hits.items() if not found]
+    if isinstance(wanted, str) and kept:
+        rest = suffixes(kept, modules)
+    changes: dict[str, object] = {}
+    if any(matches_name(FUSED, name) for name in parameters):
+        key, times = rf".*\.{FUSED}", sum(new == FUSED for new in table.values())
+        changes["rank_pattern"] = {**config.rank_pattern, key: config.r * times}
+        changes["alpha_pattern"] = {**config.alpha_pattern, key: config.lora_alpha * times}
+    ours = suffixes(parameters, parameter_names(modules))
+    given = [*(config.target_parameters or []), *(sorted(parameters) if isinstance(ours, str) else ours)]
+    owners = {name.rpartition(".")[0] for name in parameters}  # a Linear's weight may be among them
+    return Translation(
+        config.copy(target_modules=rest, target_parameters=list(dict.fromkeys(given)), **changes),
+        parameters,
+        [name for name in left_out if name not in owners],
+    )
+
+
+def _places(table: Mapping[str, str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """What each projection would be called as a module → the parameter that holds it."""
+    return {
+        f"{name[: -len(new) - 1]}.{old}": name
+        for name in parameter_names(modules)
+        for old, new in table.items()
+        if matches_name(new, name)
+    }
+
+
+def _means(pattern: list[str] | str, place: str) -> bool:
+    """Whether a pattern of ``target_modules`` means the experts' projection ``place``. An expression may count them."""
+    numbered = re.sub(r"\.(\w+)$", r".0.\1", place)
+    return matches_any(pattern, place) or (isinstance(pattern, str) and matches_any(pattern, numbered))
+
+
+def _check_whole(table: Mapping[str, str], places: Mapping[str, str], named: set[str]) -> None:
+    both = [old for old, new in table.items() if new == FUSED]
+    for place in sorted(named):
+        name, old = place.rpartition(".")[0], place.rpartition(".")[2]
+        missing = [other for other in both if f"{name}.{other}" not in named]
+        if old in both and missing:
+            raise TargetError(
+                f"target_modules: {old!r} and {missing[0]!r} are one parameter of this model, {places[place]}; name "
+                f"both, or target_parameters=[{FUSED!r}]"
+            )
+
+
+def stacked(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The weights of experts by name: stacks of matrices, and those of experts that are modules of their own."""
+    found = {}
+    for name, module in modules.items():
+        parts = name.split(".")
+        inside = "experts" in parts and "router" not in parts
+        for key, p in module._parameters.items():
+            if p is None or p.dim() < 2 or key.endswith("bias") or isinstance(module, _ConvNd):
+                continue
+            if inside or (p.dim() == 3 and "Expert" in type(module).__name__):
+                found[f"{name}.{key}"] = p
+    return found
+
+
+def unadapted(modules: Mapping[str, nn.Module], adapted: Iterable[str], total: int) -> Experts:
+    """The expert weights that are not among ``adapted`` (names of modules and parameters)."""
+    there, done = stacked(modules), set(adapted)
+    left = {name: p for name, p in there.items() if not {name, name.rpartition(".")[0]} & done}
+    count = sum(p.numel() for p in {id(p): p for p in left.values()}.values())
+    stacks = suffixes([name for name, p in left.items() if p.dim() == 3], parameter_names(modules))
+    return Experts(len(left), count, count / max(total, 1), () if isinstance(stacks, str) else tuple(stacks))

@@ -20,8 +20,7 @@ from loraloom.errors import AdapterError, nearest
 from loraloom.lora.dispatch import Plan, Router
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper
-from loraloom.lora.routing import BASE, Route
-from loraloom.lora.rows import Batch
+from loraloom.lora.routing import BASE, Batch, Route
 from loraloom.lora.slots import Slots
 
 #: Names without ``lora_`` that this class had before; they hid what models call so.

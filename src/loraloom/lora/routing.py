@@ -7,9 +7,10 @@ or of who follows the route: see ``lora.dispatch``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,3 +119,178 @@ def _spread(index: Tensor, times: int) -> Tensor:
     if times == 1:
         return index
     return (index[:, None] * times + torch.arange(times, device=index.device)).flatten()
+
+
+class Unproven(AdapterError):
+    """A layer's input cannot be divided among the batch's rows: the forward has to go adapter by adapter."""
+
+    def __init__(self, site: str, shape: Iterable[int], rows: int) -> None:
+        self.site = site
+        super().__init__(
+            f"adapter_names: {site} sees a tensor of shape {tuple(shape)} in a batch of {rows} rows, and nothing says "
+            "which of it belongs to which row; call the model with the rows of one adapter at a time"
+        )
+
+
+@dataclass
+class Batch:
+    """What is known of the tensors that a forward was called with."""
+
+    rows: int
+    #: (rows, length) of those whose first dimension is the batch's
+    pairs: set[tuple[int, int]] = field(default_factory=set)
+    #: every tensor of two or more dimensions has the batch's rows first, so nothing else gives shapes to what follows
+    only_rows: bool = True
+    #: images, videos and sounds are of unlike numbers in the rows, so that their first dimension is not the batch's
+    aligned: bool = True
+
+    def note(self, arguments: Iterable[Any], media_tokens: Iterable[int] = ()) -> None:
+        """Take in the arguments of a forward. ``media_tokens`` stand in its ids for parts of images and the like."""
+        given = list(tensors(arguments))
+        aligned = all(_media_by_row(given, token) for token in media_tokens)
+        self.aligned = self.aligned and aligned
+        for tensor in given:
+            if tensor.dim() < 2 or tensor.shape[0] == 1 != self.rows:
+                continue
+            if tensor.shape[0] % self.rows or (tensor.dim() >= 4 and not aligned):
+                self.only_rows = False
+            else:
+                self.pairs.add((tensor.shape[0], tensor.shape[1]))
+
+    def certain(self, leading: torch.Size) -> bool:
+        """Whether the shape alone says that the first dimension is the batch's."""
+        return len(leading) > 1 and leading[0] != leading[1] and tuple(leading[:2]) in self.pairs
+
+    def plausible(self, places: int, per_row: int) -> bool:
+        """Whether a layer that was seen with ``per_row`` places for each row can have ``places`` of this batch's."""
+        if not self.aligned:
+            return False
+        counts = {rows for rows, _ in self.pairs} or {self.rows}
+        if places in counts:
+            return True
+        if per_row == 1 or places % self.rows:
+            return False
+        return self.only_rows or places in {rows * length for rows, length in self.pairs}
+
+
+class RowSites:
+    """What probes have shown of a model's sites, and which slots therefore cannot share a forward."""
+
+    def __init__(self) -> None:
+        self._proven: dict[str, int] = {}
+        self.indivisible: frozenset[str] = frozenset()
+        self.separate: set[frozenset[str]] = set()
+
+    def places(self, site: str, leading: torch.Size, batch: Batch) -> int | None:
+        """How many places of an input's first dimension each row of ``batch`` has at ``site``, if that is known."""
+        if not leading:
+            return None
+        proven = self._proven.get(site)
+        known = batch.certain(leading) or (proven is not None and batch.plausible(leading[0], proven))
+        return leading[0] // batch.rows if known else None
+
+    def record(self, proven: Mapping[str, int], failed: Iterable[str]) -> None:
+        self.indivisible = self.indivisible | {*failed}
+        self._proven = {site: n for site, n in {**self._proven, **proven}.items() if site not in {*failed}}
+
+    def may_share_forward(self, slots: Iterable[str]) -> bool:
+        """Whether these may go through one forward, as far as it is known."""
+        return not self.separate or frozenset(slots) not in self.separate
+
+    def note_failure(self, site: str, slots: Iterable[str]) -> None:
+        """``slots`` could not share a forward because of ``site``: for good, if a probe has shown it."""
+        if site in self.indivisible:
+            self.separate.add(frozenset(slots))
+
+
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among ``values``, those inside lists and mappings as well."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from tensors(value.values())
+        elif isinstance(value, list | tuple):
+            yield from tensors(value)
+
+
+def _media_by_row(given: list[Tensor], token: int) -> bool:
+    """Whether image ``i`` can be taken for that of row ``i``: each row's text has equally many places for images."""
+    for ids in given:
+        if ids.dim() == 2 and not ids.is_floating_point() and not ids.is_meta:
+            counts = (ids == token).sum(1)
+            if counts.any():
+                return bool((counts == counts[0]).all())
+    return True
+
+
+class RowProbe:
+    """Three forwards by the frozen model: the first row alone, row ``other`` alone, and the batch of ``rows``.
+
+    ``look`` is called by every site of a model in each of them; ``proven`` has then, for each site whose inputs in the
+    batch hold the two rows' own where these should be, how many places a row has there.
+    """
+
+    #: How much nearer a row must be to itself alone than to the other row.
+    NEARER = 0.1
+
+    def __init__(self, rows: int, other: int) -> None:
+        self._rows, self._other = rows, other
+        self._seen: list[dict[str, list[Tensor]]] = [{}, {}]
+        self._turn = 0
+        self._calls: dict[str, int] = {}
+        self.proven: dict[str, int] = {}
+        self.failed: set[str] = set()
+
+    def turn(self, number: int) -> RowProbe:
+        self._turn = number
+        return self
+
+    def look(self, site: str, x: Tensor) -> None:
+        if self._turn < 2:
+            self._seen[self._turn].setdefault(site, []).append(x.detach().clone())
+            return
+        call = self._calls[site] = self._calls.get(site, -1) + 1
+        places = self._compare(site, call, x.detach())
+        if places is None or self.proven.setdefault(site, places) != places:
+            self.failed.add(site)
+
+    def finish(self) -> None:
+        for site in {*self._seen[0], *self._seen[1]}:
+            if any(len(seen.get(site, ())) != self._calls.get(site, -1) + 1 for seen in self._seen):
+                self.failed.add(site)
+        for site in self.failed:
+            self.proven.pop(site, None)
+
+    def _compare(self, site: str, call: int, x: Tensor) -> int | None:
+        """How many places a row has in ``x``, or None where that is not what this shows."""
+        try:
+            first, last = (seen[site][call] for seen in self._seen)
+        except (KeyError, IndexError):
+            return None
+        places, start = first.shape[0], self._other * first.shape[0]
+        if first.shape != last.shape or x.shape != (self._rows * places, *first.shape[1:]):
+            return None
+        right = _distance(x[:places], first) + _distance(x[start : start + places], last)
+        return places if right <= self.NEARER * _distance(first, last) and not torch.equal(first, last) else None
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().sum())
+
+
+def leading(x: Tensor) -> torch.Size:
+    """The dimensions of a module's input before those it computes on: all of ids, all but the last of numbers."""
+    return x.shape[:-1] if x.is_floating_point() else x.shape
+
+
+def rows_of(value: Any, which: slice | Tensor, rows: int) -> Any:
+    """``value`` of a batch of ``rows`` for some of them. What has another first dimension is left as it is."""
+    if isinstance(value, Tensor):
+        which = which.to(value.device) if isinstance(which, Tensor) else which
+        return value[which] if value.dim() and value.shape[0] == rows else value
+    if isinstance(value, Mapping):  # outputs of transformers are some, of a class of their own
+        return type(value)(**{key: rows_of(one, which, rows) for key, one in value.items()})
+    if isinstance(value, list | tuple) and any(isinstance(one, Tensor | list | tuple) for one in value):
+        return type(value)(rows_of(one, which, rows) for one in value)
+    return value

@@ -12,13 +12,12 @@ from torch import nn
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import TargetError
 from loraloom.lora.base import Base, task_heads
-from loraloom.lora.experts import TYPES, Translation, old_names, parameter_names, translate
 from loraloom.lora.kinds import forward_of, is_map
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.layers import LoraLinear, is_never_called, layer_class
-from loraloom.lora.matching import in_layers, layer_number, lies_in, matches_any, matches_name, suffixes
+from loraloom.lora.matching import each, in_layers, layer_number, lies_in, matches_any, matches_name, suffixes
 from loraloom.lora.parameters import LoraParameter, parameter_obstacle
-from loraloom.lora.peft_targets import refused
+from loraloom.lora.peft_targets import TYPES, Translation, old_names, parameter_names, refused, translate
 from loraloom.lora.presets import found, weight_is_read
 
 ALL_LINEAR = "all-linear"
@@ -115,14 +114,9 @@ def _is_pointwise(module: nn.Module) -> bool:
     )
 
 
-def _each(patterns: list[str] | str | None) -> list[tuple[str, list[str] | str]]:
-    """Every pattern as an error names it, and as ``matches_any`` takes it."""
-    return [(patterns, patterns)] if isinstance(patterns, str) else [(one, [one]) for one in patterns or ()]
-
-
 def _excluded(base: Base, config: LoraConfig, strict: bool) -> set[str]:
     names = [*base.modules, *(parameter_names(base.modules) if config.target_parameters else ())]
-    for shown, pattern in _each(config.exclude_modules) if strict else ():
+    for shown, pattern in each(config.exclude_modules) if strict else ():
         if not any(matches_any(pattern, name) for name in names):
             raise TargetError(f"exclude_modules: {shown!r} matches no module{base.closest(shown)}")
     return {name for name in base.modules if matches_any(config.exclude_modules, name)}
@@ -133,7 +127,7 @@ def _matches(base: Base, config: LoraConfig, strict: bool, excluded: set[str], i
     matched = [name for name in modules if in_layers(name, config) and matches_any(wanted, name)]
     names = [name for name in matched if name not in excluded and name not in inside_saved]
     if strict:
-        for shown, pattern in _each(wanted):
+        for shown, pattern in each(wanted):
             hits = {name for name in modules if matches_any(pattern, name)}
             if not hits:
                 able = [name for name, module in modules.items() if layer_class(module)]

@@ -15,13 +15,11 @@ from torch import nn
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import TargetError, some
 from loraloom.lora.base import Base, task_heads
-from loraloom.lora.experts import Experts, unadapted
-from loraloom.lora.expressions import check_expressions
 from loraloom.lora.frozen import adapter_dtype, frozen_linear
 from loraloom.lora.layers import LoraConv, LoraConv1D, LoraLinear, layer_class
-from loraloom.lora.matching import ends_as, lies_in, pattern_key, rank_and_alpha
+from loraloom.lora.matching import check_expressions, ends_as, lies_in, pattern_key, rank_and_alpha
 from loraloom.lora.parameters import LoraParameter
-from loraloom.lora.peft_targets import Read, as_peft_reads, misread
+from loraloom.lora.peft_targets import Experts, Read, as_peft_reads, misread, unadapted
 from loraloom.lora.selection import Chosen, select
 from loraloom.lora.variants import variant_of
 

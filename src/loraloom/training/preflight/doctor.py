@@ -10,12 +10,12 @@ from torch import nn
 
 from loraloom.errors import ConfigError
 from loraloom.lora import matmul
-from loraloom.lora.experts import unadapted
 from loraloom.lora.injection import base_modules
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.model import PeftModel
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.parameters import LoraParameter
+from loraloom.lora.peft_targets import unadapted
 from loraloom.messages import Message, Warn
 from loraloom.models.configs import tokens, vocabulary
 

@@ -1,4 +1,4 @@
-"""A regular expression that would never end is found before it is used."""
+"""A regular expression that would never finish is found before it is used."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 from loraloom import LoraConfig, get_peft_model
 from loraloom.errors import TargetError
-from loraloom.lora import expressions
-from loraloom.lora.expressions import may_explode
+from loraloom.lora import matching
+from loraloom.lora.matching import may_explode
 
 
 class Net(nn.Module):
@@ -34,7 +34,7 @@ ENDLESS = r"([a-z_]+)+\d"
     ],
 )
 def test_it_is_refused_within_seconds(fields: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expressions, "_SECONDS", 1.0)
+    monkeypatch.setattr(matching, "_SECONDS", 1.0)
     started = time.monotonic()
     with pytest.raises(TargetError, match=f"{list(fields)[-1]}: the regular expression .* does not come to an end"):
         get_peft_model(Net(), LoraConfig(**fields), strict=False)
