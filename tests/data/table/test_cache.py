@@ -124,7 +124,7 @@ def test_a_full_cache_disk_makes_way_for_a_temporary_folder(folder: Path, monkey
     once = cache.Growing.write
 
     def full(self: cache.Growing, data: bytes) -> None:
-        if str(folder) in self._file.name:
+        if str(folder) in str(self.raw.name):
             with cache._writing():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         once(self, data)

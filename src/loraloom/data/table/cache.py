@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from loraloom.data.table.eviction import MANIFEST, Gone
 from loraloom.errors import SaveError
 from loraloom.files.atomic import remove_tree
 from loraloom.files.hashing import file_hash
+from loraloom.files.jsonio import MALFORMED
 from loraloom.files.lock import Taken, exclusive, release
 from loraloom.files.log import Log, info
 
@@ -78,24 +80,16 @@ def _writing() -> Iterator[None]:
         raise _Unwritable(error) from error
 
 
-class Growing:
-    """A file that is written sequentially, and hashed meanwhile."""
+class Growing(io.BufferedWriter):
+    """A file of a draft."""
 
-    def __init__(self, path: Path) -> None:
-        self.size, self._hash = 0, hashlib.sha256()
+    def write(self, data: Any) -> int:
         with _writing():
-            self._file = open(path, "wb")  # noqa: SIM115 - open as long as the draft is
+            return super().write(data)
 
-    def write(self, data: bytes | memoryview) -> None:
+    def close(self) -> None:
         with _writing():
-            self._file.write(data)
-        self._hash.update(data)
-        self.size += len(data)
-
-    def close(self) -> dict[str, Any]:
-        with _writing():
-            self._file.close()
-        return {"bytes": self.size, "sha256": self._hash.hexdigest()}
+            super().close()
 
 
 class Draft:
@@ -106,21 +100,22 @@ class Draft:
         self._files: dict[str, Growing] = {}
 
     def file(self, name: str) -> Growing:
-        self._files[name] = Growing(self.folder / name)
+        with _writing():
+            self._files[name] = Growing(io.FileIO(self.folder / name, "w"))
         return self._files[name]
 
-    def finish(self, key: str, info: Mapping[str, Any]) -> dict[str, Any]:
-        files = {name: file.close() for name, file in self._files.items()}
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def finish(self, key: str, info: Mapping[str, Any]) -> None:
+        """Write the manifest, last: a folder without a manifest is no entry."""
+        self.close()
+        paths = {name: self.folder / name for name in self._files}
+        files = {name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for name, path in paths.items()}
         manifest = {"format": FORMAT, "key": key, "info": info, "files": files}
         with _writing():
-            # Last: a folder without it is none.
             (self.folder / MANIFEST).write_text(json.dumps(manifest, sort_keys=True, indent=1), encoding="utf-8")
-        return manifest
-
-    def drop(self) -> None:
-        for file in self._files.values():
-            with contextlib.suppress(_Unwritable):
-                file.close()
 
 
 @dataclass
@@ -167,61 +162,47 @@ def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], log:
             f"the cache folder {root.parent} cannot be written ({failure.error.strerror}), so what was made of the "
             f"rows lies in a temporary folder and is made again the next time; set {VARIABLE} to choose another folder"
         )
-    temporary = tempfile.TemporaryDirectory(prefix="loraloom-rows-")
+    temporary = tempfile.TemporaryDirectory(prefix="loraloom-rows-")  # deleted with the entry
     try:
-        info = _make(Path(temporary.name), key, build)
+        return Entry(Path(temporary.name), _make(Path(temporary.name), key, build), True, temporary)
     except _Unwritable as failure:
-        temporary.cleanup()
         raise SaveError(
             f"{temporary.name}: the rows cannot be written ({failure.error.strerror}); free space there, or set "
             f"{VARIABLE} to a folder on a disk with room"
         ) from None
-    except BaseException:
-        temporary.cleanup()
-        raise
-    return Entry(Path(temporary.name), info, True, temporary)
 
 
 def _built(root: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) -> Entry:
     for left in root.glob(f".{key}.*.part"):  # of processes that were killed: those alive hold the lock
         remove_tree(left)
-    aside = root / f".{key}.{secrets.token_hex(4)}.part"
+    aside, target = root / f".{key}.{secrets.token_hex(4)}.part", root / key
     try:
         with _writing():
             aside.mkdir()
         info = _make(aside, key, build)
-        use = eviction.use(aside / MANIFEST)  # before others can see it
-        folder = _put(aside, root / key, key)
-        with contextlib.suppress(Gone):
-            use = eviction.use(folder / MANIFEST) or use  # another process's may stand there
-        return Entry(folder, info, True, use)
+        use = eviction.use(aside / MANIFEST)  # before other processes can see the entry
+        try:
+            os.rename(aside, target)
+        except OSError:  # a damaged entry, or one of a process that has no locks either
+            if (other := _read(target, key, lambda text: None)) is not None:
+                return replace(other, fresh=True)
+            with _writing():
+                eviction.discard(target)
+                os.rename(aside, target)
+        return Entry(target, info, True, use)
     finally:
-        remove_tree(aside)  # it is no longer there where all went well
+        remove_tree(aside)  # absent after a success
 
 
 def _make(folder: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) -> dict[str, Any]:
     draft = Draft(folder)
     try:
-        info: dict[str, Any] = draft.finish(key, build(draft))["info"]
-        return json.loads(json.dumps(info))  # type: ignore[no-any-return] # as one that is read has it
-    except BaseException:
-        draft.drop()
-        raise
-
-
-def _put(aside: Path, target: Path, key: str) -> Path:
-    """Rename into place. An existing folder is another process's entry, or damaged; a damaged one is replaced."""
-    try:
-        os.rename(aside, target)
-    except OSError:
-        if _read(target, key, lambda text: None) is None:
-            old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-            with _writing():
-                # Not deleted first: a process that has its files mapped goes on with them.
-                os.rename(target, old)
-                os.rename(aside, target)
-            remove_tree(old)
-    return target
+        info = json.loads(json.dumps(build(draft)))  # equal to the info that is read from a manifest
+        draft.finish(key, info)
+        return info  # type: ignore[no-any-return]
+    finally:
+        with contextlib.suppress(_Unwritable):
+            draft.close()
 
 
 def _read(folder: Path, key: str, log: Log) -> Entry | None:
@@ -230,20 +211,19 @@ def _read(folder: Path, key: str, log: Log) -> Entry | None:
     try:
         use = eviction.use(folder / MANIFEST)
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        if manifest["format"] == FORMAT and manifest["key"] == key and _whole(folder, manifest["files"]):
+        files = {folder / name: file for name, file in manifest["files"].items()}
+        # Sizes first: they are cheaper than hashes.
+        whole = all(path.stat().st_size == file["bytes"] for path, file in files.items()) and all(
+            file_hash(path) == file["sha256"] for path, file in files.items()
+        )
+        if manifest["format"] == FORMAT and manifest["key"] == key and whole:
             return Entry(folder, manifest["info"], False, use)
     except Gone:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, *MALFORMED):
         pass
     log(f"{folder}: damaged, so it is made again")
     return None
-
-
-def _whole(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
-    if any((folder / name).stat().st_size != file["bytes"] for name, file in files.items()):
-        return False  # cheaper than the hashes
-    return all(file_hash(folder / name) == file["sha256"] for name, file in files.items())
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from loraloom.errors import ConfigError
@@ -90,11 +89,11 @@ def _hold(manifest: Path, mode: int, how: str) -> Use | None:
     raise Gone  # another process was faster
 
 
-@dataclass
-class _Found:
-    folder: Path
-    bytes: int
-    used: float
+def discard(entry: Path) -> None:
+    """Delete an entry. Other processes see it whole or not at all."""
+    aside = entry.with_name(f".{entry.name}.{secrets.token_hex(4)}.part")
+    os.rename(entry, aside)
+    remove_tree(aside)
 
 
 def make(folder: Path, limit: int) -> str:
@@ -102,38 +101,33 @@ def make(folder: Path, limit: int) -> str:
 
     Entries that cannot be read are kept, without an error.
     """
-    with contextlib.suppress(OSError):
-        return _make(folder, limit) if limit else ""
-    return ""
-
-
-def _make(folder: Path, limit: int) -> str:
-    now = time.time()
+    now, gone = time.time(), dict[str, list[int]]()
+    if not limit:
+        return ""
     for draft in folder.glob("*/.*.part"):
         if now - _newest(draft) > HOURS * 3600:  # of a process that was killed
             remove_tree(draft)
-    entries = sorted(_entries(folder), key=lambda entry: entry.used)
-    total, old, much = sum(entry.bytes for entry in entries), list[int](), list[int]()
-    for entry in entries:
-        unused = now - entry.used > DAYS * 86400
-        if (unused or total > limit) and _delete(entry.folder):
-            (old if unused else much).append(entry.bytes)
-            total -= entry.bytes
-    said = [(old, f"unused for {DAYS} days"), (much, f"the longest unused, to stay below {sizes.size(limit)}")]
+    entries = sorted(_entries(folder))
+    total = sum(size for _, size, _ in entries)
+    for used, size, entry in entries:
+        unused = now - used > DAYS * 86400
+        if (unused or total > limit) and _delete(entry):
+            why = f"unused for {DAYS} days" if unused else f"the longest unused, to stay below {sizes.size(limit)}"
+            gone.setdefault(why, []).append(size)
+            total -= size
     return "; ".join(
         f"{len(found)} {'entry' if len(found) == 1 else 'entries'} ({sizes.size(sum(found))}), {why}"
-        for found, why in said
-        if found
+        for why, found in gone.items()
     )
 
 
-def _entries(folder: Path) -> Iterator[_Found]:
-    """loraloom's entries; the folder may contain other files too."""
+def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """Time of the last use, bytes and folder of loraloom's entries; the cache's folder may contain other files too."""
     for manifest in folder.glob(f"*/*/{MANIFEST}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if json.loads(manifest.read_bytes())["key"] == manifest.parent.name:
                 taken = sum(path.stat().st_size for path in manifest.parent.iterdir())
-                yield _Found(manifest.parent, taken, manifest.stat().st_mtime)
+                yield manifest.stat().st_mtime, taken, manifest.parent
 
 
 def _delete(entry: Path) -> bool:
@@ -141,16 +135,13 @@ def _delete(entry: Path) -> bool:
     with contextlib.suppress(OSError, Gone):
         held = _hold(entry / MANIFEST, os.O_RDWR, "LOCK_EX")
         if held is not None:
-            aside = entry.with_name(f".{entry.name}.{secrets.token_hex(4)}.part")
-            os.rename(entry, aside)  # absent at once, as it was whole at once
-            remove_tree(aside)
+            discard(entry)
             return True
     return False
 
 
 def _newest(folder: Path) -> float:
     """Time of the last write in ``folder``; now if unknown."""
-    try:
+    with contextlib.suppress(OSError):
         return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-    except OSError:
-        return time.time()
+    return time.time()
