@@ -208,14 +208,14 @@ def _hold_out(train: Scan, among: Array, amount: float, seed: int | str) -> Arra
 
     Where too few rows differ for that, the same row may be on both sides, which is warned of later.
     """
-    units = units_of(train.arrays["digests"], train.arrays["groups"])[among].tolist()
+    units = units_of(train.array("digests"), train.array("groups"))[among].tolist()
     classes = train.classes()
     labels = None if classes is None else [classes[row] for row in among.tolist()]
     count = amount if isinstance(amount, int) or amount >= 1 else max(1, round(amount * train.rows))
     try:
         chosen = held_out(len(among), count, seed, labels, units)
     except DataError:
-        if train.arrays["groups"].any():
+        if train.array("groups").any():
             raise
         chosen = held_out(len(among), count, seed, labels)
     return among[np.array(chosen, np.int64)]

@@ -112,7 +112,7 @@ def test_what_this_process_uses_stays_and_so_does_the_new_one(folder: Path, limi
 USES = """
 import sys
 from loraloom.data.table.cache import entry
-from loraloom.data.table.store import Examples, Memory, Table, Writer, pack
+from loraloom.data.table.store import Examples, Table, Writer, pack
 from loraloom.data.example import Example
 from loraloom.data.rows import Row
 def build(draft):
@@ -120,7 +120,7 @@ def build(draft):
     writer.add(pack([Row({}, 1)], [[Example([7] * 9, 1)]], [0]))
     return writer.finish()
 made = entry("rows", "used", build)
-examples = Examples(Table.opened(made.folder, made.info, made))
+examples = Examples(Table(made))
 del made
 print("used", flush=True)
 sys.stdin.readline()

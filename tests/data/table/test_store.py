@@ -15,12 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraloom.data.example import IGNORE, Example
-from loraloom.data.table.cache import entry
+from loraloom.data.table.cache import Memory, entry
 from loraloom.data.table.store import (
     MERGED,
     OVERLONG,
     Examples,
-    Memory,
     Packed,
     Table,
     Writer,
@@ -45,7 +44,8 @@ def written(chunks: list[Packed]) -> Table:
     writer = Writer(memory)
     for chunk in chunks:
         writer.add(chunk)
-    return Table.written(memory, writer.finish())
+    memory.info = writer.finish()
+    return Table(memory)
 
 
 NUMBERS = itertools.count()
@@ -59,7 +59,7 @@ def on_disk(chunks: list[Packed]) -> Table:
         return writer.finish()
 
     made = entry("rows", f"k{next(NUMBERS)}", build)
-    return Table.opened(made.folder, made.info, made)
+    return Table(made)
 
 
 @pytest.fixture(autouse=True)

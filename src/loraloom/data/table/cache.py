@@ -14,12 +14,16 @@ import io
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from loraloom.data.table import eviction
 from loraloom.data.table.eviction import MANIFEST, Gone
@@ -34,6 +38,8 @@ from loraloom.files.log import Log, info
 VARIABLE = "LORALOOM_CACHE"
 #: Of the layout of entries. Another one is as good as none.
 FORMAT = 1
+#: Maximum bytes of a file in memory.
+SPOOL = 16 * 2**20
 #: The packages of ``SOURCE`` whose code decides what tokens a row becomes: reading, shapes and the tasks' encoders.
 SOURCE, PACKAGES = Path(__file__).parents[2], ("data", "tasks")
 
@@ -125,7 +131,44 @@ class Entry:
     folder: Path
     info: dict[str, Any]
     fresh: bool
-    _keep: Any = field(default=None, repr=False)  # let go with this: the lock on it, or a folder that is deleted
+    _keep: Any = field(default=None, repr=False)  # released with the entry: its lock, or a temporary folder
+
+    def array(self, name: str, dtype: str) -> npt.NDArray[Any]:
+        """A file as an array that stays on disk."""
+        path = self.folder / name
+        mapped = np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+        # A plain array over the map: slices of numpy's own class for maps are several times as slow.
+        return np.asarray(mapped).view(np.ndarray)
+
+    def lines(self, name: str) -> Iterator[bytes]:
+        with open(self.folder / name, "rb") as file:
+            yield from file
+
+
+class Memory:
+    """The files and ``info`` of small data: an entry that is not in the cache. A large file is moved to disk."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = {}
+        self.info: dict[str, Any] = {}
+
+    def file(self, name: str) -> Any:
+        self.files[name] = tempfile.SpooledTemporaryFile(SPOOL)  # noqa: SIM115 - open as long as this is
+        return self.files[name]
+
+    def array(self, name: str, dtype: str) -> npt.NDArray[Any]:
+        self.files[name].seek(0)
+        return np.frombuffer(self.files[name].read(), dtype)
+
+    def lines(self, name: str) -> Iterator[bytes]:
+        self.files[name].seek(0)
+        yield from self.files[name]
+
+    def copy_to(self, draft: Draft) -> dict[str, Any]:
+        for name, file in self.files.items():
+            file.seek(0)
+            shutil.copyfileobj(file, draft.file(name))
+        return self.info
 
 
 def find(kind: str, key: str, log: Log = info) -> Entry | None:

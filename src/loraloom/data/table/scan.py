@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +34,12 @@ from loraloom.files.log import Log, info
 SMALL_ROWS, SMALL_BYTES = 5000, 16 * 2**20
 #: Rows by which a shape is recognised.
 LOOK = 100
-#: Bad rows are kept in memory up to so many bytes.
-SPOOL = 16 * 2**20
 
 #: Of its entries in the cache; and rows after which somebody is told.
 KIND, STEP = "surveys", 10_000
 BAD = "bad.jsonl"
-#: What is kept of the rows, as arrays.
+#: ``label_ids``: the numbers of the classes of each row, one row after the other; ``label_counts``: how many classes
+#: each row has; ``digests``: a hash of what the model reads of each row; ``groups``: of its group, 0 without a group.
 ARRAYS = {"label_ids": "<i4", "label_counts": "<i4", "digests": "<u8", "groups": "<u8"}
 
 Array = npt.NDArray[Any]
@@ -72,18 +69,21 @@ class Scan:
     #: some rows are conversations
     chats: bool = False
     bad: int = 0
-    #: ``label_ids``: the numbers of the classes of each row, one after the other; ``label_counts``: how many each row
-    #: has; ``digests``: a hash of what the model reads of each row; ``groups``: of its group, 0 where it has none
-    arrays: dict[str, Array] = field(default_factory=dict)
-    #: all rows, by source, where they are few
+    #: all rows of each source, if there are few
     kept: list[list[Row]] | None = None
-    #: a line of JSON for each bad row: file, line, reason and the row itself
-    bad_lines: Callable[[], Iterator[bytes]] = lambda: iter(())
-    _keep: Any = None
+    #: ``ARRAYS``, and a line of JSON for each bad row: file, line, reason and the row itself
+    store: cache.Entry | cache.Memory = field(default_factory=cache.Memory)
 
     @property
     def rows(self) -> int:
         return sum(self.counts)
+
+    def array(self, name: str) -> Array:
+        """One of ``ARRAYS``."""
+        return self.store.array(f"{name}.bin", ARRAYS[name])
+
+    def bad_lines(self) -> Iterator[bytes]:
+        return self.store.lines(BAD)
 
     @property
     def described(self) -> list[str]:
@@ -132,7 +132,7 @@ class Scan:
         """The names of the classes of each row, for holding out rows; None where there are no classes."""
         if not self.names:
             return None
-        ids, counts = self.arrays["label_ids"].tolist(), self.arrays["label_counts"]
+        ids, counts = self.array("label_ids").tolist(), self.array("label_counts")
         spans = zip((np.cumsum(counts) - counts).tolist(), counts.tolist(), strict=True)
         return [[self.names[i] for i in ids[start : start + count]] for start, count in spans]
 
@@ -162,29 +162,26 @@ def scan(
         DataError: a source that cannot be read, a bad row, a label never seen in training, classes too few to tell
             apart.
     """
-    shapes = _recognised(sources, task, format, columns, problem, skip, known)
-    stamps = {path: _stamp(path) for source in sources for path in source.files}
-    hashes = {name: value for source in sources for name, value in source.hashes().items()}
-    made = Scan(list(sources), shapes, hashes, stamps)
-    key = cache.key_of(made.origin(task, skip) | {"known": known and known.names})
-    if found := cache.find(KIND, key):
-        return _opened(made, found)
-    _read(made, _Tally(task, shapes[0].problem_type, known), skip, on_progress)
-    return made if made.kept is not None else _opened(made, cache.entry(KIND, key, partial(_write, made), log))
-
-
-def _recognised(
-    sources: Sequence[Source],
-    task: RowTask,
-    format: str | None,
-    columns: dict[str, str] | None,
-    problem: str | None,
-    skip: bool,
-    known: Scan | None,
-) -> list[Shape]:
-    """The shape of each source, by its first rows."""
     problem, on_bad = known.problem if known else problem, _pass_over if skip else None
     shapes = [recognise(source.first(LOOK, on_bad), task, format, columns, problem, skip) for source in sources]
+    stamps = {path: _stamp(path) for source in sources for path in source.files}
+    hashes = {name: value for source in sources for name, value in source.hashes().items()}
+    made = Scan(list(sources), _agreed(sources, shapes, known), hashes, stamps)
+    key = cache.key_of(made.origin(task, skip) | {"known": known and known.names})
+    store: cache.Entry | cache.Memory | None = cache.find(KIND, key)
+    if store is None:
+        store = memory = _read(made, _Tally(task, shapes[0].problem_type, known), skip, on_progress)
+        if made.kept is None:
+            store = cache.entry(KIND, key, memory.copy_to, log)
+    return replace(made, **store.info, store=store)
+
+
+def _agreed(sources: Sequence[Source], shapes: list[Shape], known: Scan | None) -> list[Shape]:
+    """The shapes of all sources, with the kind of labels that the first rows of training have.
+
+    Raises:
+        DataError: they differ in a way that gives their labels different meanings.
+    """
     first, where = (known.shapes[0], known.sources[0].name) if known else (shapes[0], sources[0].name)
     for source, shape in zip(sources, shapes, strict=True):
         if shape.form.problem and shape.name != first.name:
@@ -202,32 +199,26 @@ def _recognised(
                 f"{source.name}: its labels are {_lists(shape)}, and those of {sources[0].name} {_lists(shapes[0])}; "
                 "write them in one way"
             )
-    # What was found of the first rows holds for those of the other sources, and for those of validation.
-    whole, multi_hot = all(shape.whole for shape in shapes), shapes[0].multi_hot
-    if known is not None:
-        whole, multi_hot = known.shapes[0].whole, known.shapes[0].multi_hot
-    return [replace(shape, whole=whole, multi_hot=multi_hot) for shape in shapes]
+    whole = first.whole if known else all(shape.whole for shape in shapes)
+    return [replace(shape, whole=whole, multi_hot=first.multi_hot) for shape in shapes]
 
 
 def _lists(shape: Shape) -> str:
     return f"multi-hot lists of {shape.multi_hot} classes" if shape.multi_hot else "lists of the classes' names"
 
 
-def _read(made: Scan, tally: _Tally, skip: bool, on_progress: OnProgress) -> None:
-    """Read all rows into ``made``."""
-    with_bad = tempfile.SpooledTemporaryFile(SPOOL)  # noqa: SIM115 - the scan keeps it
+def _read(made: Scan, tally: _Tally, skip: bool, on_progress: OnProgress) -> cache.Memory:
+    """Read all rows. The result has the arrays, the bad rows and, as ``info``, the other fields of the scan."""
+    memory, bad = cache.Memory(), 0
+    bad_rows = memory.file(BAD)
     few = sum(size for size, _ in made.stamps.values()) <= SMALL_BYTES
     made.kept = [[] for _ in made.sources] if few else None
 
     def note(row: BadRow) -> None:
-        made.bad += 1
-        with_bad.write(bad_line(row))
+        nonlocal bad
+        bad += 1
+        bad_rows.write(bad_line(row))
 
-    def bad_lines() -> Iterator[bytes]:
-        with_bad.seek(0)
-        yield from with_bad
-
-    made.bad_lines = bad_lines
     for number, (source, shape) in enumerate(zip(made.sources, made.shapes, strict=True)):
         made.counts.append(0)
         before, first = made.rows, ""
@@ -242,16 +233,17 @@ def _read(made: Scan, tally: _Tally, skip: bool, on_progress: OnProgress) -> Non
                 continue
             made.counts[-1] += 1
             total = before + made.counts[-1]
-            if made.kept is not None:
+            if total > SMALL_ROWS:
+                made.kept = None
+            elif made.kept is not None:
                 made.kept[number].append(row)
-                if total > SMALL_ROWS:
-                    made.kept = None
             if total % STEP == 0:
                 on_progress("rows read", total, None)
         if not made.counts[-1]:
             raise DataError(f"{source.name}: no row is left; the first bad one is {first}")
     made.check_unchanged()
-    tally.finish(made)
+    memory.info = {"counts": made.counts, "bad": bad, **tally.finish(made, memory)}
+    return memory
 
 
 def bad_line(row: BadRow) -> bytes:
@@ -268,29 +260,6 @@ def bad_line(row: BadRow) -> bytes:
     if row.field:
         fields["field"] = row.field
     return json.dumps(fields, sort_keys=True).encode() + b"\n"
-
-
-def lines_of(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        yield from file
-
-
-_KEPT = ("counts", "names", "problem", "chats", "bad")
-
-
-def _write(made: Scan, draft: cache.Draft) -> dict[str, Any]:
-    for name, dtype in ARRAYS.items():
-        draft.file(f"{name}.bin").write(made.arrays[name].astype(dtype).tobytes())
-    lines = draft.file(BAD)
-    for line in made.bad_lines():
-        lines.write(line)
-    return {name: getattr(made, name) for name in _KEPT}
-
-
-def _opened(made: Scan, entry: cache.Entry) -> Scan:
-    arrays = {name: np.fromfile(entry.folder / f"{name}.bin", dtype) for name, dtype in ARRAYS.items()}
-    lines = partial(lines_of, entry.folder / BAD)
-    return replace(made, **entry.info, arrays=arrays, kept=None, bad_lines=lines, _keep=entry)
 
 
 class _Tally:
@@ -325,24 +294,25 @@ class _Tally:
                 f"{nearest(new[0], self.numbers)}",
             )
 
-    def finish(self, made: Scan) -> None:
-        """Number the classes in their order.
+    def finish(self, made: Scan, memory: cache.Memory) -> dict[str, Any]:
+        """Number the classes in their order and write the arrays. Returns fields of the scan.
 
         Raises:
-            DataError: there are too few to tell apart.
+            DataError: there are too few classes to tell apart.
         """
-        made.problem, made.chats = self.problem, self.chats
-        made.names = self.known.names if self.known else ordered_labels(self.numbers)
+        names = self.known.names if self.known else ordered_labels(self.numbers)
         arrays = {name: np.array(values, ARRAYS[name]) for name, values in self.arrays.items()}
         if self.has_classes and self.known is None:
-            if len(made.names) < (1 if made.problem == SEVERAL else 2):
-                only = made.names[0] if made.names else "none"
-                names = ", ".join(source.name for source in made.sources)
-                raise DataError(f"{names}: {self.task.one_class.format(rows=made.rows, only=repr(only))}")
-            places = {name: place for place, name in enumerate(made.names)}
+            if len(names) < (1 if self.problem == SEVERAL else 2):
+                only = repr(names[0] if names else "none")
+                sources = ", ".join(source.name for source in made.sources)
+                raise DataError(f"{sources}: {self.task.one_class.format(rows=made.rows, only=only)}")
+            places = {name: place for place, name in enumerate(names)}
             order = np.array([places[name] for name in self.numbers], "<i4")  # a dict keeps the order of first sight
             arrays["label_ids"] = order[arrays["label_ids"]]
-        made.arrays = arrays
+        for name, values in arrays.items():
+            memory.file(f"{name}.bin").write(values.tobytes())
+        return {"names": names, "problem": self.problem, "chats": self.chats}
 
 
 def _digest(value: Any) -> int:

@@ -7,17 +7,17 @@ memory-mapped files; an ``Example`` is created on access. Small data are the sam
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
-from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from loraloom.data.example import Example
 from loraloom.data.rows import Row, Unit
+from loraloom.data.table.cache import Draft, Entry, Memory
 
 Array = npt.NDArray[Any]
 
@@ -111,41 +111,12 @@ def _digests(ids: Array, lengths: Array) -> Array:
     return np.frombuffer(b"".join(pieces), "<u8")
 
 
-class File(Protocol):
-    def write(self, data: bytes | memoryview) -> None: ...
-
-
-class Folder(Protocol):
-    """Where arrays are written: a draft of an entry of the cache."""
-
-    def file(self, name: str) -> Any: ...
-
-
-class Memory:
-    """A folder in memory, for small data."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytearray] = {}
-
-    def file(self, name: str) -> Any:
-        self.files[name] = bytearray()
-        return _Grown(self.files[name])
-
-
-@dataclass
-class _Grown:
-    data: bytearray
-
-    def write(self, data: bytes | memoryview) -> None:
-        self.data += data
-
-
 class Writer:
     """Takes packed rows one after the other. ``finish`` returns what, with the arrays, makes a ``Table``."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Draft | Memory) -> None:
         self._folder = folder
-        self._files: dict[str, File] = {}
+        self._files: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
         self._names: dict[tuple[str, Unit], int] = {}
         self.kind = ""
@@ -181,7 +152,7 @@ class Writer:
     def finish(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
-            "sizes": self._sizes,
+            "columns": list(self._sizes),
             "files": list(self._names),
             "rows": self.rows,
             "largest": self.largest,
@@ -189,41 +160,27 @@ class Writer:
 
 
 class Table:
-    """All examples of one reading, in the order of the rows. ``info`` is what the ``Writer`` returned."""
+    """All examples of one reading, in the order of the rows. The info of ``store`` is what the ``Writer`` returned."""
 
-    def __init__(self, arrays: Mapping[str, Array], info: Mapping[str, Any], keep: Any = None) -> None:
+    def __init__(self, store: Entry | Memory) -> None:
+        self._store = store  # in use as long as the table is
+        info = store.info
         self.kind: str = info["kind"]
         self.files: list[tuple[str, Unit]] = info["files"]
         self.rows: int = info["rows"]
         #: the greatest id, or -1
         self.largest: int = info["largest"]
-        self._keep = keep
 
         def column(name: str) -> Array:
-            return arrays[name] if name in arrays else np.zeros(0, DTYPES[name])
+            dtype = KINDS[self.kind] if name == "labels" and self.kind else DTYPES[name]
+            return store.array(f"{name}.bin", dtype) if name in info["columns"] else np.zeros(0, dtype)
 
         self.ids, self.labels, self.lengths = column("ids"), column("labels"), column("lengths")
-        self.types: Array | None = arrays.get("types")
+        self.types = column("types") if "types" in info["columns"] else None
         self.example_rows, self.digests = column("example_rows"), column("digests")
         self.row_flags, self.row_files, self.row_lines = column("row_flags"), column("row_files"), column("row_lines")
         self._starts = _starts(self.lengths)
         self._label_starts = _starts(column("label_lengths")) if self.kind in LISTS else self._starts
-
-    @classmethod
-    def written(cls, memory: Memory, info: Mapping[str, Any]) -> Table:
-        arrays = {name: np.frombuffer(bytes(memory.files[f"{name}.bin"]), _dtype(name, info)) for name in info["sizes"]}
-        return cls(arrays, info)
-
-    @classmethod
-    def opened(cls, folder: Path, info: Mapping[str, Any], keep: Any = None) -> Table:
-        """Arrays that stay on disk; ``keep`` is held as long as the table is."""
-        arrays = {}
-        for name, size in info["sizes"].items():
-            dtype = _dtype(name, info)
-            # A plain array over the map: slices of numpy's own class for maps are several times as slow.
-            mapped = np.memmap(folder / f"{name}.bin", dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
-            arrays[name] = np.asarray(mapped).view(np.ndarray)
-        return cls(arrays, info, keep)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -245,10 +202,6 @@ class Table:
         return Row({}, int(self.row_lines[row]), file, unit).where
 
 
-def _dtype(name: str, info: Mapping[str, Any]) -> str:
-    return KINDS[info["kind"]] if name == "labels" else DTYPES[name]
-
-
 def _starts(lengths: Array) -> Array:
     starts = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=starts[1:])
@@ -262,7 +215,7 @@ class Examples(Sequence[Example]):
         self.table = table
         self._index = index
         #: tokens of each
-        self.lengths: Array = table.lengths if index is None else table.lengths[index]
+        self.lengths = self._of(table.lengths)
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Examples:
@@ -272,7 +225,8 @@ class Examples(Sequence[Example]):
         memory = Memory()
         writer = Writer(memory)
         writer.add(pack(rows, parts, [0] * len(parts)))
-        return cls(Table.written(memory, writer.finish()))
+        memory.info = writer.finish()
+        return cls(Table(memory))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -299,15 +253,16 @@ class Examples(Sequence[Example]):
 
     @property
     def rows(self) -> Array:
-        """The row that each came from, numbered from 0 as they were read."""
-        rows = self.table.example_rows
-        return rows if self._index is None else rows[self._index]
+        """The number of each example's row, from 0 in the order of reading."""
+        return self._of(self.table.example_rows)
 
     @property
     def digests(self) -> Array:
-        """A hash of each one's ids."""
-        digests = self.table.digests
-        return digests if self._index is None else digests[self._index]
+        """A hash of each example's ids."""
+        return self._of(self.table.digests)
+
+    def _of(self, column: Array) -> Array:
+        return column if self._index is None else column[self._index]
 
     def view(self, indices: Any) -> Examples:
         """Those at ``indices``, in that order. Nothing is copied but the numbers."""

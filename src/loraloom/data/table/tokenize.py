@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ from loraloom.data.records import Record
 from loraloom.data.rows import BadRow, Row, RowError, row_error
 from loraloom.data.shape.shapes import Shape
 from loraloom.data.table import cache
-from loraloom.data.table.scan import BAD, OnProgress, Scan, bad_line, lines_of, silent
-from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Memory, Packed, Table, Writer, pack
+from loraloom.data.table.cache import Draft, Entry, Memory
+from loraloom.data.table.scan import BAD, OnProgress, Scan, bad_line, silent
+from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Packed, Table, Writer, pack
 from loraloom.data.table.workers import MOST, mapped
 from loraloom.data.task import RowTask
 from loraloom.data.tokenize.encode import encoder
@@ -40,13 +41,13 @@ KIND = "rows"
 
 @dataclass
 class Encoded:
-    """A table of all rows. ``problems``: why some leave nothing to train on → how many do, and where the first is."""
+    """A table of all rows. ``problems``: why rows have no trained token → how many, and the place of the first."""
 
     table: Table
     problems: dict[str, tuple[int, str]]
     bad: int
     bad_lines: Callable[[], Iterator[bytes]]
-    #: what the encoder has to say, once
+    #: what the user should know of the encoder
     notes: list[str]
 
 
@@ -78,24 +79,18 @@ def encode(
     count = workers if workers is not None else min(cores(), MOST) if found.rows >= MANY else 1
     build = partial(_build, found=found, job=job, workers=count, log=log, on_progress=on_progress)
     if found.kept is not None:
-        memory = Memory()
-        facts = build(memory)
-        lines = bytes(memory.files[BAD]).splitlines(True)
-        return _encoded(Table.written(memory, facts), facts, lambda: iter(lines))
-    key = found.origin(task, skip) | {
-        "tokenizer": tokenizer_hash(tokenizer),
-        "settings": settings,
-        "template": _template_hash(settings["chat_template"]),
-        "allow_untrained": allow_untrained,
-    }
-    entry = cache.entry(KIND, cache.key_of(key), build, log)
-    table = Table.opened(entry.folder, entry.info, entry)
-    return _encoded(table, entry.info, partial(lines_of, entry.folder / BAD))
-
-
-def _encoded(table: Table, facts: Mapping[str, Any], bad_lines: Callable[[], Iterator[bytes]]) -> Encoded:
-    problems = {reason: (count, where) for reason, (count, where) in facts["problems"].items()}
-    return Encoded(table, problems, facts["bad"], bad_lines, facts["notes"])
+        store: Entry | Memory = (memory := Memory())
+        memory.info = build(memory)
+    else:
+        key = found.origin(task, skip) | {
+            "tokenizer": tokenizer_hash(tokenizer),
+            "settings": settings,
+            "template": _template_hash(settings["chat_template"]),
+            "allow_untrained": allow_untrained,
+        }
+        store = cache.entry(KIND, cache.key_of(key), build, log)
+    info = store.info
+    return Encoded(Table(store), info["problems"], info["bad"], partial(store.lines, BAD), info["notes"])
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -178,11 +173,13 @@ def _records(shape: Shape, rows: Iterable[Row], skip: bool) -> Iterator[tuple[Ro
                 raise
 
 
-def _build(folder: Any, found: Scan, job: _Job, workers: int, log: Log, on_progress: OnProgress) -> dict[str, Any]:
+def _build(
+    folder: Draft | Memory, found: Scan, job: _Job, workers: int, log: Log, on_progress: OnProgress
+) -> dict[str, Any]:
     problems: dict[str, tuple[int, str]] = {}
     notes: dict[str, None] = {}
     writer, lines, bad = Writer(folder), folder.file(BAD), 0
-    if workers > 1 and not _travels(job):
+    if workers > 1 and not _picklable(job):
         log("the tokenizer cannot be sent to other processes, so one process tokenises")
         workers = 1
     workers = min(workers, -(-found.rows // CHUNK))
@@ -210,7 +207,7 @@ def _build(folder: Any, found: Scan, job: _Job, workers: int, log: Log, on_progr
     return {**writer.finish(), "problems": problems, "bad": bad, "notes": list(notes)}
 
 
-def _travels(job: _Job) -> bool:
+def _picklable(job: _Job) -> bool:
     try:
         pickle.dumps(job)
     except Exception:  # foreign code: whatever it raises
