@@ -5,7 +5,7 @@ Nothing here knows a task, a file or a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from loraloom.data.rows import Row
 #: The label of a position that the loss leaves out (what ``torch.nn.functional.cross_entropy`` ignores).
 IGNORE = -100
 
-#: Rows tokenized at a time: enough for the tokenizer's threads, few enough to keep its offsets out of memory.
+#: Maximum number of rows to tokenize together: enough for the tokenizer's threads; their offsets fit in memory.
 CHUNK = 1000
 
 
@@ -57,15 +57,20 @@ class EncodedRow:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The user's settings of encoding: plain values that can be sent to worker processes."""
+    """The user's settings of encoding: plain values that can be sent to worker processes.
+
+    ``overlong``: what is done with a row of more than ``max_length`` tokens: ``error``, ``truncate`` (the end is cut
+    off), ``drop`` (left out and counted) or ``split`` (into several examples, if the task can). ``labels``: the classes
+    or tags in the order of their numbers. ``date``: the day, such as 2026-07-26, for a chat template that renders one;
+    by default today.
+    """
 
     max_length: int
     overlong: str = "truncate"
-    labels: tuple[str, ...] = ()
+    labels: Sequence[str] = ()
     problem_type: str | None = None
     chat_template: str | None = None
     stride: int = 128
-    #: the day, such as 2026-07-26, for a chat template that writes one; by default today
     date: str | None = None
 
 
@@ -78,29 +83,24 @@ class Encoder:
 
     def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
         """One ``EncodedRow`` per record, in order. Records are tokenized together, so pass them in chunks."""
+        found = [record for _, record in records]
+        tokens = self.tokens(found) if found else []
+        return [self.encode_one(record, of) for record, of in zip(found, tokens, strict=True)]
+
+    def tokens(self, records: Sequence[Any]) -> Iterable[Any]:
+        """What ``encode_one`` takes of each record, by default a ``tokenizers.Encoding``."""
+        raise NotImplementedError
+
+    def encode_one(self, record: Any, tokens: Any) -> EncodedRow:
         raise NotImplementedError
 
 
-def tokenize(
-    tokenizer: Any,
-    texts: Sequence[str],
-    max_length: int | None = None,
-    *,
-    special: bool = True,
-) -> Iterator[Any]:
-    """One ``tokenizers.Encoding`` per text, cut to ``max_length`` unless that is None.
-
-    ``special``: with the tokenizer's special tokens.
-    """
-    for start in range(0, len(texts), CHUNK):
-        yield from tokenizer(
-            list(texts[start : start + CHUNK]),
-            add_special_tokens=special,
-            truncation=max_length is not None,
-            max_length=max_length,
-            padding=False,
-            verbose=False,  # without truncation it would warn of lengths that we cut ourselves
-        ).encodings
+def tokenize(tokenizer: Any, *texts: Sequence[Any], truncation: bool = False, **options: Any) -> list[Any]:
+    """One ``tokenizers.Encoding`` per text, or per pair with a second list. ``options`` are those of transformers."""
+    if texts and not texts[0]:
+        return []
+    # Not verbose: without truncation it would warn of lengths that are cut later.
+    return tokenizer(*texts, truncation=truncation, padding=False, verbose=False, **options).encodings  # type: ignore[no-any-return]
 
 
 def refused(count: Callable[[], int], settings: Settings, *, splits: bool = True) -> EncodedRow | None:

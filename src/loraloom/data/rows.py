@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loraloom.errors import DataError
+from loraloom.errors import DataError, nearest
 
 WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]*")
 
@@ -84,6 +84,11 @@ def shown(value: object) -> str:
     """A value as errors show it, with its type and not at full length: ``int 3``, ``list [1, 2, ...]``, ``null``."""
     name = "int" if type(value).__name__ == "LongNumber" else type(value).__name__
     return "null" if value is None else f"{name} {reprlib.repr(value)}"
+
+
+def unseen(what: str, name: str, known: Collection[str]) -> str:
+    """The error of a class or tag ``name`` that is not among those of training."""
+    return f"the {what} {name!r} is never seen in training, which has {len(known)} {what}s{nearest(name, known)}"
 
 
 def ordered_labels(names: Iterable[str]) -> list[str]:

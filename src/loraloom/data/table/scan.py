@@ -21,13 +21,13 @@ import numpy.typing as npt
 
 from loraloom.data.read.source import Source
 from loraloom.data.records import Chat, Record, inputs
-from loraloom.data.rows import BadRow, Row, RowError, ordered_labels, row_error
+from loraloom.data.rows import BadRow, Row, RowError, ordered_labels, row_error, unseen
 from loraloom.data.shape.fields import ABSENT, lookup
 from loraloom.data.shape.labels import NUMBER, SEVERAL
 from loraloom.data.shape.shapes import GROUP, Shape, recognise
 from loraloom.data.table import cache
 from loraloom.data.task import RowTask
-from loraloom.errors import DataError, nearest
+from loraloom.errors import DataError
 from loraloom.files.log import Log, info
 
 #: Up to so many rows, of so many bytes, stay in memory. That is tokenised in a few seconds: no cache is touched.
@@ -287,12 +287,7 @@ class _Tally:
             self.arrays["label_ids"].extend([self.numbers.setdefault(name, len(self.numbers)) for name in names])
             self.arrays["label_counts"].append(len(names))
         elif new := [name for name in names if name not in self.numbers and not skip]:
-            what = self.task.class_word
-            raise row_error(
-                row,
-                f"the {what} {new[0]!r} is never seen in training, which has {len(self.numbers)} {what}s"
-                f"{nearest(new[0], self.numbers)}",
-            )
+            raise row_error(row, unseen(self.task.class_word, new[0], self.numbers))
 
     def finish(self, made: Scan, memory: cache.Memory) -> dict[str, Any]:
         """Number the classes in their order and write the arrays. Returns fields of the scan.

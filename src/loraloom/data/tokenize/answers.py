@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loraloom.data.example import CHUNK, EncodedRow, Encoder, Example, Settings, refused
-from loraloom.data.records import Asked, Record
-from loraloom.data.rows import Row
+from loraloom.data.example import EncodedRow, Encoder, Example, Settings, refused, tokenize
+from loraloom.data.records import Asked
 from loraloom.data.tokenize import pairs
 
 
@@ -50,29 +49,15 @@ class AnswerEncoder(Encoder):
         self._gap = pairs.gap(tokenizer)
         self.notes = [pairs.NOTE] if self._gap else []
 
-    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
-        asked = [record for _, record in records if isinstance(record, Asked)]
-        assert len(asked) == len(records)
-        return [self._encode(record, tokens) for record, tokens in zip(asked, self._tokens(asked), strict=True)]
-
     def windows(self, records: Sequence[Asked]) -> list[list[Window]]:
         """The windows of each record, in the order of its examples."""
-        return [self._windows(tokens) for tokens in self._tokens(records)]
+        return [self._windows(tokens) for tokens in self.tokens(records)]
 
-    def _tokens(self, records: Sequence[Asked]) -> list[Any]:
-        found: list[Any] = []
-        for start in range(0, len(records), CHUNK):
-            part = records[start : start + CHUNK]
-            found += self.tokenizer(
-                [record.question + self._gap for record in part],
-                [record.context for record in part],
-                truncation=False,
-                padding=False,
-                verbose=False,
-            ).encodings
-        return found
+    def tokens(self, records: Sequence[Any]) -> list[Any]:
+        questions = [record.question + self._gap for record in records]
+        return tokenize(self.tokenizer, questions, [record.context for record in records])
 
-    def _encode(self, record: Asked, tokens: Any) -> EncodedRow:
+    def encode_one(self, record: Any, tokens: Any) -> EncodedRow:
         inside = [i for i, which in enumerate(tokens.sequence_ids) if which == 1]
         if not inside:
             return EncodedRow(problem="the tokenizer finds no token in 'context'")

@@ -14,12 +14,11 @@ its prompt only in the first window; each later window starts with up to half of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from loraloom.data.example import IGNORE, EncodedRow, Encoder, Settings, tokenize
 from loraloom.data.records import Chat, Pair, Record, Text
-from loraloom.data.rows import Row
 from loraloom.data.tokenize.chat import ChatEncoder
 from loraloom.data.tokenize.templates import find_template
 from loraloom.data.tokenize.windows import fitted, windows
@@ -34,19 +33,22 @@ class CausalEncoder(Encoder):
         if settings.chat_template is not None:
             find_template(tokenizer, settings.chat_template)  # report a broken template before any row is read
 
-    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
-        chats = [record for _, record in records if isinstance(record, Chat)]
+    def tokens(self, records: Sequence[Any]) -> Iterator[Any]:
+        """An ``Encoding`` of each text and pair, the encoded row of each conversation."""
+        chats = [record for record in records if isinstance(record, Chat)]
         if chats and self._chat is None:
             self._chat = ChatEncoder(self.tokenizer, self.settings)
             self.notes = self._chat.notes
-        spoken = iter(self._chat.encode(chats) if self._chat is not None else [])
-        parts = [_parts(record) for _, record in records if not isinstance(record, Chat)]
-        texts = [prompt + completion for prompt, completion, _ in parts]
-        written = (
-            self._completed(tokens, len(prompt), column)
-            for (prompt, _, column), tokens in zip(parts, tokenize(self.tokenizer, texts), strict=True)
-        )
-        return [next(spoken if isinstance(record, Chat) else written) for _, record in records]
+        encoded = iter(self._chat.encode(chats) if self._chat is not None else [])
+        texts = ["".join(_parts(record)[:2]) for record in records if not isinstance(record, Chat)]
+        written = iter(tokenize(self.tokenizer, texts))
+        return (next(encoded if isinstance(record, Chat) else written) for record in records)
+
+    def encode_one(self, record: Any, tokens: Any) -> EncodedRow:
+        if isinstance(record, Chat):
+            return tokens  # type: ignore[no-any-return]
+        prompt, _, column = _parts(record)
+        return self._completed(tokens, len(prompt), column)
 
     def _completed(self, tokens: Any, boundary: int, column: str) -> EncodedRow:
         ids, targets, front = _targets(tokens, boundary)

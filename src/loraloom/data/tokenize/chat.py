@@ -26,7 +26,7 @@ from loraloom.data.tokenize.assistant_spans import Spans, Turns
 from loraloom.data.tokenize.placeholders import silent
 from loraloom.data.tokenize.templates import find_template
 from loraloom.data.tokenize.windows import fitted
-from loraloom.errors import DataError, InputError
+from loraloom.errors import InputError
 
 #: The word for the trained part, in messages.
 WHAT = "what the assistant says"
@@ -46,33 +46,29 @@ class ChatEncoder:
         return self._encode(chats, self.settings)
 
     def _encode(self, chats: Sequence[Chat], settings: Settings) -> list[EncodedRow]:
-        results: list[EncodedRow | None] = []
-        found: list[Spans] = []
-        for chat in chats:
-            if not any(message.get("role") == "assistant" for message in chat.messages):
-                results.append(EncodedRow(problem="the assistant says nothing in the conversation"))
-                continue
-            try:
-                found.append(self._find(chat))
-                results.append(None)
-            except InputError as exc:
-                results.append(EncodedRow(error=str(exc)))
-        texts = [spans.text for spans in found]
-        encodings = iter(list(zip(found, tokenize(self.tokenizer, texts, special=False), strict=True)))
+        found = [self._find(chat) for chat in chats]
+        texts = [spans.text for spans in found if isinstance(spans, Spans)]
+        encodings = iter(tokenize(self.tokenizer, texts, add_special_tokens=False))
         return [
-            result if result is not None else self._labelled(chat, *next(encodings), settings)
-            for chat, result in zip(chats, results, strict=True)
+            self._labelled(chat, spans, next(encodings), settings) if isinstance(spans, Spans) else spans
+            for chat, spans in zip(chats, found, strict=True)
         ]
 
-    def _find(self, chat: Chat) -> Spans:
+    def _find(self, chat: Chat) -> Spans | EncodedRow:
         """The assistant's turns that are trained: not those of weight 0. Templates do not see weights."""
+        turns = [message for message in chat.messages if message.get("role") == "assistant"]
+        if not turns:
+            return EncodedRow(problem="the assistant says nothing in the conversation")
         for number, message in enumerate(chat.messages, start=1):
             if silent(message) and message.get("weight", 1):
-                raise DataError(f"{self.turns.template.name} has nothing to write for message {number}: it is empty")
+                name = self.turns.template.name
+                return EncodedRow(error=f"{name} has nothing to write for message {number}: it is empty")
         plain = [{key: value for key, value in message.items() if key != "weight"} for message in chat.messages]
-        spans = self.turns.find(Chat(plain, chat.tools))
-        said = [message for message in chat.messages if message.get("role") == "assistant" and not silent(message)]
-        weights = [message.get("weight", 1) for message in said]
+        try:
+            spans = self.turns.find(Chat(plain, chat.tools))
+        except InputError as exc:
+            return EncodedRow(error=str(exc))
+        weights = [message.get("weight", 1) for message in turns if not silent(message)]
         return replace(spans, spans=[span for span, weight in zip(spans.spans, weights, strict=True) if weight])
 
     def _labelled(self, chat: Chat, spans: Spans, tokens: Any, settings: Settings) -> EncodedRow:

@@ -6,7 +6,6 @@ offsets of tokens in the text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from loraloom.config.names import OVERLONG
@@ -20,22 +19,16 @@ def encoder(
     tokenizer: Any,
     *,
     max_length: int,
-    overlong: str = "truncate",
-    labels: Sequence[str] = (),
-    problem_type: str | None = None,
-    chat_template: str | None = None,
-    stride: int = 128,
-    date: str | None = None,
+    **settings: Any,
 ) -> Encoder:
-    """The encoder of ``task``; no example of it is longer than ``max_length`` tokens.
+    """The encoder of ``task``; no example is longer than ``max_length`` tokens. ``settings`` are those of ``Settings``.
 
-    ``overlong`` says what is done with a row of more tokens: ``error``, ``truncate`` (its end is cut off), ``drop``
-    (left out and counted) or ``split`` (into several examples, where the task can). ``labels`` are the classes or
-    tags in the order of their numbers, and ``date`` is the day that a chat template writes which writes one.
-
-    Raises ``ConfigError`` for a ``max_length`` that has no room for text and an ``overlong`` that is unknown, and
-    ``ModelError`` for a tokenizer that is not a fast one or a chat template that is broken.
+    Raises:
+        ConfigError: ``max_length`` has no room for text, or ``overlong`` is unknown.
+        ModelError: the tokenizer is not a fast one, or the chat template is broken.
     """
+    made = Settings(max_length, **settings)
+    overlong = made.overlong
     if overlong not in OVERLONG:
         raise ConfigError(
             f"overlong: {overlong!r} is not one of {', '.join(OVERLONG)}{nearest(str(overlong), OVERLONG)}"
@@ -49,8 +42,7 @@ def encoder(
     room = tokenizer.num_special_tokens_to_add() + task.min_tokens
     if max_length < room:
         raise ConfigError(f"max_length: {max_length} leaves no room for text; give at least {room}")
-    settings = Settings(max_length, overlong, tuple(labels), problem_type, chat_template, stride, date)
-    return task.encoder(tokenizer, settings)
+    return task.encoder(tokenizer, made)
 
 
 def check_overlong(task: RowTask, overlong: str) -> None:

@@ -7,15 +7,13 @@ not know files, batches or models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-from loraloom.data.example import CHUNK, EncodedRow, Encoder, Example, Settings, refused
-from loraloom.data.records import Labelled, Record
-from loraloom.data.rows import Row
+from loraloom.data.example import EncodedRow, Encoder, Example, Settings, refused, tokenize
+from loraloom.data.records import Labelled
+from loraloom.data.rows import unseen
 from loraloom.data.shape.labels import NUMBER, SEVERAL, SINGLE
 from loraloom.data.tokenize import pairs
-from loraloom.errors import nearest
 
 
 def class_names(label: str | int | float | list[str | int]) -> list[str]:
@@ -38,35 +36,23 @@ class LabelEncoder(Encoder):
         self.problem = settings.problem_type or SINGLE
         self.ids = {name: number for number, name in enumerate(settings.labels)}
 
-    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
-        texts: list[Any] = []
-        for _, record in records:
-            assert isinstance(record, Labelled)
-            texts.append(record.text if record.second is None else (self._first(record), record.second))
-        encoded = []
-        for (_, record), tokens in zip(records, self._tokens(texts), strict=True):
-            assert isinstance(record, Labelled)
-            label, error = self._label(record.label)
-            overlong = bool(tokens.overflowing)
-            if error:
-                encoded.append(EncodedRow(error=error))
-            elif all(tokens.special_tokens_mask):
-                encoded.append(EncodedRow(problem="the tokenizer finds no token in 'text'"))
-            elif overlong and (instead := refused(partial(self._count, record), self.settings, splits=False)):
-                encoded.append(instead)
-            else:
-                types = segments(self.tokenizer, tokens)
-                encoded.append(EncodedRow([Example(tokens.ids, label, types)], overlong=overlong))
-        return encoded
-
-    def _tokens(self, texts: list[Any]) -> list[Any]:
+    def tokens(self, records: Sequence[Any]) -> list[Any]:
         """Cut to ``max_length``; of a pair, the longer text is cut first."""
-        found: list[Any] = []
-        for start in range(0, len(texts), CHUNK):
-            found += self.tokenizer(
-                texts[start : start + CHUNK], truncation=True, max_length=self.settings.max_length, padding=False
-            ).encodings
-        return found
+        texts = [one.text if one.second is None else (self._first(one), one.second) for one in records]
+        return tokenize(self.tokenizer, texts, truncation=True, max_length=self.settings.max_length)
+
+    def encode_one(self, record: Any, tokens: Any) -> EncodedRow:
+        label, error = self._label(record.label)
+        if error:
+            return EncodedRow(error=error)
+        if all(tokens.special_tokens_mask):
+            return EncodedRow(problem="the tokenizer finds no token in 'text'")
+        overlong = bool(tokens.overflowing)
+        if overlong and (instead := refused(lambda: self._count(record), self.settings, splits=False)):
+            return instead
+        # Segments, if the tokenizer has them and there is a second one.
+        types = tokens.type_ids if "token_type_ids" in self.tokenizer.model_input_names else []
+        return EncodedRow([Example(tokens.ids, label, types if any(types) else None)], overlong=overlong)
 
     def _count(self, record: Labelled) -> int:
         return len(self.tokenizer(self._first(record), record.second, truncation=False, verbose=False).input_ids)
@@ -91,17 +77,8 @@ class LabelEncoder(Encoder):
         names = class_names(label)
         for name in names:
             if name not in self.ids:
-                return 0, (
-                    f"the label {name!r} is never seen in training, which has {len(self.ids)} labels"
-                    f"{nearest(name, self.ids)}"
-                )
+                return 0, unseen("label", name, self.ids)
         if self.problem == SINGLE:
             return self.ids[names[0]], ""
         wanted = {self.ids[name] for name in names}
         return [float(number in wanted) for number in range(len(self.ids))], ""
-
-
-def segments(tokenizer: Any, tokens: Any) -> list[int] | None:
-    """``token_type_ids`` if the tokenizer gives them and there is a second segment."""
-    types: list[int] = tokens.type_ids
-    return types if "token_type_ids" in tokenizer.model_input_names and any(types) else None

@@ -12,9 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 from loraloom.data.example import IGNORE, EncodedRow, Encoder, Example, Settings, refused, tokenize
-from loraloom.data.records import Record, Tagged
-from loraloom.data.rows import Row
-from loraloom.errors import nearest
+from loraloom.data.rows import unseen
 
 
 class TagEncoder(Encoder):
@@ -28,23 +26,13 @@ class TagEncoder(Encoder):
         super().__init__(tokenizer, settings)
         self.ids = {name: number for number, name in enumerate(settings.labels)}
 
-    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
-        texts = []
-        for _, record in records:
-            assert isinstance(record, Tagged)
-            texts.append(" ".join(record.tokens))
-        encodings = tokenize(self.tokenizer, texts)
-        return [self._encode(record, tokens) for (_, record), tokens in zip(records, encodings, strict=True)]
+    def tokens(self, records: Sequence[Any]) -> list[Any]:
+        return tokenize(self.tokenizer, [" ".join(record.tokens) for record in records])
 
-    def _encode(self, record: Record, tokens: Any) -> EncodedRow:
-        assert isinstance(record, Tagged)
+    def encode_one(self, record: Any, tokens: Any) -> EncodedRow:
         names = [str(tag) for tag in record.tags]
-        for name in names:
-            if name not in self.ids:
-                return EncodedRow(
-                    error=f"the tag {name!r} is never seen in training, which has {len(self.ids)} tags"
-                    f"{nearest(name, self.ids)}"
-                )
+        if new := [name for name in names if name not in self.ids]:
+            return EncodedRow(error=unseen("tag", new[0], self.ids))
         first = first_pieces(record.tokens, tokens)
         labels = [IGNORE] * len(tokens.ids)
         for word, place in first.items():

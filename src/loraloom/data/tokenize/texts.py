@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loraloom.data.example import EncodedRow, Encoder, Example, refused
-from loraloom.data.records import Record, Related
-from loraloom.data.rows import Row
+from loraloom.data.example import EncodedRow, Encoder, Example, refused, tokenize
 
 
 class RelatedEncoder(Encoder):
@@ -19,14 +17,12 @@ class RelatedEncoder(Encoder):
     ``labels`` are the lengths of the texts, as whole numbers; or as floats, with the score behind them.
     """
 
-    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
-        related = [record for _, record in records if isinstance(record, Related)]
-        texts = [text for record in related for text in record.texts]
-        limit = self.settings.max_length
-        found = iter(self.tokenizer(texts, truncation=True, max_length=limit, padding=False).encodings if texts else ())
-        return [self._encode(record, [next(found) for _ in record.texts]) for record in related]
+    def tokens(self, records: Sequence[Any]) -> list[list[Any]]:
+        texts = [text for record in records for text in record.texts]
+        found = iter(tokenize(self.tokenizer, texts, truncation=True, max_length=self.settings.max_length))
+        return [[next(found) for _ in record.texts] for record in records]
 
-    def _encode(self, record: Related, tokens: list[Any]) -> EncodedRow:
+    def encode_one(self, record: Any, tokens: Any) -> EncodedRow:
         if empty := [number for number, one in enumerate(tokens, 1) if all(one.special_tokens_mask)]:
             return EncodedRow(problem=f"the tokenizer finds no token in text {empty[0]}")
         overlong = any(one.overflowing for one in tokens)

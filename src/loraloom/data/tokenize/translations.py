@@ -5,12 +5,10 @@ This file does not know files, batches or models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loraloom.data.example import EncodedRow, Encoder, Example, refused
-from loraloom.data.records import Record, Translated
-from loraloom.data.rows import Row
+from loraloom.data.example import EncodedRow, Encoder, Example, refused, tokenize
 
 
 class TranslationEncoder(Encoder):
@@ -19,19 +17,14 @@ class TranslationEncoder(Encoder):
     Both are cut to ``max_length``: the source keeps its special tokens, and a target that is cut has no end token.
     """
 
-    def encode(self, records: Sequence[tuple[Row, Record]]) -> list[EncodedRow]:
-        sources, targets = [], []
-        for _, record in records:
-            assert isinstance(record, Translated)
-            sources.append(record.source)
-            targets.append(record.target)
-        limit = self.settings.max_length
-        read = self.tokenizer(sources, truncation=True, max_length=limit, padding=False).encodings
+    def tokens(self, records: Sequence[Any]) -> Iterable[Any]:
+        sources = [record.source for record in records]
+        read = tokenize(self.tokenizer, sources, truncation=True, max_length=self.settings.max_length)
         # Target mode: some tokenizers mark the target's language, or use another vocabulary for it.
-        written = self.tokenizer(text_target=targets, truncation=False, padding=False, verbose=False).encodings
-        return [self._encode(*pair) for pair in zip(read, written, strict=True)]
+        return zip(read, tokenize(self.tokenizer, text_target=[record.target for record in records]), strict=True)
 
-    def _encode(self, source: Any, target: Any) -> EncodedRow:
+    def encode_one(self, record: Any, tokens: Any) -> EncodedRow:
+        source, target = tokens
         ids: list[int] = list(source.ids)
         labels: list[int] = list(target.ids)
         if all(source.special_tokens_mask):
