@@ -111,7 +111,7 @@ class _Stretch:
         too_large = f"a row of more than {ROW_LIMIT / 2**20:g} MiB"
         while True:
             try:
-                value, end = strict.decode_from(self.text, self.at)
+                value, end = strict.raw_decode(self.text, self.at)
             except json.JSONDecodeError as exc:
                 strict.fault()
                 past = exc.pos - self.at

@@ -45,28 +45,17 @@ class DatasetSource(Source):
             parts = (
                 [head, *rest] if not saved or len(rest) < 2 or os.path.isdir(head) else [f"{head}:{rest[0]}", rest[1]]
             )
-        config, split = entry.get("name"), entry.get("split")
-        for key, given, inside in (
-            ("split", split, parts[-1] if len(parts) > 1 else None),
-            ("name", config, parts[1] if len(parts) > 2 else None),
-        ):
-            if given is not None and inside is not None and given != inside:
-                raise ConfigError(f"data: {entry['path']} and {key!r} name two: {inside!r} and {given!r}")
-        split = split or (parts[-1] if len(parts) > 1 else None)
-        config = config or (parts[1] if len(parts) > 2 else None)
+        inside = {"split": parts[-1] if len(parts) > 1 else None, "name": parts[1] if len(parts) > 2 else None}
+        for key, part in inside.items():
+            if None not in (part, entry.get(key)) and part != entry[key]:
+                raise ConfigError(f"data: {entry['path']} and {key!r} name two: {part!r} and {entry[key]!r}")
+        split, config = (entry.get(key) or part for key, part in inside.items())
         if saved and (config is not None or entry.get("revision") is not None):
             key = "name" if config is not None else "revision"
             raise ConfigError(f"data: {parts[0]} is a saved dataset, which has no {key!r}")
         named = ":".join(part for part in (parts[0], config, split) if part)
-        return cls(
-            name=named,
-            weight=entry["weight"],
-            path=parts[0],
-            saved=saved,
-            config=config,
-            split=split,
-            revision=entry.get("revision"),
-        )
+        rest = {"saved": saved, "config": config, "split": split, "revision": entry.get("revision")}
+        return cls(named, weight=entry["weight"], path=parts[0], **rest)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}  # another process opens it for itself
@@ -95,7 +84,7 @@ class DatasetSource(Source):
 
     def _load_hub(self) -> Any:
         from datasets import load_dataset
-        from datasets.exceptions import DatasetNotFoundError, DatasetsError
+        from datasets.exceptions import DatasetNotFoundError
 
         try:
             if network.unreachable():
@@ -113,20 +102,8 @@ class DatasetSource(Source):
                 f"{self.path}: no such file or folder here{_beside(self.path)}; as the name of a dataset on the hub "
                 f"it would have to be fetched, and there is no network ({why})"
             ) from None
-        except (DatasetsError, ValueError, OSError) as exc:
+        except Exception as exc:  # the libraries of the network and of formats have no common base
             raise DataError(f"{self.path}: the dataset cannot be loaded: {first_line(exc)}") from exc
-        except Exception as exc:
-            # What the network's libraries raise has no common base; anything else is a fault to be seen whole.
-            if type(exc).__module__.split(".")[0] not in (
-                "huggingface_hub",
-                "httpx",
-                "httpx2",
-                "httpcore",
-                "requests",
-                "aiohttp",
-            ):
-                raise
-            raise DataError(f"{self.path}: the dataset cannot be fetched from the hub: {first_line(exc)}") from exc
 
     def _load_cached(self) -> Any:
         """The dataset as it was last fetched, found as ``load_dataset`` finds it after half a minute without a network.

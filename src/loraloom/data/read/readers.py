@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -73,8 +73,8 @@ def open_file(path: Path, unpack: bool = True) -> BinaryIO:
         raise DataError(f"{path}: cannot be read: {exc.strerror}") from exc
 
 
-def guarded(file: BinaryIO | _CrLines, path: Path, size: int, line: bool = False) -> bytes:
-    """``file.read(size)`` or ``file.readline(size)``; what goes wrong names the file."""
+def guarded(file: BinaryIO, path: Path, size: int, line: bool = False) -> bytes:
+    """``file.read(size)`` or ``file.readline(size)``; errors name the file."""
     try:
         return file.readline(size) if line else file.read(size)
     except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
@@ -103,7 +103,7 @@ def lines(path: Path, limit: int | None = None) -> Iterator[Line]:
     number = 0
     only_cr = _ends_in_cr(path)
     with open_file(path) as opened:
-        file = _CrLines(opened) if only_cr else opened
+        file = cast(BinaryIO, _CrLines(opened, "latin-1", newline="\r")) if only_cr else opened
         while raw := guarded(file, path, limit + 1, line=True):
             number += 1
             if number == 1:
@@ -126,25 +126,11 @@ def _ends_in_cr(path: Path) -> bool:
     return b"\r" in start[:-1] and b"\n" not in start
 
 
-class _CrLines:
-    """A file whose CRs are read as LFs."""
+class _CrLines(io.TextIOWrapper):
+    """Bytes with LF for CR, by way of an encoding with one character for each byte."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._left = b""
-
-    def read(self, size: int) -> bytes:
-        raise NotImplementedError  # lines alone are asked for
-
-    def readline(self, size: int) -> bytes:
-        while b"\r" not in self._left and len(self._left) < size:
-            more = self._file.read(2**16)
-            if not more:
-                break
-            self._left += more
-        end = self._left.find(b"\r") + 1 or len(self._left)
-        line, self._left = self._left[: min(end, size)], self._left[min(end, size) :]
-        return line[:-1] + b"\n" if line.endswith(b"\r") else line
+    def readline(self, size: int = -1) -> bytes:  # type: ignore[override]
+        return super().readline(size).encode("latin-1").replace(b"\r", b"\n")
 
 
 def decoded(line: Line, path: Path) -> str | BadRow:
@@ -175,16 +161,15 @@ def too_large(path: Path, number: int, start: str, unit: Unit = "line") -> BadRo
 # JSON -----------------------------------------------------------------------------------------------------
 
 
-class StrictJson:
-    """JSON objects as the standard has them: no key twice, no NaN or Infinity.
+class StrictJson(json.JSONDecoder):
+    """JSON objects as the standard defines them: no key twice, no NaN or Infinity.
 
-    What is wrong in that way is noted and not raised, so that the end of the value is still found: ask ``fault``
-    after each value.
+    Such a fault is noted and not raised, so that the end of the value is still found: call ``fault`` after each value.
     """
 
     def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object, parse_constant=self._constant, parse_int=LongNumber.read)
         self._fault = ""
-        self._json = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
@@ -198,37 +183,13 @@ class StrictJson:
         self._fault = self._fault or f"{name} is not JSON; a number that is missing is null"
 
     def fault(self) -> str:
-        """What was noted since the last call, or the empty string."""
+        """The first fault since the last call, or the empty string."""
         fault, self._fault = self._fault, ""
         return fault
 
-    def decode(self, text: str) -> Any:
-        """The one value that ``text`` is; raises as ``json.loads`` does."""
-        try:
-            return self._json.decode(text)
-        except json.JSONDecodeError:
-            raise
-        except ValueError:  # a number of thousands of digits, which may stand in a column that nobody reads
-            return self._with_long_numbers.decode(text)
-
-    def decode_from(self, text: str, start: int) -> tuple[Any, int]:
-        """The value that starts at ``start``, and where it ends."""
-        try:
-            return self._json.raw_decode(text, start)
-        except json.JSONDecodeError:
-            raise
-        except ValueError:
-            return self._with_long_numbers.raw_decode(text, start)
-
-    @cached_property
-    def _with_long_numbers(self) -> json.JSONDecoder:
-        return json.JSONDecoder(
-            object_pairs_hook=self._object, parse_constant=self._constant, parse_int=LongNumber.read
-        )
-
 
 class LongNumber:
-    """A whole number of more digits than Python reads, which is none that a row can mean."""
+    """A whole number of more digits than Python reads. It is no error in a column that is not read."""
 
     def __init__(self, digits: int) -> None:
         self.digits = digits
