@@ -6,12 +6,12 @@ This file knows roles, tool calls, and what can be wrong in a conversation. What
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from typing import Any
 
 from loraloom.data.records import Chat, Message, Pair
 from loraloom.data.rows import shown
-from loraloom.data.shape.fields import ABSENT, Fields, text_fault
+from loraloom.data.shape.fields import ABSENT, Fields, from_json, text_fault
 from loraloom.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -38,20 +38,13 @@ class Fault(Exception):
 
 def read_messages(fields: Fields) -> Chat:
     """OpenAI's form: a list of objects with ``role`` and ``content``, and the ``tools`` that may be called."""
-    messages = [_message(fields, "messages", number, item) for number, item in _numbered(fields, "messages")]
-    return _chat(fields, "messages", messages)
+    return _chat(fields, "messages", _messages(fields, "messages", _openai))
 
 
 def read_sharegpt(fields: Fields) -> Chat:
     """ShareGPT's form: a list of objects with ``from`` and ``value``; ``system`` and ``tools`` beside it."""
     name = "conversations"
-    messages = _system(fields)
-    for number, item in _numbered(fields, name):
-        try:
-            messages.append(_turn(item))
-        except Fault as fault:
-            raise fields.wrong(name, f"item {number}: {fault}") from None
-    return _chat(fields, name, messages)
+    return _chat(fields, name, [*_system(fields), *_messages(fields, name, _sharegpt)])
 
 
 def read_alpaca(fields: Fields) -> Chat:
@@ -85,28 +78,30 @@ def read_prompt_completion(fields: Fields) -> Pair | Chat:
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return Pair(fields.text("prompt", empty=True), fields.text("completion"))
     messages: list[Message] = []
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
+    for name, role, read in (("prompt", "user", _prompt_message), ("completion", "assistant", _openai)):
         if isinstance(fields.get(name), list):
-            items = _numbered(fields, name)
-            if name == "prompt":
-                items = [(number, _untrained(item)) for number, item in items]
-            part = [_message(fields, name, number, item) for number, item in items]
+            messages += _messages(fields, name, read)
         else:
-            part = [{"role": role, "content": fields.text(name)}]
-        messages += part
+            messages.append({"role": role, "content": fields.text(name)})
     return _chat(fields, "completion", messages)
 
 
-def _untrained(item: Any) -> Any:
-    """A message of a prompt: what the assistant says in it is not trained on."""
-    return {**item, "weight": 0} if isinstance(item, dict) and item.get("role") == "assistant" else item
+def _prompt_message(item: Any) -> Message:
+    """A message of a prompt: the assistant's are not trained on."""
+    return _openai({**item, "weight": 0} if isinstance(item, dict) and item.get("role") == "assistant" else item)
 
 
-def _numbered(fields: Fields, name: str) -> list[tuple[int, Any]]:
-    items = fields.objects(name)
-    if not items:
+def _messages(fields: Fields, name: str, read: Callable[[Any], Message]) -> list[Message]:
+    """The messages of the column ``name``; ``read`` raises ``Fault`` for one that is wrong."""
+    messages = []
+    for number, item in enumerate(fields.objects(name), start=1):
+        try:
+            messages.append(read(item))
+        except Fault as fault:
+            raise fields.wrong(name, f"item {number}: {fault}") from None
+    if not messages:
         raise fields.wrong(name, "is empty: a conversation has at least one message")
-    return list(enumerate(items, start=1))
+    return messages
 
 
 def _system(fields: Fields) -> list[Message]:
@@ -121,13 +116,6 @@ def _chat(fields: Fields, name: str, messages: list[Message]) -> Chat:
 
 
 # OpenAI ---------------------------------------------------------------------------------------------------
-
-
-def _message(fields: Fields, name: str, number: int, item: Any) -> Message:
-    try:
-        return _openai(item)
-    except Fault as fault:
-        raise fields.wrong(name, f"item {number}: {fault}") from None
 
 
 def _openai(item: Any) -> Message:
@@ -196,10 +184,9 @@ def _call(call: Any) -> dict[str, Any]:
         raise Fault(f"a tool call needs a 'name' and 'arguments', found {shown(call)}")
     arguments = inner.get("arguments", inner.get("parameters"))
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            raise Fault(f"the arguments of the call of {inner['name']!r} are not JSON: {shown(arguments)}") from None
+        text, arguments = arguments, from_json(arguments) if arguments.strip() else {}
+        if arguments is ABSENT:
+            raise Fault(f"the arguments of the call of {inner['name']!r} are not JSON: {shown(text)}")
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
@@ -226,7 +213,7 @@ def _tools(fields: Fields) -> list[dict[str, Any]] | None:
 # ShareGPT -------------------------------------------------------------------------------------------------
 
 
-def _turn(item: Any) -> Message:
+def _sharegpt(item: Any) -> Message:
     if not isinstance(item, dict):
         raise Fault(f"an object with 'from' and 'value' is needed, found {shown(item)}")
     if "from" not in item or "value" not in item:
@@ -237,11 +224,8 @@ def _turn(item: Any) -> Message:
     if role is None:
         raise Fault(f"'from' is {who!r}, not one of {', '.join(SHAREGPT)}{nearest(str(who), SHAREGPT)}")
     if role == "call":
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                raise Fault(f"the 'value' of {who} is not JSON: {shown(value)}") from None
+        if isinstance(value, str) and (text := value) and (value := from_json(text)) is ABSENT:
+            raise Fault(f"the 'value' of {who} is not JSON: {shown(text)}")
         calls = _calls(value if isinstance(value, list) else [value])
         if not calls:
             raise Fault(f"the 'value' of {who} calls nothing")

@@ -104,14 +104,19 @@ class Fields:
     def parsed(self, name: str, kind: Any, what: str) -> Any:
         """A value of type ``kind``, or a string with JSON of one."""
         value = self.get(name)
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                raise self.wrong(name, f"must be {what} (or JSON of one), found {shown(value)}") from None
+        if isinstance(value, str) and (text := value) and (value := from_json(text)) is ABSENT:
+            raise self.wrong(name, f"must be {what} (or JSON of one), found {shown(text)}")
         if not isinstance(value, kind):
             raise self.wrong(name, f"must be {what}, found {shown(value)}")
         return value
+
+
+def from_json(text: str) -> Any:
+    """The value that ``text`` is as JSON, or ``ABSENT``."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return ABSENT
 
 
 def lookup(row: Row, name: str) -> Any:
@@ -140,6 +145,9 @@ def text_fault(value: object, empty: bool = False) -> str:
     return ""
 
 
-def is_name(value: object) -> bool:
-    """Is it a string, or a whole number, as classes and tags are?"""
-    return isinstance(value, str | int) and not isinstance(value, bool)
+def name_fault(value: object) -> str:
+    """What is wrong with the name of a class or a tag, a string or a whole number; or the empty string."""
+    if isinstance(value, str):
+        return text_fault(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return "" if whole else f"must be a string or a whole number, found {shown(value)}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from loraloom.data.records import Asked, Labelled, Record, Related, Tagged, Text, Translated
 from loraloom.data.rows import shown
-from loraloom.data.shape.fields import JSON_NAMES, Fields, is_name, text_fault
+from loraloom.data.shape.fields import JSON_NAMES, Fields, name_fault, text_fault
 from loraloom.data.shape.labels import as_number, label
 
 
@@ -74,8 +74,8 @@ def read_tagged(fields: Fields) -> Tagged:
         raise fields.wrong("tags", f"has {len(tags)} items, where {fields.named('tokens')!r} has {len(tokens)}")
     tags = [JSON_NAMES[tag] if isinstance(tag, bool) else tag for tag in tags]
     for number, tag in enumerate(tags, start=1):
-        if not is_name(tag) or (isinstance(tag, str) and text_fault(tag)):
-            raise fields.wrong("tags", f"item {number} must be a string or a whole number, found {shown(tag)}")
+        if fault := name_fault(tag):
+            raise fields.wrong("tags", f"item {number} {fault}")
     return Tagged(list(tokens), tags)
 
 

@@ -5,14 +5,13 @@ What is found of the first rows holds for all. This file does not know which col
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from loraloom.data.rows import Row, shown
-from loraloom.data.shape.fields import ABSENT, JSON_NAMES, Fields, Labels, is_name, lookup, text_fault
+from loraloom.data.shape.fields import ABSENT, JSON_NAMES, Fields, Labels, from_json, lookup, name_fault
 
 #: What to do where a class turns out to be a number.
 REGRESSION = "; where labels are numbers to be predicted, set problem_type: regression"
@@ -39,10 +38,7 @@ def labels_of(rows: Sequence[Row], column: str, problem: str | None = None) -> L
 def _as_list(label: object) -> list[Any] | None:
     """A list, also one that is written as JSON in a string."""
     if isinstance(label, str) and label.startswith("["):
-        try:
-            label = json.loads(label)
-        except (ValueError, RecursionError):
-            return None
+        label = from_json(label)
     return label if isinstance(label, list) else None
 
 
@@ -86,7 +82,7 @@ def label(fields: Fields) -> str | int | float | list[str | int]:
     if labels.problem == SEVERAL:
         classes = fields.items("label")
         for item in classes:
-            if not is_name(item) or (isinstance(item, str) and text_fault(item)):
+            if name_fault(item):
                 raise fields.wrong("label", f"must hold strings or whole numbers, found {shown(item)}")
             if classes.count(item) > 1:
                 raise fields.wrong("label", f"names {item!r} twice")
@@ -103,15 +99,11 @@ def label(fields: Fields) -> str | int | float | list[str | int]:
         return int(value)
     if labels.whole and isinstance(value, str):
         value = _whole(fields, value)
-    if not is_name(value):
-        hint = ""
-        if isinstance(value, float) and math.isfinite(value):
-            hint = REGRESSION
+    if fault := name_fault(value):
+        hint = REGRESSION if isinstance(value, float) and math.isfinite(value) else ""
         if isinstance(value, list):
             hint = f"; where a text has several labels, set problem_type: {SEVERAL}"
-        raise fields.wrong("label", f"must be a string or a whole number, found {shown(value)}{hint}")
-    if isinstance(value, str) and (fault := text_fault(value)):
-        raise fields.wrong("label", fault)
+        raise fields.wrong("label", f"{fault}{hint}")
     return value  # type: ignore[no-any-return]
 
 

@@ -29,22 +29,23 @@ TEXT_FORMATS = ("text-lines", "text-file")
 class Shape:
     """A recognised shape. ``columns`` maps our names to the user's where they differ.
 
-    ``problem_type`` is there for seq-cls alone. ``ignored`` are the user's columns that are not read, ``also``
-    the other shapes that would fit as well.
+    ``labels`` is for seq-cls. ``ignored`` are the user's columns that are not read, ``also`` the other shapes that
+    would fit as well.
     """
 
     form: Form
     columns: dict[str, str] = field(default_factory=dict)
-    problem_type: str | None = None
+    labels: Labels = field(default_factory=Labels)
     ignored: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
-    #: what the labels of seq-cls are beside that: see ``fields.Labels``
-    whole: bool = False
-    multi_hot: int = 0
 
     @property
     def name(self) -> str:
         return self.form.name
+
+    @property
+    def problem_type(self) -> str | None:
+        return self.labels.problem
 
     def plain(self) -> dict[str, Any]:
         """All that it says, as plain values."""
@@ -52,7 +53,7 @@ class Shape:
 
     def read(self, row: Row) -> Record:
         """The record of ``row``; ``RowError`` with file, line and column for one that is not of this shape."""
-        return self.form.read(Fields(row, self.columns, Labels(self.problem_type, self.whole, self.multi_hot)))
+        return self.form.read(Fields(row, self.columns, self.labels))
 
     def describe(self) -> str:
         """The shape in a few words, for saying aloud what was recognised."""
@@ -60,8 +61,8 @@ class Shape:
         said = f"{self.name} ({', '.join(renamed)})" if renamed else self.name
         if self.problem_type:
             said += f", {self.problem_type.replace('_', ' ')}"
-        if self.multi_hot:
-            said += f" (multi-hot lists of {self.multi_hot} classes)"
+        if self.labels.multi_hot:
+            said += f" (multi-hot lists of {self.labels.multi_hot} classes)"
         if self.ignored:
             said += f"; not read: {', '.join(map(repr, self.ignored))}"
         if self.also:
@@ -113,7 +114,7 @@ def recognise(
     used = {renamed.get(name, name).split(".")[0] for name in (*form.needs, *form.may)} | set(renamed.values())
     ignored = dict.fromkeys(name for other in first for name in other.fields if name not in used)
     also = tuple(dict.fromkeys(other.name for other, _ in fitting[1:] if other.name != form.name))
-    return Shape(form, renamed, labels.problem, tuple(ignored), also, labels.whole, labels.multi_hot)
+    return Shape(form, renamed, labels, tuple(ignored), also)
 
 
 def _forms(task: RowTask, format: str | None, columns: dict[str, str]) -> list[Form]:
@@ -207,17 +208,12 @@ def _nothing_fits(row: Row, task: RowTask, forms: Sequence[Form], columns: dict[
     def there(form: Form) -> float:
         return sum(lookup(row, columns.get(name, name)) is not ABSENT for name in form.needs) / len(form.needs)
 
-    best = max(forms, key=there)
+    best, hint = max(forms, key=there), ""
     for form in forms:
-        renamed = {name: _other_name(row, name, columns) for name in form.needs}
-        if None not in renamed.values():
-            shifted = ", ".join(f"{ours}: {theirs}" for ours, theirs in renamed.items() if ours != theirs)
-            if shifted and len(set(renamed.values())) == len(renamed):
-                hint = f"; to read yours, set columns: {{{shifted}}} ({option_for(renamed)})"
-                best = form
-                break
-    else:
-        hint = ""
+        if shifted := _renamed(row, form, columns):
+            names = ", ".join(f"{ours}: {theirs}" for ours, theirs in shifted.items())
+            best, hint = form, f"; to read yours, set columns: {{{names}}} ({option_for(shifted)})"
+            break
     missing = next((name for name in best.needs if lookup(row, columns.get(name, name)) is ABSENT), best.needs[0])
     wanted = columns.get(missing, missing)
     forms_said = "; ".join(f"{' and '.join(map(repr, form.needs))} ({form.name})" for form in forms)
@@ -234,23 +230,25 @@ def _nothing_fits(row: Row, task: RowTask, forms: Sequence[Form], columns: dict[
     return row_error(row, reason, wanted)
 
 
-def _other_name(row: Row, name: str, columns: dict[str, str]) -> str | None:
-    names = (columns.get(name, name), *OTHER_NAMES.get(name, ()))
-    written = (_as_written(row, other) for other in names)
-    return next((other for other in written if lookup(row, other) is not ABSENT), None)
+def _renamed(row: Row, form: Form, columns: dict[str, str]) -> dict[str, str]:
+    """Our names → the row's, where they differ, if the row has all that the form needs under names of ``OTHER_NAMES``.
+
+    Empty if it has not.
+    """
+    found = {}
+    for name in form.needs:
+        names = (_as_written(row, other) for other in (columns.get(name, name), *OTHER_NAMES.get(name, ())))
+        found[name] = next((other for other in names if lookup(row, other) is not ABSENT), None)
+    if None in found.values() or len(set(found.values())) < len(found):
+        return {}
+    return {ours: theirs for ours, theirs in found.items() if theirs is not None and ours != theirs}
 
 
-def option_for(renamed: Mapping[str, str | None]) -> str:
+def option_for(renamed: Mapping[str, str]) -> str:
     """The option that maps our names to the user's, as it is typed."""
-    moved = {ours: theirs for ours, theirs in renamed.items() if ours != theirs}
-    return f"--columns {shlex.quote(json.dumps(moved, ensure_ascii=False))}"
+    return f"--columns {shlex.quote(json.dumps(renamed, ensure_ascii=False))}"
 
 
 def proposals(row: Row, task: RowTask) -> list[str]:
     """The options by which ``row`` could be read for ``task``, should its columns be what their names say."""
-    found = []
-    for form in task.forms:
-        renamed = {name: _other_name(row, name, {}) for name in form.needs}
-        if None not in renamed.values() and len(set(renamed.values())) == len(renamed):
-            found.append(option_for(renamed))
-    return found
+    return [option_for(renamed) for form in task.forms if (renamed := _renamed(row, form, {}))]

@@ -194,17 +194,20 @@ def _agreed(sources: Sequence[Source], shapes: list[Shape], known: Scan | None) 
                 f"{source.name}: its labels are those of {shape.problem_type}, and those of {sources[0].name} of "
                 f"{shapes[0].problem_type}; say with problem_type what they are"
             )
-        if shape.multi_hot != shapes[0].multi_hot:
+        if shape.labels.multi_hot != shapes[0].labels.multi_hot:
             raise DataError(
                 f"{source.name}: its labels are {_lists(shape)}, and those of {sources[0].name} {_lists(shapes[0])}; "
                 "write them in one way"
             )
-    whole = first.whole if known else all(shape.whole for shape in shapes)
-    return [replace(shape, whole=whole, multi_hot=first.multi_hot) for shape in shapes]
+    whole = first.labels.whole if known else all(shape.labels.whole for shape in shapes)
+    return [
+        replace(shape, labels=replace(shape.labels, whole=whole, multi_hot=first.labels.multi_hot)) for shape in shapes
+    ]
 
 
 def _lists(shape: Shape) -> str:
-    return f"multi-hot lists of {shape.multi_hot} classes" if shape.multi_hot else "lists of the classes' names"
+    classes = shape.labels.multi_hot
+    return f"multi-hot lists of {classes} classes" if classes else "lists of the classes' names"
 
 
 def _read(made: Scan, tally: _Tally, skip: bool, on_progress: OnProgress) -> cache.Memory:
