@@ -113,7 +113,7 @@ def compare(wanted: TuneConfig, peft_steps: int) -> dict[str, Any]:
     print(f"peft: {sequential:.0f} s", flush=True)
     speedup = sequential / seconds
     print(f"the search is {speedup:.2f} times as fast (goal {GOAL:g})")
-    steps, _ = setup.steps(setup.options)
+    steps, _ = setup.steps_of(setup.options)
     settings = {"dtype": wanted.train.dtype, "steps of a full trial": steps, "batch_size": wanted.train.batch_size}
     return {
         "settings": settings,
@@ -133,7 +133,7 @@ def known(record: dict[str, Any], path: Path) -> dict[str, Any] | None:
 
 def one_run(setup: Setup, options: TrainConfig, steps: int) -> dict[str, float]:
     """What a run like that of ``options`` takes PEFT: measured on ``steps`` steps and one evaluation."""
-    total, _ = setup.steps(setup.options)
+    total, _ = setup.steps_of(setup.options)
     started = time.perf_counter()
     base, _ = load_base(setup.options.model, setup.task, setup.options.dtype, setup.data.names)
     lora = options.lora

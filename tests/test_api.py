@@ -16,7 +16,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loraloom.api import train, tune
 from loraloom.errors import ConfigError, DataError, ModelError
-from loraloom.training.setup import predict
 
 SHORT: dict[str, Any] = {"task": "seq-cls", "max_steps": 2, "quiet": True}
 
@@ -221,7 +220,7 @@ def test_a_classifier_answers_texts_as_it_answered_held_out_rows(
     renamed = [{"body": row["text"], "label": row["label"]} for row in rows]
     given = {"target_modules": "all-linear", "learning_rate": 0.01, "columns": {"text": "body"}, **SHORT}
     run = train(encoder_folder, renamed, output=tmp_path / "run", **{**given, "max_steps": 8})
-    shown = predict(run.job, 5)
+    shown = run.job.shown(5, "default")
     found = run.predict([row["input"] for row in shown])
     assert [f"{label} (" in row["predicted"] for label, row in zip(found, shown, strict=True)] == [True] * len(shown)
     assert run.predict([{"body": row["input"]} for row in shown]) == found
@@ -239,7 +238,7 @@ def test_a_decoder_writes_after_prompts_and_conversations_as_after_held_out_ones
     more: dict[str, Any] = {"target_modules": "all-linear", "learning_rate": 0.01, "quiet": True, "max_new_tokens": 4}
     more |= {"task": "causal-lm", "max_steps": 6}
     run = train(decoder_folder, pairs, validation=pairs[:4], output=tmp_path / "pairs", **more)
-    shown = predict(run.job, 4)
+    shown = run.job.shown(4, "default")
     assert [text.strip() for text in run.predict([row["prompt"] for row in pairs[:4]])] == [
         r["predicted"] for r in shown
     ]
@@ -248,7 +247,7 @@ def test_a_decoder_writes_after_prompts_and_conversations_as_after_held_out_ones
         for row in pairs
     ]
     run = train(decoder_folder, talks, validation=talks[:4], output=tmp_path / "talks", **more)
-    shown = predict(run.job, 4)
+    shown = run.job.shown(4, "default")
     asked = [{"messages": talk["messages"][:1]} for talk in talks[:4]]
     assert [text.strip() for text in run.predict(asked)] == [row["predicted"] for row in shown]
 

@@ -74,7 +74,7 @@ class Run:
         )
         limit = options.max_new_tokens if max_new_tokens is None else max_new_tokens
         more: dict[str, Any] = {"columns": options.columns, "batch_size": batch_size, "max_new_tokens": limit}
-        return answers(self.model, ADAPTER, self.job.task, rows, settings, self.job.tokenizer, **more)
+        return answers(self.job, ADAPTER, rows, settings, **more)
 
     @property
     def metrics(self) -> dict[str, float]:

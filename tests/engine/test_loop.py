@@ -15,6 +15,7 @@ from loraloom.engine.loop import StepEvent, train_pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import TrainingError
 from loraloom.inference.evaluation import Evaluator
+from loraloom.inference.session import Session
 from loraloom.tasks.base import Task
 
 CLASSES, LM = tasks.get("seq-cls"), tasks.get("causal-lm")
@@ -144,7 +145,7 @@ def test_an_evaluation_changes_neither_mode_nor_weights_nor_the_active_adapter(
     before, active = weights(model, "other"), model.active_adapters
     for training in (True, False):
         model.train(training)
-        figures = [Evaluator(model, LM, completions[:8], batch_size=3).evaluate(name) for name in ADAPTERS]
+        figures = Evaluator(Session(model=model, task=LM), completions[:8], batch_size=3).metrics(list(ADAPTERS))
         assert model.training is training
         assert model.active_adapters == active
         assert figures[0] != figures[1]
@@ -153,8 +154,8 @@ def test_an_evaluation_changes_neither_mode_nor_weights_nor_the_active_adapter(
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(classifier: Maker, classes: list[Example]) -> None:
     model = classifier(lora_dropout=0.5)
-    evaluator = Evaluator(model, CLASSES, classes[:8], batch_size=4)
-    figures = {evaluator.evaluate("default")["loss"] for _ in range(3)}
+    evaluator = Evaluator(Session(model=model, task=CLASSES), classes[:8], batch_size=4)
+    figures = {evaluator.metrics(["default"])[0]["loss"] for _ in range(3)}
     assert len(figures) == 1
     losses = set()
     for seed in range(3):

@@ -47,8 +47,8 @@ def job(encoder_folder: Path, few: Path, tmp_path_factory: pytest.TempPathFactor
 
 def begun(job: TrainJob, said: list[str]) -> tuple[Trainer, dict[str, Any] | None]:
     """Where a resumed run begins."""
-    slot = job.setup.slot("default", job.model, job.options, job.steps)
-    trainer = Trainer(job, slot, lambda slot: {}, ignore, lambda message: said.append(sentence(message)))
+    slot = job.slot("default", job.options, job.steps)
+    trainer = Trainer(job, slot, ignore, lambda message: said.append(sentence(message)))
     return trainer, trainer.begin(True)
 
 

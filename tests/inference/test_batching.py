@@ -14,6 +14,7 @@ from loraloom.data.example import Example
 from loraloom.inference import batching
 from loraloom.inference.evaluation import Evaluator
 from loraloom.inference.generate import generate
+from loraloom.inference.session import Session
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL |= {"intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": 0, "num_labels": 3}
@@ -38,10 +39,13 @@ def adapted(kind: str, name: str, task: TaskType, **more: Any) -> PeftModel:
 def test_a_row_is_evaluated_in_a_batch_as_alone_also_where_a_model_sees_padding(name: str) -> None:
     model = adapted("TokenClassification", name, TaskType.TOKEN_CLS)
     examples = [Example(ids, [i % 3 for i in range(len(ids))]) for ids in rows(5, 17, 9, 9)]
-    scores, outputs = Evaluator(model, tasks.get("token-cls"), examples).run("default")
-    alone = [Evaluator(model, tasks.get("token-cls"), [example]).run("default") for example in examples]
-    assert scores.loss_sum == pytest.approx(sum(one.loss_sum for one, _ in alone), rel=1e-4)
-    assert [o.tolist() for o in outputs if o is not None] == [one.tolist() for _, (one,) in alone if one is not None]
+    names = [str(number) for number in range(50)]
+    session = Session(model=model, task=tasks.get("token-cls"), labels=names)
+    together, alone = Evaluator(session, examples), [Evaluator(session, [example]) for example in examples]
+    losses = torch.cat([one.losses(["default"]) for one in alone], 1)
+    torch.testing.assert_close(together.losses(["default"]), losses, rtol=1e-4, atol=1e-4)
+    (said,) = together.predictions(["default"])
+    assert said.predictions == [one.predictions(["default"])[0].predictions[0] for one in alone]
 
 
 def test_texts_are_written_in_a_batch_as_alone_also_without_a_mask() -> None:
@@ -53,8 +57,9 @@ def test_texts_are_written_in_a_batch_as_alone_also_without_a_mask() -> None:
 
     model = adapted("CausalLM", "rwkv", TaskType.CAUSAL_LM, attention_hidden_size=16, context_length=64)
     prompts = rows(3, 11, 6)  # of two as long, transformers' own cache for RWKV takes one for the other
-    together = generate(model, "default", TensorState(), prompts, 6, 8)
-    assert together == [generate(model, "default", TensorState(), [prompt], 6, 8)[0] for prompt in prompts]
+    session = Session(model=model, task=tasks.get("causal-lm"), tokenizer=TensorState())
+    together = generate(session, ["default"] * 3, prompts, 6, 8)
+    assert together == [generate(session, ["default"], [prompt], 6, 8)[0] for prompt in prompts]
 
 
 def test_a_model_is_tried_once_and_only_where_there_is_padding() -> None:

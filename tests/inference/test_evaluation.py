@@ -24,6 +24,7 @@ from loraloom.data.tokenize.encode import encoder
 from loraloom.engine.loop import train_pack
 from loraloom.engine.slot import Slot
 from loraloom.inference.evaluation import Evaluator, HeldOut
+from loraloom.inference.session import Session
 from loraloom.models.load import load_base, load_tokenizer
 from loraloom.tasks.base import Task
 from loraloom.tasks.metrics.registry import Metrics, OwnMetric, choose
@@ -34,9 +35,11 @@ Maker = Callable[..., PeftModel]
 
 
 def evaluate(
-    model: PeftModel, name: str, task: Task, examples: Sequence[Example], pad_id: int, size: int, rows: Any = None
+    model: PeftModel, name: str, task: Task, examples: Sequence[Example], size: int, rows: Any = None
 ) -> dict[str, float]:
-    return Evaluator(model, task, examples, rows or HeldOut(), pad_id, size).evaluate(name)
+    held_out = rows or HeldOut()
+    session = Session(model=model, task=task, tokenizer=held_out.tokenizer)
+    return Evaluator(session, examples, held_out, size).metrics([name])[0]
 
 
 def first_loss(model: PeftModel, task: Task, examples: list[Example]) -> tuple[float, list[Tensor]]:
@@ -114,7 +117,7 @@ def test_an_evaluation_is_the_exact_mean_whatever_the_batches(
     model = decoder()
     with torch.no_grad():
         mean = float(by_hand(model, examples).mean())
-    found = evaluate(model, "default", LM, examples, 0, size)
+    found = evaluate(model, "default", LM, examples, size)
     assert found == {"loss": pytest.approx(mean, rel=1e-6), "perplexity": pytest.approx(math.exp(mean), rel=1e-6)}
 
 
@@ -124,7 +127,7 @@ def test_accuracy_counts_rows(classifier: Maker, classes: list[Example], size: i
     with torch.no_grad():
         logits = torch.cat([model(input_ids=torch.tensor([e.input_ids])).logits for e in examples])
     labels = torch.tensor([e.labels for e in examples])
-    found = evaluate(model, "default", CLASSES, examples, 0, size)
+    found = evaluate(model, "default", CLASSES, examples, size)
     assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).double().mean()))
     assert found["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-6)
 
@@ -133,7 +136,7 @@ def test_a_perplexity_beyond_all_numbers_is_infinite_and_no_error(decoder: Maker
     model = decoder(target_modules=["lm_head"])
     for p in model.adapter_parameters("default").values():
         p.data.mul_(1e4)
-    found = evaluate(model, "default", LM, completions[:3], 0, 8)
+    found = evaluate(model, "default", LM, completions[:3], 8)
     assert found["loss"] > 700
     assert found["perplexity"] == math.inf
 
@@ -201,7 +204,7 @@ def test_numbers_and_several_classes_are_measured_row_by_row(encoder_folder: Pat
     examples, _, _ = encoded(tokenizer, CLASSES, records, problem_type="regression")
     model = adapted(encoder_folder, CLASSES, problem="regression")
     metrics, notes = seen(CLASSES, "regression")
-    found = evaluate(model, "default", CLASSES, examples, 0, 3, HeldOut(metrics=metrics))
+    found = evaluate(model, "default", CLASSES, examples, 3, HeldOut(metrics=metrics))
     said = [float(outputs_by_hand(model, example).logits) for example in examples]
     assert notes[0] == (pytest.approx(said, rel=1e-6), [i / 2 for i in range(7)])
     assert list(found) == ["loss", "mse", "mae", "pearson", "spearman", "r2", "note"]
@@ -212,12 +215,12 @@ def test_numbers_and_several_classes_are_measured_row_by_row(encoder_folder: Pat
     examples, _, _ = encoded(tokenizer, CLASSES, several, problem_type=kind, labels=names)
     model = adapted(encoder_folder, CLASSES, names, kind)
     metrics, notes = seen(CLASSES, kind)
-    found = evaluate(model, "default", CLASSES, examples, 0, 3, HeldOut(metrics=metrics, labels=names))
+    found = evaluate(model, "default", CLASSES, examples, 3, HeldOut(metrics=metrics, labels=names))
     logits = [outputs_by_hand(model, example).logits[0] for example in examples]
     assert notes[0][0] == [[n for n, logit in zip(names, row.tolist(), strict=True) if logit > 0] for row in logits]
     assert notes[0][1] == [record.label for record in several]
     assert list(found) == ["loss", "f1_micro", "f1_macro", "subset_accuracy", "note"]
-    plain = evaluate(model, "default", CLASSES, examples, 0, 3)  # what the labels are is seen from them
+    plain = evaluate(model, "default", CLASSES, examples, 3)  # what the labels are is seen from them
     assert plain == {key: value for key, value in found.items() if key != "note"}
 
 
@@ -228,7 +231,7 @@ def test_tags_are_those_of_words_and_parts_of_a_row_are_joined(encoder_folder: P
     records = [Tagged(ENCODER_WORDS[:n], [TAGS[i % 3] for i in range(n)]) for n in (12, 3, 7)]
     whole, _, _ = encoded(tokenizer, task, records, labels=TAGS)
     metrics, notes = seen(task)
-    found = evaluate(model, "default", task, whole, 0, 2, HeldOut(metrics=metrics, labels=TAGS))
+    found = evaluate(model, "default", task, whole, 2, HeldOut(metrics=metrics, labels=TAGS))
     for said, right, example, record in zip(*notes[0], whole, records, strict=True):
         best = outputs_by_hand(model, example).logits[0].argmax(-1).tolist()
         assert said == [TAGS[best[i]] for i, label in enumerate(example.labels) if label != IGNORE]  # type: ignore[arg-type]
@@ -237,9 +240,9 @@ def test_tags_are_those_of_words_and_parts_of_a_row_are_joined(encoder_folder: P
 
     parts, _, rows = encoded(tokenizer, task, records, 6, labels=TAGS, overlong="split")
     assert rows == [0, 0, 0, 1, 2, 2]
-    evaluate(model, "default", task, parts, 0, 2, HeldOut(metrics=metrics, labels=TAGS, rows=rows))
+    evaluate(model, "default", task, parts, 2, HeldOut(metrics=metrics, labels=TAGS, rows=rows))
     assert notes[1][1] == [record.tags for record in records]
-    assert list(evaluate(model, "default", task, whole, 0, 2)) == ["loss"]  # what the numbers stand for is not known
+    assert list(evaluate(model, "default", task, whole, 2)) == ["loss"]  # what the numbers stand for is not known
 
 
 QUESTIONS = [
@@ -257,7 +260,7 @@ def test_answers_are_the_best_span_of_all_windows(encoder_folder: Path) -> None:
     assert len(set(rows)) == 3 < len(rows)
     metrics, notes = seen(task)
     held = HeldOut(metrics=metrics, records=named, rows=rows, tokenizer=tokenizer, max_length=14, stride=4)
-    found = evaluate(model, "default", task, examples, 0, 2, held)
+    found = evaluate(model, "default", task, examples, 2, held)
     assert list(found) == ["loss", "f1", "exact_match", "note"]
     said, right = notes[0]
     assert right == [["the cat"], [], ["good film", "film"]]
@@ -273,7 +276,7 @@ def test_answers_are_the_best_span_of_all_windows(encoder_folder: Path) -> None:
                     spans.append((starts[i] + ends[j], tokenizer.decode(example.input_ids[i : j + 1])))
         best = max(spans)
         assert said[row] == ("" if best[0] <= null else best[1]), record.question
-    assert list(evaluate(model, "default", task, examples, 0, 2)) == ["loss"]
+    assert list(evaluate(model, "default", task, examples, 2)) == ["loss"]
 
 
 @given(st.integers(1, 40), st.integers(0, 10_000), st.booleans())
@@ -319,7 +322,6 @@ def test_texts_are_generated_from_prompts_and_compared_with_the_whole_completion
         "default",
         LM,
         examples,
-        0,
         8,
         HeldOut(metrics=metrics, records=named, tokenizer=tokenizer, max_new_tokens=5),
     )
@@ -330,7 +332,7 @@ def test_texts_are_generated_from_prompts_and_compared_with_the_whole_completion
         assert said == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert list(found) == ["loss", "perplexity", "note"]
     asked = choose(LM, None, ["rougeL", "exact_match"])
-    found = evaluate(model, "default", LM, examples, 0, 8, HeldOut(metrics=asked, records=named, tokenizer=tokenizer))
+    found = evaluate(model, "default", LM, examples, 8, HeldOut(metrics=asked, records=named, tokenizer=tokenizer))
     assert list(found) == ["loss", "rougeL", "exact_match"]
 
 
@@ -342,7 +344,7 @@ def test_a_translators_texts_are_generated_from_sources(translator_folder: Path)
     examples, named, _ = encoded(tokenizer, task, records)
     metrics, notes = seen(task)
     held = HeldOut(metrics=metrics, records=named, tokenizer=tokenizer, max_new_tokens=6)
-    found = evaluate(model, "default", task, examples, 0, 8, held)
+    found = evaluate(model, "default", task, examples, 8, held)
     assert notes[0][1] == ["a bad book in it", "now"]
     for said, record in zip(notes[0][0], records, strict=True):
         ids = tokenizer(record.source, return_tensors="pt").input_ids
@@ -372,7 +374,7 @@ def test_an_evaluation_leaves_the_mode_of_every_module(decoder: Maker, completio
     model = decoder()
     model.train()
     modes = [module.training for module in model.modules()]
-    evaluate(model, "default", LM, completions[:2], 0, 2)
+    evaluate(model, "default", LM, completions[:2], 2)
     assert [module.training for module in model.modules()] == modes
 
 
@@ -385,13 +387,13 @@ def test_some_of_the_examples_in_any_order_are_measured_too(encoder_folder: Path
     given: dict[str, Any] = {"records": named, "tokenizer": tokenizer, "max_length": 14, "stride": 4}
     some = list(range(len(examples)))[::-2]
     chosen = [examples[i] for i in some]
-    evaluate(model, "default", task, chosen, 0, 2, HeldOut(metrics=metrics, rows=[rows[i] for i in some], **given))
+    evaluate(model, "default", task, chosen, 2, HeldOut(metrics=metrics, rows=[rows[i] for i in some], **given))
     asked = dict.fromkeys(rows[i] for i in some)
     assert notes[0][1] == [[text for text, _ in QUESTIONS[row].answers] for row in asked]
     forwards = sorted(range(len(examples)), key=lambda i: (-rows[i], i))
     for order in (range(len(examples)), forwards):
         evaluate(
-            model, "default", task, [examples[i] for i in order], 0, 2,
+            model, "default", task, [examples[i] for i in order], 2,
             HeldOut(metrics=metrics, rows=[rows[i] for i in order], **given),
         )  # fmt: skip
     assert notes[1][0] == notes[2][0][::-1]
@@ -408,7 +410,7 @@ def test_tags_that_mark_no_entities_are_measured_by_word(encoder_folder: Path) -
     examples, _, _ = encoded(tokenizer, task, records, labels=tags)
     metrics, notes = seen(task)
     for either in (None, metrics):
-        found = evaluate(model, "default", task, examples, 0, 2, HeldOut(metrics=either, labels=tags))
+        found = evaluate(model, "default", task, examples, 2, HeldOut(metrics=either, labels=tags))
         assert list(found)[:4] == ["loss", "accuracy", "f1_macro", "f1_micro"]
     said, right = ([tag for row in side for tag in row] for side in notes[0])
     assert found["accuracy"] == sum(map(str.__eq__, said, right)) / len(right) < 1
@@ -428,7 +430,7 @@ def test_a_model_whose_numbers_are_none_is_right_nowhere(task: Task, encoder_fol
         parameter.data.fill_(math.nan)
     examples, named, _ = encoded(tokenizer, task, records[task], labels=labels)
     held = HeldOut(records=named, labels=labels, tokenizer=tokenizer, max_length=64)
-    found = evaluate(model, "default", task, examples, 0, 2, held)
+    found = evaluate(model, "default", task, examples, 2, held)
     assert math.isnan(found.pop("loss"))
     assert len(found) > 1
     assert not any(found.values())

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from loraloom import LoraConfig, PeftModel, TaskType, get_peft_model
+from loraloom import LoraConfig, PeftModel, TaskType, get_peft_model, tasks
 from loraloom.distributed.launch import find
-from loraloom.inference.generate import generate
+from loraloom.inference.generate import generate as generate_each
+from loraloom.inference.session import Session
+from loraloom.lora.routing import BASE
 from loraloom.models.fsdp import shard, sharded
 from loraloom.models.load import load_tokenizer
 
@@ -55,6 +57,11 @@ def adapted(family: str, tokenizer: Any) -> PeftModel:
     return model
 
 
+def generate(model: PeftModel, name: str, tokenizer: Any, prompts: list[list[int]], count: int, size: int) -> list[str]:
+    session = Session(model=model, task=tasks.get("causal-lm"), tokenizer=tokenizer)
+    return generate_each(session, [name] * len(prompts), prompts, count, size)
+
+
 def alone(model: PeftModel, name: str, prompt: list[int], tokenizer: Any, count: int) -> str:
     """One prompt, without padding, one token after the other."""
     model.set_adapter(name)
@@ -73,7 +80,12 @@ def test_a_prompts_text_is_the_same_in_any_batch_and_by_its_adapter(family: str,
     for name in ("a", "b"):
         found = generate(model, name, tokenizer, PROMPTS, 6, size)
         assert found == [alone(model, name, prompt, tokenizer, 6) for prompt in PROMPTS]
-    assert generate(model, "a", tokenizer, PROMPTS, 6, 8) != generate(model, "b", tokenizer, PROMPTS, 6, 8)
+    texts = {name: generate(model, name, tokenizer, PROMPTS, 6, 8) for name in ("a", "b", BASE)}
+    assert texts["a"] != texts["b"]
+    session = Session(model=model, task=tasks.get("causal-lm"), tokenizer=tokenizer)
+    asked = [(name, row) for row in range(len(PROMPTS)) for name in texts]
+    mixed = generate_each(session, [name for name, _ in asked], [PROMPTS[row] for _, row in asked], 6, size)
+    assert mixed == [texts[name][row] for name, row in asked]
 
 
 def test_a_prompt_that_leaves_no_room_gives_nothing_and_one_that_leaves_some_is_gone_on_with(tokenizer: Any) -> None:

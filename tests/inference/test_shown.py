@@ -13,7 +13,6 @@ from loraloom import LoraConfig
 from loraloom.config.train import TrainConfig
 from loraloom.lora.routing import BASE
 from loraloom.training.run import prepare, run
-from loraloom.training.setup import predict
 
 GOOD, BAD = ("good", "fine", "lovely", "great"), ("bad", "poor", "awful", "weak")
 FILLERS = ("the", "film", "was", "a", "book", "with", "cat", "in", "it")
@@ -106,7 +105,7 @@ def test_every_task_learns_and_is_measured_and_shows_three_rows_in_words(options
     names = RUNS[options.name][3]
     assert list(evaluations[-1]) == ["step", "loss", *names]
     assert result.record["result"].keys() == {"loss", *names}
-    before = job.setup.evaluate(result.model, BASE)
+    (before,) = job.evaluator().metrics([BASE])
     assert evaluations[-1]["loss"] < before["loss"]
     if options.name in ("pairs", "tags", "answers"):
         assert evaluations[-1][names[0]] > max(0.6, before[names[0]])
@@ -114,7 +113,7 @@ def test_every_task_learns_and_is_measured_and_shows_three_rows_in_words(options
     for said in result.predictions:
         assert set(said) == {"input", "expected", "predicted"}
         assert all(isinstance(text, str) and text for text in (said["input"], said["expected"]))
-    for base, said in zip(predict(job, 3, BASE), result.predictions, strict=True):
+    for base, said in zip(job.shown(3, BASE), result.predictions, strict=True):
         assert (base["input"], base["expected"]) == (said["input"], said["expected"])
     again = json.loads(json.dumps(result.record))
     assert again["metric"] == names[0]

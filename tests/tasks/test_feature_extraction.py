@@ -23,6 +23,7 @@ from loraloom.engine.loop import train_pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import DataError, ModelError
 from loraloom.inference.evaluation import Evaluator, HeldOut
+from loraloom.inference.session import Session
 from loraloom.models.load import load_base, load_tokenizer
 from loraloom.tasks.feature_extraction import TEMPERATURE
 from loraloom.training.init_template import guess
@@ -167,7 +168,8 @@ def test_figures_of_held_out_rows_are_those_by_hand_whatever_the_batches(kind: s
     examples = examples_of(encoder_folder, records)
     found = embeddings(model, encoder_folder, records, "mean").detach()
     rows = HeldOut(records=[(Row({}, 1), record) for record in records], block=11)
-    figures = [Evaluator(model, TASK, examples, rows, 0, size).evaluate("default") for size in (1, 4, 64)]
+    session = Session(model=model, task=TASK)
+    figures = [Evaluator(session, examples, rows, size).metrics(["default"])[0] for size in (1, 4, 64)]
     wanted: dict[str, float] = {"loss": float(by_hand(found, records).mean())}
     if kind == "score":
         cosines = (found[:, 0] * found[:, 1]).sum(-1).tolist()
@@ -182,12 +184,11 @@ def test_figures_of_held_out_rows_are_those_by_hand_whatever_the_batches(kind: s
         wanted["recall_at_1"] = sum(a == b.texts[1] for a, b in zip(near, records, strict=True)) / len(records)
     for one in figures:
         assert one == pytest.approx(wanted, rel=1e-4, abs=1e-6)
-    blocks = Evaluator(model, TASK, examples, HeldOut(block=4)).evaluate("default")["loss"]
+    blocks = float(Evaluator(session, examples, HeldOut(block=4)).losses(["default"]).mean())
     assert (blocks < 0.99 * wanted["loss"]) == (kind != "score")  # fewer texts to take for the right one
     parts = [[0, 3, 4], [1, 2], [5, 6, 7, 8, 9, 10]]
-    assert Evaluator(model, TASK, examples, rows).evaluate_parts("default", parts)["loss"][0] == pytest.approx(
-        wanted["loss"], rel=1e-4
-    )
+    (found,) = Evaluator(session, examples, rows).figures(["default"], parts)
+    assert found["loss"][0] == pytest.approx(wanted["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -261,9 +262,8 @@ def test_the_bar_is_chance_or_the_mean_score_and_the_frozen_model(encoder_folder
     for record, metric, base in ((pair, "recall_at_1", math.log(16)), (triplet, "recall_at_1", math.log(32)),
                                  (scored, "spearman", 0.5)):  # fmt: skip
         setup = setup_of(tmp_path, encoder_folder, record)
-        model = PeftModel(setup.base)
-        model.add_adapter("span", setup.config(setup.options))
-        bar = set_bar(setup, model)
+        setup.model.add_adapter("span", setup.config(setup.options))
+        bar = set_bar(setup)
         assert bar.base == pytest.approx(base, rel=0.05)
         assert bar.answers.keys() >= {"the frozen model"}
         (constant,) = [figures for words, figures in bar.answers.items() if words != "the frozen model"]
@@ -278,8 +278,8 @@ def test_a_text_by_itself_is_answered_with_its_embedding(encoder_folder: Path) -
     from loraloom.inference.answers import answers
 
     model = adapted(encoder_folder, "float32").eval()
-    tokenizer = load_tokenizer(str(encoder_folder))
-    found = answers(model, "default", TASK, ["good film", {"anchor": "bad"}], Settings(32), tokenizer)
+    session = Session(model=model, task=TASK, tokenizer=load_tokenizer(str(encoder_folder)))
+    found = answers(session, "default", ["good film", {"anchor": "bad"}], Settings(32))
     texts = [Related(("good film",)), Related(("bad",))]
     wanted = embeddings(model, encoder_folder, texts, "mean")[:, 0]
     torch.testing.assert_close(torch.tensor(found), wanted, rtol=1e-4, atol=1e-5)

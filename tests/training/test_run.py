@@ -31,7 +31,7 @@ from loraloom.training.failures import Interrupted
 from loraloom.training.output import RUN_FILE
 from loraloom.training.run import examine, prepare, run
 from loraloom.training.run_record import RUN_NAME
-from loraloom.training.setup import TrainJob, predict
+from loraloom.training.setup import TrainJob
 
 WEIGHTS = "adapter_model.safetensors"
 Watch = Callable[[StepEvent], None]
@@ -223,7 +223,7 @@ def test_three_predictions_are_the_adapters_own(classify: Callable[..., TrainCon
             inputs = job.tokenizer(row.fields["text"], return_tensors="pt")
             shares = job.model.eval()(**inputs).logits[0].softmax(-1)
         assert said["predicted"] == f"{job.data.names[int(shares.argmax())]} ({float(shares.max()):.0%})"
-    assert predict(job, 3, BASE) != result.predictions
+    assert job.shown(3, BASE) != result.predictions
 
 
 def test_a_completion_is_what_the_adapter_generates(complete: Callable[..., TrainConfig]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loraloom import LoraConfig, PeftModel
+from loraloom import LoraConfig
 from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Curve
 from loraloom.inference.jackknife import PARTS, divide, error
@@ -103,9 +103,8 @@ def loaded_rows(rows: list[dict[str, Any]], task: str, model: Path, folder: Path
 
 
 def bar_of(setup: Setup) -> Bar:
-    model = PeftModel(setup.base)
-    model.add_adapter("span", LoraConfig(r=1, target_modules="all-linear", task_type=setup.task.task_type))
-    return set_bar(setup, model)
+    setup.model.add_adapter("span", LoraConfig(r=1, target_modules="all-linear", task_type=setup.task.task_type))
+    return set_bar(setup)
 
 
 def entropy(*shares: float) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loraloom import LoraConfig, PeftModel
+from loraloom import LoraConfig
 from loraloom.config.train import TrainConfig
 from loraloom.engine.pack import Pack
 from loraloom.errors import ConfigError
@@ -98,9 +98,8 @@ def setup(encoder_folder: Path, reviews: Path, tmp_path: Path) -> Setup:
 
 @pytest.fixture
 def pack(setup: Setup) -> Pack:
-    model = PeftModel(setup.base)
-    model.add_adapter("span", LoraConfig(r=1, target_modules=["query", "value"], task_type="SEQ_CLS"))
-    return Pack(model, task=setup.task, pad_id=0)
+    setup.model.add_adapter("span", LoraConfig(r=1, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    return Pack(setup.model, task=setup.task, pad_id=0)
 
 
 def test_the_largest_number_that_is_about_as_fast_as_the_best_is_taken_and_the_figures_said(

@@ -25,7 +25,6 @@ from loraloom import LoraConfig, PeftModel
 from loraloom.cli import _run
 from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, DataError, TrainingError
-from loraloom.inference.evaluation import Evaluator
 from loraloom.messages import Message
 from loraloom.models.load import load_base
 from loraloom.report.sentences import sentence
@@ -170,8 +169,7 @@ def test_the_best_adapter_gives_the_metric_that_was_reported(
     setup = load(options.train)
     reported = result.record["trials"][result.record["best"]["number"]]["metric"]
     model = PeftModel.from_pretrained(setup.base, adapter)
-    pad, rows = setup.tokenizer.pad_token_id, setup.data.validation.examples
-    measured = Evaluator(model, setup.task, rows, pad_id=pad, batch_size=64).evaluate("default")
+    (measured,) = replace(setup, model=model).evaluator().metrics(["default"])
     assert measured[options.metric] == pytest.approx(reported, rel=1e-4)
     # What its outputs mean is beside it, and in the record.
     usage = json.loads((Path(adapter) / USAGE_NAME).read_text())
@@ -182,7 +180,7 @@ def test_the_best_adapter_gives_the_metric_that_was_reported(
     peft = pytest.importorskip("peft")
     base, _ = load_base(options.train.model, TASKS[options.train.task], "float32", setup.data.names)
     theirs = peft.PeftModel.from_pretrained(base, adapter).eval()
-    ids = torch.tensor([rows[0].input_ids])
+    ids = torch.tensor([setup.data.validation.examples[0].input_ids])
     with torch.no_grad():
         torch.testing.assert_close(theirs(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 

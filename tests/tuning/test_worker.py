@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from loraloom import PeftModel
 from loraloom.engine.slot import Curve
+from loraloom.inference.evaluation import Evaluator
 from loraloom.models.load import load_base
 from loraloom.training.run import prepare, run
-from loraloom.training.setup import Setup, load
+from loraloom.training.setup import load
 from loraloom.tuning import worker as module
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.state import TRIALS
@@ -50,7 +51,7 @@ def begin(options: TuneConfig, numbers: list[int] | None = None, seeds: bool = T
     trials = []
     for number in [0, 1, 2, 3] if numbers is None else numbers:
         made = factory.trial_options(POINTS[number], number if seeds else options.train.seed)
-        trials.append(Trial(number, POINTS[number], made, setup.steps(made)[0], state="running"))
+        trials.append(Trial(number, POINTS[number], made, setup.steps_of(made)[0], state="running"))
     return worker, trials
 
 
@@ -190,8 +191,6 @@ def test_memory_is_planned_for_the_most_rows_that_a_trial_may_have(
 
 
 def test_an_adapter_that_came_to_its_end_is_saved_and_gives_what_was_measured(classify: Make, tmp_path: Path) -> None:
-    from loraloom.inference.evaluation import Evaluator
-
     options = classify(MIXED)
     worker, trials = begin(options)
     to_the_end(worker, trials)
@@ -201,7 +200,7 @@ def test_an_adapter_that_came_to_its_end_is_saved_and_gives_what_was_measured(cl
         assert all(0 <= used <= r == trial.options.lora.r for r, used, _ in trial.used.values())
         base, _ = load_base(trial.options.model, worker.setup.task, "float32", worker.setup.data.names)
         model = PeftModel.from_pretrained(base, tmp_path / "search" / TRIALS / name_of(trial.number))
-        found = Evaluator(model, worker.setup.task, worker.setup.data.validation.examples).evaluate("default")
+        (found,) = replace(worker.setup, model=model).evaluator().metrics(["default"])
         last = {key: value for key, value in trial.curve.evaluations[-1].items() if key != "step"}
         assert found == pytest.approx(last, rel=1e-5)
 
@@ -236,7 +235,7 @@ def test_out_of_memory_is_a_report_and_the_worker_starts_again_with_fewer(
         if place == "enter":
             patch.setattr(worker.setup.__class__, "slot", fail)
         else:
-            patch.setattr(*((module, "advance") if place == "step" else (Setup, "evaluate_parts")), fail)
+            patch.setattr(*((module, "advance") if place == "step" else (Evaluator, "figures")), fail)
         report = worker.run([(trial, {}) for trial in trials], [])
     assert report == Report([], [], seconds=report.seconds, out_of_memory=True)
     assert worker.pack.adapters == [SPAN]
@@ -258,7 +257,7 @@ def test_another_error_is_raised(classify: Make, monkeypatch: pytest.MonkeyPatch
 def test_a_trial_whose_held_out_loss_is_not_finite_fails_though_its_accuracy_is(
     classify: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Setup, "evaluate", lambda *_: {"loss": math.nan, "accuracy": 0.5})
+    monkeypatch.setattr(Evaluator, "metrics", lambda *_: [{"loss": math.nan, "accuracy": 0.5}])
     worker, trials = begin(classify(MIXED), [1])
     worker.run([(trials[0], {})], [])
     assert (trials[0].state, trials[0].reason) == ("failed", "step 6: the held-out loss is nan")

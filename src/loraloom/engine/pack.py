@@ -182,15 +182,8 @@ class Pack:
         return found
 
     def _prove(self, site: str, names: Sequence[str], batches: Mapping[str, Mapping[str, Tensor]]) -> bool:
-        """Look whose rows are where in the layers' inputs; whether that is known at ``site`` now."""
-        inputs, rows = self._joined([(name, batches[name]) for name in names])
-        labels = inputs.pop("labels")
-
-        def forward(labels: Tensor, **inputs: Tensor) -> Tensor:
-            return self._objective.outputs(self._objective.forward(inputs, labels))
-
-        count = max(own.stop for own in rows.values())
-        return mixed.prove(self.model.base_model, forward, (labels,), inputs, count, site)
+        inputs, _ = self._joined([(name, batches[name]) for name in names])
+        return self._objective.prove(site, inputs, inputs.pop("labels"))
 
     def _place(self, name: str, batch: Mapping[str, Tensor]) -> tuple[int, bool, int]:
         """Like stands beside like, which can be computed by one product: see ``lora.shared_inputs``."""

@@ -12,23 +12,21 @@ from loraloom.data.shape.shapes import recognise
 from loraloom.errors import DataError
 from loraloom.inference.evaluation import Evaluator, HeldOut
 from loraloom.inference.generate import generate
-from loraloom.lora.model import PeftModel
+from loraloom.inference.session import Session
 from loraloom.tasks.base import Task
 
 
 def answers(
-    model: PeftModel,
-    name: str,
-    task: Task,
+    session: Session,
+    adapter: str,
     rows: Sequence[str | Mapping[str, Any]],
     settings: Settings,
-    tokenizer: Any,
     *,
     columns: Mapping[str, str] | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 64,
 ) -> list[Any]:
-    """What the adapter ``name`` answers, one answer for each row, in order.
+    """What ``adapter`` answers, one answer for each row, in order.
 
     Args:
         rows: texts, or the columns that rows were trained with, without the answer. For tags, words or a text of
@@ -39,7 +37,7 @@ def answers(
     Raises:
         DataError: a row lacks a column, or holds something else; names it by its place from 0.
     """
-    records: list[tuple[Row, Record]] = []
+    task, tokenizer, records = session.task, session.tokenizer, list[tuple[Row, Record]]()
     for number, given in enumerate(rows):
         filled = task.answered(_columns(task, number, given, columns), settings.labels, settings.problem_type)
         row = Row(filled, number, unit="row")
@@ -49,7 +47,7 @@ def answers(
     encoder = task.encoder(tokenizer, settings)
     if task.generates:
         prompts = [_prompt(task, row, record, encoder, tokenizer) for row, record in records]
-        return list(generate(model, name, tokenizer, prompts, max_new_tokens, batch_size))
+        return list(generate(session, [adapter] * len(prompts), prompts, max_new_tokens, batch_size))
     examples: list[Example] = []
     of: list[int] = []
     for number, encoded in enumerate(encoder.encode(records)):
@@ -58,15 +56,9 @@ def answers(
         examples += encoded.examples
         of += [number] * len(encoded.examples)
     held_out = HeldOut(
-        records=records,
-        rows=of,
-        labels=settings.labels,
-        tokenizer=tokenizer,
-        max_length=settings.max_length,
-        stride=settings.stride,
+        records=records, rows=of, labels=settings.labels, max_length=settings.max_length, stride=settings.stride
     )
-    evaluator = Evaluator(model, task, examples, held_out, tokenizer.pad_token_id, batch_size)
-    made = task.answers(examples, evaluator.run(name)[1], held_out)
+    made = Evaluator(session, examples, held_out, batch_size).answers(adapter)
     found = {of[example]: answer for answer, example in zip(made.predictions, made.examples, strict=True)}
     return [found[number] for number in range(len(records))]
 

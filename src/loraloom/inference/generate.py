@@ -1,99 +1,89 @@
-"""Texts that an adapter writes: in batches, always the likeliest token.
+"""Texts that adapters write: in batches, by greedy decoding.
 
-This file knows padding for generation, the model's room, and what a model in parts asks of processes that write texts
-of different length. It does not know rows or metrics.
+Knows padding for generation, the model's limit, and how processes that hold a sharded model write texts of different
+lengths. Does not know rows or metrics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from loraloom.data.batches import evaluation_batches
 from loraloom.distributed.process_group import ProcessGroup
-from loraloom.engine.pack import evaluating
 from loraloom.inference import batching
+from loraloom.inference.session import Session
 from loraloom.lora.model import PeftModel
+from loraloom.lora.routing import BASE
 from loraloom.models.configs import has_decoder_and_encoder, tokens_at_most
 from loraloom.models.fsdp import sharded, whole_but_layers
 
 
 def generate(
-    model: PeftModel,
-    name: str,
-    tokenizer: Any,
+    session: Session,
+    adapters: Sequence[str],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """What the adapter ``name`` writes after each prompt, special tokens left out, in the order of the prompts.
+    """What ``adapters[i]`` writes after ``prompts[i]``, special tokens left out, in the order of the prompts.
 
-    A prompt that leaves no room within what the model reads at once gives ``""``. With a model in parts (FSDP2) all
-    processes come here together, each with prompts of its own, of which there may be none.
+    A prompt that leaves no room within the model's limit gives ``""``. With a sharded model (FSDP2) all processes call
+    this together, each with prompts of its own, of which there may be none.
     """
-    base: Any = model.get_base_model()
-    device = next(model.parameters()).device
+    model, tokenizer, base = session.model, session.tokenizer, cast(Any, session.base)
     both = has_decoder_and_encoder(base.config)
     limit = tokens_at_most(base.config)
     written = [""] * len(prompts)
     lengths = [len(prompt) for prompt in prompts]
     rooms = [max_new_tokens if limit is None else min(max_new_tokens, limit - (1 if both else n)) for n in lengths]
 
-    def ask(given: Sequence[Sequence[int]], room: int, **options: Any) -> Any:
+    def ask(names: Sequence[str], given: Sequence[Sequence[int]], room: int, **options: Any) -> Any:
         inputs = _padded(given, tokenizer.pad_token_id, left=not both)
         with _greedy(base, tokenizer, room):
             return model.generate(
-                **{key: value.to(device) for key, value in inputs.items()}, **options, adapter_names=[name] * len(given)
+                **{key: value.to(session.device) for key, value in inputs.items()}, **options, adapter_names=list(names)
             )
 
     def first_logits(rows: Sequence[int]) -> Tensor:
-        given = [prompts[row] for row in rows]
-        found: Tensor = ask(given, 1, return_dict_in_generate=True, output_logits=True).logits[0][0]
+        names, given = [adapters[rows[0]]] * len(rows), [prompts[row] for row in rows]
+        found: Tensor = ask(names, given, 1, return_dict_in_generate=True, output_logits=True).logits[0][0]
         return found
 
-    def write(given: Sequence[Sequence[int]], room: int) -> list[str]:
-        out = ask(given, room)
-        width = max(map(len, given))
-        new = out if both else out[:, width:]
-        texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
-        return texts
-
     parts = sharded(model)
-    # What is gathered in inference mode could not be trained through afterwards.
-    mode = torch.no_grad() if parts else torch.inference_mode()
-    with evaluating(model, mode):
-        fitting = [room >= 1 for room in rooms]
-        able = [length for length, fits in zip(lengths, fitting, strict=True) if fits]
-        places = [row for row, fits in enumerate(fitting) if fits]
+    with session.evaluating():
+        places = [row for row, room in enumerate(rooms) if room >= 1]
         alike = not parts and batching.is_seen(
-            base, "generation", able, lambda rows: first_logits([places[row] for row in rows])
+            base, "generation", [lengths[row] for row in places], lambda rows: first_logits([places[r] for r in rows])
         )
         batches = _batches(lengths, rooms, max_new_tokens, batch_size, alike=alike)
-        company = _Company(model, name) if parts else None
+        company = _Company(model) if parts else None
         more = company.most(len(batches)) - len(batches) if company else 0
         with whole_but_layers(model) if parts else nullcontext():
             for rows, room in batches:
+                given = [prompts[row] for row in rows]
                 with company.together() if company else nullcontext():
-                    texts = write([prompts[row] for row in rows], room)
-                for row, text in zip(rows, texts, strict=True):
+                    out = ask([adapters[row] for row in rows], given, room)
+                new = out if both else out[:, max(map(len, given)) :]
+                for row, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                     written[row] = text
             for _ in range(more):  # other processes have more batches: a token that nobody reads
                 assert company is not None
                 with company.together():
-                    write([[0]], 1)
+                    ask([BASE], [[0]], 1)
     return written
 
 
 def _batches(
     lengths: Sequence[int], rooms: Sequence[int], most: int, batch_size: int, *, alike: bool
 ) -> list[tuple[list[int], int]]:
-    """Rows that are written together, each with the room that it has by itself; those without any are left out.
+    """Rows of one batch, with the number of tokens that each has room for; rows without room are left out.
 
-    So rows that have room for less than ``most`` tokens share a batch only with others as long.
+    Rows with room for less than ``most`` tokens share a batch only with others of the same length.
     """
     found = []
     for full in (True, False):
@@ -104,15 +94,14 @@ def _batches(
 
 
 class _Company:
-    """The processes that hold a model in parts, whose layers are gathered by all of them together.
+    """The processes that hold a sharded model, whose layers all of them gather together.
 
-    So each runs through the layers as often as the others. Texts end where they end: before each forward a process
-    tells the others that it has something to write, and one that has nothing left goes along, with a token that nobody
-    reads, until that is so of all.
+    So each process has to run the layers as often as the others, though its texts may be shorter. Before each forward a
+    process signals that it still writes. A process that is done runs a token that nobody reads, until all are done.
     """
 
-    def __init__(self, model: PeftModel, name: str) -> None:
-        self._model, self._name, self._world = model, name, ProcessGroup.here()
+    def __init__(self, model: PeftModel) -> None:
+        self._model, self._world = model, ProcessGroup.here()
         self._base: Any = model.get_base_model()
         both = has_decoder_and_encoder(self._base.config)
         token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
@@ -133,7 +122,7 @@ class _Company:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Within it every forward of the model waits for the others'; at its end all have done what they had to."""
+        """Context in which every forward waits for those of the other processes; at its end all are done."""
         hook = self._base.register_forward_pre_hook(self._more, prepend=True)
         try:
             yield
@@ -146,12 +135,12 @@ class _Company:
         self._world.any(True)
 
     def _forward(self, **inputs: Any) -> Any:
-        with self._model.base_model.lora_routed([self._name]):
+        with self._model.base_model.lora_routed([BASE]):
             return self._base(**inputs, use_cache=False)
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> dict[str, torch.Tensor]:
-    """A decoder continues from the end of a prompt, so all ends stand side by side: its padding is on the left."""
+    """The batch of ``prompts``, padded on the ``left`` for a decoder, which continues from the end of each."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros_like(ids)
@@ -163,9 +152,9 @@ def _padded(prompts: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> dic
 
 @contextmanager
 def _greedy(base: Any, tokenizer: Any, room: int) -> Iterator[None]:
-    """The model's own tokens to begin and end with, and nothing else of its taste, for a while.
+    """Context with a generation config for greedy decoding that keeps the model's start and end tokens alone.
 
-    Its own config is put aside: what another leaves open would be taken from it.
+    The model's own config is put aside: transformers takes what the given one leaves open from it.
     """
     from transformers import GenerationConfig
 

@@ -66,7 +66,7 @@ def train_run(
     _print(notes, console)
     with reading(console) as progress:
         job = prepare(options, resume, progress)
-    first = job.setup.place.world.is_main_process
+    first = job.world.is_main_process
     console.print(overview(job), soft_wrap=True)
     console.print(expectations(examine(job), outlook(job)), soft_wrap=True)
     if dry_run:
@@ -101,7 +101,7 @@ def train_run(
 @contextlib.contextmanager
 def _tracked(job: TrainJob, resume: Resume, log: Log) -> Iterator[OnStep]:
     """Trackers, of which the first process has the figures of each step; a run that has ended needs none."""
-    options, world = job.options, job.setup.place.world
+    options, world = job.options, job.world
     names = [] if find(options, resume).finished else options.report_to
     found = trackers.tracking(names, options.output, options.to_dict(), log)
     with contextlib.ExitStack() as stack:

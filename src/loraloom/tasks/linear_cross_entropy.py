@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         for rows in _chunks(hidden, weight.shape[0]):
-            seen = hidden[rows].to(matmul.compute_dtype(hidden))
+            seen = hidden[rows].to(matmul.compute_dtype(hidden, differentiated=gradient is not None))
             low = matmul.linear(seen, weight, bias)
             logits, wanted = low.to(dtype), targets[rows].unsqueeze(-1)
             slope = shape.apply_(logits, gradient is not None)
@@ -115,27 +115,6 @@ def head_cross_entropy(hidden: Tensor, head: Head, vocabulary: int, targets: Ten
         for rows in _chunks(hidden, vocabulary)
     ]
     return torch.cat(parts) if parts else hidden.sum(-1) * 0
-
-
-def frozen_head(weight: Tensor, bias: Tensor | None, shape: Logits | None = None) -> Head:
-    """A head for ``head_loss``: weight [vocabulary, dim], bias [vocabulary] or None."""
-
-    def head(hidden: Tensor) -> Tensor:
-        out = matmul.linear(hidden.to(matmul.compute_dtype(hidden, differentiated=False)), weight, bias)
-        return shape(out) if shape is not None else out
-
-    return head
-
-
-def head_loss(hidden: Tensor, head: Head, vocabulary: int, targets: Tensor) -> float:
-    """The sum of the cross-entropy over all tokens, without gradients. Shapes as of ``head_cross_entropy``."""
-    total = 0.0
-    with torch.no_grad():
-        for rows in _chunks(hidden, vocabulary):
-            logits = head(hidden[rows])
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            total += float(F.cross_entropy(wide, targets[rows], reduction="sum"))
-    return total
 
 
 def _chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:

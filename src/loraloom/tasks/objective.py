@@ -18,19 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loraloom.data.example import IGNORE
 from loraloom.errors import ConfigError
+from loraloom.lora import mixed
 from loraloom.lora.frozen import HALF
 from loraloom.lora.model import PeftModel
 from loraloom.models.configs import segments, without_cache
 from loraloom.tasks.base import Task
 from loraloom.tasks.head_split import Split, split
-from loraloom.tasks.linear_cross_entropy import (
-    Logits,
-    frozen_head,
-    head_cross_entropy,
-    head_loss,
-    linear_cross_entropy,
-)
-from loraloom.tasks.metrics.kinds import Scores
+from loraloom.tasks.linear_cross_entropy import Logits, head_cross_entropy, linear_cross_entropy
 
 #: Tokens in a row up to which plain attention is the faster in half precision on a CPU.
 PLAIN_ATTENTION = 128
@@ -41,7 +35,7 @@ class Objective:
 
     def __init__(self, model: PeftModel, task: Task) -> None:
         self._task = task
-        self._router = model.base_model.lora_router
+        self._lora = model.base_model
         self._model = model.get_base_model()
         self._config = getattr(self._model, "config", None)
         self._dtype = next(p.dtype for p in self._model.parameters() if p.is_floating_point())
@@ -82,44 +76,59 @@ class Objective:
         """How attention is computed on ``ids`` [rows, length]; a backward that runs a layer again needs it as well."""
         return _attention(ids.shape[-1], self._dtype, ids.device)
 
-    def loss(self, out: Any, labels: Tensor) -> Tensor:
-        """``losses`` where all rows go through the same adapters."""
-        return self.losses(out, labels, {"": slice(None)})[""]
-
     def losses(self, out: Any, labels: Tensor, rows: Mapping[str, slice]) -> dict[str, Tensor]:
-        """Each slot's mean over its rows or, where tokens are labelled, over its labelled tokens.
+        """Each slot's mean over its rows or, if tokens are labelled, over its labelled tokens.
 
         ``rows`` tile the batch in its order.
         """
+        return {name: each.mean() for name, each in self._each(out, labels, rows).items()}
+
+    def row_losses(self, out: Any, labels: Tensor, rows: Mapping[str, slice]) -> Tensor:
+        """[rows] of the batch, float64 on the CPU: the sum of each row's losses, which has ``Task.count`` terms."""
+        each = torch.cat([*self._each(out, labels, rows).values()]).detach().cpu().double()
+        if isinstance(out, Returned) or self._task.layout == "row":
+            return each
+        asked = self._asked(labels).cpu()
+        return torch.zeros(asked.shape, dtype=torch.float64).masked_scatter_(asked, each).sum(-1)
+
+    def _each(self, out: Any, labels: Tensor, rows: Mapping[str, slice]) -> dict[str, Tensor]:
+        """The losses of each slot's rows, or of its labelled tokens, in order."""
         if isinstance(out, Returned):
-            return {name: self._own(out, labels, own).mean() for name, own in rows.items()}
+            return {name: self._own(out, labels, own) for name, own in rows.items()}
         if self._task.layout == "row":
             each = self._task.row_losses(_wide(out), labels, list(rows.values()), self._config)
-            return {name: each[own].mean() for name, own in rows.items()}
+            return {name: each[own] for name, own in rows.items()}
         if self._head is not None and not _frozen(self._head):
-            return {name: self._through_head(name, out[own], labels[own]).mean() for name, own in rows.items()}
+            return {name: self._through_head(name, out[own], labels[own]) for name, own in rows.items()}
         found, targets = self._predictions(out, labels)
         if self._head is None:
             each = F.cross_entropy(found, targets, reduction="none")
         else:
             each = linear_cross_entropy(found, *_numbers(self._head), targets, self._logits)
-        counts = self._asked(labels).sum(-1).tolist()  # of all rows at once: each asking waits for the device
-        sizes = [sum(counts[own]) for own in rows.values()]
-        return {name: part.mean() for name, part in zip(rows, torch.split(each, sizes), strict=True)}
+        counts = self._asked(labels).sum(-1).tolist()  # of all rows at once: each transfer waits for the device
+        return dict(zip(rows, torch.split(each, [sum(counts[own]) for own in rows.values()]), strict=True))
+
+    def prove(self, site: str, inputs: Mapping[str, Tensor], labels: Tensor) -> bool:
+        """Find out by frozen forwards which rows the layers' inputs hold; True if that is known at ``site`` then."""
+
+        def forward(labels: Tensor, **inputs: Tensor) -> Tensor:
+            return self.outputs(self.forward(inputs, labels))
+
+        return mixed.prove(self._lora, forward, (labels,), inputs, len(labels), site)
 
     def _through_head(self, name: str, out: Tensor, labels: Tensor) -> Tensor:
         """[labelled tokens] of one slot, whose head is its own or carries its adapter."""
-        router, route = self._router, self._router.route
+        router, route = self._lora.lora_router, self._lora.lora_router.route
         alone = route.alone(name) if route.blocks else route
+        module: Any = self._head
 
         def head(hidden: Tensor) -> Tensor:  # also called in the backward
-            assert self._head is not None
             with router.with_route(alone):
-                found: Tensor = self._head(hidden)
+                found: Tensor = module(hidden)
             return self._logits(found)
 
         hidden, targets = self._predictions(out, labels)
-        return head_cross_entropy(hidden, head, self._vocabulary, targets)
+        return head_cross_entropy(hidden, head, len(module.weight), targets)
 
     def _own(self, out: Returned, labels: Tensor, rows: slice) -> Tensor:
         """[rows] losses by the user's own function, which sees these rows alone.
@@ -136,29 +145,6 @@ class Objective:
             shape = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ConfigError(f"loss: must return one value for each row, a tensor of shape {wanted}, found {shape}")
         return found
-
-    def score(self, out: Any, labels: Tensor) -> Scores:
-        if isinstance(out, Returned):
-            return Scores(float(self._own(out, labels, slice(None)).sum()), len(labels))
-        if self._task.layout == "row":
-            each = self._task.row_losses(_wide(out), labels, [slice(None)], self._config)
-            return Scores(float(each.sum()), len(labels))
-        found, targets = self._predictions(out, labels)
-        if self._head is None:
-            return Scores(float(F.cross_entropy(found, targets, reduction="sum")), targets.numel())
-        head = frozen_head(*_numbers(self._head), self._logits) if _frozen(self._head) else self._whole_head
-        return Scores(head_loss(found, head, self._vocabulary, targets), targets.numel())
-
-    def _whole_head(self, hidden: Tensor) -> Tensor:
-        assert self._head is not None
-        return self._logits(self._head(hidden))
-
-    @property
-    def _vocabulary(self) -> int:
-        assert self._head is not None
-        weight = self._head.weight
-        assert isinstance(weight, Tensor)
-        return weight.shape[0]
 
     def _asked(self, labels: Tensor) -> Tensor:
         """Which positions a prediction is asked for: [rows, ...] of truth values."""

@@ -12,8 +12,7 @@ from loraloom.engine.slot import Slot
 from loraloom.errors import FailureError, brief
 from loraloom.files.sizes import size
 from loraloom.inference.evaluation import Evaluator
-from loraloom.lora.model import PeftModel
-from loraloom.tasks.base import Task
+from loraloom.inference.session import Session
 
 #: Rows that are named; more are counted.
 NAMED = 5
@@ -94,10 +93,10 @@ def not_finite(failure: str, failed: Sequence[int], guilty: Sequence[int], where
     return f"{failure} on {which} ({rows}), so training cannot go on; {CALMER}" if rows else f"{failure}; {CALMER}"
 
 
-def nonfinite_examples(model: PeftModel, slot: Slot, examples: Sequence[Example], task: Task, pad_id: int) -> list[int]:
+def nonfinite_examples(session: Session, slot: Slot, examples: Sequence[Example]) -> list[int]:
     """Of the examples that ``slot`` failed on, those whose loss is not finite by themselves, as numbers."""
 
     def loss(number: int) -> float:
-        return Evaluator(model, task, [examples[number]], pad_id=pad_id).loss(slot.name)
+        return float(Evaluator(session, [examples[number]]).losses([slot.name]))
 
     return [number for number in slot.failed if not math.isfinite(loss(number))]

@@ -16,10 +16,9 @@ from loraloom.distributed.launch import find as find_device
 from loraloom.distributed.launch import single_process_warning
 from loraloom.engine.loop import OnStep
 from loraloom.engine.pack import Pack
-from loraloom.engine.slot import Slot
 from loraloom.errors import TargetError
 from loraloom.files import lock, log
-from loraloom.lora.model import PeftModel, get_peft_model
+from loraloom.lora.model import PeftModel
 from loraloom.lora.targets import plan
 from loraloom.messages import Message, OnEvent, Warn, ignore, logged
 from loraloom.models import activation_checkpointing
@@ -28,7 +27,7 @@ from loraloom.training.checkpointing.resume import Resume, date_of, resumes
 from loraloom.training.output import check_output, described
 from loraloom.training.preflight import doctor, machine
 from loraloom.training.preflight.estimate import ResourceEstimate, estimate_resources
-from loraloom.training.setup import TrainJob, load, predict
+from loraloom.training.setup import TrainJob, load
 from loraloom.training.signals import asked_to_stop
 from loraloom.training.trainer import Trainer
 
@@ -68,13 +67,14 @@ def prepare(options: TrainConfig, resume: Resume = None, reading: OnProgress = s
         log.warning(text)
     options, config = setup.options, setup.config(setup.options)
     made = plan(setup.base, config)
-    model = get_peft_model(setup.base, config, adapter_name=ADAPTER, seed=options.seed)
+    setup.model.add_adapter(ADAPTER, config, seed=options.seed)
+    setup.model.set_adapter(ADAPTER)
     if options.gradient_checkpointing:
-        activation_checkpointing.enable(model)
+        activation_checkpointing.enable(setup.model)
     if options.fsdp:
-        shard(model, place)
-    steps, per_epoch = setup.steps(options)
-    return TrainJob(setup, model, made, steps, per_epoch)
+        shard(setup.model, place)
+    steps, per_epoch = setup.steps_of(options)
+    return TrainJob(**vars(setup), plan=made, steps=steps, steps_per_epoch=per_epoch)
 
 
 def examine(job: TrainJob) -> list[Message]:
@@ -97,7 +97,7 @@ def examine(job: TrainJob) -> list[Message]:
     if job.plan.note:
         found.append(Warn("note", text=job.plan.note))
     found += _probed(job)
-    found += machine.examine(job.setup.place.device)
+    found += machine.examine(job.device)
     return [Warn("note", text=text), *found] if (text := single_process_warning()) else found
 
 
@@ -107,7 +107,7 @@ def _probed(job: TrainJob) -> list[Warn]:
     Raises:
         TargetError: what would train would not be what is used, or nothing would train.
     """
-    pack = Pack(job.model, task=job.task, pad_id=job.tokenizer.pad_token_id)
+    pack = Pack(job.model, task=job.task, pad_id=job.pad_id)
     train = job.data.train.examples
     rows = [train[number] for number in range(min(len(train), job.options.batch_size))]
     found = pack.probe({ADAPTER: pack.task.collate(rows, pack.pad_id)})
@@ -118,17 +118,17 @@ def _probed(job: TrainJob) -> list[Warn]:
 
 def outlook(job: TrainJob) -> ResourceEstimate:
     """What training will need, in memory and time: see ``training.preflight.estimate``. The adapter stays as it is."""
-    options, setup = job.options, job.setup
-    processes = job.setup.place.world.size  # of which each does its share
+    options = job.options
+    processes = job.world.size  # of which each does its share
     every = {"steps": options.eval_steps, "epoch": job.steps_per_epoch}.get(options.eval_at)
-    pack = Pack(job.model, task=job.task, pad_id=job.tokenizer.pad_token_id)
+    pack = Pack(job.model, task=job.task, pad_id=job.pad_id)
     return estimate_resources(
         pack,
         ADAPTER,
-        setup.config(options),
+        job.config(options),
         job.data.train.examples,
         job.data.validation.examples,
-        empty=setup.empty(),
+        empty=job.empty(),
         dtype=options.dtype,
         batch_size=-(-options.batch_size // processes),
         forwards=job.steps * options.gradient_accumulation_steps,
@@ -159,24 +159,20 @@ def run(
         TrainingError: the loss is not finite, or the machine's memory was not enough.
         SaveError: the folder cannot be written; the message says what is saved, and where.
     """
-    options, world = job.options, job.setup.place.world
+    options, world = job.options, job.world
     with contextlib.ExitStack() as stack:
         world.main_process_first(lambda: stack.enter_context(lock.held(options.output)))
         return _run(job, on_step, resume, logged(on_event))
 
 
 def _run(job: TrainJob, on_step: OnStep, resume: Resume, on_event: OnEvent) -> RunResult:
-    options, model = job.options, job.model
-    slot = job.setup.slot(ADAPTER, model, options, job.steps)
-
-    def measure(slot: Slot) -> dict[str, float]:
-        return job.setup.evaluate(model, slot.name)
-
-    trainer = Trainer(job, slot, measure, on_step, on_event)
+    options = job.options
+    slot = job.slot(ADAPTER, options, job.steps)
+    trainer = Trainer(job, slot, on_step, on_event)
     finished, record, ended = trainer.begin(resume), None, None
     with described(options) if slot.world.is_main_process else contextlib.nullcontext():
         if finished:
-            return RunResult(finished, job, predict(job, count=3))
+            return RunResult(finished, job, job.shown(3, ADAPTER))
         with asked_to_stop() as stop:
             try:
                 trainer.train(stop)
@@ -186,4 +182,4 @@ def _run(job: TrainJob, on_step: OnStep, resume: Resume, on_event: OnEvent) -> R
                 record = trainer.finish()
         if record is None:
             trainer.end_early(ended, stop)
-    return RunResult(record, job, predict(job, count=3))
+    return RunResult(record, job, job.shown(3, ADAPTER))

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,9 +17,7 @@ from loraloom.engine.slot import Curve, Slot
 from loraloom.errors import ConfigError
 from loraloom.files import jsonio
 from loraloom.training import early_stopping
-
-if TYPE_CHECKING:
-    from loraloom.training.setup import TrainJob
+from loraloom.training.setup import TrainJob
 
 RUN_NAME = "run.json"
 #: Files without a format are of loraloom 0.1.
@@ -104,7 +102,7 @@ def record(
         seconds=seconds,
         tokens=tokens,
         tokens_per_second=tokens / max(seconds, 1e-9),
-        metric=early_stopping.watched(result, None) if result else job.setup.metrics.first,
+        metric=early_stopping.watched(result, None) if result else job.metrics.first,
         result={key: value for key, value in result.items() if key != "step"},
         best=None if best is None else dict(zip(("step", "metric", "value"), best, strict=True)),
         options=job.options.to_dict(),

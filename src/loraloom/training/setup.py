@@ -6,7 +6,6 @@ import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,38 +18,39 @@ from loraloom.data.dataset import Data, read_rows, tokenise, with_date
 from loraloom.data.table.scan import OnProgress, silent
 from loraloom.distributed import launch
 from loraloom.distributed.launch import Placement
-from loraloom.distributed.process_group import SINGLE
 from loraloom.engine import optimizers
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, ModelError, some
 from loraloom.inference.evaluation import Evaluator, HeldOut
-from loraloom.inference.jackknife import Figures, divide
+from loraloom.inference.jackknife import divide
+from loraloom.inference.session import Session
 from loraloom.lora.matching import matches_name
-from loraloom.lora.model import PeftModel
+from loraloom.lora.model import class_for_task
 from loraloom.lora.targets import Plan
 from loraloom.models.configs import tokens_at_most
 from loraloom.models.given import hash_of_weights
 from loraloom.models.labels import SHOWN, as_the_model
 from loraloom.models.load import build_empty, length_within, load_base, load_config, load_tokenizer
-from loraloom.tasks.base import Task
 from loraloom.tasks.metrics.registry import Metrics, choose
 from loraloom.training import early_stopping
 
+#: Options of a run that a slot takes under the same name.
+SLOT_OPTIONS = (
+    *("batch_size", "gradient_accumulation_steps", "learning_rate", "loraplus_lr_ratio", "lr_scheduler_type"),
+    *("weight_decay", "warmup_ratio", "warmup_steps", "decay_ratio", "optim", "optim_args", "max_grad_norm", "seed"),
+)
 
-@dataclass
-class Setup:
-    """``options`` have nothing left open."""
+
+@dataclass(kw_only=True)
+class Setup(Session):
+    """A session with the config and the data of a run or a search. ``options`` have nothing left open."""
 
     options: TrainConfig
     data: Data
-    tokenizer: Any
-    base: nn.Module
-    task: Task
     #: modules without weights in the model's folder, which are therefore trained in full
     new_modules: list[str]
     metrics: Metrics
-    place: Placement
-    #: a hash by which the frozen model is known again
+    #: a hash that identifies the frozen model
     weights: str
 
     def config(self, options: TrainConfig) -> LoraConfig:
@@ -67,113 +67,61 @@ class Setup:
             options.model, self.task, max(len(self.data.names), 1), self.data.problem, revision=options.revision
         )
 
-    def steps(self, options: TrainConfig) -> tuple[int, int]:
+    def steps_of(self, options: TrainConfig) -> tuple[int, int]:
         """Optimizer steps of a whole training, and of once through the rows."""
         rows = options.batch_size * options.gradient_accumulation_steps
         per_epoch = math.ceil(len(self.data.train.examples) / rows)
         return options.max_steps or max(1, round(per_epoch * options.epochs)), per_epoch
 
-    def slot(self, name: str, model: PeftModel, options: TrainConfig, steps: int) -> Slot:
+    def slot(self, adapter: str, options: TrainConfig, steps: int) -> Slot:
+        """The training state of ``adapter``, which trains for ``steps`` steps."""
         return Slot(
-            name,
-            model.adapter_parameters(name),
+            adapter,
+            self.model.adapter_parameters(adapter),
             self.data.train.examples,
             steps=steps,
-            batch_size=options.batch_size,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            learning_rate=options.learning_rate,
-            loraplus_lr_ratio=options.loraplus_lr_ratio,
-            lr_scheduler_type=options.lr_scheduler_type,
-            weight_decay=options.weight_decay,
-            warmup_ratio=options.warmup_ratio,
-            warmup_steps=options.warmup_steps,
-            decay_ratio=options.decay_ratio,
-            optim=options.optim,
-            optim_args=options.optim_args,
-            max_grad_norm=options.max_grad_norm,
-            seed=options.seed,
             task=self.task,
             scaled=options.dtype == "float16",
-            world=self.place.world,
+            world=self.world,
+            **{name: getattr(options, name) for name in SLOT_OPTIONS},
         )
 
-    def evaluate(self, model: PeftModel, name: str, rows: Sequence[int] | None = None) -> dict[str, float]:
-        """The metrics of one adapter over the held-out examples, or over those at ``rows``."""
-        return self.evaluator(model, rows).evaluate(name)
-
-    def evaluate_parts(self, model: PeftModel, name: str) -> Figures:
-        """The same over all held-out examples, each figure with those of all but each part: see ``jackknife``."""
-        return self.evaluator(model).evaluate_parts(name, self.parts)
-
-    def evaluator(self, model: PeftModel, rows: Sequence[int] | None = None, **changes: Any) -> Evaluator:
-        """Adapters of ``model`` on the held-out examples, or on those at ``rows``."""
-        examples = self.data.validation.examples if rows is None else self.data.validation.examples.view(rows)
-        pad_id, size = self.tokenizer.pad_token_id, self.options.eval_batch_size
-        held_out = replace(self.held_out(rows), **changes)
-        return Evaluator(model, self.task, examples, held_out, pad_id, size, self.place.world)
+    def evaluator(self, rows: Sequence[int] | None = None) -> Evaluator:
+        """Adapters on the held-out examples, or on those at ``rows``."""
+        data, options = self.data, self.options
+        held_out = HeldOut(
+            metrics=self.metrics,
+            records=data.validation_rows,
+            rows=data.validation_rows.of.tolist(),
+            max_length=options.max_length or 0,
+            stride=options.stride,
+            max_new_tokens=options.max_new_tokens,
+            block=options.batch_size,
+        )
+        found = Evaluator(self, data.validation.examples, held_out, options.eval_batch_size)
+        return found if rows is None else found.on(rows)
 
     @property
     def parts(self) -> list[list[int]]:
         """The held-out examples in parts, for the error of figures."""
         return divide(self.data.validation_rows.of.tolist())
 
-    def held_out(self, rows: Sequence[int] | None = None) -> HeldOut:
-        """What metrics need to know of the held-out examples, or of those at ``rows``."""
-        data, options, of = self.data, self.options, self.data.validation_rows.of
-        return HeldOut(
-            metrics=self.metrics,
-            records=data.validation_rows if self.metrics.needs_predictions else (),
-            rows=(of if rows is None else of[list(rows)]).tolist(),
-            labels=data.names,
-            tokenizer=self.tokenizer,
-            max_length=options.max_length or 0,
-            stride=options.stride,
-            max_new_tokens=options.max_new_tokens,
-            block=options.batch_size,
-        )
+    def shown(self, count: int, adapter: str) -> list[dict[str, str]]:
+        """The first ``count`` held-out rows as ``{"input", "expected", "predicted"}``."""
+        rows = self.data.validation_rows
+        numbers = [number for number, row in enumerate(rows.of.tolist()) if row < count]
+        found = self.evaluator(numbers)
+        # Only the first rows are in memory: the file of the others may be gone.
+        return replace(found, held_out=replace(found.held_out, records=rows[:count])).shown(adapter)
 
 
-@dataclass
-class TrainJob:
-    """Everything that training needs, loaded and checked; ``plan`` says what will train."""
+@dataclass(kw_only=True)
+class TrainJob(Setup):
+    """A setup whose model carries the adapter to train; ``plan`` says what will train."""
 
-    setup: Setup
-    model: PeftModel
     plan: Plan
     steps: int
     steps_per_epoch: int
-
-    @property
-    def options(self) -> TrainConfig:
-        return self.setup.options
-
-    @property
-    def data(self) -> Data:
-        return self.setup.data
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.setup.tokenizer
-
-    @property
-    def task(self) -> Task:
-        return self.setup.task
-
-    @property
-    def new_modules(self) -> list[str]:
-        return self.setup.new_modules
-
-
-def predict(job: TrainJob, count: int, name: str = "default") -> list[dict[str, str]]:
-    """The first ``count`` held-out rows as ``{"input", "expected", "predicted"}``.
-
-    ``name`` is an adapter of the model, or ``"__base__"`` for the frozen model alone.
-    """
-    rows = job.data.validation_rows
-    count = min(count, len(rows))
-    numbers = [number for number, row in enumerate(rows.of.tolist()) if row < count]
-    evaluator = job.setup.evaluator(job.model, numbers, records=rows[:count], metrics=None)
-    return replace(evaluator, world=SINGLE).shown(name)
 
 
 def load(
@@ -228,7 +176,18 @@ def load(
     if not options.fsdp:  # else its parts go there one by one
         base.to(where.device)
     _check_vocabulary(base, data, options.model)
-    return Setup(options, data, tokenizer, base, task, new, metrics, where, weights)
+    return Setup(
+        model=class_for_task(task.task_type)(base),
+        task=task,
+        tokenizer=tokenizer,
+        labels=data.names,
+        world=where.world,
+        options=options,
+        data=data,
+        new_modules=new,
+        metrics=metrics,
+        weights=weights,
+    )
 
 
 def today() -> str:

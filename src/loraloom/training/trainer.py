@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from loraloom.engine.loop import Every, OnStep, StepEvent, train_pack
 from loraloom.engine.slot import Slot
@@ -25,18 +24,15 @@ from loraloom.training.checkpointing.resume import Resume
 from loraloom.training.failures import Interrupted, explain, nonfinite_examples, not_finite
 from loraloom.training.preflight import estimate
 from loraloom.training.run_record import record
+from loraloom.training.setup import TrainJob
 from loraloom.training.signals import Stop
 from loraloom.training.usage import usage_files
-
-if TYPE_CHECKING:
-    from loraloom.training.setup import TrainJob
 
 
 class Trainer:
     """From the first step, or a checkpoint, to the adapter in the output folder.
 
     Args:
-        measure: the evaluation of a slot.
         on_step: called after each step.
         on_event: called with all else that a user should know.
     """
@@ -45,14 +41,13 @@ class Trainer:
         self,
         job: TrainJob,
         slot: Slot,
-        measure: Callable[[Slot], dict[str, float]],
         on_step: OnStep,
         on_event: OnEvent,
     ) -> None:
         self.job, self.slot, self.options, self.model = job, slot, job.options, job.model
         self.folder = Path(job.options.output)
         self.identity = resume.identity(job)
-        self._measure, self._on_step, self._on_event = measure, on_step, on_event
+        self._on_step, self._on_event = on_step, on_event
         self._started = time.perf_counter()
         #: before this start, and in all
         self._before = self._spent = 0, 0.0
@@ -153,7 +148,7 @@ class Trainer:
             self.model,
             [self.slot],
             self.job.task,
-            self.job.tokenizer.pad_token_id,
+            self.job.pad_id,
             evaluate_every=_every(options.eval_at, options.eval_steps, options.eval_minutes, each),
             evaluate=self._evaluate,
             save_every=_every(options.save_at, options.save_steps, options.save_minutes, each),
@@ -168,7 +163,7 @@ class Trainer:
 
     def _evaluate(self, slot: Slot) -> dict[str, float]:
         self._settled = self._evaluating = True
-        found = self._measure(slot)
+        (found,) = self.job.evaluator().metrics([slot.name])
         self._evaluating = False
         return found
 
@@ -260,7 +255,7 @@ class Trainer:
         return found
 
     def _save_output(self, found: dict[str, Any]) -> dict[str, Any]:
-        return output.save(self.model, self.folder, found, usage_files(self.job.setup))
+        return output.save(self.model, self.folder, found, usage_files(self.job))
 
     def _take_best(self) -> int:
         """The step of the adapter that is to be kept, which is then the one in the model."""
@@ -304,8 +299,7 @@ class Trainer:
         if slot.failure:
             guilty: list[int] = []
             with contextlib.suppress(Exception):  # it is to be told even where it cannot be looked at
-                examples, pad = self.job.data.train.examples, self.job.tokenizer.pad_token_id
-                guilty = nonfinite_examples(self.model, slot, examples, self.job.task, pad)
+                guilty = nonfinite_examples(self.job, slot, self.job.data.train.examples)
             return not_finite(slot.failure, slot.failed, guilty, self.job.data.train.examples.where)
         if isinstance(error, LoraloomError):
             return str(error)
@@ -314,9 +308,9 @@ class Trainer:
         return f"{at}: {explain(error, self.options, evaluating=self._evaluating, needs=needs)}"
 
     def _needs(self, batch_sizes: list[int]) -> dict[int, int]:
-        setup, options = self.job.setup, self.options
-        widest, again = setup.task.widest(setup.data.train.examples), options.gradient_checkpointing
-        return estimate.needs(setup.empty, setup.config(options), widest, options.dtype, batch_sizes, again)
+        job, options = self.job, self.options
+        widest, again = job.task.widest(job.data.train.examples), options.gradient_checkpointing
+        return estimate.needs(job.empty, job.config(options), widest, options.dtype, batch_sizes, again)
 
     def _keep(self, found: dict[str, Any], error: BaseException | None) -> list[str]:
         """Save a checkpoint, where it is known what it would hold, and the adapter. Returns what there is now."""
@@ -346,7 +340,7 @@ class Trainer:
         if any(one["step"] == self.slot.step for one in self.slot.curve.evaluations):
             return found
         with contextlib.suppress(KeyboardInterrupt, Exception):
-            self.slot.curve.evaluations.append({"step": self.slot.step, **self._measure(self.slot)})
+            self.slot.curve.evaluations.append({"step": self.slot.step, **self._evaluate(self.slot)})
             found = self._record("interrupted")
             self._save_output(found)
         return found

@@ -14,7 +14,6 @@ from statistics import NormalDist, fmean
 from typing import Any
 
 from loraloom.inference.jackknife import Figures, error
-from loraloom.lora.model import PeftModel
 from loraloom.lora.routing import BASE
 from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.training.setup import Setup
@@ -91,14 +90,14 @@ class Gain:
     sure: bool
 
 
-def set_bar(setup: Setup, model: PeftModel) -> Bar:
-    """Measure the bar on the held-out rows of ``setup``; adapters on ``model`` have no part in it."""
+def set_bar(setup: Setup) -> Bar:
+    """Measure the bar on the held-out rows of ``setup``."""
     bar = Bar(len(setup.data.validation_rows))
     if (found := constant(setup)) is not None:
         bar.base, bar.answers = training_loss(found, setup), measure(found, setup)
     bar.begins = not (setup.new_modules and setup.task.class_word)  # a new head for classes is of no use untrained
     if bar.begins:
-        bar.answers["the frozen model"] = setup.evaluate_parts(model, BASE)
+        (bar.answers["the frozen model"],) = setup.evaluator().figures([BASE], setup.parts)
     return bar
 
 

@@ -137,7 +137,7 @@ def _rate(pack: Pack, setup: Setup, config: LoraConfig, count: int) -> float:
     try:
         for name in names:
             pack.add(name, config)
-        slots = [setup.slot(name, pack.model, setup.options, steps=STEPS + 1) for name in names]
+        slots = [setup.slot(name, setup.options, steps=STEPS + 1) for name in names]
         advance(pack, slots)
         best, began = 0.0, time.perf_counter()
         for step in range(STEPS):  # the fastest step says what there is: the machine may have other things to do

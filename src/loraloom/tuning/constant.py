@@ -35,7 +35,7 @@ def training_loss(found: Constant, setup: Setup) -> float:
 
 
 def measure(found: Constant, setup: Setup) -> dict[str, Figures]:
-    """Answer in words → its figures on the held-out rows, as ``Setup.evaluate_parts`` has them."""
+    """Answer in words → its figures on the held-out rows, as ``Evaluator.figures`` has them."""
     examples, parts = setup.data.validation.examples, setup.parts
     scores = [total(found.score(examples[number]) for number in part) for part in parts]
     if found.texts:
@@ -45,7 +45,7 @@ def measure(found: Constant, setup: Setup) -> dict[str, Figures]:
         numbers = list(range(len(examples)))
         saying = {f"always {text!r}": Predictions([text] * len(numbers), references, numbers) for text in texts}
         return {words: figures(setup.metrics, scores, one, parts) for words, one in saying.items()}
-    held_out, needed = setup.held_out(), setup.metrics.needs_predictions
+    held_out, needed = setup.evaluator().rows, setup.metrics.needs_predictions
     out: dict[str, Figures] = {}
     for words, answer in found.answers if needed else found.answers[:1]:
         outputs = [answer(example) for example in examples] if needed else []

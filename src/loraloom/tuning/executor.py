@@ -60,7 +60,7 @@ def plan(worker: Worker, most: int, neighbours: int = 1) -> Slots:
 
 def measure_bar(worker: Worker) -> Bar:
     """What trials have to beat."""
-    return set_bar(worker.setup, worker.model)
+    return set_bar(worker.setup)
 
 
 class LocalExecutor:

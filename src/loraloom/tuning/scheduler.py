@@ -107,7 +107,7 @@ class Scheduler:
 
     def _add(self, values: Mapping[str, Any], seed: int, repeats: int | None = None) -> Trial:
         options = self.factory.trial_options(values, seed)
-        steps, _ = self.setup.steps(options)
+        steps, _ = self.setup.steps_of(options)
         made = self.factory.plan(self.setup.config(options))
         trial = Trial(len(self.trials), dict(values), options, steps, repeats=repeats)
         trial.parameters, trial.bytes = made.parameters, made.bytes

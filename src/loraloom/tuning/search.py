@@ -152,7 +152,7 @@ class Search:
         """What was recognised and done to the rows, and what may well be a mistake."""
         data, options = self.setup.data, self.options.train
         batch = options.batch_size * options.gradient_accumulation_steps
-        few = amount(len(data.train.examples), batch, self.setup.steps(options)[0])
+        few = amount(len(data.train.examples), batch, self.setup.steps_of(options)[0])
         for message in [*data.messages(), *few]:
             self.on_event(message)
         if later := self.options.left_for_later:

@@ -110,7 +110,7 @@ class Worker:
 
     def __init__(self, options: TuneConfig, setup: Setup, factory: TrialFactory) -> None:
         self.options, self.setup, self.factory = options, setup, factory
-        self.model = PeftModel(setup.base)
+        self.model = setup.model
         span = {(target.name, target.kind) for one in factory.largest() for target in factory.plan(one).targets}
         modules = sorted(name for name, kind in span if kind != LoraParameter.kind)
         parameters = sorted(name for name, kind in span if kind == LoraParameter.kind)
@@ -189,11 +189,11 @@ class Worker:
         name, metric = name_of(trial.number), self.options.metric
         trial.measure = False
         if trial.step >= trial.steps:
-            trial.parts = {key: list(values) for key, values in self.setup.evaluate_parts(self.model, name).items()}
+            (trial.parts,) = self.setup.evaluator().figures([name], self.setup.parts)
             rows, found = None, {key: values[0] for key, values in trial.parts.items()}
         else:
             rows = self._rows(trial)
-            found = self.setup.evaluate(self.model, name, rows)
+            (found,) = self.setup.evaluator(rows).metrics([name])
         trial.curve.evaluations.append({"step": trial.step, **found} | ({} if rows is None else {"rows": len(rows)}))
         # Of logits that are NaN some class is still the likeliest: the accuracy alone does not tell.
         if broken := [name for name in (metric, "loss") if not math.isfinite(found[name])]:
@@ -211,7 +211,7 @@ class Worker:
         rungs = [rung for rung in range(len(self.options.rungs)) if rung_step(self.options, trial, rung) == trial.step]
         there = len(self.setup.data.validation.examples)
         options = self.setup.options
-        steps, _ = self.setup.steps(options)
+        steps, _ = self.setup.steps_of(options)
         seen = steps * options.batch_size * options.gradient_accumulation_steps
         count = max(RUNG_ROWS, *(math.ceil(self.options.rungs[rung] * seen) for rung in rungs)) if rungs else there
         return sorted(random.Random("rung").sample(range(there), count)) if count < there else None
@@ -229,7 +229,7 @@ class Worker:
             for key, parameter in parameters.items():
                 if numbers:
                     parameter.copy_(numbers[f"adapter/{key}"])
-        slot = self.setup.slot(name, self.model, trial.options, trial.steps)
+        slot = self.setup.slot(name, trial.options, trial.steps)
         moments = {
             key.removeprefix("optimizer/"): value for key, value in numbers.items() if key.startswith("optimizer/")
         }

@@ -754,7 +754,7 @@ def test_out_of_memory_in_an_evaluation_is_told_apart_and_can_be_gone_on_from(
 ) -> None:
     train(classify("whole", eval_steps=3))
     with monkeypatch.context() as patch:
-        patch.setattr("loraloom.training.setup.Setup.evaluate", fail(MemoryError()))
+        patch.setattr("loraloom.inference.evaluation.Evaluator.metrics", fail(MemoryError()))
         with pytest.raises(TrainingError) as error:
             train(classify(eval_steps=3))
     said = str(error.value)
@@ -773,7 +773,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_row_and_keeps_the_chec
     bad = job.data.train.examples[17]
     from loraloom.tasks.objective import Objective
 
-    losses, score = Objective.losses, Objective.score
+    losses, by_row = Objective.losses, Objective.row_losses
     calls = 0
 
     def spoil(self: Any, out: Any, labels: Any, rows: Any) -> Any:
@@ -782,9 +782,9 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_row_and_keeps_the_chec
         found = losses(self, out, labels, rows)
         return {name: loss * float("nan") if calls == 6 else loss for name, loss in found.items()}
 
-    def spoil_one(self: Any, out: Any, labels: Any) -> Any:
-        found = score(self, out, labels)
-        return type(found)(float("nan"), found.count) if len(labels) == 1 and seen == [bad.input_ids] else found
+    def spoil_one(self: Any, out: Any, labels: Any, rows: Any) -> Any:
+        found = by_row(self, out, labels, rows)
+        return found * float("nan") if len(labels) == 1 and seen == [bad.input_ids] else found
 
     forward = Objective.forward
     seen: list[Any] = []
@@ -794,7 +794,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_row_and_keeps_the_chec
         return forward(self, inputs, labels)
 
     monkeypatch.setattr(Objective, "losses", spoil)
-    monkeypatch.setattr(Objective, "score", spoil_one)
+    monkeypatch.setattr(Objective, "row_losses", spoil_one)
     monkeypatch.setattr(Objective, "forward", look)
     with pytest.raises(TrainingError) as error:
         run(job)

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,7 @@ from loraloom.training.checkpointing.folders import Checkpoint
 from loraloom.training.output import changed
 from loraloom.training.run_record import RUN_NAME, machine, versions
 from loraloom.training.run_record import read as read_record
-
-if TYPE_CHECKING:
-    from loraloom.training.setup import TrainJob
+from loraloom.training.setup import TrainJob
 
 #: With one of these, evaluations decide when training ends, or which step's adapter is kept.
 _DECIDING = ("load_best_model_at_end", "early_stopping_patience")
@@ -54,7 +52,7 @@ def identity(job: TrainJob) -> dict[str, Any]:
         "options": job.options.to_dict(),
         "data": list(data.hashes.values()),
         "examples": _hash_of_examples(data.train.examples),
-        "base": job.setup.weights,
+        "base": job.weights,
         "machine": versions() | machine(),
     }
 
