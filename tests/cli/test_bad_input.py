@@ -161,9 +161,12 @@ BAD_INPUT: dict[str, tuple[Callable[[Any], list[object]], list[str]]] = {
     "a pattern that is not JSON": (lambda w: w.train("--alpha-pattern", "query=4"), ["alpha_pattern: not JSON"]),
     "a pattern that is no object": (lambda w: w.train("--rank-pattern", "[4]"), ["rank_pattern: must be a JSON obj"]),
     "layers that are no numbers": (lambda w: w.train("--layers-to-transform", "all"), ["layers_to_transform:"]),
-    "a rank of 0": (lambda w: w.train("--r", 0), ["r: must be at least 1, found 0"]),
-    "an alpha that is not finite": (lambda w: w.train("--lora-alpha", "nan"), ["lora_alpha: must be finite"]),
-    "a dropout of 1": (lambda w: w.train("--lora-dropout", 1), ["lora_dropout: must be at least 0 and below 1"]),
+    "a rank of 0": (lambda w: w.train("--r", 0), ["r: must be a whole number of at least 1, found 0"]),
+    "an alpha that is not finite": (lambda w: w.train("--lora-alpha", "nan"), ["lora_alpha: must be a finite number"]),
+    "a dropout of 1": (
+        lambda w: w.train("--lora-dropout", 1),
+        ["lora_dropout: must be a number of at least 0 and below 1"],
+    ),
     "another bias": (lambda w: w.train("--bias", "some"), ["bias: must be one of", "'some'"]),
     "another start": (lambda w: w.train("--init-lora-weights", "gausian"), ["did you mean 'gaussian'?"]),
     # the run's options
@@ -200,7 +203,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Any], list[object]], list[str]]] = {
     ),
     "a run file that is no YAML": (lambda w: w.train(w.file("run.yaml", "a: [\n")), ["run.yaml:2: not YAML"]),
     "a setting that is none": (lambda w: w.train("--set", "lora.r"), ["--set: must be key=value"]),
-    "a setting out of range": (lambda w: w.train("--set", "lora.r=0"), ["--set lora.r: lora.r: must be at least 1"]),
+    "a setting out of range": (
+        lambda w: w.train("--set", "lora.r=0"),
+        ["--set lora.r: lora.r: must be a whole number of at least 1"],
+    ),
     # the output folder
     "a file as output": (lambda w: w.train("--output", w.file("out", "")), ["output:", "cannot be written"]),
     "an output below a file": (
@@ -229,15 +235,15 @@ BAD_INPUT: dict[str, tuple[Callable[[Any], list[object]], list[str]]] = {
     "an empty list in a space": (lambda w: w.tune(space={"lora.r": []}), ["space.lora.r: the list is empty"]),
     "a space with a rank of 0": (
         lambda w: w.tune(space={"lora.r": [0, 4]}),
-        ["tune.space", "space.lora.r: must be at least 1, found 0"],
+        ["tune.space", "space.lora.r: must be a whole number of at least 1, found 0"],
     ),
     "a space with a dropout of 1": (
         lambda w: w.tune(space={"lora.lora_dropout": [0.0, 1.0]}),
-        ["space.lora.lora_dropout: must be at least 0 and below 1"],
+        ["space.lora.lora_dropout: must be a number of at least 0 and below 1"],
     ),
     "a space with a range that ends at a dropout of 1": (
         lambda w: w.tune(space={"lora.lora_dropout": {"range": [0.0, 1.0]}}),
-        ["space.lora.lora_dropout: must be at least 0 and below 1"],
+        ["space.lora.lora_dropout: must be a number of at least 0 and below 1"],
     ),
     "a space with targets that match nothing": (
         lambda w: w.tune(space={"lora.target_modules": ["q-v", "q_prj"]}),

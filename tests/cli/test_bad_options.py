@@ -150,7 +150,7 @@ TRAIN: dict[str, Case] = {
     ),
     "a decay above 1": (
         lambda w: w.train("--decay-ratio", 1.5, "--lr-scheduler-type", "warmup_stable_decay"),
-        ["decay_ratio: must be a number at least 0 and at most 1, found 1.5"],
+        ["decay_ratio: must be a number of at least 0 and at most 1, found 1.5"],
     ),
     "a warmup longer than the training": (
         lambda w: w.train("--warmup-steps", 9),

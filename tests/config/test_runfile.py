@@ -213,8 +213,8 @@ def test_a_run_file_wins_over_what_the_run_had_and_a_moment_replaces_the_other_m
         ("lora: {task_type: SEQ_CLS}", "5: lora.task_type: follows from task; leave it out"),
         ("lora: 16", "5: lora: must be a section such as lora: {r: 16}, found 16"),
         ("tune: quick", "5: tune: must be a section such as tune: {trials: 16}, found 'quick'"),
-        ("lora:\n  r: 0", "6: lora.r: must be at least 1, found 0"),
-        ("lora:\n\n  lora_dropout: 1", "7: lora.lora_dropout: must be at least 0 and below 1, found 1"),
+        ("lora:\n  r: 0", "6: lora.r: must be a whole number of at least 1, found 0"),
+        ("lora:\n\n  lora_dropout: 1", "7: lora.lora_dropout: must be a number of at least 0 and below 1, found 1"),
         ("lora: {use_dora: true}", "5: lora.use_dora: not implemented in loraloom yet"),
         ("train: {batch_size: '8'}", "5: train.batch_size: must be a whole number of at least 1, found '8'"),
         ("train: {learning_rate: fast}", "5: train.learning_rate: must be a number above 0, found 'fast'"),
@@ -242,7 +242,7 @@ def test_the_fields_of_a_section_keep_the_line_of_their_own_place(file: Path) ->
     [
         ("lora.r", "--set: must be key=value, such as lora.r=16, found 'lora.r'"),
         ("=3", "--set: must be key=value"),
-        ("lora.r=0", "--set lora.r: lora.r: must be at least 1, found 0"),
+        ("lora.r=0", "--set lora.r: lora.r: must be a whole number of at least 1, found 0"),
         ("lora.r=[1", "--set lora.r: not YAML (while parsing a flow sequence"),
         ("lora.rr=1", "--set lora.rr: lora.rr: there is no such key; did you mean 'r'?"),
         ("lora={r: 4}", "--set lora: lora: is a section; set one of its keys, such as lora.r=16"),
@@ -257,7 +257,7 @@ def test_an_error_of_what_is_set_names_the_setting(file: Path, setting: str, sai
 
 def test_an_error_of_a_commands_option_names_the_field_alone(file: Path) -> None:
     file.write_text(BASE + "lora: {r: 4}\n")
-    with pytest.raises(ConfigError, match="^r: must be at least 1, found 0$"):
+    with pytest.raises(ConfigError, match="^r: must be a whole number of at least 1, found 0$"):
         read(file, (), {"lora.r": 0})
 
 
@@ -310,7 +310,7 @@ def test_dotted_keys_replace_values_and_leave_the_options_as_they_were() -> None
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"lora.r": 0}, "lora.r: must be at least 1, found 0"),
+        ({"lora.r": 0}, "lora.r: must be a whole number of at least 1, found 0"),
         ({"train.batch_size": 0}, "train.batch_size: must be a whole number"),
         ({"lora.rr": 1}, "lora.rr: there is no such key; did you mean 'r'?"),
         ({"r": 1}, "r: there is no such key; did you mean 'lora.r'?"),

@@ -178,12 +178,12 @@ def test_a_grid_takes_all_of_the_space_unless_told_otherwise(file: Path) -> None
         ("tune:\n  finalists: 20", "7: tune.finalists: must be at most trials (16), found 20"),
         # The default space is not in the file: the section is named.
         ("tune:\n  sampler: grid", "6: tune.space.train.learning_rate: a grid needs choices"),
-        ("tune:\n  space:\n    lora.r: [0, 1]", "8: tune.space.lora.r: must be at least 1, found 0"),
+        ("tune:\n  space:\n    lora.r: [0, 1]", "8: tune.space.lora.r: must be a whole number of at least 1, found 0"),
         ("tune:\n  space: {}", "7: tune.space: must map keys such as lora.r"),
         ("tune:\n  space: quick", "7: tune.space: must map keys such as lora.r"),
         ("tune:\n  space:", "7: tune.space: must map keys such as lora.r"),
         ("tune:\n  space:\n    lora.r: [1, 2]\n    lora.r: [3, 4]", "9: tune.space.lora.r is given twice"),
-        ("lora: {r: 0}", "6: lora.r: must be at least 1, found 0"),
+        ("lora: {r: 0}", "6: lora.r: must be a whole number of at least 1, found 0"),
     ],
 )
 def test_an_error_names_the_file_the_line_and_the_key(file: Path, text: str, said: str) -> None:

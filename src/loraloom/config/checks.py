@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,32 +42,42 @@ def refuse(name: str, wanted: str, value: Any, hint: str = "") -> NoReturn:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """True for a finite number of any type that is one, numpy's among them."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def whole(low: int, high: int | None = None) -> Check:
-    """A whole number from ``low`` to ``high``."""
-    wanted = f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}")
+    """A whole number from ``low`` to ``high``, of any type that is one."""
 
     def test(name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-            refuse(name, wanted, value)
-        return int(value)
+        found = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+        if found is None or found < low:
+            refuse(name, f"a whole number of at least {low}", value)
+        if high is not None and found > high:
+            refuse(name, f"a whole number of at most {high}", value)
+        return found
 
     return Check(test, {"type": "integer", "minimum": low} | ({} if high is None else {"maximum": high}), int)
 
 
-def number(low: float = 0, high: float | None = None, *, above: bool = False, what: str = "a number") -> Check:
-    """A finite number from ``low`` (with ``above``: beyond it) to ``high``."""
-    wanted = f"{what} {'above' if above else 'at least'} {low}" + ("" if high is None else f" and at most {high}")
+def number(
+    low: float = 0, high: float | None = None, *, above: bool = False, below: bool = False, what: str = "a number"
+) -> Check:
+    """A finite number from ``low`` (with ``above``: beyond it) to ``high`` (with ``below``: short of it)."""
+    wanted = f"{what} {'above' if above else 'of at least'} {low}"
+    schema: dict[str, Any] = {"type": "number", "exclusiveMinimum" if above else "minimum": low}
+    if high is not None:
+        wanted += f" and {'below' if below else 'at most'} {high}"
+        schema["exclusiveMaximum" if below else "maximum"] = high
 
     def test(name: str, value: Any) -> Any:
-        if not is_number(value) or value < low or (above and value == low) or (high is not None and value > high):
+        if not is_number(value) or value < low or (above and value == low):
             refuse(name, wanted, value)
-        return value
+        if high is not None and (value > high or (below and value == high)):
+            refuse(name, wanted, value)
+        return int(value) if isinstance(value, Integral) else float(value)
 
-    schema = {"type": "number", "exclusiveMinimum" if above else "minimum": low}
-    return Check(test, schema | ({} if high is None else {"maximum": high}), float)
+    return Check(test, schema, float)
 
 
 def choice(*values: Any) -> Check:

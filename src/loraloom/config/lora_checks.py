@@ -6,14 +6,13 @@ for ``lora.targets`` to say.
 
 from __future__ import annotations
 
-import math
-import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from numbers import Integral
 from typing import Any
 
-from loraloom.config.checks import Check, read_json, refuse
+from loraloom.config.checks import Check, is_number, number, read_json, refuse, whole
 from loraloom.errors import ConfigError, short
 
 #: Beyond this, scale times an update leaves float32 for every weight that means anything.
@@ -46,44 +45,15 @@ def _read_names(name: str, word: str) -> list[str]:
     return names
 
 
-def integer(name: str, value: Any, low: int) -> int:
-    """A whole number of any type that is one, numpy's among them."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        found = operator.index(value)
-    except TypeError:
-        refuse(name, "a whole number", value)
-    if found < low:
-        refuse(name, f"at least {low}", found)
-    if found > _MOST_INTEGER:
-        raise ConfigError(f"{name}: {short(found)} is more than any model has")
-    return found
-
-
-def real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, str):
-        refuse(name, "a number", value)
-    return value if isinstance(value, int) else float(value)
-
-
-def scale_of(name: str, value: Any) -> float:
+def _scale(name: str, value: Any) -> float:
     """A ``lora_alpha``."""
-    found = real(name, value)
-    if isinstance(found, float) and not math.isfinite(found):
-        refuse(name, "finite", found)
-    if found == 0:
+    if not is_number(value):
+        refuse(name, "a finite number", value)
+    if value == 0:
         raise ConfigError(f"{name}: 0 would switch the adapter off; give a number that is not 0")
-    if not 1 / _MOST_ALPHA <= abs(found) <= _MOST_ALPHA:
-        raise ConfigError(f"{name}: {short(found)} times an update is no number in float32; give one near r")
-    return found
-
-
-def _dropout(name: str, value: Any) -> float:
-    found = real(name, value)
-    if not 0 <= found < 1:
-        refuse(name, "at least 0 and below 1", found)
-    return found
+    if not 1 / _MOST_ALPHA <= abs(value) <= _MOST_ALPHA:
+        raise ConfigError(f"{name}: {short(value)} times an update is no number in float32; give one near r")
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _names(name: str, value: Any) -> list[str]:
@@ -138,8 +108,8 @@ def _by_pattern(name: str, value: Any, test: Callable[[str, Any], Any]) -> dict[
 
 def _layers(name: str, value: Any) -> list[int] | int:
     if isinstance(value, str) or not isinstance(value, Iterable):
-        return integer(name, value, low=0)
-    found = [integer(name, index, low=0) for index in value]
+        return int(_INDEX.test(name, value))
+    found = [int(_INDEX.test(name, index)) for index in value]
     if not found:
         raise ConfigError(f"{name}: the list is empty, so no layer would be adapted")
     return found
@@ -159,24 +129,23 @@ def _layer_lists(name: str, value: Any) -> list[str] | str:
     return found
 
 
-_read_numbers = partial(read_json, example='{"q_proj": 16}')
-_INDEX = {"type": "integer", "minimum": 0}
-_RANK = {"type": "integer", "minimum": 1}
+def _numbers(check: Check) -> Check:
+    """Module names or patterns, each with a number; JSON on the command line."""
+    schema = {"type": ["object", "null"], "additionalProperties": dict(check.schema)}
+    return Check(partial(_by_pattern, test=check.test), schema, read=partial(read_json, example='{"q_proj": 16}'))
 
-RANK = Check(partial(integer, low=1), _RANK, int)
-ALPHA = Check(scale_of, {"type": "number", "not": {"const": 0}}, float)
-DROPOUT = Check(_dropout, {"type": "number", "minimum": 0, "exclusiveMaximum": 1}, float)
+
+_INDEX = whole(0, _MOST_INTEGER)
+
+RANK = whole(1, _MOST_INTEGER)
+ALPHA = Check(_scale, {"type": "number", "not": {"const": 0}}, float)
+DROPOUT = number(0, 1, below=True)
 MODULES = Check(_names, _NAMES, read=_read_names)
 MODULES_OR_PATTERN = Check(_names_or_pattern, {"anyOf": [_NAMES, {"type": "string", "minLength": 1}]}, read=split_names)
-RANKS = Check(
-    lambda name, value: _by_pattern(name, value, partial(integer, low=1)),
-    {"type": ["object", "null"], "additionalProperties": _RANK},
-    read=_read_numbers,
+RANKS, ALPHAS = _numbers(RANK), _numbers(ALPHA)
+LAYERS = Check(
+    _layers,
+    {"anyOf": [_INDEX.schema, {"type": "array", "items": _INDEX.schema, "minItems": 1}]},
+    read=_read_layers,
 )
-ALPHAS = Check(
-    lambda name, value: _by_pattern(name, value, scale_of),
-    {"type": ["object", "null"], "additionalProperties": {"type": "number"}},
-    read=_read_numbers,
-)
-LAYERS = Check(_layers, {"anyOf": [_INDEX, {"type": "array", "items": _INDEX, "minItems": 1}]}, read=_read_layers)
 LAYER_LISTS = Check(_layer_lists, {"anyOf": [{"type": "string"}, _NAMES]}, read=_read_names)
