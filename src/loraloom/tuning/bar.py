@@ -15,10 +15,10 @@ from typing import Any
 
 from loraloom.inference.jackknife import Figures, error
 from loraloom.lora.routing import BASE
-from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.training.setup import Setup
 from loraloom.tuning.asha import taken_off
 from loraloom.tuning.constant import constant, measure, training_loss
+from loraloom.tuning.ranking import goodness
 from loraloom.tuning.trial import Trial
 
 #: One chance in twenty that nothing but luck passes, over all configurations together.
@@ -50,8 +50,7 @@ class Bar:
         finite = [(words, values) for words, values in found if math.isfinite(values[0])]
         if not finite:
             return None
-        sign = 1 if greater_is_better(metric) else -1
-        return max(finite, key=lambda pair: sign * pair[1][0])
+        return max(finite, key=lambda pair: goodness(metric, pair[1][0]))
 
     def figures(self, metric: str) -> dict[str, Any]:
         """What a message tells of the bar."""
@@ -110,9 +109,8 @@ def gain(bar: Bar, trials: Sequence[Trial], metric: str, tried: int) -> Gain | N
         values = [0.0] * len(seeds[0])
     if not seeds or not values or any(len(seed) != len(values) for seed in seeds):
         return None
-    sign = 1 if greater_is_better(metric) else -1
     mean = [fmean(column) for column in zip(*seeds, strict=True)]
-    above = [sign * (one - other) for one, other in zip(mean, values, strict=True)]
+    above = [goodness(metric, one - other) for one, other in zip(mean, values, strict=True)]
     # One more row might have gone the other way: no difference is surer than that.
     least = abs(above[0]) / max(bar.rows, 1)
     spread, own = max(error(above), least), max(error(mean), least)

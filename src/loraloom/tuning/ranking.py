@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median_low, variance
 from typing import Any
 
@@ -53,14 +53,20 @@ class Score:
     noise: float | None
     #: seed → metric
     values: dict[int, float] = field(default_factory=dict)
-    #: the step it was measured at, and that over the steps of the whole training
-    step: int = 0
+    #: the step at which it was measured over the steps of the whole training
     share: float = 0.0
     finished: bool = False
     #: seeds whose training failed, or ended with a metric that is not finite
     failed: int = 0
     #: its seeds differ far more than those of the others
     unstable: bool = False
+
+    @property
+    def tier(self) -> int:
+        """0: every seed finished; 1: some did; 2: measured before its end; 3: never measured."""
+        if not self.values:
+            return 3
+        return int(self.failed > 0) if self.finished else 2
 
 
 def originals(trials: Iterable[Trial]) -> dict[int, list[Trial]]:
@@ -78,47 +84,41 @@ def originals(trials: Iterable[Trial]) -> dict[int, list[Trial]]:
 
 def scores(trials: Iterable[Trial], metric: str) -> dict[int, Score]:
     """Every configuration's score, also of those that never got one."""
-    groups = originals(trials)
-    seen = {number: _seeds(group, metric) for number, group in groups.items()}
-    ended = any(score.finished for score in seen.values())
-    several = {
-        number: (len(s.values) - 1, variance(s.values.values()))
-        for number, s in seen.items()
-        if len(s.values) > 1 and s.finished == ended
-    }
-    typical = median_low(square for _, square in several.values()) if several else 0.0
-    unstable = {n: math.sqrt(square) for n, (_, square) in several.items() if square > UNSTABLE**2 * typical > 0}
-    steady = [pair for number, pair in several.items() if number not in unstable]
-    degrees = sum(freedom for freedom, _ in steady)
-    pooled = math.sqrt(sum(freedom * square for freedom, square in steady) / degrees) if degrees else None
-    out = {}
-    for number, s in seen.items():
-        # The noise at the end says nothing of trials that were stopped on the way.
-        deviation = unstable.get(number, pooled) if s.values and s.finished == ended else None
-        noise = None if deviation is None else deviation / math.sqrt(len(s.values))
-        out[number] = Score(s.mean, noise, s.values, s.step, s.share, s.finished, s.failed, number in unstable)
-    return out
+    found = {number: _score(group, metric) for number, group in originals(trials).items()}
+    ended = any(score.finished for score in found.values())
+    # The noise at the end says nothing of trials that were stopped before it.
+    level = {number: score for number, score in found.items() if score.values and score.finished == ended}
+    squares = {number: variance(score.values.values()) for number, score in level.items() if len(score.values) > 1}
+    typical = median_low(squares.values()) if squares else 0.0
+    unstable = {number for number, square in squares.items() if square > UNSTABLE**2 * typical > 0}
+    degrees = {number: len(level[number].values) - 1 for number in squares.keys() - unstable}
+    pooled = sum(squares[n] * degrees[n] for n in sorted(degrees)) / sum(degrees.values()) if degrees else None
+    for number, score in level.items():
+        square = squares[number] if number in unstable else pooled
+        noise = None if square is None else math.sqrt(square) / math.sqrt(len(score.values))
+        found[number] = replace(score, noise=noise, unstable=number in unstable)
+    return found
 
 
-def _seeds(group: Sequence[Trial], metric: str) -> Score:
+def _score(group: Sequence[Trial], metric: str) -> Score:
     alive = [trial for trial in group if trial.state != "failed"]
-    failed = len(group) - len(alive)
     finished = [trial for trial in alive if trial.state == "finished"]
-    reached = {}
-    for trial in finished or alive:
-        if (last := last_measured(trial, metric)) is not None:
-            reached[trial.number] = (*last, trial)
-    furthest = max((step for step, _, _ in reached.values()), default=0)
-    at = [(value, trial) for step, value, trial in reached.values() if step == furthest]
-    values = {trial.options.seed: value for value, trial in at if math.isfinite(value)}
-    failed += sum(not math.isfinite(value) for value, _ in at)
-    mean = fmean(values.values()) if values else math.nan
-    share = furthest / max(group[0].steps, 1)
-    return Score(mean, None, values, furthest, share, bool(finished and values), failed)
+    reached = [(*last, t.options.seed) for t in finished or alive if (last := last_measured(t, metric)) is not None]
+    furthest = max((step for step, *_ in reached), default=0)
+    there = [(seed, value) for step, value, seed in reached if step == furthest]
+    values = {seed: value for seed, value in there if math.isfinite(value)}
+    return Score(
+        mean=fmean(values.values()) if values else math.nan,
+        noise=None,
+        values=values,
+        share=furthest / max(group[0].steps, 1),
+        finished=bool(finished and values),
+        failed=len(group) - len(alive) + len(there) - len(values),
+    )
 
 
 def ranking(trials: Iterable[Trial], metric: str, known: Mapping[int, Score]) -> list[int]:
-    """Configurations, best first: finished ones before those that were stopped on the way, the furthest of these first.
+    """Configurations, best first: finished ones before those that were stopped early, the furthest of these first.
 
     Where several were repeated with other seeds these stand before the rest: they were the best so far, and a mean over
     seeds is no match for a single lucky one. One of which a seed failed stands behind those of which none did.
@@ -127,17 +127,11 @@ def ranking(trials: Iterable[Trial], metric: str, known: Mapping[int, Score]) ->
     repeated = sum(len(s.values) > 1 for s in known.values() if s.finished) > 1
 
     def key(number: int) -> tuple[Any, ...]:
-        score, first = known[number], groups[number][0]
-        if not score.values:
-            tier = 3
-        elif not score.finished:
-            tier = 2
-        else:
-            tier = 1 if score.failed else 0
+        score = known[number]
         single = repeated and len(score.values) < 2
-        far = -score.share if tier == 2 else 0.0
+        far = -score.share if score.tier == 2 else 0.0
         good = -goodness(metric, score.mean) if score.values else 0.0
-        return tier, single, far, good, first.parameters, number
+        return score.tier, single, far, good, groups[number][0].parameters, number
 
     return sorted(groups, key=key)
 

@@ -16,15 +16,13 @@ from loraloom.tuning.ranking import Score, goodness
 
 def candidates(ranked: Sequence[int], known: Mapping[int, Score]) -> tuple[list[int], list[Message]]:
     """Those of ``ranked`` that may win, and what to keep in mind about how they were measured."""
-    pool = [n for n in ranked if known[n].finished and not known[n].failed]
-    pool = pool or [n for n in ranked if known[n].finished]
+    tier = min((known[n].tier for n in ranked), default=3)
+    pool = [n for n in ranked if known[n].tier == tier < 3]
     notes = []
-    if not pool:
-        pool = [n for n in ranked if known[n].values]
-        furthest = max((known[n].share for n in pool), default=0.0)
+    if pool and tier == 2:
+        furthest = max(known[n].share for n in pool)
         pool = [n for n in pool if known[n].share >= furthest - 1e-9]
-        if pool:
-            notes.append(Message("none_finished", compared=len(pool), share=furthest))
+        notes.append(Message("none_finished", compared=len(pool), share=furthest))
     repeated = [n for n in pool if len(known[n].values) > 1]
     if len(repeated) > 1:
         pool = repeated
