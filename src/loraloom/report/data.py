@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 
 from loraloom.data.dataset import Data, Part
 from loraloom.data.example import IGNORE, Example
+from loraloom.report.format import counted
 from loraloom.report.screen import Text
 from loraloom.tasks.base import Task
 
@@ -79,16 +80,12 @@ def figures(data: Data, task: Task) -> Iterator[Text]:
             continue
         lengths = np.asarray(part.lengths)
         yield Text(
-            f"{what:11}{_counted(part.rows, 'row')}, {_counted(len(part.examples), 'example')}, "
-            f"{_counted(part.tokens, 'token')}{_share_trained(part, task)}; length {_between(lengths)}"
+            f"{what:11}{counted(part.rows, 'row')}, {counted(len(part.examples), 'example')}, "
+            f"{counted(part.tokens, 'token')}{_share_trained(part, task)}; length {_between(lengths)}"
         )
     yield Text(f"{'padding':11}{data.padding:.1%} of what goes through the model, rows of like length together")
     if data.names:
         yield Text(f"{'labels':11}{', '.join(data.names[:12])}{' …' if len(data.names) > 12 else ''}")
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _between(lengths: np.ndarray) -> str:

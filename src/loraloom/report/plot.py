@@ -47,17 +47,21 @@ def plot_run(record: Mapping[str, Any], path: str | Path) -> None:
     right.set(title=f"{metric} on held-out rows", xlabel="step")
     right.margins(y=0.2)
     for axes in (left, right):
-        axes.grid(alpha=0.25)
+        tidy(axes)
         axes.set_xlim(0, 1.02 * len(losses) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.spines[["top", "right"]].set_visible(False)
     lora = record["options"]["lora"]
     figure.suptitle(
         f"{Path(record['options']['model']).name}: r={lora['r']}, alpha={lora['lora_alpha']:g}, "
         f"dropout={lora['lora_dropout']:g}, learning rate {record['options']['learning_rate']:g}"
     )
-    literal(figure)
     write_picture(figure, path)
+
+
+def tidy(axes: Any) -> None:
+    """A faint grid, and no frame above and on the right."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def write_picture(figure: Figure, path: str | Path) -> None:
@@ -67,12 +71,13 @@ def write_picture(figure: Figure, path: str | Path) -> None:
         SaveError: the file cannot be written; what was there is unchanged.
     """
     path = Path(path)
+    _literal(figure)
     kind = path.suffix.removeprefix(".") or "png"
     write_files(path.parent, {path.name: lambda aside: figure.savefig(aside, format=kind)})
 
 
-def literal(figure: Any) -> None:
-    """Draw all words as they are: a folder's name or a pattern with two ``$`` would be read as a formula."""
+def _literal(figure: Any) -> None:
+    """Draw all text as it is: matplotlib reads a folder's name or a pattern with two ``$`` as a formula."""
     words = [figure.get_suptitle() and figure._suptitle, *(text for one in figure.legends for text in one.get_texts())]
     for axes in figure.axes:
         words += [axes.title, axes.xaxis.label, axes.yaxis.label]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.report.format import count, params
-from loraloom.report.plot import literal, write_picture
+from loraloom.report.plot import tidy, write_picture
 from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.tuning.ranking import last_measured, measured, originals, ranking, scores, varying
 from loraloom.tuning.trial import Trial
@@ -64,8 +64,7 @@ def plot_search(trials: Sequence[Trial], metric: str, path: str | Path, best: in
         if trial.state == "failed":
             axes.plot(steps[-1:], values[-1:], "x", color="#b0503a", markersize=7)
     axes.set(title=f"{metric} on held-out rows, {len(firsts)} configurations", xlabel="step")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.margins(x=0.03, y=0.08)
     _scale(axes, seen, metric)
@@ -79,7 +78,6 @@ def plot_search(trials: Sequence[Trial], metric: str, path: str | Path, best: in
         handles, texts = axes.get_legend_handles_labels()
         # The best was drawn last.
         figure.legend(handles[::-1], texts[::-1], loc="outside lower center", ncols=5, frameon=False)
-    literal(figure)
     write_picture(figure, path)
 
 
@@ -137,11 +135,9 @@ def plot_pareto(found: Verdict, trials: Sequence[Trial], metric: str, path: str 
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.15, y=0.25)
     axes.set(title=f"{metric} against size", xlabel="adapter parameters", ylabel=f"{metric} on held-out rows")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     _scale(axes, [found.scores[n].mean for n in drawn], metric)
     figure.legend(loc="outside lower center", ncols=1, frameon=False)
-    literal(figure)
     write_picture(figure, path)
 
 
@@ -174,18 +170,10 @@ def _number_ends(figure: Any, axes: Any, ends: Mapping[int, tuple[int, float]], 
 
 
 def _spread(heights: Sequence[float], apart: float) -> list[float]:
-    """Rising heights, moved so that neighbours are ``apart``, each cluster about its own middle."""
-    clusters: list[list[float]] = []
-    for height in heights:
-        clusters.append([height])
-        while (
-            len(clusters) > 1
-            and _middle(clusters[-1]) - _middle(clusters[-2]) < apart * (len(clusters[-1]) + len(clusters[-2])) / 2
-        ):
-            last = clusters.pop()
-            clusters[-1] = clusters[-1] + last
-    return [_middle(c) + apart * (i - (len(c) - 1) / 2) for c in clusters for i in range(len(c))]
-
-
-def _middle(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    """Rising heights, moved so that neighbours are ``apart``: the mean of moving up as needed and moving down."""
+    up, down = list(heights), list(heights)
+    for i in range(1, len(up)):
+        up[i] = max(up[i], up[i - 1] + apart)
+    for i in reversed(range(len(down) - 1)):
+        down[i] = min(down[i], down[i + 1] - apart)
+    return [(one + other) / 2 for one, other in zip(up, down, strict=True)]

@@ -1,8 +1,10 @@
 """What a configuration has to beat before it may be recommended, and whether it does.
 
-The bar is the best answer that does not look at the row, and the frozen model's own where its head is not a new one.
-A configuration has learned something where it lies above that by more than its standard error, and by more than the
-luck of the best of all that were tried explains: by the metric, or by the loss, on the same held-out rows.
+The bar is the best answer that does not look at the row (the commonest class, the mean, the tag O, the commonest text)
+and the frozen model's own where its head is not a new one. A configuration has learned something if it lies above the
+bar by more than its standard error, and by more than the luck of the best of all that were tried explains: by the
+metric, or by the loss, on the same held-out rows. The training loss of the constant answer says when a trial has taken
+off.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from dataclasses import dataclass, field
 from statistics import NormalDist, fmean
 from typing import Any
 
-from loraloom.inference.jackknife import Figures, error
+from loraloom.inference.jackknife import Figures, error, figures
 from loraloom.lora.routing import BASE
+from loraloom.tasks.baseline import Constant, Known
+from loraloom.tasks.metrics.kinds import total
+from loraloom.tasks.outputs import Predictions
 from loraloom.training.setup import Setup
 from loraloom.tuning.asha import taken_off
-from loraloom.tuning.constant import constant, measure, training_loss
 from loraloom.tuning.ranking import goodness
 from loraloom.tuning.trial import Trial
 
@@ -25,6 +29,8 @@ from loraloom.tuning.trial import Trial
 LUCK = 0.05
 #: A loss is better only from this share on: differences of a thousandth can be certain, and are of no use.
 SHARE = 0.02
+#: Training rows that the shares of constant answers are counted in, spread over all.
+COUNTED = 5000
 #: Training losses that say where a trial began, where no constant answer does.
 FIRST = 4
 #: Metrics that no constant answer has: it goes along with nothing.
@@ -91,13 +97,38 @@ class Gain:
 
 def set_bar(setup: Setup) -> Bar:
     """Measure the bar on the held-out rows of ``setup``."""
-    bar = Bar(len(setup.data.validation_rows))
-    if (found := constant(setup)) is not None:
-        bar.base, bar.answers = training_loss(found, setup), measure(found, setup)
+    bar, data = Bar(len(setup.data.validation_rows)), setup.data
+    if setup.task.own_loss is None:  # the losses of a constant answer are not those of a user's own function
+        count = len(data.train.examples)
+        counted = [data.train.examples[i * count // min(count, COUNTED)] for i in range(min(count, COUNTED))]
+        block = min(setup.options.batch_size, len(data.validation.examples))
+        known = Known(data.names, data.problem, setup.tokenizer, data.train.largest + 1, block)
+        if (found := setup.task.constant(counted, known)) is not None:
+            bar.base, bar.answers = found.loss(counted), _constant_figures(found, setup)
     bar.begins = not (setup.new_modules and setup.task.class_word)  # a new head for classes is of no use untrained
     if bar.begins:
         (bar.answers["the frozen model"],) = setup.evaluator().figures([BASE], setup.parts)
     return bar
+
+
+def _constant_figures(found: Constant, setup: Setup) -> dict[str, Figures]:
+    """Answer in words → its figures on the held-out rows."""
+    examples, parts = setup.data.validation.examples, setup.parts
+    scores = [total(found.score(examples[number]) for number in part) for part in parts]
+    if found.texts:
+        texts = found.texts if setup.metrics.needs_predictions else found.texts[:1]
+        targets = [setup.task.prompt_and_target(example)[1] for example in examples]
+        references = [setup.tokenizer.decode(target, skip_special_tokens=True) for target in targets]
+        numbers = list(range(len(examples)))
+        saying = {f"always {text!r}": Predictions([text] * len(numbers), references, numbers) for text in texts}
+        return {words: figures(setup.metrics, scores, one, parts) for words, one in saying.items()}
+    held_out, needed = setup.evaluator().rows, setup.metrics.needs_predictions
+    out: dict[str, Figures] = {}
+    for words, answer in found.answers if needed else found.answers[:1]:
+        outputs = [answer(example) for example in examples] if needed else []
+        made = setup.task.predictions(examples, outputs, held_out) if needed else Predictions()
+        out[words] = figures(setup.metrics, scores, made, parts)
+    return out
 
 
 def gain(bar: Bar, trials: Sequence[Trial], metric: str, tried: int) -> Gain | None:

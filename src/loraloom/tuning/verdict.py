@@ -8,8 +8,8 @@ from typing import Any
 
 from loraloom.errors import TrainingError
 from loraloom.messages import Message
-from loraloom.tuning.advice import advise
 from loraloom.tuning.bar import Bar, Gain, gain, learned
+from loraloom.tuning.diagnostics import advise
 from loraloom.tuning.diagnostics.inputs import DiagnosticInputs
 from loraloom.tuning.diagnostics.nothing_learned import nothing
 from loraloom.tuning.importance import importances
