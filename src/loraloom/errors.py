@@ -42,6 +42,10 @@ class ConfigError(InputError):
     """A field of ``LoraConfig`` or an option is unknown, of the wrong type, or out of range."""
 
 
+class FormatError(ConfigError):
+    """A file was written by a later version of loraloom."""
+
+
 class TargetError(ConfigError):
     """A pattern matches no module, or a module that cannot carry LoRA."""
 

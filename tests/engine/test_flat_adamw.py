@@ -9,6 +9,10 @@ from torch import nn
 from loraloom.engine.flat_adamw import FlatAdamW
 
 
+def named(members: list[nn.Parameter], factors: list[float] | None = None) -> dict[str, tuple[nn.Parameter, float]]:
+    return {f"p{i}": (p, factors[i] if factors else 1.0) for i, p in enumerate(members)}
+
+
 def parameters(seed: int = 0) -> list[nn.Parameter]:
     draw = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=draw)) for shape in ((3, 2), (4,), (2, 5))]
@@ -23,7 +27,7 @@ def give(ours: list[nn.Parameter], step: int, scale: float = 1.0) -> None:
 def test_it_is_torchs_adamw_with_a_rate_for_each_and_one_norm_for_all() -> None:
     mine, theirs = parameters(), parameters()
     times = [1.0, 4.0, 1.0]
-    one = FlatAdamW(list(zip(mine, times, strict=True)), weight_decay=0.1)
+    one = FlatAdamW(named(mine, times), weight_decay=0.1)
     other = torch.optim.AdamW([{"params": [p]} for p in theirs], weight_decay=0.1, fused=True)
     for step in range(5):
         give(mine, step), give(theirs, step)
@@ -38,13 +42,13 @@ def test_it_is_torchs_adamw_with_a_rate_for_each_and_one_norm_for_all() -> None:
 def test_it_goes_on_to_the_bit_from_what_it_says_of_its_state() -> None:
     mine = parameters()
     late = mine.pop()  # has its first gradient later than the others
-    one = FlatAdamW([(p, 1.0) for p in (*mine, late)], weight_decay=0.1)
+    one = FlatAdamW(named([*mine, late]), weight_decay=0.1)
     for step in range(3):
         give(mine if step < 2 else [*mine, late], step)
         one.step(1e-2, 1.0)
     copies = [nn.Parameter(p.detach().clone()) for p in (*mine, late)]
-    two = FlatAdamW([(p, 1.0) for p in copies], weight_decay=0.1)
-    two.load_state({key: value.clone() for key, value in one.state().items()})
+    two = FlatAdamW(named(copies), weight_decay=0.1)
+    two.load_state_dict({key: value.clone() for key, value in one.state_dict().items()})
     for step in range(3, 6):
         give([*mine, late], step), give(copies, step)
         assert one.step(1e-2, 1.0) == two.step(1e-2, 1.0)
@@ -53,7 +57,7 @@ def test_it_goes_on_to_the_bit_from_what_it_says_of_its_state() -> None:
 
 def test_it_follows_parameters_that_were_moved_elsewhere() -> None:
     mine, theirs = parameters(), parameters()
-    one, two = (FlatAdamW([(p, 1.0) for p in ps], weight_decay=0.0) for ps in (mine, theirs))
+    one, two = (FlatAdamW(named(ps), weight_decay=0.0) for ps in (mine, theirs))
     for step in range(4):
         give(mine, step), give(theirs, step)
         one.step(1e-2, 1.0), two.step(1e-2, 1.0)
@@ -64,7 +68,7 @@ def test_it_follows_parameters_that_were_moved_elsewhere() -> None:
 
 def test_new_numbers_put_into_a_parameter_are_what_it_goes_on_from() -> None:
     mine = parameters()
-    one = FlatAdamW([(p, 1.0) for p in mine], weight_decay=0.0)
+    one = FlatAdamW(named(mine), weight_decay=0.0)
     give(mine, 0)
     one.step(1e-3, 1.0)
     with torch.no_grad():

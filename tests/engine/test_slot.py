@@ -11,7 +11,7 @@ from torch import nn
 from loraloom.data.batches import bucketed
 from loraloom.data.example import Example
 from loraloom.distributed.process_group import ProcessGroup
-from loraloom.engine.slot import GROWS_AFTER, Slot
+from loraloom.engine.slot import GROWTH_INTERVAL, Slot
 
 ROWS = [Example([1] * (1 + i % 5), i) for i in range(10)]
 
@@ -154,11 +154,11 @@ def test_a_scaled_step_whose_gradients_overflow_is_taken_again_with_half_the_sca
 
 
 def test_a_scale_that_went_well_for_long_grows() -> None:
-    one = slot(nn.Parameter(torch.zeros(1)), scaled=True, steps=GROWS_AFTER + 1)
-    before = one.scale[0]
+    one = slot(nn.Parameter(torch.zeros(1)), scaled=True, steps=GROWTH_INTERVAL + 1)
+    before = one.loss_scale
     while not one.done:
         go_on(one)
-    assert one.scale == (2 * before, 1)
+    assert (one.loss_scale, one.good_steps) == (2 * before, 1)
 
 
 def test_processes_share_a_batch_and_its_weights_add_up_to_one() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from loraloom import PeftModel
+from loraloom.engine.slot_state import SlotState
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.messages import Message
 from loraloom.models.load import load_base
@@ -26,7 +27,7 @@ from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.executor import SearchStatus
 from loraloom.tuning.ray_executor import DEATHS, RayExecutor
 from loraloom.tuning.trial import Trial
-from loraloom.tuning.worker import Report, TensorState, TrialFactory, Worker
+from loraloom.tuning.worker import Report, TrialFactory, Worker
 
 Make = Callable[..., TuneConfig]
 VALUES = {"lora.r": 4, "train.learning_rate": 3e-3}
@@ -76,8 +77,8 @@ def begin(options: TuneConfig, steps: int) -> tuple[Worker, Trial, list[str]]:
     return Worker(options, setup, factory), trial, list(setup.data.hashes.values())
 
 
-def finish(go_on: Callable[[list[tuple[Trial, TensorState]]], Report], trial: Trial) -> Report:
-    report = go_on([(trial, {})])
+def finish(go_on: Callable[[list[tuple[Trial, SlotState | None]]], Report], trial: Trial) -> Report:
+    report = go_on([(trial, None)])
     while report.trials[0].state == "running":
         report = go_on([])
     return report
@@ -124,7 +125,7 @@ def test_a_trial_is_the_same_to_the_bit_elsewhere_also_when_its_worker_is_killed
     try:
         _, trial, _ = begin(options, steps=400)
         trial.goal = 8
-        crew.start(0, [(trial, {})], [])
+        crew.start(0, [(trial, None)], [])
         worker, report = crew.wait()
         assert report is not None
         assert (worker, report.events, report.trials[0].step) == (0, [0], 8)
@@ -132,15 +133,15 @@ def test_a_trial_is_the_same_to_the_bit_elsewhere_also_when_its_worker_is_killed
         os.kill(crew.places[0].pid, signal.SIGKILL)
         assert crew.wait() == (0, None)
         # From what it handed over, a fresh one goes on.
-        enter: list[tuple[Trial, TensorState]] = [(report.trials[0], report.numbers[0])]
+        enter: list[tuple[Trial, SlotState | None]] = [(report.trials[0], report.states[0])]
         while report.trials[0].state == "running":
             crew.start(0, enter, [])
             _, report = crew.wait()
             assert report is not None
             enter = []
         assert report.trials[0].curve == expected.trials[0].curve
-        for key, value in expected.numbers[0].items():
-            assert torch.equal(report.numbers[0][key], value), key
+        for key, value in expected.states[0].tensors.items():
+            assert torch.equal(report.states[0].tensors[key], value), key
         written = Path(options.train.output) / "trials" / "trial-0"
         assert (written / "adapter_model.safetensors").is_file()  # this process wrote what the worker sent
     finally:

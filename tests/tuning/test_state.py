@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from loraloom.config.runfile import with_values
 from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Curve
+from loraloom.engine.slot_state import SlotState
 from loraloom.errors import ConfigError, SaveError
 from loraloom.tuning import state as module
 from loraloom.tuning.asha import Standing, SuccessiveHalving
@@ -28,7 +29,7 @@ from loraloom.tuning.state import (
     State,
     clear,
     date_of,
-    load_numbers,
+    load_slot,
     load_state,
     save_state,
 )
@@ -65,15 +66,16 @@ def state() -> State:
     return State("f" * 64, 4, halving, (4, None), trials, seconds=12.5, bar=bar)
 
 
-def numbers(seed: int) -> dict[str, Tensor]:
+def numbers(seed: int) -> SlotState:
     source = torch.Generator().manual_seed(seed)
-    return {
+    tensors = {
         "adapter/a": torch.randn(3, 2, generator=source),
-        "optimizer/0.step": torch.tensor(3.0),
-        "optimizer/0.members": torch.tensor([1, 2]),
+        "optimizer/step/a": torch.tensor(3.0),
         "half": torch.randn(4, generator=source).bfloat16(),
         "turned": torch.randn(2, 5, generator=source).t(),
     }
+    tensors["view"] = tensors["half"][1:]
+    return SlotState(tensors, {"step": seed, "curve": {"loss": [1 / 3, math.nan, -math.inf]}})
 
 
 def under_way(folder: Path) -> list[str]:
@@ -86,11 +88,13 @@ def test_a_search_comes_back_as_it_was_also_what_is_not_finite(tmp_path: Path, s
     assert found is not None
     assert repr(found) == repr(state)  # in which NaN is NaN
     for number in (0, 1):
-        there = load_numbers(tmp_path, found, number)
-        assert there.keys() == numbers(number).keys()
-        for key, tensor in numbers(number).items():
-            assert there[key].dtype == tensor.dtype
-            assert torch.equal(there[key], tensor)
+        there = load_slot(tmp_path, found, number)
+        assert there is not None
+        assert repr(there.values) == repr(numbers(number).values)
+        assert there.tensors.keys() == numbers(number).tensors.keys()
+        for key, tensor in numbers(number).tensors.items():
+            assert there.tensors[key].dtype == tensor.dtype
+            assert torch.equal(there.tensors[key], tensor)
 
 
 def test_the_day_that_the_rows_were_written_with_is_kept(tmp_path: Path, state: State) -> None:
@@ -111,7 +115,7 @@ def test_the_file_is_json_for_every_reader(tmp_path: Path, state: State) -> None
 
 def test_a_trial_that_has_not_begun_has_no_numbers(tmp_path: Path, state: State) -> None:
     save_state(tmp_path, state, {0: numbers(0)})
-    assert load_numbers(tmp_path, state, 4) == {}
+    assert load_slot(tmp_path, state, 4) is None
 
 
 def test_no_search_is_none(tmp_path: Path) -> None:
@@ -150,7 +154,9 @@ def test_killed_before_the_file_counts_the_search_is_as_it_was_before(
     found = load_state(tmp_path, state.fingerprint, build)
     assert found is not None
     assert repr(found) == before
-    assert torch.equal(load_numbers(tmp_path, found, 0)["adapter/a"], numbers(0)["adapter/a"])
+    there = load_slot(tmp_path, found, 0)
+    assert there is not None
+    assert torch.equal(there.tensors["adapter/a"], numbers(0).tensors["adapter/a"])
     # And what the crash left is cleared away by the next time.
     save_state(tmp_path, state, {0: numbers(5)})
     assert under_way(tmp_path) == ["trial-0-step-20.safetensors"]
@@ -165,6 +171,23 @@ def test_the_folder_of_another_search_is_refused_and_overwrite_named(tmp_path: P
         f"output: {tmp_path} holds another search, of other options, space or data; choose another folder, or give "
         "--overwrite to start over"
     )
+
+
+def test_the_format_of_a_later_version_is_refused_and_a_file_without_one_is_read(
+    tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "FORMAT", module.FORMAT + 1)
+        save_state(tmp_path, state, {})
+    path = tmp_path / STATE_NAME
+    said = f"^{path}: is of format {module.FORMAT + 1}, and this version of loraloom reads {module.FORMAT}; "
+    for fingerprint in (state.fingerprint, "e" * 64):
+        with pytest.raises(ConfigError, match=said):
+            load_state(tmp_path, fingerprint, build)
+    lines = path.read_text().splitlines(keepends=True)
+    body = "".join(line for line in lines if '"format"' not in line).rpartition(',\n "sha256"')[0]
+    path.write_text(f'{body},\n "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n')
+    assert repr(load_state(tmp_path, state.fingerprint, build)) == repr(state)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +230,7 @@ def test_numbers_that_are_gone_or_damaged_are_one_error_that_names_their_file(
     path = tmp_path / UNDER_WAY / "trial-0-step-10.safetensors"
     damage(path)
     with pytest.raises(SaveError, match=f"^{path}: (cannot be read|is damaged) "):
-        load_numbers(tmp_path, state, 0)
+        load_slot(tmp_path, state, 0)
 
 
 def test_a_digit_that_was_changed_in_the_file_is_noticed(tmp_path: Path, state: State) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from loraloom import PeftModel
 from loraloom.engine.slot import Curve
+from loraloom.engine.slot_state import SlotState
 from loraloom.inference.evaluation import Evaluator
 from loraloom.models.load import load_base
 from loraloom.training.run import prepare, run
@@ -58,7 +59,7 @@ def begin(options: TuneConfig, numbers: list[int] | None = None, seeds: bool = T
 def to_the_end(worker: Worker, trials: list[Trial]) -> list[tuple[list[int], list[int]]]:
     """Everybody goes on from everywhere. Who came to something when, and the steps of all then."""
     log = []
-    report = worker.run([(trial, {}) for trial in trials], [])
+    report = worker.run([(trial, None) for trial in trials], [])
     while True:
         log.append((sorted(report.events), [trial.step for trial in sorted(trials, key=lambda t: t.number)]))
         leave = [n for n in worker.trials if worker.trials[n].state != "running"]
@@ -80,13 +81,16 @@ def test_put_down_after_every_step_and_taken_up_by_another_worker_no_bit_changes
     adapters = {n: load_file(tmp_path / "search" / TRIALS / name_of(n) / "adapter_model.safetensors") for n in range(4)}
 
     worker, trials = begin(options)
-    log, alive, numbers = [], [(trial, {}) for trial in trials], dict[int, Any]()
+    log, alive = [], [(trial, None) for trial in trials]
     for _ in range(9 * 3):  # steps and the forwards of each, at most
         report = worker.run(alive, [], stop=lambda: True)
         if report.events:
             log.append((sorted(report.events), [trial.step for trial in trials]))
-        numbers = {n: {k: v.clone() for k, v in found.items()} for n, found in report.numbers.items()}
-        alive = [(trial, numbers[trial.number]) for trial in report.trials if trial.state == "running"]
+        alive = [
+            (trial, SlotState.from_bytes(report.states[trial.number].to_bytes()))
+            for trial in report.trials
+            if trial.state == "running"
+        ]
         worker, _ = begin(options)
     assert not alive
     assert log == wanted
@@ -128,13 +132,13 @@ def test_a_trial_stops_where_it_is_held_and_is_measured_when_asked_or_once_it_ha
         return [int(e["step"]) for e in trial.curve.evaluations]
 
     trials[0].goal, trials[1].goal = 2, 6
-    report = worker.run([(trial, {}) for trial in trials], [])
+    report = worker.run([(trial, None) for trial in trials], [])
     assert (report.events, trials[0].step, steps(trials[0])) == ([1], 2, [])
     worker.bar.base, worker.bar.begins = 99.0, False  # below which all are
     report = worker.run([], [1])
     assert (report.events, steps(trials[1])) == ([2], [])  # eight losses at least: six say nothing
     trials[1].measure = True
-    report = worker.run([(trials[1], {})], [])  # what it is told of one that it has
+    report = worker.run([(trials[1], None)], [])  # what it is told of one that it has
     assert (report.events, trials[1].step, steps(trials[1]), trials[1].measure) == ([2], 6, [6], False)
     trials[1].goal = 10
     report = worker.run([], [])
@@ -165,13 +169,13 @@ def test_rungs_of_short_trials(classify: Make) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_trial_in_float16_that_comes_back_has_the_loss_scale_that_it_had(classify: Make) -> None:
     worker, (trial,) = begin(classify(MIXED, train={"dtype": "float16"}), [1])
-    worker.run([(trial, {})], [], stop=lambda: True)
-    worker.slots[1].scale = (512.0, 3)
-    numbers = {key: value.clone() for key, value in worker._numbers(1).items()}
+    worker.run([(trial, None)], [], stop=lambda: True)
+    worker.slots[1].loss_scale, worker.slots[1].good_steps = 512.0, 3
+    saved = SlotState.from_bytes(worker.slots[1].state_dict().to_bytes())
     worker, _ = begin(classify(MIXED, train={"dtype": "float16"}), [])
     trial.goal = trial.step  # as one that is only looked at
-    worker._enter(trial, numbers)
-    assert worker.slots[1].scale == (512.0, 3)
+    worker._enter(trial, saved)
+    assert (worker.slots[1].loss_scale, worker.slots[1].good_steps) == (512.0, 3)
 
 
 @pytest.mark.parametrize(
@@ -208,14 +212,14 @@ def test_an_adapter_that_came_to_its_end_is_saved_and_gives_what_was_measured(cl
 def test_numbers_are_handed_over_from_time_to_time(classify: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SECONDS", 0.0)
     worker, trials = begin(classify(MIXED, train={"max_steps": 90}))
-    report = worker.run([(trial, {}) for trial in trials], [])
+    report = worker.run([(trial, None) for trial in trials], [])
     assert report.events == []
-    assert sorted(report.numbers) == [0, 1, 2, 3]
+    assert sorted(report.states) == [0, 1, 2, 3]
 
 
 def test_those_who_leave_leave_nothing_behind(classify: Make) -> None:
     worker, trials = begin(classify(MIXED))
-    worker.run([(trial, {}) for trial in trials], [], stop=lambda: True)
+    worker.run([(trial, None) for trial in trials], [], stop=lambda: True)
     worker.run([], [0, 1, 2, 3])
     assert worker.pack.adapters == [SPAN]
     assert (worker.slots, worker.trials) == ({}, {})
@@ -236,7 +240,7 @@ def test_out_of_memory_is_a_report_and_the_worker_starts_again_with_fewer(
             patch.setattr(worker.setup.__class__, "slot", fail)
         else:
             patch.setattr(*((module, "advance") if place == "step" else (Evaluator, "figures")), fail)
-        report = worker.run([(trial, {}) for trial in trials], [])
+        report = worker.run([(trial, None) for trial in trials], [])
     assert report == Report([], [], seconds=report.seconds, out_of_memory=True)
     assert worker.pack.adapters == [SPAN]
     fresh = begin(classify(MIXED), [0])[1]
@@ -251,7 +255,7 @@ def test_another_error_is_raised(classify: Make, monkeypatch: pytest.MonkeyPatch
     worker, trials = begin(classify(MIXED))
     monkeypatch.setattr(module, "advance", fail)
     with pytest.raises(RuntimeError, match="odd"):
-        worker.run([(trial, {}) for trial in trials], [])
+        worker.run([(trial, None) for trial in trials], [])
 
 
 def test_a_trial_whose_held_out_loss_is_not_finite_fails_though_its_accuracy_is(
@@ -259,7 +263,7 @@ def test_a_trial_whose_held_out_loss_is_not_finite_fails_though_its_accuracy_is(
 ) -> None:
     monkeypatch.setattr(Evaluator, "metrics", lambda *_: [{"loss": math.nan, "accuracy": 0.5}])
     worker, trials = begin(classify(MIXED), [1])
-    worker.run([(trials[0], {})], [])
+    worker.run([(trials[0], None)], [])
     assert (trials[0].state, trials[0].reason) == ("failed", "step 6: the held-out loss is nan")
 
 

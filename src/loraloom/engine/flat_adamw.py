@@ -1,7 +1,7 @@
 """AdamW over many small tensors as if they were one: a step is a handful of calls, whatever their number.
 
 An adapter is hundreds of small tensors. Gathering their gradients into one, their norm and the update are one call
-each; the parameters are views of one tensor and follow by themselves.
+each; the parameters are views of one flat tensor and follow by themselves.
 """
 
 from __future__ import annotations
@@ -13,20 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraloom.engine.optimizer_state import by_parameter, check_kinds
+
+#: What is kept of each parameter, of its shape, beside the count of steps.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class FlatAdamW:
     """AdamW, by torch's own fused step. A parameter that never had a gradient stays as it is.
 
     Args:
-        parameters: each with what the learning rate is multiplied with for it.
+        parameters: name → parameter, and the factor on its learning rate; in a sequence, positions are the names.
     """
 
-    def __init__(self, parameters: Sequence[tuple[nn.Parameter, float]], weight_decay: float) -> None:
-        self._parameters = list(parameters)
-        self._weight_decay = weight_decay
-        #: those that move together, which had their first gradient in one step and share rate, dtype and device
+    def __init__(
+        self,
+        parameters: Mapping[str, tuple[nn.Parameter, float]] | Sequence[tuple[nn.Parameter, float]],
+        weight_decay: float,
+    ) -> None:
+        if not isinstance(parameters, Mapping):
+            parameters = {str(number): one for number, one in enumerate(parameters)}
+        self._names, self._parameters = list(parameters), list(parameters.values())
+        #: positions of the parameters in one flat tensor: of one learning rate, dtype, device and first step
         self._groups: list[list[int]] = []
-        self._optimizer: torch.optim.AdamW | None = None
+        self._optimizer = torch.optim.AdamW([torch.empty(0)], weight_decay=weight_decay, fused=True)
+        self._optimizer.param_groups.clear()  # torch makes none without a parameter
 
     def step(
         self,
@@ -35,15 +46,14 @@ class FlatAdamW:
         scale: float = 1.0,
         reduce: Callable[[Tensor], None] | None = None,
     ) -> float:
-        """Divide the gradients by ``scale``, clip them together to ``max_norm``, update, and let the gradients go.
+        """Divide the gradients by ``scale``, clip their common norm to ``max_norm``, update, and free the gradients.
 
         ``reduce`` changes the gathered gradients first, as a sum over processes does. Returns their norm before
-        clipping. Where it is not finite, nothing is changed.
+        clipping. If the norm is not finite, nothing is changed.
         """
-        known = {i for members in self._groups for i in members}
-        new = [i for i, (p, _) in enumerate(self._parameters) if i not in known and p.grad is not None]
-        self._take(new)
-        if self._optimizer is None:
+        known, before = {i for members in self._groups for i in members}, len(self._groups)
+        self._add_groups([i for i, (p, _) in enumerate(self._parameters) if i not in known and p.grad is not None])
+        if not self._groups:
             return 0.0
         norms = []
         for group, members in zip(self._optimizer.param_groups, self._groups, strict=True):
@@ -66,23 +76,21 @@ class FlatAdamW:
                     group["params"][0].grad.mul_(factor)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if not math.isfinite(norm):  # so that a group is known by its count of steps: a new one has taken none
+            del self._groups[before:], self._optimizer.param_groups[before:]
         return norm
 
-    def _take(self, members: Sequence[int]) -> None:
+    def _add_groups(self, members: Sequence[int]) -> None:
         kinds: dict[Any, list[int]] = {}
         for i in members:
-            parameter, times = self._parameters[i]
-            kinds.setdefault((times, parameter.dtype, parameter.device), []).append(i)
+            parameter, factor = self._parameters[i]
+            kinds.setdefault((factor, parameter.dtype, parameter.device), []).append(i)
         for kind in kinds.values():
             self._groups.append(kind)
-            group = {"params": [_gathered([self._parameters[i][0] for i in kind])]}
-            if self._optimizer is None:
-                self._optimizer = torch.optim.AdamW([group], weight_decay=self._weight_decay, fused=True)
-            else:
-                self._optimizer.add_param_group(group)
+            self._optimizer.add_param_group({"params": [_gathered([self._parameters[i][0] for i in kind])]})
 
     def _current(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-        """The tensor that ``parameters`` are views of: another one after the model was moved."""
+        """The flat tensor that ``parameters`` are views of: a new one after the model was moved."""
         flat: nn.Parameter = group["params"][0]
         place = flat.data_ptr()
         for parameter in parameters:
@@ -91,32 +99,47 @@ class FlatAdamW:
             place += parameter.numel() * parameter.element_size()
         else:
             return flat
-        assert self._optimizer is not None
         group["params"] = [_gathered(parameters)]
         moved: nn.Parameter = group["params"][0]
         state = self._optimizer.state.pop(flat, {})
         self._optimizer.state[moved] = _beside(moved, state)
         return moved
 
-    def state(self) -> dict[str, Tensor]:
-        """Who moves together, their moments and counts of steps: what a file must hold to resume."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """``exp_avg/NAME``, ``exp_avg_sq/NAME`` and ``step/NAME`` of each parameter that had a gradient; views."""
         out: dict[str, Tensor] = {}
-        for number, members in enumerate(self._groups):
-            assert self._optimizer is not None
-            (flat,) = self._optimizer.param_groups[number]["params"]
-            out[f"{number}.members"] = torch.tensor(members)
-            out |= {f"{number}.{key}": value for key, value in self._optimizer.state[flat].items()}
+        for members, group in zip(self._groups, self._optimizer.param_groups, strict=True):
+            parameters = [self._parameters[i][0] for i in members]
+            for kind, flat in self._optimizer.state[group["params"][0]].items():
+                for i, part in zip(members, _split(flat, parameters), strict=True):
+                    out[f"{kind}/{self._names[i]}"] = part
         return out
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from ``state()`` of an optimizer over the same parameters; this one took no step yet."""
-        for number in range(sum(key.endswith(".members") for key in state)):
-            self._take(state[f"{number}.members"].tolist())
-            assert self._optimizer is not None
-            (flat,) = self._optimizer.param_groups[-1]["params"]
-            mine = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{number}.")}
-            del mine["members"]
-            self._optimizer.state[flat] = {key: value.clone() for key, value in _beside(flat, mine).items()}
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load the ``state_dict`` of an optimizer over parameters of these names. This one has taken no step yet.
+
+        Raises:
+            AdapterError: a parameter that is unknown here, or a tensor that is missing, unknown or of another shape.
+        """
+        known = dict(zip(self._names, (parameter for parameter, _ in self._parameters), strict=True))
+        saved = by_parameter(state, known)
+        for name, kinds in saved.items():
+            check_kinds(name, kinds, dict.fromkeys(_MOMENTS, known[name]) | {"step": torch.empty(())})
+        counts = {i: float(saved[name]["step"]) for i, name in enumerate(self._names) if name in saved}
+        for count in sorted(set(counts.values()), reverse=True):  # as they came: the first group took the most steps
+            self._add_groups([i for i in counts if counts[i] == count])
+        for members, group in zip(self._groups, self._optimizer.param_groups, strict=True):
+            mine, flat = [saved[self._names[i]] for i in members], group["params"][0]
+            joined = {kind: torch.cat([one[kind].reshape(-1) for one in mine]) for kind in _MOMENTS}
+            self._optimizer.state[flat] = _beside(flat, {**joined, "step": mine[0]["step"].clone()})
+
+
+def _split(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """What is kept of each parameter, of its shape. A number, the count of steps, is that of all."""
+    if not flat.dim():
+        return [flat] * len(parameters)
+    parts = torch.split(flat, [parameter.numel() for parameter in parameters])
+    return [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
 
 
 def _beside(flat: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,7 +148,7 @@ def _beside(flat: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _gathered(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    """One tensor with the numbers of all, which become views of it."""
+    """One flat tensor with the numbers of all ``parameters``, which become views of it."""
     flat = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
     start = 0
     for parameter in parameters:

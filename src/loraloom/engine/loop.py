@@ -109,7 +109,7 @@ def train_pack(
 
     Args:
         save: called when it is due, before an evaluation, which may take long and fail.
-        measured: called after each evaluation. It may end the slot by its ``enough``.
+        measured: called after each evaluation. It may end the slot by its ``stop_reason``.
         on_step: called after each step, and on a resume after an evaluation that was still due.
         stopped: asked before each forward; it ends the loop early, be it within a step.
 
@@ -134,13 +134,13 @@ def train_pack(
 
     def ended() -> bool:
         """What one process is asked, all do: at the end of a step, for gradients within it are each one's own."""
-        if world.size > 1 and any(slot.within[0] for slot in slots):
+        if world.size > 1 and any(slot.micro_step for slot in slots):
             return False
         return world.any(stopped())
 
     pack, world = Pack(model, task=task, pad_id=pad_id), slots[0].world if slots else SINGLE
     for slot in slots:
-        if slot.step and not slot.within[0] and look(slot, every.at(slot.step)):
+        if slot.step and not slot.micro_step and look(slot, every.at(slot.step)):
             on_step(now(slot))
     while (running := [slot for slot in slots if slot.running]) and not ended():
         before = [slot.step for slot in running]

@@ -1,24 +1,27 @@
 """Any optimizer of ``torch.optim`` by its name, with the methods that a slot needs.
 
-``engine.flat_adamw`` has the usual one, faster. Knows parameters and numbers, no slots, schedules or options.
+``engine.flat_adamw`` has the default one, faster. Knows parameters and numbers, no slots, schedules or options.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from loraloom.engine.flat_adamw import FlatAdamW
+from loraloom.engine.optimizer_state import by_parameter, check_kinds
 from loraloom.errors import ConfigError, nearest
 
-#: What changes a flat tensor of gradients in place before they are used: a sum over processes.
+#: Changes a tensor of gradients in place before they are used: a sum over processes.
 Reduce = Callable[[Tensor], None]
-#: Those of torch.optim that need more than gradients of full tensors.
+#: Name → parameter, and the factor on its learning rate.
+Parameters = Mapping[str, tuple[nn.Parameter, float]]
+#: Classes of torch.optim that need more than dense gradients.
 _NEED_MORE = {"LBFGS": "a closure that runs the forward again", "SparseAdam": "sparse gradients"}
 
 
@@ -26,25 +29,27 @@ class Optimizer(Protocol):
     """One adapter's optimizer."""
 
     def step(self, learning_rate: float, max_norm: float, scale: float = 1.0, reduce: Reduce | None = None) -> float:
-        """Divide the gradients by ``scale``, clip them together to ``max_norm``, update, and let the gradients go.
+        """Divide the gradients by ``scale``, clip their common norm to ``max_norm``, update, and free the gradients.
 
-        Returns their norm before clipping. Where it is not finite, nothing is changed.
+        Returns their norm before clipping. If the norm is not finite, nothing is changed.
         """
 
-    def state(self) -> dict[str, Tensor]:
-        """The state to resume from, as tensors."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """``KIND/NAME`` → tensor, such as ``exp_avg/…lora_A.weight``. A parameter without a step has none."""
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from ``state()`` of an optimizer over the same parameters; this one took no step yet."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load the ``state_dict`` of an optimizer over parameters of these names, in any order.
+
+        Raises:
+            AdapterError: a parameter that is unknown here, or a tensor that is missing, unknown or of another shape.
+        """
 
 
-def build(
-    name: str, parameters: Sequence[tuple[nn.Parameter, float]], weight_decay: float, arguments: Mapping[str, Any]
-) -> Optimizer:
-    """``adamw``, or the class ``name`` of torch.optim. ``parameters`` come with what the rate is multiplied with.
+def build(name: str, parameters: Parameters, weight_decay: float, arguments: Mapping[str, Any]) -> Optimizer:
+    """``adamw``, or the class ``name`` of torch.optim.
 
     Raises:
-        ConfigError: no such class, or one that does not take what it is given.
+        ConfigError: no such class, or one that does not accept the arguments.
     """
     if name == "adamw":
         return FlatAdamW(parameters, weight_decay)
@@ -52,7 +57,7 @@ def build(
 
 
 def find(name: str, weight_decay: float, arguments: Mapping[str, Any]) -> type[torch.optim.Optimizer]:
-    """The class ``name`` of torch.optim, which takes ``weight_decay`` and ``arguments``.
+    """The class ``name`` of torch.optim, which accepts ``weight_decay`` and ``arguments``.
 
     Raises:
         ConfigError: begins with the option that is wrong.
@@ -83,28 +88,22 @@ def find(name: str, weight_decay: float, arguments: Mapping[str, Any]) -> type[t
 class NamedOptimizer:
     """A class of torch.optim over one adapter's parameters."""
 
-    def __init__(
-        self,
-        name: str,
-        parameters: Sequence[tuple[nn.Parameter, float]],
-        weight_decay: float,
-        arguments: Mapping[str, Any],
-    ) -> None:
-        kind = find(name, weight_decay, arguments)
-        self._parameters = [parameter for parameter, _ in parameters]
-        takes = inspect.signature(kind.__init__).parameters
-        given = dict(arguments) | ({"weight_decay": weight_decay} if "weight_decay" in takes else {})
+    def __init__(self, name: str, parameters: Parameters, weight_decay: float, arguments: Mapping[str, Any]) -> None:
+        self._kind = find(name, weight_decay, arguments)
+        self._parameters = {key: parameter for key, (parameter, _) in parameters.items()}
+        takes = inspect.signature(self._kind.__init__).parameters
+        self._given = dict(arguments) | ({"weight_decay": weight_decay} if "weight_decay" in takes else {})
         groups: dict[float, list[nn.Parameter]] = {}
-        for parameter, times in parameters:
-            groups.setdefault(times, []).append(parameter)
-        self._times = list(groups)
+        for parameter, factor in parameters.values():
+            groups.setdefault(factor, []).append(parameter)
+        self._factors = list(groups)
         try:
-            self._optimizer = kind([{"params": members} for members in groups.values()], **given)
+            self._optimizer = self._kind([{"params": members} for members in groups.values()], **self._given)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"optim: {name} cannot be made ({error})") from None
 
     def step(self, learning_rate: float, max_norm: float, scale: float = 1.0, reduce: Reduce | None = None) -> float:
-        members = [parameter for parameter in self._parameters if parameter.grad is not None]
+        members = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
         if not members:
             return 0.0
         gradients = [parameter.grad for parameter in members if parameter.grad is not None]
@@ -118,37 +117,30 @@ class NamedOptimizer:
             if factor != 1.0:
                 for gradient in gradients:
                     gradient.mul_(factor)
-            for group, times in zip(self._optimizer.param_groups, self._times, strict=True):
+            for group, times in zip(self._optimizer.param_groups, self._factors, strict=True):
                 group["lr"] = learning_rate * times
             self._optimizer.step()
         for parameter in members:
             parameter.grad = None
         return norm
 
-    def state(self) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        for number, parameter in enumerate(self._parameters):
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    out[f"{number}.{key}"] = value
-                elif isinstance(value, int | float):
-                    out[f"{number}.{key}.{type(value).__name__}"] = torch.tensor(value, dtype=torch.float64)
-        return out
+    def state_dict(self) -> dict[str, Tensor]:
+        states = {name: self._optimizer.state.get(parameter, {}) for name, parameter in self._parameters.items()}
+        return {f"{kind}/{name}": value for name, state in states.items() for kind, value in state.items()}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        # As torch's load_state_dict: a count of steps is on a CPU unless the step's kernel reads it.
-        on_device = {
-            parameter: bool(group.get("fused") or group.get("capturable"))
-            for group in self._optimizer.param_groups
-            for parameter in group["params"]
-        }
-        for name, value in state.items():
-            number, key, *kind = name.split(".")
-            parameter = self._parameters[int(number)]
-            known: Any = self._optimizer.state[parameter]
-            if kind:
-                known[key] = int(value) if kind[0] == "int" else float(value)
-            elif key == "step" and not on_device[parameter]:
-                known[key] = value.clone()
-            else:
-                known[key] = value.to(parameter.device, copy=True)
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        saved = by_parameter(state, self._parameters)
+        for name, kinds in saved.items():
+            fresh = self._state_after_a_step(self._parameters[name])
+            check_kinds(name, kinds, fresh)
+            self._optimizer.state[self._parameters[name]] = {
+                kind: value.copy_(kinds[kind]) for kind, value in fresh.items()
+            }
+
+    def _state_after_a_step(self, like: nn.Parameter) -> dict[str, Tensor]:
+        """What the class keeps of a parameter of this shape, on the devices where it keeps that."""
+        parameter = nn.Parameter(torch.zeros_like(like))
+        parameter.grad = torch.zeros_like(like)
+        optimizer = self._kind([parameter], **self._given)
+        optimizer.step()
+        return dict(optimizer.state[parameter])

@@ -1,15 +1,17 @@
 """One slot's own part of training: its rows in its order, its optimizer, its schedule, its curve.
 
-Nothing here depends on the other slots of a pack or on where this one sits among them.
+Nothing here depends on the other slots of a pack, or on this slot's place among them.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from loraloom import tasks
@@ -19,17 +21,22 @@ from loraloom.data.table.store import lengths_of
 from loraloom.distributed.process_group import SINGLE, ProcessGroup
 from loraloom.engine import optimizers
 from loraloom.engine.lr_schedule import Schedule
+from loraloom.engine.optimizer_state import by_name, by_parameter
+from loraloom.engine.slot_state import SlotState, check_names
+from loraloom.errors import AdapterError
 from loraloom.lora.initialize import seed_of
 from loraloom.tasks.base import Task
 
-#: Half precision's gradients are lost below 2**-24: losses are multiplied with this, and with half as much after each
-#: step whose gradients were not finite, and with twice as much after so many in a row that were.
-SCALE, GROWS_AFTER = 2.0**16, 2000
+#: Gradients of half precision underflow below 2**-24, so losses are multiplied by a scale. A step whose gradients are
+#: not finite halves it, and as many finite steps in a row as the interval double it.
+INITIAL_LOSS_SCALE, GROWTH_INTERVAL = 2.0**16, 2000
+#: Fields of a slot that change while it trains, beside its tensors and its curve.
+_VALUES = ("step", "step_loss", "loss_scale", "good_steps", "stop_reason", "failure", "failed_examples")
 
 
 @dataclass
 class Curve:
-    """What was seen on the way. Steps count from 1; losses are per step, evaluations where they were made."""
+    """What was measured in training. Steps count from 1; losses and rates are per step."""
 
     loss: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
@@ -41,14 +48,14 @@ class Slot:
 
     Args:
         parameters: the adapter's trainable tensors by name, all of them and nothing else.
-        steps: how many optimizer steps this slot takes in all.
-        batch_size: rows of one forward; ``gradient_accumulation_steps`` of these make a step.
+        steps: optimizer steps of the whole training.
+        batch_size: rows of one forward; ``gradient_accumulation_steps`` of these micro-batches make a step.
         loraplus_lr_ratio: the learning rate of B over that of everything else (LoRA+, Hayou et al. 2024).
-        warmup_steps: in place of ``warmup_ratio``, a share of the steps.
-        decay_ratio: the share of the steps in which ``warmup_stable_decay`` goes down.
-        optim: ``adamw``, or a class of torch.optim that takes ``optim_args``.
+        warmup_steps: replaces ``warmup_ratio``, a share of the steps.
+        decay_ratio: the share of the steps in which ``warmup_stable_decay`` decays.
+        optim: ``adamw``, or a class of torch.optim with ``optim_args``.
         task: what the rows' labels are.
-        scaled: losses are scaled, as half precision needs it.
+        scaled: multiply losses by a loss scale, as float16 needs it.
         world: the processes that share each batch.
     """
 
@@ -77,33 +84,35 @@ class Slot:
         world: ProcessGroup | None = None,
     ) -> None:
         self.name, self.seed, self._task = name, seed, tasks.get(task)
+        self._parameters = dict(parameters)
         self.steps, self.step = steps, 0
-        self.accumulation = gradient_accumulation_steps
+        self._accumulation = gradient_accumulation_steps
         warmup = math.ceil(warmup_ratio * steps) if warmup_steps is None else warmup_steps
         self._schedule = Schedule(learning_rate, steps, warmup, lr_scheduler_type, math.ceil(decay_ratio * steps))
         self.max_grad_norm = max_grad_norm
         self.world = world or SINGLE
-        #: what losses are multiplied with, and for how many steps that went well
-        self.scale: tuple[float, int] = (SCALE if scaled else 1.0, 0)
-        self._scaled = scaled
+        self.loss_scale, self._scaled = INITIAL_LOSS_SCALE if scaled else 1.0, scaled
+        #: steps with finite gradients since the loss scale changed
+        self.good_steps = 0
         self.curve = Curve()
-        #: why it cannot go on, once it cannot, and the examples that it was working on
+        #: why it stopped with an error, and the numbers of the examples of that forward
         self.failure = ""
-        self.failed: list[int] = []
+        self.failed_examples: list[int] = []
         #: why it ends before its last step
-        self.enough = ""
-        timed = [(p, loraplus_lr_ratio if _is_b(key) else 1.0) for key, p in parameters.items()]
-        self.optimizer = optimizers.build(optim, timed, weight_decay, optim_args or {})
+        self.stop_reason = ""
+        factors = {key: (p, loraplus_lr_ratio if _is_b(key) else 1.0) for key, p in parameters.items()}
+        self.optimizer = optimizers.build(optim, factors, weight_decay, optim_args or {})
         self._examples = examples
         self._lengths, self._batch_size = lengths_of(examples), batch_size
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
-        #: the batches of this step that are yet to come, with their shares of its labels
-        self._waiting: list[tuple[list[int], float]] = []
-        self._loss = 0.0
+        #: the micro-batches left of the step in progress, each with its share of the step's labels
+        self._micro_batches: list[tuple[list[int], float]] = []
+        #: the part of the step's loss that was seen
+        self.step_loss = 0.0
 
     @property
     def done(self) -> bool:
-        return self.step >= self.steps or bool(self.enough)
+        return self.step >= self.steps or bool(self.stop_reason)
 
     @property
     def running(self) -> bool:
@@ -115,26 +124,26 @@ class Slot:
         return self._examples[0]
 
     def next_examples(self) -> tuple[list[Example], float]:
-        """The rows of the next forward, and what their mean loss is to be multiplied with.
+        """The rows of the next forward, and the weight of their mean loss.
 
-        That is their share of the labels of the step, and the scale. A process without a row of a batch takes one that
-        counts nothing, for all go through the same products.
+        The weight is their share of the step's labels, times the loss scale. A process without a row of the micro-batch
+        gets a placeholder of weight 0, because all processes must compute the same products.
         """
-        if not self._waiting:
-            first = self.step * self.accumulation
-            batches = [self._batch(number) for number in range(first, first + self.accumulation)]
+        if not self._micro_batches:
+            first = self.step * self._accumulation
+            batches = [self._batch(number) for number in range(first, first + self._accumulation)]
             labels = sum(self._labels(batch) for batch in batches)
             for batch in batches:
                 mine = self.world.shard(batch)
-                self._waiting.append((mine or batch[:1], self._labels(mine) / max(labels, 1)))
-        rows, share = self._waiting[0]
-        return [self._examples[row] for row in rows], share * self.scale[0]
+                self._micro_batches.append((mine or batch[:1], self._labels(mine) / max(labels, 1)))
+        rows, share = self._micro_batches[0]
+        return [self._examples[row] for row in rows], share * self.loss_scale
 
     def _labels(self, rows: Sequence[int]) -> int:
         return sum(self._task.count(self._examples[row]) for row in rows)
 
     def _batch(self, number: int) -> list[int]:
-        """Batch ``number`` of this slot's order, which goes through the rows again and again, each time anew."""
+        """Micro-batch ``number`` from the start of training. Each epoch has an order of its own."""
         epoch, place = divmod(number, -(-len(self._lengths) // self._batch_size))
         if self._epoch[0] != epoch:
             self._epoch = epoch, bucketed(self._lengths, self._batch_size, self.seed, epoch)
@@ -142,65 +151,97 @@ class Slot:
 
     @property
     def dropout_seed(self) -> int:
-        """Of the next forward's dropout masks: it follows from the slot's own seed and step alone.
+        """The seed of the next forward's dropout masks, from the slot's own seed, step and micro-step alone.
 
-        Processes draw masks of their own for their rows.
+        Each process draws masks of its own for its rows.
         """
-        forward = self.accumulation - len(self._waiting) if self._waiting else 0
-        more = [forward, self.world.rank] if self.world.rank else [forward] if forward else []
+        more = [self.micro_step, self.world.rank] if self.world.rank else [self.micro_step] if self.micro_step else []
         return seed_of("dropout", self.seed, self.step, *more)
 
     @property
-    def within(self) -> tuple[int, float]:
-        """How many forwards of the step under way were seen, and their part of its loss."""
-        return (self.accumulation - len(self._waiting), self._loss) if self._waiting else (0, 0.0)
-
-    def go_on(
-        self,
-        step: int,
-        curve: Curve,
-        within: tuple[int, float] = (0, 0.0),
-        scale: tuple[float, int] | None = None,
-    ) -> None:
-        """Stand where another slot with these rows stood. The optimizer's state and gradients come apart from this."""
-        self.step, self.curve = step, curve
-        self.scale = scale or self.scale
-        seen, self._loss = within
-        if seen:
-            self.next_examples()
-            del self._waiting[:seen]
+    def micro_step(self) -> int:
+        """Forwards of the step in progress whose gradients are accumulated."""
+        return self._accumulation - len(self._micro_batches) if self._micro_batches else 0
 
     def rate(self, step: int) -> float:
         """The learning rate of ``step``, from 0."""
         return self._schedule.rate(step)
 
     def update(self, loss: float) -> None:
-        """Go on after a backward; ``loss`` is that of its rows. A step once all forwards of the step were seen.
+        """Count a backward over ``next_examples``, whose mean loss is ``loss``; after a step's last one, step.
 
-        Where a scaled loss gave gradients that are not finite, the step is to be taken again, with half the scale.
+        If gradients of a scaled loss are not finite, the same step is repeated with half the scale.
         """
-        rows, share = self._waiting.pop(0)
-        # A row that stands in for none says nothing, not even that its loss is NaN.
+        rows, share = self._micro_batches.pop(0)
+        # A placeholder row contributes nothing, not even a NaN.
         loss = self.world.total(share * loss if share else 0.0)
-        self._loss += loss
+        self.step_loss += loss
         if not math.isfinite(loss):
-            self.failure, self.failed = f"step {self.step + 1}: the loss is {loss}", rows
-        elif not self._waiting:
-            rate, (scale, good) = self.rate(self.step), self.scale
+            self._fail(f"the loss is {loss}", rows)
+        elif not self._micro_batches:
             reduce = self.world.sum if self.world.size > 1 else None
-            norm = self.optimizer.step(rate, self.max_grad_norm, scale, reduce)
-            if not math.isfinite(norm):
-                if self._scaled and scale > 1.0:
-                    self.scale, self._loss = (scale / 2, 0), 0.0
-                else:
-                    self.failure, self.failed = f"step {self.step + 1}: the norm of the gradients is {norm}", rows
-                return
-            if self._scaled:
-                self.scale = (scale, good + 1) if good + 1 < GROWS_AFTER else (2 * scale, 0)
-            self.step += 1
-            self.curve.loss.append(self._loss)
-            self.curve.learning_rate.append(rate)
-            self._loss = 0.0
+            rate = self.rate(self.step)
+            norm = self.optimizer.step(rate, self.max_grad_norm, self.loss_scale, reduce)
+            if math.isfinite(norm):
+                self._finish_step(rate)
+            elif self._scaled and self.loss_scale > 1.0:
+                self.loss_scale, self.good_steps, self.step_loss = self.loss_scale / 2, 0, 0.0
+            else:
+                self._fail(f"the norm of the gradients is {norm}", rows)
+
+    def _fail(self, what: str, rows: list[int]) -> None:
+        self.failure, self.failed_examples = f"step {self.step + 1}: {what}", rows
+
+    def _finish_step(self, rate: float) -> None:
+        if self._scaled:
+            self.good_steps += 1
+            if self.good_steps == GROWTH_INTERVAL:
+                self.loss_scale, self.good_steps = 2 * self.loss_scale, 0
+        self.step += 1
+        self.curve.loss.append(self.step_loss)
+        self.curve.learning_rate.append(rate)
+        self.step_loss = 0.0
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> SlotState:
+        """All that another slot with these arguments needs to resume to the bit. Its tensors are views of live ones."""
+        optimizer = self.optimizer.state_dict()
+        tensors = {f"adapter/{name}": p.detach() for name, p in self._parameters.items()}
+        tensors |= {f"optimizer/{key}": tensor for key, tensor in optimizer.items()}
+        tensors |= {f"gradient/{name}": p.grad for name, p in self._parameters.items() if p.grad is not None}
+        values = {key: getattr(self, key) for key in _VALUES}
+        values |= {"curve": asdict(self.curve), "micro_step": self.micro_step}
+        stepped = by_parameter(optimizer, self._parameters)
+        values["without_optimizer_state"] = [name for name in self._parameters if name not in stepped]
+        return SlotState(tensors, values)
+
+    def load_state_dict(self, state: SlotState) -> None:
+        """Continue from the state of a slot with these arguments. This slot must have taken no step yet.
+
+        Raises:
+            AdapterError: a tensor that is missing, unknown or of another shape; the message names it.
+        """
+        adapter, gradients, values = state.below("adapter"), state.below("gradient"), copy.deepcopy(state.values)
+        check_names(adapter, self._parameters, "adapter tensor")
+        check_names(gradients, {key: p for key, p in self._parameters.items() if key in gradients}, "gradient of")
+        optimizer = by_name(state.below("optimizer"), self._parameters)
+        stepped = by_parameter(optimizer, self._parameters)
+        without = values.pop("without_optimizer_state", self._parameters)
+        if lost := [name for name in self._parameters if name not in stepped and name not in without]:
+            raise AdapterError(f"optimizer state of {lost[0]} is missing in the saved state")
+        self.optimizer.load_state_dict(optimizer)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(adapter[name])
+                gradient = gradients.get(name)
+                parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
+        micro_step, self.curve = values.pop("micro_step"), Curve(**values.pop("curve"))
+        vars(self).update({key: values[key] for key in _VALUES})
+        self._micro_batches = []
+        if micro_step:
+            self.next_examples()
+            del self._micro_batches[:micro_step]
 
 
 def _is_b(key: str) -> bool:

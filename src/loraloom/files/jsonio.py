@@ -12,8 +12,22 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from loraloom.errors import FormatError
+
 #: Exceptions of reading JSON with an unexpected structure, including deep nesting and huge numbers.
 MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+def check_format(found: int, known: int, where: str) -> None:
+    """
+    Raises:
+        FormatError: ``found`` is the format of a later version of loraloom than that of ``known``.
+    """
+    if found > known:
+        raise FormatError(
+            f"{where} is of format {found}, and this version of loraloom reads {known}; update loraloom, or choose "
+            "another folder"
+        )
 
 
 def plain(value: Any, limit: Callable[[float], Any] = lambda number: None) -> Any:

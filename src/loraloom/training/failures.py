@@ -99,4 +99,4 @@ def nonfinite_examples(session: Session, slot: Slot, examples: Sequence[Example]
     def loss(number: int) -> float:
         return float(Evaluator(session, [examples[number]]).losses([slot.name]))
 
-    return [number for number in slot.failed if not math.isfinite(loss(number))]
+    return [number for number in slot.failed_examples if not math.isfinite(loss(number))]

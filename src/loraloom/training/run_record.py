@@ -97,7 +97,7 @@ def record(
         state=state,
         steps=slot.step,
         adapter_step=adapter_step,
-        ended_early=slot.enough or None,
+        ended_early=slot.stop_reason or None,
         resumed_at=resumed_at,
         seconds=seconds,
         tokens=tokens,
@@ -139,8 +139,7 @@ def read(path: Path) -> dict[str, Any] | None:
     """
     try:
         found = json.loads(path.read_bytes())
-        if found.get("format", 0) > FORMAT:
-            raise ConfigError(f"{path}: is of format {found['format']}, and this version of loraloom reads {FORMAT}")
+        jsonio.check_format(found.get("format", 0), FORMAT, f"{path}:")
         parts = [found, *(found[key] for key in ("options", "identity", "versions", "machine"))]
         parts += [found["options"]["lora"], found.get("files", {})]
         whole = all(isinstance(part, dict) for part in parts) and isinstance(found["steps"], int)

@@ -175,8 +175,8 @@ class Trainer:
         patience, threshold = options.early_stopping_patience, options.early_stopping_threshold
         if patience and not slot.done and early_stopping.stalled(evaluations, asked, threshold) >= patience:
             times = f"{patience} evaluations" if patience > 1 else "an evaluation"
-            slot.enough = f"no better {early_stopping.watched(evaluations[-1], asked)} in {times}"
-            self._on_event(Message("stopped_early", step=slot.step, steps=slot.steps, reason=slot.enough))
+            slot.stop_reason = f"no better {early_stopping.watched(evaluations[-1], asked)} in {times}"
+            self._on_event(Message("stopped_early", step=slot.step, steps=slot.steps, reason=slot.stop_reason))
         top = self._best
         if options.load_best_model_at_end and top and top[0] == slot.step and not slot.done:
             self._save_here()
@@ -203,7 +203,7 @@ class Trainer:
 
     @property
     def _stand(self) -> tuple[int, int, int]:
-        return self.slot.step, self.slot.within[0], len(self.slot.curve.evaluations)
+        return self.slot.step, self.slot.micro_step, len(self.slot.curve.evaluations)
 
     def _save_here(self) -> None:
         """A checkpoint of this step, unless there is one. All processes come here; the first one writes."""
@@ -220,19 +220,14 @@ class Trainer:
         self._kept.add(self.slot.step)
 
     def _write(self) -> None:
-        slot, (tokens, seconds) = self.slot, self._spent
-        state = resume.state_of(slot, self.options.metric_for_best_model) | {
+        tokens, seconds = self._spent
+        run = {
             "identity": self.identity,
             "tokens": tokens,
             "seconds": seconds,
             "resumed_at": self._resumed_at,
         }
-
-        def adapter(folder: Path) -> None:
-            adapters.save(self.model.base_model, folder, [slot.name])
-
-        tensors = resume.tensors_of(slot, self.model.adapter_parameters(slot.name))
-        folders.write(self.folder, slot.step, adapter, tensors, state)
+        resume.write(self.slot, self.model, self.options, run)
         self._saved = self._stand
         self._rotate()
 
@@ -277,7 +272,7 @@ class Trainer:
         if slot.step and slot.world.is_main_process:
             notes = self._keep(found, error)
         if stopped:
-            if error is None and stop.by != "SIGTERM" and slot.step and slot.world.size == 1 and not slot.within[0]:
+            if error is None and stop.by != "SIGTERM" and slot.step and slot.world.size == 1 and not slot.micro_step:
                 found = self._look_once_more(found)
             at = f"stopped at step {slot.step} of {slot.steps}" if slot.step else "stopped before the first step"
             raise Interrupted(
@@ -300,7 +295,7 @@ class Trainer:
             guilty: list[int] = []
             with contextlib.suppress(Exception):  # it is to be told even where it cannot be looked at
                 guilty = nonfinite_examples(self.job, slot, self.job.data.train.examples)
-            return not_finite(slot.failure, slot.failed, guilty, self.job.data.train.examples.where)
+            return not_finite(slot.failure, slot.failed_examples, guilty, self.job.data.train.examples.where)
         if isinstance(error, LoraloomError):
             return str(error)
         at = f"evaluation at step {slot.step}" if self._evaluating else f"step {slot.step + 1}"

@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from loraloom.engine.slot_state import SlotState
 from loraloom.tuning.bar import Bar, set_bar
 from loraloom.tuning.concurrency import Slots, plan_slots
 from loraloom.tuning.trial import Trial
-from loraloom.tuning.worker import Report, TensorState, Worker
+from loraloom.tuning.worker import Report, Worker
 
 #: Called after each step with the trials under way and the tokens of a second.
 OnTrials = Callable[[list[Trial], float], None]
-#: Trials that enter a worker, with their tensors.
-Enter = Sequence[tuple[Trial, TensorState]]
+#: Trials that enter a worker, with the states of their slots; None for a trial that begins, or is there already.
+Enter = Sequence[tuple[Trial, SlotState | None]]
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,7 @@ class RemoteWorker:
                 for trial in report.trials
                 if (path := Path(folder) / TRIALS / name_of(trial.number)).is_dir()
             }
-        # Copies: a view would take the whole bank along.
-        numbers = {n: {key: t.cpu().clone() for key, t in tensors.items()} for n, tensors in report.numbers.items()}
-        return replace(report, numbers=numbers), adapters
+        return replace(report, states={number: state.copy() for number, state in report.states.items()}), adapters
 
     def look(self) -> tuple[list[Trial], float]:
         """Its trials, not older than a moment, and the tokens of a second."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraloom.engine.slot import Curve
+from loraloom.engine.slot_state import SlotState
 from loraloom.errors import ConfigError, DataError, SaveError
 from loraloom.files import lock
 from loraloom.files.atomic import replace_links
@@ -41,12 +42,12 @@ from loraloom.tuning.state import (
     clear,
     date_of,
     hashes_of,
-    load_numbers,
+    load_slot,
     load_state,
     save_state,
 )
 from loraloom.tuning.trial import Trial
-from loraloom.tuning.worker import Report, TensorState, TrialFactory, Worker, name_of
+from loraloom.tuning.worker import Report, TrialFactory, Worker, name_of
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -209,7 +210,7 @@ class Search:
 
     # -- what workers report ----------------------------------------------------------------------------------------
 
-    def _receive(self, worker: int, report: Report | None) -> dict[int, TensorState]:
+    def _receive(self, worker: int, report: Report | None) -> dict[int, SlotState]:
         """Take over what a worker reports. Returns the tensors of its trials."""
         if report is None or report.out_of_memory:
             if report is None:
@@ -227,7 +228,7 @@ class Search:
         self.state.seconds += report.seconds / len(self.members)
         for number in report.events:
             self._take_note(self.trials[number])
-        return report.numbers
+        return report.states
 
     def _back_to_disk(self) -> None:
         """Trials that no worker holds are as they were when last written down."""
@@ -252,7 +253,7 @@ class Search:
 
     # -- who trains -------------------------------------------------------------------------------------------------
 
-    def _assign(self, executor: Executor, idle: Sequence[int], numbers: dict[int, TensorState]) -> set[int]:
+    def _assign(self, executor: Executor, idle: Sequence[int], numbers: dict[int, SlotState]) -> set[int]:
         """Decide who trains next, write it down, and let the idle workers start. Returns those that have work.
 
         ``numbers`` are those of the trials that just came back.
@@ -271,7 +272,7 @@ class Search:
             there, self.members[worker] = self.members[worker], sorted(trial.number for trial in trials)
             leave = [n for n in there if n not in self.members[worker]]
             # Those that it holds are handed over as well, for how far they train now, without their tensors.
-            enter = [(trial, {} if trial.number in there else self._begin(trial)) for trial in trials]
+            enter = [(trial, None if trial.number in there else self._begin(trial)) for trial in trials]
             executor.start(worker, enter, leave)
             working.add(worker)
         return working
@@ -286,18 +287,18 @@ class Search:
             places[worker], rest = places[worker] + rest[:room], rest[room:]
         return places
 
-    def _begin(self, trial: Trial) -> TensorState:
+    def _begin(self, trial: Trial) -> SlotState | None:
         try:
-            numbers = load_numbers(self.folder, self.state, trial.number)
+            numbers = load_slot(self.folder, self.state, trial.number)
         except SaveError as error:
             self.on_event(Message("restarted", trial=trial.number, error=str(error)))
             self.state.files.pop(trial.number)
-            trial.step, trial.measure, trial.curve, numbers = 0, False, Curve(), {}
-        if not numbers:
+            trial.step, trial.measure, trial.curve, numbers = 0, False, Curve(), None
+        if numbers is None:
             self.on_event(Message("started", trial=trial.number, params=trial.values))
         return numbers
 
-    def _save(self, numbers: Mapping[int, TensorState]) -> None:
+    def _save(self, numbers: Mapping[int, SlotState]) -> None:
         save_state(self.folder, self.state, numbers)
         self.journal.keep(self.trials)
 

@@ -15,21 +15,21 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
-from torch import Tensor
-
 from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Curve
-from loraloom.errors import ConfigError, SaveError
+from loraloom.engine.slot_state import SlotState, values_of_format_1
+from loraloom.errors import ConfigError, FormatError, SaveError
 from loraloom.files.atomic import recover, write_files
 from loraloom.files.hashing import file_hash, first_changed
-from loraloom.files.jsonio import exact, restored
+from loraloom.files.jsonio import MALFORMED, check_format, exact, restored
 from loraloom.tuning.asha import SuccessiveHalving
 from loraloom.tuning.bar import Bar
 from loraloom.tuning.sampler import JOURNAL_NAME
 from loraloom.tuning.trial import Trial
 
 STATE_NAME = "search.json"
+#: Of that file. Files without a number are of loraloom 0.1.
+FORMAT = 1
 UNDER_WAY = "under-way"
 #: Folder of the adapters of trials that came to their end.
 TRIALS = "trials"
@@ -69,17 +69,17 @@ def date_of(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def save_state(folder: Path, state: State, numbers: Mapping[int, Mapping[str, Tensor]]) -> None:
-    """Write ``state`` together with the ``numbers`` of trials that changed; files that it no longer needs go.
+def save_state(folder: Path, state: State, slots: Mapping[int, SlotState]) -> None:
+    """Write ``state`` together with the ``slots`` of trials that changed, and delete files that it no longer names.
 
     Raises:
         SaveError: the folder cannot be written. What was there is as it was.
     """
     files: dict[str, bytes] = {}
     trials = {trial.number: trial for trial in state.trials}
-    for number, tensors in numbers.items():
+    for number, slot in slots.items():
         name = f"{UNDER_WAY}/trial-{number}-step-{trials[number].step}.safetensors"
-        files[name] = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        files[name] = slot.to_bytes()
         state.files[number], state.hashes[name] = name, hashlib.sha256(files[name]).hexdigest()
     live = {trial.number for trial in state.trials if trial.state in ("running", "waiting")}
     state.files = {number: name for number, name in state.files.items() if number in live}
@@ -99,6 +99,7 @@ def _text(state: State) -> bytes:
     """The file: first all but the trials, then a trial a line, and in the end the hash of what is before."""
     kept = {spec.name: getattr(state, spec.name) for spec in fields(state) if spec.name not in ("trials", "written")}
     kept |= {"halving": asdict(state.halving), "bar": None if state.bar is None else asdict(state.bar)}
+    kept = {"format": FORMAT} | kept
     head = json.dumps(exact(kept), indent=1).removesuffix("\n}")
     lines = []
     for trial in state.trials:
@@ -136,10 +137,13 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
     try:
         text = path.read_text(encoding="utf-8")
         found = restored(json.loads(text))
+        check_format(found.get("format", 0), FORMAT, f"{path}:")
         other = found["fingerprint"] != fingerprint
         if not other and not _whole(text):
             raise ValueError("its hash is another one")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except FormatError:
+        raise
+    except (OSError, *MALFORMED) as error:
         raise _damaged(path, error) from None
     if other:
         raise ConfigError(
@@ -160,7 +164,7 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
             bar=_read_bar(found["bar"]),
             date=found.get("date"),
         )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+    except MALFORMED as error:
         raise _damaged(path, error) from None
 
 
@@ -170,23 +174,27 @@ def _damaged(path: Path, error: Exception) -> ConfigError:
     )
 
 
-def load_numbers(folder: Path, state: State, number: int) -> dict[str, Tensor]:
-    """What ``save_state`` was given for one trial; empty for one that had not begun.
+def load_slot(folder: Path, state: State, number: int) -> SlotState | None:
+    """The state of one trial's slot; None for a trial that had not begun.
 
     Raises:
         SaveError: the file is gone or damaged.
     """
     name = state.files.get(number)
     if name is None:
-        return {}
+        return None
     try:
         data = (folder / name).read_bytes()
     except OSError as error:
         raise SaveError(f"{folder / name}: cannot be read ({error.strerror})") from None
     if hashlib.sha256(data).hexdigest() != state.hashes[name]:
         raise SaveError(f"{folder / name}: is damaged (it is not what the search wrote)")
-    found: dict[str, Tensor] = load(data)
-    return found
+    found = SlotState.from_bytes(data)
+    if found.values:
+        return found
+    trial = next(trial for trial in state.trials if trial.number == number)
+    more = {key: tuple(found.tensors.pop(key).tolist()) for key in ("within", "scale") if key in found.tensors}
+    return SlotState(found.tensors, values_of_format_1(trial.step, asdict(trial.curve), **more))
 
 
 def hashes_of(folder: Path) -> dict[str, str]:

@@ -14,15 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from loraloom.config.lora import LoraConfig
 from loraloom.config.train import TrainConfig
 from loraloom.engine.loop import advance
 from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
-from loraloom.errors import SaveError
+from loraloom.engine.slot_state import SlotState
+from loraloom.errors import AdapterError, SaveError
 from loraloom.files.atomic import write_files
 from loraloom.lora.inspection import ENERGY, singular_values
 from loraloom.lora.model import PeftModel
@@ -57,17 +55,15 @@ RUNG_ROWS = 256
 #: Between the last rung and the end there is one more evaluation: curves of two points say nothing.
 BETWEEN = 2 / 3
 
-TensorState = dict[str, Tensor]
-
 
 @dataclass
 class Report:
-    """What a worker hands over: its trials as they are now, and their numbers."""
+    """What a worker hands over: its trials as they are now, and the states of their slots."""
 
     trials: list[Trial]
     #: of these something is to be decided: they came to where they are held, were measured there, or failed
     events: list[int]
-    numbers: dict[int, TensorState] = field(default_factory=dict)
+    states: dict[int, SlotState] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
     #: memory was not enough: the worker let go of all its trials
@@ -126,7 +122,7 @@ class Worker:
 
     def run(
         self,
-        enter: Sequence[tuple[Trial, TensorState]],
+        enter: Sequence[tuple[Trial, SlotState | None]],
         leave: Sequence[int],
         tell: Callable[[list[Trial], float], None] = lambda trials, tokens_per_second: None,
         stop: Callable[[], bool] = lambda: False,
@@ -134,7 +130,8 @@ class Worker:
         """Let trials out and in, and train until there is something to decide, or to write down.
 
         Args:
-            enter: trials with their numbers; none for one that begins. Of one that is in the pack, how far it trains.
+            enter: trials with the states of their slots; None for one that begins, or is in the pack already: that one
+                only learns how far it trains.
             tell: called after each step with the running trials and the tokens of a second.
             stop: asked after each step.
         """
@@ -143,9 +140,9 @@ class Worker:
         try:
             for number in leave:
                 self._leave(number)
-            for trial, numbers in enter:
+            for trial, saved in enter:
                 if (known := self.trials.get(trial.number)) is None:
-                    self._enter(trial, numbers)
+                    self._enter(trial, saved)
                 else:
                     known.state, known.goal, known.measure = trial.state, trial.goal, trial.measure
             last = time.monotonic()
@@ -166,8 +163,8 @@ class Worker:
                 self.pack.remove(name)
             self.slots, self.trials = {}, {}
             return Report([], [], seconds=time.monotonic() - started, out_of_memory=True)
-        numbers_now = {number: self._numbers(number) for number in self.slots}
-        return Report(list(self.trials.values()), events, numbers_now, tokens, time.monotonic() - started)
+        states = {number: slot.state_dict() for number, slot in self.slots.items()}
+        return Report(list(self.trials.values()), events, states, tokens, time.monotonic() - started)
 
     def _follow(self, number: int, seconds: float) -> bool:
         """Bring a trial up to its slot. Whether something is to be decided of it."""
@@ -216,47 +213,21 @@ class Worker:
         count = max(RUNG_ROWS, *(math.ceil(self.options.rungs[rung] * seen) for rung in rungs)) if rungs else there
         return sorted(random.Random("rung").sample(range(there), count)) if count < there else None
 
-    def _enter(self, trial: Trial, numbers: TensorState) -> None:
+    def _enter(self, trial: Trial, saved: SlotState | None) -> None:
         name = name_of(trial.number)
         self.pack.add(name, self.setup.config(trial.options), seed=trial.options.seed)
-        parameters = self.pack.parameters_of(name)
-        if numbers and (lost := [key for key in parameters if f"adapter/{key}" not in numbers]):
-            raise SaveError(
-                f"what was written down of trial {trial.number} lacks {lost[0]}; give --overwrite to begin the search "
-                "anew"
-            )
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                if numbers:
-                    parameter.copy_(numbers[f"adapter/{key}"])
         slot = self.setup.slot(name, trial.options, trial.steps)
-        moments = {
-            key.removeprefix("optimizer/"): value for key, value in numbers.items() if key.startswith("optimizer/")
-        }
-        slot.optimizer.load_state(moments)
-        seen, loss = numbers["within"].tolist() if "within" in numbers else (0, 0.0)
-        scale, good = numbers["scale"].tolist() if "scale" in numbers else slot.scale
-        slot.go_on(trial.step, trial.curve, (int(seen), loss), (scale, int(good)))
-        for key, parameter in parameters.items():
-            if (gradient := numbers.get(f"gradient/{key}")) is not None:
-                parameter.grad = gradient.to(parameter, copy=True)
+        if saved is not None:
+            try:
+                slot.load_state_dict(saved)
+            except AdapterError as error:
+                raise SaveError(f"trial {trial.number}: {error}; give --overwrite to start the search over") from None
+        trial.curve = slot.curve
         self.slots[trial.number], self.trials[trial.number] = slot, trial
 
     def _leave(self, number: int) -> None:
         self.pack.remove(name_of(number))
         del self.slots[number], self.trials[number]
-
-    def _numbers(self, number: int) -> TensorState:
-        """All that a trial needs to resume, to the bit."""
-        slot = self.slots[number]
-        parameters = self.pack.parameters_of(slot.name)
-        found = {f"adapter/{key}": p.detach() for key, p in parameters.items()}
-        found |= {f"optimizer/{key}": value for key, value in slot.optimizer.state().items()}
-        found["scale"] = torch.tensor(slot.scale, dtype=torch.float64)
-        if slot.within[0]:  # between the forwards of one step: who comes to a rung first must not depend on the clock
-            found |= {f"gradient/{key}": p.grad for key, p in parameters.items() if p.grad is not None}
-            found["within"] = torch.tensor(slot.within, dtype=torch.float64)
-        return found
 
 
 def name_of(number: int) -> str:

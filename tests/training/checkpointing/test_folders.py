@@ -112,12 +112,19 @@ def test_one_that_is_not_whole_is_refused_with_what_is_wrong(
         folders.read(path)
 
 
-def test_another_format_is_refused_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "FORMAT", 2)
+def test_the_format_of_a_later_version_is_refused_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 2)
+    monkeypatch.setattr(folders, "FORMAT", folders.FORMAT + 1)
     path = write(tmp_path, 3)
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="it is of format 2, and this version of loraloom reads 1"):
-        folders.read(path)
+    said = (
+        f"{path}: the checkpoint is of format {folders.FORMAT + 1}, and this version of loraloom reads {folders.FORMAT}"
+    )
+    for read in (lambda: folders.read(path), lambda: folders.newest(tmp_path)):  # never the one before it
+        with pytest.raises(ConfigError, match=said):
+            read()
 
 
 # The newest ---------------------------------------------------------------------------------------------------------

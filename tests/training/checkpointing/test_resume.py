@@ -174,7 +174,7 @@ def test_within_a_step_the_gradients_so_far_are_kept(classify: Make, optim: str)
         run(job)
     found = folders.newest(parts.output)
     assert found is not None
-    assert found.state["within"][0] == 3
+    assert found.state["slot"]["micro_step"] == 3
     assert any(name.startswith("gradient/") for name in found.tensors())
     train(parts, True)
     assert weights(parts.output) == weights(whole.output)

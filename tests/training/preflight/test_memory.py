@@ -79,7 +79,7 @@ def test_base_adapter_gradients_and_optimizer_are_what_a_step_allocates(
     slot = Watched("default", trained, rows, steps=1, batch_size=ROWS, learning_rate=1e-9)
     train_pack(model, [slot], TASKS[task], 0, evaluate_every=1, evaluate=lambda slot: {})
     assert said.gradients == sum(gradients)
-    assert said.optimizer == sum(size(value) for key, value in slot.optimizer.state().items() if "exp_avg" in key)
+    assert said.optimizer == sum(size(value) for key, value in slot.optimizer.state_dict().items() if "exp_avg" in key)
 
 
 def kept_by_a_forward(model: nn.Module) -> tuple[int, int]:

@@ -27,18 +27,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraloom.config.lora import CONFIG_NAME
-from loraloom.errors import ConfigError, SaveError
+from loraloom.errors import ConfigError, FormatError, SaveError
 from loraloom.files.atomic import make_folder, remove_tree, sync, write_files
 from loraloom.files.hashing import file_hash
-from loraloom.files.jsonio import MALFORMED, exact, restored
+from loraloom.files.jsonio import MALFORMED, check_format, exact, restored
 from loraloom.lora.checkpoint import WEIGHTS_NAME, write_tensors
 from loraloom.messages import Message, OnEvent, ignore
 
 TENSORS_NAME = "state.safetensors"
 STATE_NAME = "state.json"
 MANIFEST_NAME = "manifest.json"
-#: The layout of the folder and the meaning of the state; another number is not read.
-FORMAT = 1
+#: Of the folder's layout and the meaning of the state. Format 1, of loraloom 0.1, is read as well.
+FORMAT = 2
 
 _FILES = (WEIGHTS_NAME, CONFIG_NAME, TENSORS_NAME, STATE_NAME)
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -89,7 +89,7 @@ def write(
         make_folder(aside)
         adapter(aside)
         # Not sorted: the first metric of an evaluation is the one that is watched.
-        text = json.dumps({**exact(state), "format": FORMAT, "step": step}, indent=1)
+        text = json.dumps({"format": FORMAT, "step": step} | exact(state), indent=1)
         write_files(aside, {TENSORS_NAME: partial(write_tensors, tensors), STATE_NAME: text.encode()})
         manifest = {
             name: {"bytes": (aside / name).stat().st_size, "sha256": file_hash(aside / name)} for name in _FILES
@@ -121,9 +121,11 @@ def read(path: str | Path) -> Checkpoint:
         raise ConfigError(f"{path} is no whole checkpoint: {problem}")
     try:
         state = restored(json.loads((path / STATE_NAME).read_bytes()))
-        return Checkpoint(path, int(state["step"]), state)
-    except (OSError, *MALFORMED):  # since it was looked at
+        found = Checkpoint(path, int(state["step"]), state)
+    except (OSError, *MALFORMED):  # it changed after the hashes were compared
         raise ConfigError(f"{path} is no whole checkpoint: {STATE_NAME} cannot be read") from None
+    check_format(state["format"], FORMAT, f"{path}: the checkpoint")
+    return found
 
 
 def newest(
@@ -135,11 +137,16 @@ def newest(
 
     Args:
         on_event: called for each one that is skipped.
-        fits: what speaks against one that is whole, or nothing.
+        fits: why a whole one is to be skipped, or an empty string.
+
+    Raises:
+        FormatError: one was written by a later version: training must not continue from an older one.
     """
     for path in listed(folder):
         try:
             found = read(path)
+        except FormatError:
+            raise
         except ConfigError as error:
             on_event(Message("skipped", what=str(error)))
             continue
@@ -223,9 +230,7 @@ def _problem(path: Path) -> str:
             if file_hash(path / name) != wanted:
                 return f"{name} is damaged (its sha256 is not the one in {MANIFEST_NAME})"
         state = json.loads((path / STATE_NAME).read_bytes())
-        if state["format"] != FORMAT:
-            return f"it is of format {state['format']}, and this version of loraloom reads {FORMAT}"
-        if not isinstance(state["step"], int):
+        if not isinstance(state["step"], int) or not isinstance(state["format"], int):
             raise TypeError
     except FileNotFoundError as error:
         return f"it has no {Path(error.filename).name}"

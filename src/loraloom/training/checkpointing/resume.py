@@ -11,20 +11,21 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from loraloom.config.options import options_of
 from loraloom.config.train import TrainConfig
 from loraloom.data.example import Example
-from loraloom.engine.slot import Curve, Slot
-from loraloom.errors import ConfigError, LoraloomError
+from loraloom.engine.slot import Slot
+from loraloom.engine.slot_state import SlotState, check_names, values_of_format_1
+from loraloom.errors import AdapterError, ConfigError, FormatError, LoraloomError
 from loraloom.files.atomic import interrupted, recover
 from loraloom.files.jsonio import MALFORMED
+from loraloom.lora import checkpoint as adapters
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel
 from loraloom.messages import Message, OnEvent, ignore
@@ -284,6 +285,8 @@ def understood(checkpoint: Checkpoint) -> Iterator[None]:
     """
     try:
         yield
+    except AdapterError as error:
+        raise ConfigError(f"{checkpoint.path}: {error}; choose an earlier one, or start over") from None
     except (LoraloomError, torch.OutOfMemoryError):
         raise
     except (*MALFORMED, RuntimeError) as error:
@@ -330,78 +333,70 @@ def _record(folder: Path, on_event: OnEvent) -> dict[str, Any] | None:
         return None
     try:
         return read_record(folder / RUN_NAME)
+    except FormatError:
+        raise
     except ConfigError as error:
         on_event(Message("skipped", what=str(error)))
         return None
 
 
-# -- the numbers ------------------------------------------------------------------------------------------------------
+# -- the state --------------------------------------------------------------------------------------------------------
 
 
-def state_of(slot: Slot, asked: str | None) -> dict[str, Any]:
-    """Where ``slot`` stands, as plain JSON."""
-    found = early_stopping.best(slot.curve.evaluations, asked)
-    return {
-        "steps": slot.steps,
-        "curve": asdict(slot.curve),
-        "within": list(slot.within),
-        "scale": list(slot.scale),
-        "best": None if found is None else {"step": found[0], "metric": found[1], "value": found[2]},
-    }
+def write(slot: Slot, model: PeftModel, options: TrainConfig, run: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of ``slot`` to the output folder. ``run`` is what its state holds of the run.
 
-
-def tensors_of(slot: Slot, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The numbers of ``slot`` beside its adapter's: the optimizer's, gradients within a step, random generators."""
-    out = {f"optimizer/{key}": value for key, value in slot.optimizer.state().items()}
-    if slot.within[0]:
-        out |= {f"gradient/{key}": p.grad for key, p in parameters.items() if p.grad is not None}
-    # Rows, masks and starts follow from seeds and steps; these are for what a model of the user's may draw beside that.
-    out["random/cpu"] = torch.get_rng_state()
+    Raises:
+        SaveError: the folder cannot be written.
+    """
+    saved = slot.state_dict()
+    best = early_stopping.best(slot.curve.evaluations, options.metric_for_best_model)
+    named = None if best is None else dict(zip(("step", "metric", "value"), best, strict=True))
+    tensors = {key: tensor for key, tensor in saved.tensors.items() if not key.startswith("adapter/")}
+    # Rows, masks and starts follow from seeds and steps. The generators are for what a user's model draws beside that.
+    tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
-        out["random/cuda"] = torch.cuda.get_rng_state()
-    return out
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+
+    def adapter(folder: Path) -> None:
+        adapters.save(model.base_model, folder, [slot.name])
+
+    return folders.write(options.output, slot.step, adapter, tensors, {"slot": saved.values, "best": named, **run})
 
 
 def restore(checkpoint: Checkpoint, slot: Slot, model: PeftModel) -> None:
-    """Put ``slot`` and its adapter where they stood.
+    """Load the checkpoint's state into ``slot`` and its adapter.
 
     Raises:
-        ConfigError: the checkpoint's adapter is not the one of this model, or its state is not what was written.
+        ConfigError: the adapter or the state do not fit this model.
     """
     with understood(checkpoint):
-        _restore(checkpoint, slot, model)
-
-
-def _restore(checkpoint: Checkpoint, slot: Slot, model: PeftModel) -> None:
-    fill(checkpoint, slot.name, model)
-    state, tensors = checkpoint.state, checkpoint.tensors()
-    slot.optimizer.load_state(_below("optimizer/", tensors))
-    (seen, loss), (scale, good) = state["within"], state["scale"]
-    slot.go_on(checkpoint.step, Curve(**state["curve"]), (seen, loss), (scale, good))
-    gradients = _below("gradient/", tensors)
-    for key, parameter in model.adapter_parameters(slot.name).items():
-        if key in gradients:
-            parameter.grad = gradients[key].to(parameter, copy=True)
-    torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+        fill(checkpoint, slot.name, model)
+        state, tensors = checkpoint.state, checkpoint.tensors()
+        random = {key: tensors.pop(key) for key in list(tensors) if key.startswith("random/")}
+        # Of the adapter's tensors, buffers are not the slot's.
+        mine = {f"adapter/{name}": p.detach() for name, p in model.adapter_parameters(slot.name).items()}
+        if state["format"] == 1:
+            values = values_of_format_1(checkpoint.step, state["curve"], state["within"], state["scale"])
+        else:
+            values = state["slot"]
+        slot.load_state_dict(SlotState({**mine, **tensors}, values))
+        torch.set_rng_state(random["random/cpu"])
+        if "random/cuda" in random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random["random/cuda"])
 
 
 def fill(checkpoint: Checkpoint, name: str, model: PeftModel) -> None:
-    """Put the checkpoint's adapter into ``model`` as ``name``, to the bit.
+    """Copy the checkpoint's adapter to the bit into the adapter ``name`` of ``model``.
 
     Raises:
-        ConfigError: it is not the same in names and shapes.
+        ConfigError: names or shapes differ.
     """
     live, saved = model.base_model.tensors_of(name), checkpoint.adapter()
-    for key in sorted(live.keys() | saved.keys()):
-        shapes = [tuple(tensors[key].shape) if key in tensors else None for tensors in (live, saved)]
-        if shapes[0] != shapes[1]:
-            raise ConfigError(f"{checkpoint.path}: {key} has shape {shapes[1]} and the model needs {shapes[0]}")
+    try:
+        check_names(saved, live, "adapter tensor")
+    except AdapterError as error:
+        raise ConfigError(f"{checkpoint.path}: {error}") from None
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(saved[key])
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
