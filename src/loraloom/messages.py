@@ -1,4 +1,4 @@
-"""What there is to tell, as data: a kind and its figures. ``report.sentences`` has the sentence of each kind."""
+"""Messages as data: a kind and its figures. ``report.sentences`` has the sentence of each kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Message:
 
 
 class Warn(Message):
-    """A message on what may well be a mistake."""
+    """A message about a likely mistake."""
 
 
 OnEvent = Callable[[Message], None]
@@ -35,7 +35,7 @@ Describe = Callable[[Message], str]
 
 
 def ignore(event: object) -> None:
-    """The callback of a program that wants to know nothing."""
+    """A callback that does nothing."""
 
 
 def logged(on_event: OnEvent, describe: Describe = str) -> OnEvent:

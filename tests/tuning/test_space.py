@@ -281,7 +281,7 @@ def test_every_preset_fits_the_usual_models(name: str, preset: str) -> None:
         ({"train.learning_rate": {"log": [1e-3]}}, "space.train.learning_rate: log needs two numbers, [low, high]"),
         ({"train.learning_rate": {"log": [1e-3, "x"]}}, "space.train.learning_rate: log needs two numbers"),
         ({"train.learning_rate": {"log": [1e-3, math.inf]}}, "space.train.learning_rate: log needs two numbers"),
-        ({"train.learning_rate": {"lgo": [1, 2]}}, "space.train.learning_rate: 'lgo' says nothing of a range; did you"),
+        ({"train.learning_rate": {"lgo": [1, 2]}}, "space.train.learning_rate: 'lgo' is no key of a range; did you"),
         ({"train.learning_rate": {"step": 2}}, "space.train.learning_rate: must be {log: [low, high]} or {range:"),
         ({"train.learning_rate": {"log": [1e-4, 1e-3], "step": 1e-4}}, "space.train.learning_rate: a log range has no"),
         ({"lora.r": {"range": [4, 64], "step": 7}}, "space.lora.r: steps of 7 from 4 do not reach 64; the last is 60"),

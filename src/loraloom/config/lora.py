@@ -172,7 +172,7 @@ class LoraConfig(SeenAsPeft, Options, PeftConfig):
     modules_to_save: list[str] | None = _adapter(
         None, may.MODULES, "Modules trained in full and saved with the adapter"
     )
-    #: Weight stored as [in, out]. Conv1D is recognised whatever this says.
+    #: Weight stored as [in, out]. Conv1D is recognised without it.
     fan_in_fan_out: bool = _field(False, flag())
     #: True: A uniform (Kaiming), B zero. "gaussian": A normal with deviation 1/r, B zero. False: both random.
     init_lora_weights: bool | Literal["gaussian"] = _adapter(

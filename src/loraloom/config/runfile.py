@@ -248,7 +248,7 @@ def _check_complete(values: Mapping[str, Any], path: str | Path | None) -> None:
 
 
 def missing_options(flags: Sequence[str]) -> str:
-    """What is said where a command lacks ``flags``: all of them at once."""
+    """The message for a command that lacks ``flags``: all of them at once."""
     return f"Missing option '{flags[0]}'." if len(flags) == 1 else f"Missing options {', '.join(flags)}"
 
 

@@ -20,7 +20,7 @@ _ADDRESS = text("host:port or auto", "")
 
 @dataclass(kw_only=True)
 class SearchOptions(Options):
-    """What a search does with its trials, whatever they train."""
+    """The options of a search that do not depend on what its trials train."""
 
     unknown = "there is no such option of a search"
 

@@ -1,6 +1,6 @@
-"""What a model will see of the data: rows with their trained tokens in colour, lengths, and what was done to them.
+"""The data as a model will see it: rows with their trained tokens in colour, lengths, and notes.
 
-Takes data that is read and tokenised already; gives what a terminal shows.
+Takes data that is read and tokenised; returns what a terminal shows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loraloom.report.format import counted
 from loraloom.report.screen import Text
 from loraloom.tasks.base import Task
 
-#: How trained tokens look, and the others; and what stands around trained ones where there are no colours.
+#: Styles of trained tokens and of the others; and the marks around trained ones on screens without colours.
 TRAINED, SEEN = "bold green", "dim"
 MARKS = "⟦", "⟧"
 #: Tokens of a row that are shown, of its beginning and of its end; bars of the histogram, and their width.
@@ -30,7 +30,7 @@ def picture(
 ) -> RenderableType:
     """The first training rows as the model sees them, what was noticed, and the figures.
 
-    ``marks``: in a text, what is trained on stands between ``MARKS``, for where there are no colours.
+    ``marks``: put trained text between ``MARKS``, for screens without colours.
     """
     parts: list[RenderableType] = [Text(note) for note in data.notes]
     parts += [Text(f"warning: {warning}", "yellow") for warning in data.warnings]

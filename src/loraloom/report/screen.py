@@ -1,4 +1,4 @@
-"""What is printed for people passes here: a text of the user's, or of a file from elsewhere, commands no terminal.
+"""All output for people passes here, so that no text of a user's or of a file sends commands to the terminal.
 
 ``Text`` is rich's, and ``log`` prints plain text; in both, control characters are written visibly (``errors.visible``).
 rich by itself drops some of them without a word and lets escape sequences through.

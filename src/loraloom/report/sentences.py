@@ -40,7 +40,7 @@ def lines(messages: Iterable[Message]) -> RenderableType:
 
 
 def line(message: Message) -> Text:
-    """The sentence as a line of its own; one on a possible mistake says so, in yellow."""
+    """The sentence as a line; a warning begins with the word, in yellow."""
     text = sentence(message)
     return Text(f"warning: {text}", "yellow") if isinstance(message, Warn) else Text(text)
 

@@ -1,4 +1,4 @@
-"""``loraloom train`` and ``loraloom tune`` as functions: prepare, train with progress, draw, and say what came out."""
+"""``loraloom train`` and ``loraloom tune`` as functions: prepare, train with progress, draw, and print the outcome."""
 
 from __future__ import annotations
 
@@ -46,17 +46,16 @@ def train_run(
     on_step: OnStep | None = None,
     notes: Sequence[str] = (),
 ) -> RunResult | None:
-    """Train as ``options`` say, and tell ``console`` (by default the terminal) about it.
+    """Train by ``options``, with progress on ``console`` (by default the terminal).
 
-    The output folder gets the adapter, ``run.yaml``, ``run.json`` and ``curves.png``, and checkpoints on the way.
-    Of several processes the first one talks.
+    The output folder gets the adapter, ``run.yaml``, ``run.json`` and ``curves.png``, and checkpoints.
+    Of several processes, rank 0 prints.
 
     Args:
-        resume: True to go on from the newest checkpoint, or the path of one: see ``training.run.run``.
-        dry_run: do everything but train: None comes back, and nothing is written but the file of bad rows, if they
-            are skipped.
+        resume: True for the newest checkpoint, or the path of one: see ``training.run.run``.
+        dry_run: do everything but train, and return None. Nothing is written but the file of skipped bad rows.
         on_step: called after each step.
-        notes: what there is to know of the options, which is printed first.
+        notes: lines about the options, which are printed first.
 
     Raises:
         LoraloomError: as ``prepare`` and ``run``. What training reached is saved whenever it took a step.
@@ -114,7 +113,7 @@ def data_run(options: TrainConfig, console: Console | None = None, *, rows: int 
     """Show ``console`` what the model of ``options`` will see of the data, and what training on it will take.
 
     Raises:
-        InputError: as ``prepare``. Nothing is written, whatever the output of ``options`` is.
+        InputError: as ``prepare``. Nothing is written, the output of ``options`` is not used.
     """
     if rows < 0:
         raise ConfigError(f"rows: must be a whole number of at least 0, found {rows}")
@@ -134,7 +133,7 @@ def data_run(options: TrainConfig, console: Console | None = None, *, rows: int 
 
 
 def tune_run(options: TuneConfig, console: Console | None = None) -> SearchResult:
-    """Search as ``options`` say, or resume the search in their folder, and tell ``console`` about it.
+    """Search by ``options``, or resume the search in their folder, with progress on ``console``.
 
     The output folder gets the best adapter, ``best.yaml``, ``result.json`` and two pictures.
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 #: Characters of an example's text in the list of predictions.
 SHOWN = 100
-#: Seconds between two lines in a log, of rows that are read and of steps.
+#: Seconds between two lines of progress in a log.
 TELL = 15.0
 #: From this many columns on the bar has room for the rate and the memory.
 WIDE = 100
@@ -150,7 +150,7 @@ def _figures(evaluation: dict[str, float]) -> list[str]:
 
 
 def memory_used() -> int:
-    """Bytes that this process holds: of the accelerator where there is one."""
+    """Bytes that this process holds: on the accelerator if there is one."""
     import torch
 
     return int(torch.cuda.memory_reserved()) if torch.cuda.is_available() else resources.memory_used()
@@ -185,7 +185,7 @@ def memory_table(memory: Memory) -> str:
 
 
 def inspection(folder: str, found: Inspection) -> str:
-    """An adapter: its config as far as it differs from the defaults, its size, and what each module learnt."""
+    """An adapter: its config where it differs from the defaults, its size, and the update of each module."""
     config, defaults = found.config.to_dict(), LoraConfig().to_dict()
     lines = [
         f"{folder}: {found.parameters:,} parameters, {size(found.bytes)}",

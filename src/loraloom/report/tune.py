@@ -37,7 +37,7 @@ TOP = 5
 AROUND = TOP + 6
 #: Steps that the shown training loss is the mean of.
 SMOOTH = 10
-#: Fewer steps than these between two evaluations say nothing about the improvement.
+#: Steps between two evaluations that an improvement needs.
 SLOPE_STEPS = 20
 
 
@@ -234,7 +234,7 @@ class TuneMeter:
         active, names = {trial.number for trial in status.running}, varying(status.trials)
         for trial in status.trials:
             done = len(trial.curve.evaluations)
-            # After a search was resumed, the past of its trials is not told again.
+            # Evaluations from before a resume are not printed again.
             known = self.seen.get(trial.number, max(done - 1, 0) if trial.number in active else done)
             self.seen[trial.number] = done
             if done > known:

@@ -1,4 +1,4 @@
-"""Two pictures of a search: how every trial learnt, and what quality costs in parameters."""
+"""Two pictures of a search: the curve of every trial, and quality against parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLOURS = {"finished": "#2f5aa8", "running": "#6d8fc9", "waiting": "#b9c7e4", "s
 BEST = "#d1622b"
 #: Characters of a hyperparameter's value in a label.
 WIDE = 12
-#: So many of the leaders that came furthest have their number beside their curve.
+#: Leaders that have their number beside their curve.
 LABELLED = 8
 #: A span of values this many times its best is drawn on a log scale: diverging perplexities would flatten the rest.
 LOG_SPAN = 20.0

@@ -1,8 +1,8 @@
-"""Successive halving with a gate: who of the trials that reached a rung trains on, and who is suspended.
+"""Successive halving with a gate: which trials continue from a rung, and which are suspended.
 
 At the first rungs the trials that will learn often look worse than those that never move: a good rate disturbs a new
-head first. So nobody is suspended before the first trial has taken off. A rung is decided once all that can reach it
-stand there, so that no decision depends on who came first. Knows numbers of trials; what a trial is, it does not know.
+head first. So no trial is suspended before the first one has taken off. A rung is decided once all that can reach it
+stand there, so that no decision depends on which came first. Knows trials by number only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def taken_off(losses: list[float], base: float, steps: int) -> bool:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a trial stands at a rung: has it taken off, its held-out loss, and its metric, greater being better."""
+    """A trial at a rung: has it taken off, its held-out loss, and its metric, greater being better."""
 
     off: bool
     loss: float
@@ -39,12 +39,12 @@ class Standing:
 
 @dataclass
 class SuccessiveHalving:
-    """``rungs`` places at which the best ``1 / reduction`` train on, and at least ``least``, and the best by metric."""
+    """``rungs`` places from which the best ``1 / reduction`` continue, at least ``least``, and the best by metric."""
 
     rungs: int
     reduction: int
     least: int = 1
-    #: rung → trials that train on from there; None before it is decided
+    #: rung → trials that continue from it; None before it is decided
     sent: list[list[int] | None] = field(default_factory=list)
     #: suspended trials that train to their end after all, because none of the others learned
     resumed: list[int] = field(default_factory=list)
@@ -66,11 +66,11 @@ class SuccessiveHalving:
         return max(math.ceil(count / self.reduction), min(self.least, count))
 
     def pass_all(self, trials: Iterable[int]) -> None:
-        """Nobody is suspended at the open rung."""
+        """Let all trials pass the open rung."""
         self.sent[self.open] = sorted(trials)
 
     def decide(self, standings: Mapping[int, Standing]) -> list[int]:
-        """Who of those at the open rung trains on; the others are suspended."""
+        """The trials at the open rung that continue; the others are suspended."""
 
         def order(trial: int) -> tuple[bool, float, int]:
             mine = standings[trial]
@@ -92,7 +92,7 @@ class SuccessiveHalving:
         return found
 
     def resume(self, trials: Iterable[int]) -> list[int]:
-        """Those suspended at the furthest rung train to their end; empty when nobody is suspended."""
+        """Those suspended at the furthest rung train to their end; empty if none is suspended."""
         held = self.suspended(trials)
         furthest = max(held.values(), default=0)
         chosen = sorted(trial for trial, rung in held.items() if rung == furthest)

@@ -41,7 +41,7 @@ _CORRELATIONS = ("pearson", "spearman")
 class Bar:
     """``answers`` are figures in words → metric → over all held-out rows, and over all but each part of them.
 
-    ``base`` is the training loss of the best constant answer, None where there is none. ``begins`` says whether a
+    ``base`` is the training loss of the best constant answer, None if there is none. ``begins`` says whether a
     trial's own first losses count as well, because its head has learned before.
     """
 
@@ -59,7 +59,7 @@ class Bar:
         return max(finite, key=lambda pair: goodness(metric, pair[1][0]))
 
     def figures(self, metric: str) -> dict[str, Any]:
-        """What a message tells of the bar."""
+        """The figures of a message about the bar."""
         best = self.best(metric)
         return {"metric": metric, "bar_words": best and best[0], "bar": best and best[1][0]}
 

@@ -28,7 +28,7 @@ RESULT_NAME, BEST_NAME, BEST_FILE = "result.json", "best", "best.yaml"
 
 @dataclass
 class SearchResult:
-    """What came out. ``record`` is what ``result.json`` holds."""
+    """The result of a search. ``record`` is the content of ``result.json``."""
 
     verdict: Verdict
     record: dict[str, Any]
@@ -36,11 +36,11 @@ class SearchResult:
 
 
 def conclude(options: TuneConfig, setup: Setup, state: State, describe: Describe) -> SearchResult:
-    """Judge the trials of ``state`` and write what came out.
+    """Judge the trials of ``state`` and write the results.
 
     Raises:
-        TrainingError: no trial came to a figure.
-        SaveError: the folder cannot be written, or no adapter of those that may be recommended is whole.
+        TrainingError: no trial was measured.
+        SaveError: the folder cannot be written, or no adapter that may be recommended is whole.
     """
     folder = Path(options.train.output)
     best = folder / BEST_NAME
@@ -67,7 +67,7 @@ def conclude(options: TuneConfig, setup: Setup, state: State, describe: Describe
 def _judge(options: TuneConfig, state: State) -> tuple[Verdict, Path | None]:
     """The verdict, and the folder of the best adapter: None if none is recommended, or none came to its end.
 
-    A configuration whose adapters are all missing or damaged gives way to the next, which a note tells.
+    If all adapters of a configuration are missing or damaged, the next one is taken, with a note.
     """
     space, groups = options.space, originals(state.trials)
     notes, lost = list[Message](), list[int]()

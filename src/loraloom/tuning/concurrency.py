@@ -28,7 +28,7 @@ from loraloom.training.setup import Setup
 AS_FAST = 0.95
 #: Of what is free, and of what the estimate says: it counts tensors, and an allocator needs some room beside them.
 SHARE, MARGIN = 0.9, 1.15
-#: A number of slots is measured for so many steps at most, and no longer than this if two are done.
+#: A number of slots is measured for at most ``STEPS`` steps, and after two of them for at most ``SECONDS``.
 STEPS, SECONDS = 8, 1.0
 #: Measurements of each of two numbers of slots, in turns, before one is chosen: on a busy machine a single measurement
 #: may be slow by chance.
@@ -64,7 +64,7 @@ def plan_slots(
         ConfigError: not even one fits.
     """
     need = one_slot(setup, config)
-    sharing = 1 if torch.cuda.is_available() else neighbours  # each has a GPU of its own
+    sharing = 1 if torch.cuda.is_available() else neighbours  # each has its own GPU
     room = memory - need.base if memory else int(SHARE * free_memory() / sharing)
     each = int(MARGIN * (need.total - need.base))
     fit = room // max(each, 1)
@@ -140,7 +140,7 @@ def _rate(pack: Pack, setup: Setup, config: LoraConfig, count: int) -> float:
         slots = [setup.slot(name, setup.options, steps=STEPS + 1) for name in names]
         advance(pack, slots)
         best, began = 0.0, time.perf_counter()
-        for step in range(STEPS):  # the fastest step says what there is: the machine may have other things to do
+        for step in range(STEPS):  # the fastest step counts: the machine may be busy otherwise
             started = time.perf_counter()
             tokens = advance(pack, slots)
             best = max(best, tokens / (time.perf_counter() - started))

@@ -1,4 +1,4 @@
-"""What a search is told: checked as a whole before anything is loaded."""
+"""The options of a search, checked as a whole before anything is loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TuneConfig(SearchOptions):
 
     train: TrainConfig
     space: Space
-    #: What there is to know of how a run file was read, for people; not a field.
+    #: Notes on how a run file was read, for people; not a field.
     notes: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class TuneConfig(SearchOptions):
         given = [name for name in measured if ":" not in name and name != "loss"]
         own = [spec.partition(":")[2] for spec in train.metrics or () if ":" in spec]
         self.metric = self.metric or next(iter([*given, *own]), "loss")
-        # What a function returns is not known before.
+        # The metrics that a function returns are not known before.
         if self.metric not in (*given, "loss") and not own:
             words = " or ".join([", ".join(given), "loss"] if given else ["loss"])
             raise ConfigError(
@@ -69,9 +69,9 @@ class TuneConfig(SearchOptions):
 
     @property
     def left_for_later(self) -> list[str]:
-        """Keys of what was chosen that a search has no use for: it measures at its rungs, and keeps what it needs.
+        """Keys of chosen options that a search does not use: it evaluates at its rungs, and saves what it needs.
 
-        They are for the training of the best configuration in full.
+        They are used when the best configuration is trained in full.
         """
         unused = (one for one in options_of(TrainConfig).values() if one.search == "unused")
         return [one.key for one in unused if getattr(self.train, one.name) != one.default]
@@ -115,7 +115,7 @@ class TuneConfig(SearchOptions):
         return plain | {"train": self.train.to_dict(), "space": self.space.to_dict()}
 
     def fingerprint(self) -> str:
-        """A hash of all that makes it this search and no other: not where it is kept or runs, nor how much at once."""
+        """A hash of all that determines the result: not the folder, the machine, or how many trials train together."""
         values = self.to_dict()
         for name, option in options_of(SearchOptions).items():
             if option.resume == "nothing":
@@ -129,7 +129,7 @@ class TuneConfig(SearchOptions):
 
 
 def _with_preset(tune: Mapping[str, Any], base: TrainConfig) -> dict[str, Any]:
-    """The section ``tune`` with what its preset says of the rest."""
+    """The section ``tune``, completed by its preset."""
     values = dict(tune)
     name = PRESET.check.test("preset", values.pop("preset", PRESET.default))
     preset = PRESETS[name]

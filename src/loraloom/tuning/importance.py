@@ -14,7 +14,7 @@ from loraloom.tuning.trial import Trial
 
 #: PED-ANOVA asks what the best trials have in common; Optuna's documentation wants at least five of them.
 BEST = 5
-#: A hyperparameter mattered if at most this many of so many shuffles of the scores give it as much: one in twenty.
+#: A hyperparameter mattered if at most ``SHUFFLES_ABOVE`` of ``SHUFFLES`` shuffles of the scores give it as much.
 SHUFFLES, SHUFFLES_ABOVE = 39, 1
 #: More distinct numbers than these are a range, not a list.
 LISTED = 6

@@ -13,14 +13,14 @@ from loraloom.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-#: What lies this near an end of a range, as a share of it, lies at its edge.
+#: A value is at the edge of a range if it is nearer to an end than this share of the range.
 EDGE = 0.05
-#: The share of the first configurations that take what is best known.
+#: The share of the first configurations that take the best known value.
 FAVOURED = 0.4
 
 
 def label(value: Any) -> Any:
-    """What stands for ``value`` in tables and in the study: itself, or text: names with commas between, or JSON."""
+    """``value`` in tables and in the study: itself, or names with commas between, or JSON."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
@@ -30,7 +30,7 @@ def label(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Categorical:
-    """A few values. ``values`` maps labels to them; ``order`` are labels from low to high, where there is an order."""
+    """A few values. ``values`` maps labels to them; ``order`` are the ordered labels, low to high."""
 
     values: dict[Any, Any]
     order: tuple[Any, ...] = ()
@@ -143,7 +143,7 @@ def read_range(name: str, raw: Mapping[str, Any]) -> Range:
     kinds = [kind for kind in ("log", "range") if kind in raw]
     for key in raw:
         if key not in ("log", "range", "step"):
-            raise ConfigError(f"{name}: {key!r} says nothing of a range{nearest(str(key), ('log', 'range', 'step'))}")
+            raise ConfigError(f"{name}: {key!r} is no key of a range{nearest(str(key), ('log', 'range', 'step'))}")
     if len(kinds) != 1:
         raise ConfigError(f"{name}: must be {{log: [low, high]}} or {{range: [low, high]}}, found {dict(raw)!r}")
     ends, step = raw[kinds[0]], raw.get("step")

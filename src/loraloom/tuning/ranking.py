@@ -1,4 +1,4 @@
-"""How trials compare: what each configuration scored over its seeds, with its noise, and who stands before whom.
+"""How trials compare: what each configuration scored over its seeds, with its noise, and their order.
 
 Numbers alone. A configuration is known by the number of its first trial; trials that repeat it are further seeds.
 """
@@ -15,14 +15,14 @@ from typing import Any
 from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.tuning.trial import Trial
 
-#: Fewer trials than these say nothing about hyperparameters.
+#: Trials that are needed to compare hyperparameters.
 COMPARED = 8
 #: A configuration whose seeds differ this many times more than the others' is unstable: that is its own noise alone.
 UNSTABLE = 10
 
 
 def goodness(metric: str, value: float) -> float:
-    """More is better, whatever the metric."""
+    """The value, or its negative, so that more is better for every metric."""
     return value if greater_is_better(metric) else -value
 
 

@@ -1,4 +1,4 @@
-"""An executor over Ray: each worker is a process of its own, here or on a cluster, with its own rows, model and pack.
+"""An executor over Ray: each worker is a process, here or on a cluster, with its own rows, model and pack.
 
 This process alone writes: tensors and the files of finished adapters travel to it, and the folder of a search need not
 be shared.
@@ -60,7 +60,7 @@ class Placement(NamedTuple):
 
 
 class RemoteWorker:
-    """A ``Worker`` in a process of its own. ``look`` and ``stop`` are called while ``run`` runs.
+    """A ``Worker`` in its own process. ``look`` and ``stop`` are called while ``run`` runs.
 
     Args:
         hashes: of the files with the rows, sorted.
@@ -282,7 +282,7 @@ def _connect(ray: Any, options: TuneConfig) -> bool:
 
 
 def _wants(ray: Any, count: int) -> dict[str, int]:
-    """What each worker takes of the cluster: a GPU where there are any, else a core.
+    """What each worker takes of the cluster: a GPU if the cluster has any, else a core.
 
     Raises:
         ConfigError: there is not enough for all; Ray would wait for ever.

@@ -73,7 +73,7 @@ def frozen(options: TuneConfig, trial: Trial) -> FrozenTrial:
     state = {"running": states.RUNNING, "finished": states.COMPLETE, "failed": states.FAIL}.get(
         trial.state, states.PRUNED
     )
-    if not measured:  # a trial that waits where nobody was compared yet is as one that runs
+    if not measured:  # a waiting trial that was never compared counts as running
         state = {"waiting": states.RUNNING, "finished": states.FAIL}.get(trial.state, state)
     return optuna.trial.create_trial(
         state=state,

@@ -1,6 +1,6 @@
-"""Which trial trains next: proposals, promotions at rungs, further seeds. Decides from figures alone, trains nothing.
+"""Which trial trains next: proposals, promotions at rungs, further seeds. Decides from measurements, trains nothing.
 
-No decision depends on which trial came first, or on the clock.
+No decision depends on the clock, or on which trial came first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROPOSALS, FIRST = 16, 8
 
 
 class Scheduler:
-    """Decides for the search that stands at ``state``, and changes it."""
+    """Decides for the search in ``state``, and changes it."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Scheduler:
         return self.state.bar
 
     def next(self, held: Collection[int]) -> Trial | None:
-        """A trial without a slot that is to train or to be measured, preferably one that a worker holds already."""
+        """A waiting trial that is to train or to be measured, preferably one that a worker holds already."""
         while self._decided():
             pass
         ready = [t for t in self.trials if t.state == "waiting" and (t.measure or t.step < (t.goal or t.steps))]
@@ -80,7 +80,7 @@ class Scheduler:
         return self._add_repeats(finished) if finished else self._resume_paused()
 
     def _stands(self, trial: Trial, rung: int) -> bool:
-        """Whether it has come to ``rung`` and does not train, or never will."""
+        """True if it waits at ``rung`` or beyond, or has ended."""
         if trial.state in ("finished", "failed"):
             return True
         return bool(self.options.rungs) and trial.state == "waiting" and trial.step >= self._rung_step(trial, rung)
@@ -184,7 +184,7 @@ class Scheduler:
         return True
 
     def _resume_paused(self) -> bool:
-        """No trial that came to its end has learned anything: those paused last come to theirs as well."""
+        """If no finished trial has learned anything, those paused last train to their end as well."""
         originals = [trial.number for trial in self.originals]
         chosen = [n for n in self.state.halving.resume(originals) if self.trials[n].state == "waiting"]
         if not chosen:
@@ -200,7 +200,7 @@ class Scheduler:
     # -- the time left ----------------------------------------------------------------------------------------------
 
     def seconds_left(self) -> float | None:
-        """By the steps that successive halving leaves, at the speed so far."""
+        """Seconds for the steps that successive halving leaves, at the speed so far; None before the first step."""
         done = sum(trial.step for trial in self.trials)
         if not done or not self.state.seconds:
             return None

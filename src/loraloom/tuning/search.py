@@ -1,8 +1,8 @@
 """The search: trials train side by side over one frozen model, poor ones stop early, waiting ones take their slots.
 
-Here trials are given to workers (``tuning.worker``) and where the search stands is written down; ``tuning.scheduler``
-decides who trains. Decisions follow from what was measured alone, never from the clock, so a search that is killed at
-any moment and run again comes to the same verdict.
+This file gives trials to workers (``tuning.worker``) and writes the state of the search; ``tuning.scheduler`` decides
+who trains. Decisions follow from measurements alone, never from the clock, so a search that is killed at any moment and
+resumed comes to the same verdict.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def search(
 
 
 def _prepare(options: TuneConfig) -> tuple[TuneConfig, Setup]:
-    """Read and check everything. The options come back with what turned out once the rows were read."""
+    """Read and check everything. Returns the options completed by what the rows showed."""
     check_output(options.train, files=(RESULT_NAME, BEST_FILE, STATE_NAME, JOURNAL_NAME, "search.png", "pareto.png"))
     folder = Path(options.train.output)
     links = (BEST_NAME, TRIALS, JOURNAL_NAME)
@@ -108,7 +108,7 @@ def _prepare(options: TuneConfig) -> tuple[TuneConfig, Setup]:
 
 
 class Search:
-    """One search from its first step to its last: who has which trial, and where it stands on disk."""
+    """One search from its first step to its last: which worker has which trial, and the state on disk."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class Search:
             self._train(executor)
 
     def _describe(self) -> None:
-        """What was recognised and done to the rows, and what may well be a mistake."""
+        """Report what was recognised, what was done to the rows, and what may well be a mistake."""
         data, options = self.setup.data, self.options.train
         batch = options.batch_size * options.gradient_accumulation_steps
         few = amount(len(data.train.examples), batch, self.setup.steps_of(options)[0])
@@ -231,7 +231,7 @@ class Search:
         return report.states
 
     def _back_to_disk(self) -> None:
-        """Trials that no worker holds are as they were when last written down."""
+        """Reset trials that no worker holds to their last saved state."""
         there = load_state(self.folder, self.fingerprint, self.factory.trial_options)
         held = self._held(self.members)
         for trial in there.trials if there else []:
@@ -254,9 +254,9 @@ class Search:
     # -- who trains -------------------------------------------------------------------------------------------------
 
     def _assign(self, executor: Executor, idle: Sequence[int], numbers: dict[int, SlotState]) -> set[int]:
-        """Decide who trains next, write it down, and let the idle workers start. Returns those that have work.
+        """Decide who trains next, save, and let the idle workers start. Returns those that have work.
 
-        ``numbers`` are those of the trials that just came back.
+        ``numbers`` are the tensors of the trials that were just reported.
         """
         free = len(idle) * self.state.slots
         elsewhere = self._held({worker: None for worker in self.members if worker not in idle})
@@ -267,18 +267,18 @@ class Search:
         self._save(numbers)
         working = set()
         for worker, trials in self._places(idle, sorted(mine, key=lambda trial: trial.number)).items():
-            if not trials:  # what it holds it keeps until told otherwise
+            if not trials:  # it keeps the trials that it holds
                 continue
             there, self.members[worker] = self.members[worker], sorted(trial.number for trial in trials)
             leave = [n for n in there if n not in self.members[worker]]
-            # Those that it holds are handed over as well, for how far they train now, without their tensors.
+            # Trials that it holds are sent too, without tensors: how far they train has changed.
             enter = [(trial, None if trial.number in there else self._begin(trial)) for trial in trials]
             executor.start(worker, enter, leave)
             working.add(worker)
         return working
 
     def _places(self, idle: Sequence[int], mine: Sequence[Trial]) -> dict[int, list[Trial]]:
-        """Idle worker → its trials: those that it holds already, then others as far as it has slots."""
+        """Idle worker → its trials: first those that it holds, then others while slots are free."""
         slots = self.state.slots  # fewer than before, once memory was not enough
         places = {worker: [t for t in mine if t.number in self.members[worker]][:slots] for worker in idle}
         rest = [trial for trial in mine if not any(trial in place for place in places.values())]
@@ -304,7 +304,7 @@ class Search:
 
 
 def _check_validation(setup: Setup) -> None:
-    """Rows that all are of one class cannot tell a good configuration from a poor one."""
+    """Held-out rows of a single class rank no configuration above another."""
     labels = {example.labels for example in setup.data.validation.examples if isinstance(example.labels, int)}
     if len(labels) == 1:
         raise DataError(

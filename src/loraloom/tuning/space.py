@@ -34,11 +34,11 @@ RSLORA_ALPHA = 8
 _NAMES = (TARGETS, "lora.exclude_modules", "lora.modules_to_save")
 _PATTERNS = ("lora.rank_pattern", "lora.alpha_pattern")
 _LAYERS = ("lora.layers_to_transform", "lora.layers_pattern")
-#: Whether these fit is a question to the model.
+#: Keys that are checked against the model.
 _STRUCTURE = (*_NAMES, *_PATTERNS, *_LAYERS)
 _VARY = {one.key for one in OPTIONS.values() if one.search == "varies"}
 
-#: What is known before any trial, best first: the rate hardly depends on the rank, all linear layers beat attention
+#: Known before any trial, best first: the rate hardly depends on the rank, all linear layers beat attention
 #: alone (Schulman et al. 2025, "LoRA Without Regret"), and twice the rank is a good alpha. Numbers: the nearer, the
 #: better.
 _KNOWN: dict[str, Any] = {
@@ -136,7 +136,7 @@ class Space:
 
     @classmethod
     def default(cls, base: TrainConfig, preset: str = "standard") -> Space:
-        """The space of a preset: rank, alpha, targets, dropout and learning rate vary, whatever ``base`` has there."""
+        """The space of a preset: rank, alpha, targets, dropout and learning rate vary and override ``base``."""
         return cls.parse(PRESETS[PRESET.check.test("preset", preset)].space, base)
 
     @property
@@ -210,12 +210,12 @@ class Space:
         if isinstance(alpha, str):
             alpha = float(alpha[:-1] or 1) * r
         param = self.params.get(ALPHA)
-        # Where "rslora" is one of the choices, the others are plain LoRA whatever the base has.
+        # Where "rslora" is one of the choices, the others are plain LoRA even if the base is rslora.
         plain = {RSLORA: False} if isinstance(param, Categorical) and "rslora" in param.values else {}
         return {ALPHA: int(alpha) if alpha == int(alpha) else alpha, **plain}
 
     def check(self, model: nn.Module, base: TrainConfig) -> None:
-        """That every set of targets, and whatever else names modules, fits the model (that may have no weights).
+        """Check that all choices of targets and other names of modules fit the model (which may have no weights).
 
         Raises:
             ConfigError: choices that contradict each other; TargetError: one that matches nothing.
@@ -237,7 +237,7 @@ class Space:
                 raise type(error)(f"space.lora.{name}{hint}") from None
 
     def edges(self, values: Mapping[str, Any]) -> dict[str, str]:
-        """Key → "low" or "high" for ordered hyperparameters whose value lies at an end that could lie further out."""
+        """Key → "low" or "high" for ordered hyperparameters whose value is at an end that can be moved out."""
         found = {}
         for key, value in values.items():
             param = self.params.get(key)
@@ -310,7 +310,7 @@ def _choices(key: str, given: Iterable[Any], base: TrainConfig) -> Categorical:
 
 
 def _check_value(key: str, value: Any, base: TrainConfig) -> None:
-    """What the options refuse, they refuse here. Words have been checked, or are for the model to judge."""
+    """Raise what the options raise. Words were checked before, or are checked against the model."""
     if isinstance(value, str) and (key == ALPHA or (key == TARGETS and value in SETS)):
         return
     try:

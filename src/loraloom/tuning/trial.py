@@ -47,7 +47,7 @@ class Trial:
     files: dict[str, str] = field(default_factory=dict)
     #: the step at which it is held next until others are there too; 0 is its last
     goal: int = 0
-    #: to be measured where it stands, before it trains on
+    #: to be measured at its present step, before it continues
     measure: bool = False
     #: expert weights that stay as they are, in words; "" where there are none
     unadapted: str = ""

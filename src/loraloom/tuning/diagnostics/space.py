@@ -18,7 +18,7 @@ from loraloom.tuning.trial import Trial
 #: A trend: a trial nearer the edge beats one farther away in this share of all pairs. Chance alone gives 0.5, and
 #: 0.75 with eight trials on each side about once in twenty.
 TREND = 0.75
-#: A trend needs so many trials on each side.
+#: Trials that a trend needs on each side.
 TREND_TRIALS = 3
 #: A rate is too high when at least this share of the trials at or above it failed.
 FAILED = 2 / 3
@@ -26,7 +26,7 @@ FAILED = 2 / 3
 #: beat another's in more than this share of pairs.
 IDLE = 0.1
 IDLE_PAIRS = 0.7
-#: and so many trials were compared.
+#: Trials that must be compared for that.
 IDLE_TRIALS = 12
 
 
@@ -112,7 +112,7 @@ def insensitive_params(evidence: DiagnosticInputs) -> Iterator[Message]:
 
 
 def _groups(evidence: DiagnosticInputs, trials: Sequence[Trial], param: str) -> list[list[Trial]]:
-    """Trials by their value; by halves where nearly each has a value of its own."""
+    """Trials by their value; by halves if nearly every trial has another value."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         if param in trial.values:
