@@ -26,6 +26,7 @@ def test_names_and_defaults_are_those_of_peft() -> None:
         ({"r": True}, "r: must be a whole number"),
         ({"r": "8"}, "r: must be a whole number"),
         ({"lora_alpha": math.nan}, "lora_alpha: must be a finite number"),
+        ({"lora_alpha": 10**400}, "lora_alpha: must be a finite number"),
         ({"lora_alpha": math.inf}, "lora_alpha: must be a finite number"),
         ({"lora_alpha": 0}, "lora_alpha: 0"),
         ({"lora_alpha": "16"}, "lora_alpha: must be a finite number"),

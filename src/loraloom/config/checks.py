@@ -43,7 +43,10 @@ def refuse(name: str, wanted: str, value: Any, hint: str = "") -> NoReturn:
 
 def is_number(value: Any) -> bool:
     """True for a finite number of any type that is one, numpy's among them."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def whole(low: int, high: int | None = None) -> Check:

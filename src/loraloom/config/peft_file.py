@@ -17,8 +17,6 @@ from loraloom.errors import ConfigError, short
 NOT_PEFT = "LORALOOM"
 #: Bytes of the largest config that is read: PEFT's have about 1 KB, 100 KB with a name for every module of a model.
 MAX_BYTES = 4_000_000
-#: Digits of the longest whole number that is read.
-_MAX_DIGITS = 300
 
 #: PEFT's options of loading that say how it works and not what comes of it.
 HARMLESS = (
@@ -65,19 +63,18 @@ def parse(text: str, *, source: str) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key, value in found:
             if key in out:
-                raise ConfigError(f"{source}: {short(key)} stands there twice; leave one of them out")
+                raise ConfigError(f"{source}: {short(key)} is given twice; keep one")
             out[key] = value
         return out
 
-    def whole(digits: str) -> int:
-        if len(digits) > _MAX_DIGITS:
-            raise ConfigError(f"{source}: a number of {len(digits):,} digits, which no config has")
-        return int(digits)
-
     try:
-        values = json.loads(text, object_pairs_hook=pairs, parse_int=whole)
+        values = json.loads(text, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{source}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except ConfigError:
+        raise
+    except ValueError:
+        raise ConfigError(f"{source}: a number of more digits than any config has") from None
     except RecursionError:
         raise ConfigError(f"{source}: lists or objects inside each other deeper than any config has") from None
     if not isinstance(values, dict):

@@ -32,7 +32,8 @@ class _Figure:
     def __format__(self, spec: str) -> str:
         if not spec:
             return self._value if isinstance(self._value, str) else shown(self._value)
-        return counted(self._value, spec) if len(spec) > 1 and spec.isalpha() else format(self._value, spec)
+        noun = len(spec) > 1 and spec.replace(" ", "").isalpha()
+        return counted(self._value, spec) if noun else format(self._value, spec)
 
 
 def lines(messages: Iterable[Message]) -> RenderableType:
@@ -79,7 +80,6 @@ def _slots(
 
 
 def _spread(rates: Sequence[float]) -> str:
-    """Of several measurements the fastest says what the machine can do."""
     return f" ({min(rates):,.0f} to {max(rates):,.0f})" if len(rates) > 1 else ""
 
 
@@ -98,22 +98,10 @@ def _rung(
     share: float, taken_off: int, trials: int, reduction: int, promoted: Sequence[int], paused: Sequence[int]
 ) -> str:
     part = {2: "half", 3: "third", 4: "quarter"}.get(reduction, f"1/{reduction}")
-    rest = f"; {_listed(paused)} paused: not (yet) in the top {part} of this rung" if paused else ""
+    rest = f"; {shown(paused)} paused: not (yet) in the top {part} of this rung" if paused else ""
     return (
-        f"at {share:.0%} of the steps {taken_off} of {trials} trials have taken off: {_listed(promoted)} continue{rest}"
+        f"at {share:.0%} of the steps {taken_off} of {trials} trials have taken off: {shown(promoted)} continue{rest}"
     )
-
-
-def _finalists(trials: Sequence[int], seeds: int) -> str:
-    return f"finalists {_listed(trials)}: again with {seeds} more {'seed' if seeds == 1 else 'seeds'} each"
-
-
-def _paused_resume(trials: Sequence[int], **bar: Any) -> str:
-    return f"no trial that came to its end is above {_bar(**bar)}: {_listed(trials)} resume and train to their end"
-
-
-def _listed(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values))
 
 
 SEARCH: Table = {
@@ -129,8 +117,10 @@ SEARCH: Table = {
     "finished": "trial {trial} finished: {metric} {value:.4g}",
     "none_taken_off": _none_taken_off,
     "rung": _rung,
-    "finalists": _finalists,
-    "paused_resume": _paused_resume,
+    "finalists": "finalists {trials}: again with {seeds:more seed} each",
+    "paused_resume": lambda trials, **bar: (
+        f"no finished trial is above {_bar(**bar)}: {shown(trials)} resume and train to their end"
+    ),
     "out_of_memory": "out of memory: continuing with {slots:slot}",
     "worker_died": "worker {worker} died; its trials resume from their last saved state",
 }
@@ -167,10 +157,6 @@ def _runner_up(
     trial: int, params: Mapping[str, Any], ratio: float, distance: float, tie: bool, tie_noise: float, **reached: Any
 ) -> str:
     extent = "of the same size" if 0.95 < ratio < 1.05 else f"{ratio:.2g} times the size"
-    if ratio <= 0.95:
-        parts = {2: "half", 3: "a third of", 4: "a quarter of"}
-        near = [words for part, words in parts.items() if abs(ratio * part - 1) < 0.1]
-        extent = f"{near[0]} the size" if near else f"{ratio:.0%} of the size"
     where = f"{gap(abs(distance))} {'above' if distance > 0 else 'below'}" if distance else "equal to it"
     end = "" if not tie else f": a tie within the noise of {gap(tie_noise)}" if tie_noise else ": a tie"
     return f"runner-up, trial {trial} ({settings(params)}): {_reached(**reached)}; {extent}, {where}{end}"
@@ -196,7 +182,7 @@ VERDICT: Table = {
     "best_of_them": lambda trial, params, **reached: (
         f"the best of them is trial {trial} ({settings(params)}), {_reached(**reached)}"
     ),
-    "only_one": "the only one that could be compared",
+    "only_one": "the only configuration that could be compared",
     "best": _best,
     "tie": _tie,
     "none_finished": "no trial finished: the {compared} that came furthest are compared, at {share:.0%} of their steps",

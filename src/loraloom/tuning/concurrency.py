@@ -93,7 +93,11 @@ def measured(rate: Callable[[int], float], most: int) -> dict[int, list[float]]:
     while True:
         try:
             rates[count] = [rate(count)]
-            _in_turns(rate, rates, count)
+            while _slower(rates, count) and len(rates[count]) < TURNS:
+                fastest = max(rates, key=lambda n: max(rates[n]))
+                rates[count].append(rate(count))
+                if len(rates[fastest]) < TURNS:
+                    rates[fastest].append(rate(fastest))
         except (RuntimeError, MemoryError) as error:
             if not rates or not explain(error).startswith("out of memory"):
                 raise
@@ -105,15 +109,6 @@ def measured(rate: Callable[[int], float], most: int) -> dict[int, list[float]]:
 
 def _slower(rates: Mapping[int, Sequence[float]], count: int) -> bool:
     return max(rates[count]) < AS_FAST * max(map(max, rates.values()))
-
-
-def _in_turns(rate: Callable[[int], float], rates: dict[int, list[float]], count: int) -> None:
-    """Measure ``count`` and the fastest again, in turns, for as long as ``count`` looks slower."""
-    while _slower(rates, count) and len(rates[count]) < TURNS:
-        fastest = max(rates, key=lambda n: max(rates[n]))
-        rates[count].append(rate(count))
-        if len(rates[fastest]) < TURNS:
-            rates[fastest].append(rate(fastest))
 
 
 def one_slot(setup: Setup, config: LoraConfig) -> Memory:
