@@ -129,7 +129,7 @@ def test_dense_layers_and_shared_experts_are_named_so_that_peft_finds_them(tmp_p
 def test_what_peft_would_not_find_is_not_written_unless_for_loraloom_alone(tmp_path: Path) -> None:
     """PEFT renames Laguna's shared experts as transformers renames those of old checkpoints, to no module's name."""
     model = shaken(loraloom.get_peft_model(build("laguna"), loraloom.LoraConfig(r=2, **ALL)))
-    with pytest.raises(SaveError, match=r"would not find .*mlp\.shared_experts\.gate_proj \(and 2 more\).*peft=False"):
+    with pytest.raises(SaveError, match=r"would not find .*mlp\.shared_experts\.gate_proj and 2 more.*peft=False"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     model.save_pretrained(tmp_path, peft=False)

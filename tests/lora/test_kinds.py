@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loraloom import LoraConfig, PeftModel, get_peft_model, plan
 from loraloom.errors import MergeError, TargetError
-from loraloom.lora.kinds import Forward, forward_of, is_map
+from loraloom.lora.kinds import Forward, forward_of
 from loraloom.lora.layers import layer_class
 
 
@@ -86,7 +86,7 @@ def test_a_model_without_numbers_is_planned_by_shapes() -> None:
     linear.to_empty(device="cpu")
     nn.init.normal_(linear.weight)
     nn.init.normal_(linear.bias)
-    assert is_map(linear)
+    assert forward_of(linear).is_map
 
 
 def test_falcons_own_linear_goes_the_fast_way() -> None:

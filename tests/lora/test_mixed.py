@@ -194,7 +194,7 @@ def test_media_of_unlike_numbers_in_the_rows_are_refused() -> None:
     images, ids = torch.randn(4, 3, 2, 2, dtype=torch.float64), IDS.clone().clamp(10)
     odd = ids.clone()
     odd[0, :2] = odd[1:3, 0] = 9
-    with pytest.raises(AdapterError, match="images, videos or sounds of unlike numbers"):
+    with pytest.raises(AdapterError, match="rows with unlike numbers of images, videos or sounds"):
         model(input_ids=odd, images=images, adapter_names=NAMES)
     ids[:, 0] = 9
     check(model, input_ids=ids, images=images)

@@ -363,7 +363,7 @@ def test_the_state_dict_is_found_through_wrappers(llama) -> None:
     assert get_peft_model_state_dict(outer).keys() == get_peft_model_state_dict(model).keys()
     set_peft_model_state_dict(outer, {key: value * 0 for key, value in get_peft_model_state_dict(model).items()})
     assert not any(value.any() for value in get_peft_model_state_dict(model).values())
-    with pytest.raises(ConfigError, match=r"model: must be a loraloom\.PeftModel, found Linear"):
+    with pytest.raises(ConfigError, match="model: No adapter layers found in the model, a Linear"):
         get_peft_model_state_dict(nn.Linear(2, 2))
 
 

@@ -90,10 +90,13 @@ class LoraModel(RoutedModel):
         seed = seed_of(adapter_name) if seed is None else seed
         if tensors is not None:
             _check_size(made, tensors, source)
-        thawed = [] if self.peft_config else [p for p in self.model.parameters() if p.requires_grad]
+        first = not self.peft_config
+        if first:
+            self._thawed = [p for p in self.model.parameters() if p.requires_grad]
         try:
             with self._slots.exclusive("add_adapter", made):
-                self._freeze(thawed)
+                for parameter in self._thawed if first else ():
+                    parameter.requires_grad_(False)
                 self._slots.add(adapter_name, made, base.modules, seed, autocast_adapter_dtype, tensors or {})
                 self._follow()
             self.peft_config[adapter_name] = made.config
@@ -106,15 +109,10 @@ class LoraModel(RoutedModel):
                 fill(made)
         except BaseException:  # Ctrl-C among them
             self._remove(adapter_name)
-            for parameter in thawed:
-                parameter.requires_grad_(True)
+            if first:
+                self.thaw()
             raise
         return made
-
-    def _freeze(self, parameters: list[nn.Parameter]) -> None:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        self._thawed = parameters or self._thawed
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter away. Layers that carry no other adapter become what they were before.

@@ -20,6 +20,7 @@ from loraloom.lora.injection import unwrapped_state
 from loraloom.lora.keys import PREFIX, LoadReport, normalise
 from loraloom.lora.model import PeftModel, by_identity
 from loraloom.lora.peft_options import check_config, check_options
+from loraloom.lora.status import adapted
 
 _ADAPTERS_OWN = ("ephemeral_gpu_offload", "autocast_adapter_dtype", "key_mapping", "strict", "subfolder")
 #: Task → the class of transformers that has a model for it.
@@ -242,7 +243,7 @@ def get_peft_model_state_dict(
             taken for ``adapter_name``.
         save_embedding_layers: as for ``PeftModel.save_pretrained``.
     """
-    (owner, lora), gathered = _unwrapped(model), None
+    (owner, lora), gathered = adapted(model), None
     if isinstance(state_dict, str):
         adapter_name = state_dict
     elif state_dict is not None:
@@ -258,7 +259,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: as for ``get_peft_model_state_dict``. While adapters are merged their updates are in the tensors.
     """
-    state = unwrapped_state(_unwrapped(model)[1].model, persistent=True)
+    state = unwrapped_state(adapted(model)[1].model, persistent=True)
     return {key: tensor.detach() for key, tensor in state.items()}
 
 
@@ -273,19 +274,4 @@ def set_peft_model_state_dict(
 ) -> LoadReport:
     """Copy tensors under PEFT's keys into an adapter that exists. Raises as ``PeftModel.load_adapter``."""
     check_options({"ignore_mismatched_sizes": ignore_mismatched_sizes})
-    return checkpoint.fill(_unwrapped(model)[1], adapter_name, peft_model_state_dict, strict=strict)
-
-
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, LoraModel]:
-    """The model whose state dict has the adapters, and what holds them: see ``inject_adapter_in_model``."""
-    found: Any = model
-    while not isinstance(found, PeftModel) and "_loraloom" not in vars(found):
-        inside = found._modules.get("_orig_mod") or found._modules.get("_fsdp_wrapped_module")
-        inside = inside or found._modules.get("module")  # DistributedDataParallel, DeepSpeed
-        if inside is None:
-            break
-        found = inside
-    lora = found.base_model if isinstance(found, PeftModel) else vars(found).get("_loraloom")
-    if not isinstance(lora, LoraModel):
-        raise ConfigError(f"model: must be a loraloom.PeftModel, found {type(found).__name__}")
-    return found, lora
+    return checkpoint.fill(adapted(model)[1], adapter_name, peft_model_state_dict, strict=strict)

@@ -52,15 +52,15 @@ class Base:
             return {name for name, module in self.modules.items() if module is head}
         return {name for name in self.modules if name in task_heads(config)}
 
-    def closest(self, pattern: str, names: Iterable[str] | None = None) -> str:
-        """``"; did you mean 'q_proj' (22 modules)?"``, by the last part of names."""
+    def closest(self, pattern: str, names: Iterable[str] | None = None, what: str = "module") -> str:
+        """``"; did you mean 'q_proj' (22 modules)?"``, by the last part of names; "" if none is close."""
         leaves = [name.rpartition(".")[2] for name in (self.modules if names is None else names)]
         counts = Counter(leaf for leaf in leaves if not leaf.isdigit())
         close = difflib.get_close_matches(pattern.rpartition(".")[2], list(counts), n=1, cutoff=0.5)
         if not close:
             return ""
         count = counts[close[0]]
-        return f"; did you mean {close[0]!r} ({count} module{'s' if count > 1 else ''})?"
+        return f"; did you mean {close[0]!r} ({count} {what}{'s' if count > 1 else ''})?"
 
     @property
     def offer(self) -> str:

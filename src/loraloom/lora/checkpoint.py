@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loraloom.config.lora import CONFIG_NAME, LoraConfig
 from loraloom.config.peft_file import NOT_PEFT
-from loraloom.errors import AdapterError, SaveError, nearest
+from loraloom.errors import AdapterError, SaveError, nearest, some
 from loraloom.files.atomic import Contents, recover, write_files
 from loraloom.lora import embeddings
 from loraloom.lora.adapters import LoraModel
@@ -54,7 +54,7 @@ def save(
         if peft and (lost := model.lora_unreadable.get(name)):
             raise SaveError(
                 f"{folder}: PEFT would read adapter {name!r} otherwise than loraloom: it would not find the tensors of "
-                f"{lost[0]}{_more(lost)}. Nothing was written; save_pretrained(..., peft=False) writes a folder that "
+                f"{some(lost)}. Nothing was written; save_pretrained(..., peft=False) writes a folder that "
                 "loraloom alone reads"
             )
     write_files(folder, files_of(model, adapters, gathered, save_embedding_layers))
@@ -101,7 +101,7 @@ def to_write(
         base = {key: tensor for key, tensor in base.items() if id(tensor) in gathered}
     tensors = {**base, **tensors}
     if lost := [key for key, tensor in tensors.items() if id(tensor) not in gathered]:
-        raise AdapterError(f"state_dict: it lacks {lost[0]}{_more(lost)}; pass a whole one or none")
+        raise AdapterError(f"state_dict: it lacks {some(lost)}; pass a whole one or none")
     return {key: gathered[id(tensor)] for key, tensor in tensors.items()}
 
 
@@ -284,9 +284,8 @@ def _fill(
             if found.dtype != wanted.dtype:
                 report.dtypes[key] = (dtype_name(found), dtype_name(wanted))
     if wrong:
-        raise AdapterError(
-            f"{source}the adapter does not fit this model: {wrong[0]}{_more(wrong)}. Is it for another base?"
-        )
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise AdapterError(f"{source}the adapter does not fit this model: {wrong[0]}{more}. Is it for another base?")
     if strict and (report.missing or report.unexpected):
         lines = []
         if count := len(report.missing):
@@ -306,7 +305,3 @@ def _fill(
             if key in base and not torch.equal(live[key], tensors[key].to(live[key])):
                 report.base_replaced.append(key)
             live[key].copy_(tensors[key])
-
-
-def _more(items: Sequence[str]) -> str:
-    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -218,12 +217,5 @@ def _renamings(model: nn.Module) -> list[Callable[[str], str]]:
     except ImportError:
         return []
     steps = get_model_conversion_mapping(model, add_legacy=False)
-    return [_renaming(step) for step in steps if isinstance(step, WeightRenaming)]
-
-
-def _renaming(step: Any) -> Callable[[str], str]:
-    def rename(name: str) -> str:
-        out: str = step.rename_source_key(name)[0]
-        return out
-
-    return rename
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    return [lambda name, step=step: step.rename_source_key(name)[0] for step in renamings]  # type: ignore[misc]

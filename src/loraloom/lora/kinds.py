@@ -55,11 +55,6 @@ def forward_of(module: nn.Module) -> Forward:
     return found
 
 
-def is_map(module: nn.Module) -> bool:
-    """Whether ``module`` computes ``F.linear`` (or a lookup, a convolution) of its weight and bias and no more."""
-    return has_known_forward(module) or forward_of(module).is_map
-
-
 def has_known_forward(module: nn.Module) -> bool:
     """Whether the forward is that of torch's own class, of transformers' Conv1D, or of a class that is registered."""
     cls: Any = type(module)

@@ -131,8 +131,8 @@ class LoraLayer(Wrapper):
         """The low-rank update of one slot for its rows ``x``, each ``times`` places of the first dimension."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._updated(self.base_layer(x, *args, **kwargs), x)
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._updated(self.base_layer(input, *args, **kwargs), input)
 
     def _updated(self, y: Tensor, x: Tensor) -> Tensor:
         """What the frozen layer made of ``x``, plus the updates."""

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from loraloom.lora import functional
 from loraloom.lora.dispatch import Frame
 from loraloom.lora.frozen import FrozenLinear, frozen_linear, is_conv1d, registered
-from loraloom.lora.kinds import forward_of, has_known_forward, is_map
+from loraloom.lora.kinds import forward_of, has_known_forward
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.variants.base import Shapes
 
@@ -41,7 +41,7 @@ class LoraLinear(LoraLayer):
     def update(self, slot: str, x: Tensor, times: int = 1) -> Tensor:
         return functional.lora_linear(self.apply_dropout(slot, x, times), *self.factors(slot), self.scaling[slot])
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling() and self._current is not None:
             a, b, scale, drop = self._current
             seen = F.dropout(input, drop.p) if drop.training else input
@@ -62,7 +62,7 @@ class LoraLinear(LoraLayer):
         if (
             self.merged
             or not self._goes_by_rows(x, frame)
-            or not is_map(base)
+            or not forward_of(base).is_map
             or base._forward_hooks
             or base._forward_pre_hooks
             or base._backward_hooks
@@ -143,7 +143,7 @@ class LoraEmbedding(LoraLayer):
         modules: Any = self._modules
         return modules["lora_embedding_A"][slot], modules["lora_embedding_B"][slot]
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
         assert isinstance(base, nn.Embedding)
         if base.max_norm is None:
@@ -214,9 +214,6 @@ class LoraConv(LoraLayer):
     @property
     def channels(self) -> int:
         return -1 - len(self.base_layer.kernel_size)  # type: ignore[arg-type]
-
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        return super().forward(input, *args, **kwargs)  # under torch's name for it
 
     @staticmethod
     def leading(x: Tensor) -> torch.Size:

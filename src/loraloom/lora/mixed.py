@@ -153,17 +153,11 @@ def _one_by_one(lora: LoraModel, run: Run, names: list[str], args: tuple[Any, ..
     for value in tensors(given):
         if value.dim() > 1 and value.shape[0] not in (1, rows):
             shape = tuple(value.shape)
-            raise _undivided(
-                lora,
-                f"an input of shape {shape} cannot be divided among {rows} rows; {_INSTEAD}",
-            )
+            raise _undivided(lora, f"an input of shape {shape} cannot be divided among {rows} rows; {_INSTEAD}")
     batch = Batch(len(names))
     batch.note(given, media_tokens(lora.model))
     if not batch.aligned:
-        raise _undivided(
-            lora,
-            f"images, videos or sounds of unlike numbers in the rows cannot be divided; {_INSTEAD}",
-        )
+        raise _undivided(lora, f"rows with unlike numbers of images, videos or sounds cannot be divided; {_INSTEAD}")
     parts, order, counts = [], [], []
     for name in dict.fromkeys(names):
         mine = [row * times + i for row, other in enumerate(names) if other == name for i in range(times)]

@@ -23,9 +23,6 @@ from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.routing import BASE, Batch, Route
 from loraloom.lora.slots import Slots
 
-#: Names without ``lora_`` that this class had before; they hid what models call so.
-EARLIER = ("layers", "router", "enabled", "saved_modules", "routed")
-
 
 class RoutedModel(nn.Module):
     """``model`` and the route of its forwards. Attributes that it lacks are looked up in ``model``."""
@@ -197,12 +194,7 @@ class RoutedModel(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-        try:
             return getattr(self.model, name)
-        except AttributeError:
-            if name in EARLIER:  # unless the model has something of that name
-                return getattr(self, f"lora_{name}")
-            raise
 
     # -- checks -------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -12,7 +10,7 @@ from torch import nn
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import TargetError
 from loraloom.lora.base import Base, task_heads
-from loraloom.lora.kinds import forward_of, is_map
+from loraloom.lora.kinds import forward_of
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.layers import LoraLinear, is_never_called, layer_class
 from loraloom.lora.matching import each, in_layers, layer_number, lies_in, matches_any, matches_name, suffixes
@@ -67,7 +65,7 @@ def select(base: Base, config: LoraConfig, saved: list[str], strict: bool, liter
     idle = [name for name in names if is_never_called(modules[name])]
     names = _adaptable(base, names, literal)
     spared = inside_saved if literal else inside_saved | excluded
-    chosen = _chosen(modules, names, _parameters(modules, config, demanded or (), literal, spared))
+    chosen = _chosen(modules, names, _parameters(base, config, demanded or (), literal, spared))
     left_out = translation.left_out
     if is_all_linear(wanted) and (table := TYPES.get(base.type or "", {})):
         adapted = {one.module for one in chosen} | inside_saved
@@ -192,14 +190,13 @@ def _adaptable(base: Base, names: list[str], literal: bool) -> list[str]:
     return out
 
 
-def _parameters(
-    modules: dict[str, nn.Module], config: LoraConfig, demanded: Iterable[str], literal: bool, spared: set[str]
-) -> list[str]:
+def _parameters(base: Base, config: LoraConfig, demanded: Iterable[str], literal: bool, spared: set[str]) -> list[str]:
     """The parameters that ``target_parameters`` names, in the model's order.
 
     PEFT looks at ``exclude_modules`` and ``layers_to_transform`` for modules alone; here they hold for parameters too,
     unless ``literal``.
     """
+    modules = base.modules
     there = parameter_names(modules)
     out: set[str] = set()
     for pattern in config.target_parameters or ():
@@ -208,25 +205,17 @@ def _parameters(
         if not literal:
             left = [n for n in left if in_layers(n, config) and not matches_any(config.exclude_modules, n)]
         if pattern in demanded and not left:
-            why = "matches no parameter" if not hits else f"matches {len(hits)} parameters, and all are left out"
-            raise TargetError(f"target_parameters: {pattern!r} {why}{_closest_parameter(pattern, there, hits)}")
+            why = f"matches {len(hits)} parameters, and all are left out" if hits else "matches no parameter"
+            hint = " by exclude_modules, modules_to_save or layers_to_transform"
+            if not hits:
+                hint = base.closest(pattern, there, "parameter") or "; print(model) shows the modules that hold them"
+            raise TargetError(f"target_parameters: {pattern!r} {why}{hint}")
         out.update(left)
     for name in out:
         module, _, key = name.rpartition(".")
         if (obstacle := parameter_obstacle(modules[module], key)) is not None:
             raise TargetError(f"target_parameters: {name} {obstacle}")
     return [name for name in there if name in out]
-
-
-def _closest_parameter(pattern: str, there: list[str], hits: list[str]) -> str:
-    if hits:
-        return " by exclude_modules, modules_to_save or layers_to_transform"
-    counts = Counter(name.rpartition(".")[2] for name in there)
-    close = difflib.get_close_matches(pattern.rpartition(".")[2], list(counts), n=1, cutoff=0.5)
-    if not close:
-        return "; str(model) shows the modules, and model.named_parameters() the parameters that they hold"
-    example = next(name for name in there if matches_name(close[0], name))
-    return f"; did you mean {close[0]!r} ({counts[close[0]]} parameters, such as {example})?"
 
 
 def _chosen(modules: dict[str, nn.Module], names: list[str], parameters: list[str]) -> list[Chosen]:
@@ -239,7 +228,7 @@ def _chosen(modules: dict[str, nn.Module], names: list[str], parameters: list[st
                 f"target_parameters: {parameter} belongs to {name}, which target_modules adapts already; name one of "
                 "them (target_modules=[] adapts parameters alone)"
             )
-        if key == "weight" and layer_class(modules[name]) is LoraLinear and is_map(modules[name]):
+        if key == "weight" and layer_class(modules[name]) is LoraLinear and forward_of(modules[name]).is_map:
             out.append(Chosen(name, name, parameter, LoraLinear))
         else:
             out.append(Chosen(parameter, name, parameter, LoraParameter))

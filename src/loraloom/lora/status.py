@@ -60,9 +60,9 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
     Raises:
         ConfigError: it is neither.
     """
-    lora, around = _adapted(model)
+    owner, lora = adapted(model)
     out = []
-    for name, module in around.named_modules():
+    for name, module in (owner if _is_injected(owner) else lora).named_modules():
         if isinstance(module, LoraLayer):
             slots = {slot: list(module.tensors(slot).values()) for slot in module.slots}
         elif isinstance(module, ModulesToSaveWrapper):
@@ -86,13 +86,13 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
 
 def get_model_status(model: Any) -> TunerModelStatus:
     """One line for a whole model; takes and raises what ``get_layer_status`` does."""
-    lora, around = _adapted(model)
+    owner, lora = adapted(model)
     layers = get_layer_status(model)
-    counts = [(p.numel(), p.requires_grad) for p in around.parameters()]
+    counts = [(p.numel(), p.requires_grad) for p in owner.parameters()]
     names = sorted({slot for layer in layers for slot in layer.available_adapters})
     return TunerModelStatus(
         type(lora.model).__name__,
-        type(lora).__name__ if around is lora else "None",
+        "None" if _is_injected(owner) else type(lora).__name__,
         {name: config.peft_type for name, config in lora.peft_config.items()},
         sum(count for count, trainable in counts if trainable),
         sum(count for count, _ in counts),
@@ -106,17 +106,31 @@ def get_model_status(model: Any) -> TunerModelStatus:
     )
 
 
-def _adapted(model: Any) -> tuple[LoraModel, nn.Module]:
-    """What holds the adapters, and the module by whose names they are called."""
-    if isinstance(held := vars(model).get("_loraloom"), LoraModel):
-        return held, model
-    held = model if isinstance(model, LoraModel) else getattr(model, "base_model", None)
-    if not isinstance(held, LoraModel):
-        raise ConfigError(
-            f"model: No adapter layers found in the model, a {type(model).__name__}; give the PeftModel, or what "
-            "inject_adapter_in_model returned"
-        )
-    return held, held
+def adapted(model: Any) -> tuple[nn.Module, LoraModel]:
+    """``model`` without what torch.compile, FSDP and DDP put around it, and the holder of its adapters.
+
+    Args:
+        model: a ``PeftModel``, or what ``inject_adapter_in_model`` returned.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    found = model
+    while found is not None:
+        inside = vars(found).get("_modules", {})
+        held = found if isinstance(found, LoraModel) else vars(found).get("_loraloom") or inside.get("base_model")
+        if isinstance(held, LoraModel):
+            return found, held
+        found = inside.get("_orig_mod") or inside.get("_fsdp_wrapped_module") or inside.get("module")
+    raise ConfigError(
+        f"model: No adapter layers found in the model, a {type(model).__name__}; give the PeftModel, or what "
+        "inject_adapter_in_model returned"
+    )
+
+
+def _is_injected(owner: nn.Module) -> bool:
+    """Whether its adapters have no ``PeftModel`` around them, and are named by its own modules."""
+    return "_loraloom" in vars(owner)
 
 
 def _some(values: Iterable[Some]) -> Some:

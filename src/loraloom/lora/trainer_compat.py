@@ -7,29 +7,25 @@ instance of ``peft.PeftModel`` (whether to save and load its adapter alone). Not
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from types import FunctionType
 from typing import Any
 
 from torch import nn
 
-_MADE: dict[tuple[type, type], type[nn.Module]] = {}
 
-
-def class_for(peft_model: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass whose ``forward`` shows the arguments of ``base``'s, and whose name says what it is of."""
-    made = _MADE.get((peft_model, base))
-    if made is None:
-        made = _MADE[peft_model, base] = _make(peft_model, base)
-    return made
-
-
-def _make(peft_model: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+def _class_for(peft_model: Any, base: Any) -> type[nn.Module]:
+    """A subclass whose ``forward`` has the signature of ``base``'s, and whose name names both."""
     mine: Any = peft_model.forward
     forward = FunctionType(mine.__code__, mine.__globals__, mine.__name__, mine.__defaults__, mine.__closure__)
     forward.__kwdefaults__, forward.__doc__ = mine.__kwdefaults__, mine.__doc__
     forward.__signature__ = _signature(mine, base.forward)  # type: ignore[attr-defined]
     members = {"forward": forward, "__module__": peft_model.__module__, "__doc__": peft_model.__doc__}
     return type(f"{peft_model.__name__}Of{base.__name__}", (peft_model,), {**members, "made_of": (peft_model, base)})
+
+
+#: Made once for each pair, so that two models of the same classes are of the same class.
+class_for: Any = cache(_class_for)
 
 
 def _signature(mine: Any, base: Any) -> inspect.Signature:
@@ -46,5 +42,5 @@ def _signature(mine: Any, base: Any) -> inspect.Signature:
 
 def blank(peft_model: type[nn.Module], base: type[nn.Module]) -> nn.Module:
     """An empty instance, for copy and pickle to fill."""
-    cls = class_for(peft_model, base)
+    cls: type[nn.Module] = class_for(peft_model, base)
     return cls.__new__(cls)
