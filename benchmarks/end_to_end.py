@@ -32,7 +32,8 @@ from loraloom.data.dataset import read_rows, tokenise
 from loraloom.lora import matmul
 from loraloom.models.load import load_base, load_tokenizer
 from loraloom.tasks import TASKS
-from loraloom.training.run import prepare, run
+from loraloom.training.run import prepare
+from loraloom.training.trainer import Trainer
 
 BY_LENGTH, NO_DROPOUT = (
     "Trainer and peft, group_by_length",
@@ -108,7 +109,7 @@ def alone(name: str, options: argparse.Namespace) -> dict[str, Any]:
         )
         if name == "loraloom":
             job = prepare(settings)
-            result = run(job)
+            result = Trainer(job).fit()
             rows = job.steps * options.batch_size
             seconds = result.record["seconds"]
             return {"rows_per_second": rows / seconds, "seconds": seconds, "rows": rows,

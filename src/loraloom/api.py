@@ -11,26 +11,20 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loraloom import tasks
 from loraloom.config import keys, objects, runfile
 from loraloom.data.example import Settings
 from loraloom.data.read.given import is_rows, write_rows
+from loraloom.engine.loop import OnStep
 from loraloom.errors import ConfigError, InputError, nearest
 from loraloom.inference.answers import answers
+from loraloom.lora.model import PeftModel
 from loraloom.models.given import hold_model
-from loraloom.training.run import ADAPTER
+from loraloom.training.setup import ADAPTER, TrainJob
 from loraloom.tuning.conclusion import BEST_NAME, SearchResult
 from loraloom.tuning.config import TuneConfig
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from loraloom.engine.loop import OnStep
-    from loraloom.lora.model import PeftModel
-    from loraloom.training.run import RunResult
-    from loraloom.training.setup import TrainJob
 
 #: The folder below the output in which rows are kept that were given as objects.
 ROWS = "rows"
@@ -149,7 +143,7 @@ def train(
         found = runfile.read(config, (), given, tasks.check, resume=resume)
         result = train_run(found.options, _console(quiet), resume=found.resume, on_step=on_step, notes=found.notes)
     assert result is not None  # only a dry run has none
-    return _run(result, found.options.output)
+    return Run(Path(found.options.output), result.job, result.record)
 
 
 def tune(
@@ -179,10 +173,6 @@ def tune(
     return Search(result.folder, result.record, _recommendation(result), _table(result))
 
 
-def _run(result: RunResult, output: str) -> Run:
-    return Run(Path(output), result.job, result.record)
-
-
 def _table(result: SearchResult) -> list[dict[str, Any]]:
     found, rows = result.verdict, []
     for number in found.ranking:
@@ -209,7 +199,7 @@ def _recommendation(result: SearchResult) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().strip().splitlines())
 
 
-def _console(quiet: bool) -> Console | None:
+def _console(quiet: bool) -> Any:
     from rich.console import Console
 
     return Console(quiet=True) if quiet else None

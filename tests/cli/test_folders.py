@@ -128,7 +128,7 @@ def test_a_run_that_fails_leaves_the_run_file_that_gives_it_again(
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("loraloom.training.trainer.train_pack", fail)
+    monkeypatch.setattr("loraloom.training.trainer.advance", fail)
     ended = call(*world.train("--output", world.tmp / "third"))
     assert (ended.code, ended.err.startswith("error: out of memory")) == (1, True)
     assert os.listdir(world.tmp / "third") == ["run.yaml"]
@@ -150,7 +150,7 @@ def test_the_run_file_is_there_before_the_first_step_and_the_adapter_before_keep
         seen.append(runfile.read(folder / "run.yaml").options.seed)
         raise MemoryError
 
-    monkeypatch.setattr("loraloom.training.trainer.train_pack", fail)
+    monkeypatch.setattr("loraloom.training.trainer.advance", fail)
     assert call(*world.train("--seed", 2, "--overwrite")).code == 1
     assert seen == [2]
     assert {name: (folder / name).read_bytes() for name in before} == before

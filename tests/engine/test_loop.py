@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from loops import train_pack
 from loraloom import LoraConfig, PeftModel, tasks
 from loraloom.data.example import Example
-from loraloom.engine.loop import StepEvent, train_pack
+from loraloom.engine.loop import StepEvent
 from loraloom.engine.slot import Slot
-from loraloom.errors import TrainingError
 from loraloom.inference.evaluation import Evaluator
 from loraloom.inference.session import Session
 from loraloom.tasks.base import Task
@@ -48,7 +48,6 @@ def train(
     model: PeftModel, task: Task, examples: list[Example], *names: str, **options: Any
 ) -> tuple[dict[str, Slot], int]:
     slots = {name: Slot(name, model.adapter_parameters(name), examples, **SLOTS[name]) for name in names}
-    options = {"evaluate_every": 3, "evaluate": lambda slot: {"loss": 0.0}, **options}
     return slots, train_pack(model, list(slots.values()), task, 0, **options)
 
 
@@ -102,40 +101,17 @@ def test_each_step_is_seen_with_its_loss_and_the_tokens_so_far(decoder: Maker, c
     model, seen = decoder(), []
 
     def watch(event: StepEvent) -> None:
-        assert event.seconds > 0
         assert event.loss == slot.curve.loss[-1]
         seen.append((event.step, len(slot.curve.loss), event.tokens))
 
     slot = Slot(
         "default", model.adapter_parameters("default"), completions[:9], steps=4, batch_size=4, learning_rate=1e-3
     )
-    tokens = train_pack(model, [slot], LM, 0, evaluate_every=9, evaluate=lambda slot: {}, on_step=watch)
+    tokens = train_pack(model, [slot], LM, 0, on_step=watch)
     assert [step for step, *_ in seen] == [losses for _, losses, _ in seen] == [1, 2, 3, 4]
     epoch = sum(len(e.input_ids) for e in completions[:9])  # three batches; padding is not counted
     assert seen[2][2] == epoch
     assert tokens == seen[3][2] > epoch
-
-
-def test_an_evaluation_is_made_every_so_often_and_once_at_the_end(decoder: Maker, completions: list[Example]) -> None:
-    model = two(decoder)
-    slots, _ = train(model, LM, completions, "default", "other", evaluate_every=2)
-    assert [e["step"] for e in slots["default"].curve.evaluations] == [2, 4, 6, 7]
-    assert [e["step"] for e in slots["other"].curve.evaluations] == [2, 4]
-
-
-def test_the_loop_can_be_stopped_between_steps(decoder: Maker, completions: list[Example]) -> None:
-    steps: list[int] = []
-    slots, _ = train(
-        decoder(),
-        LM,
-        completions,
-        "default",
-        on_step=lambda event: steps.append(event.step),
-        stopped=lambda: len(steps) == 3,
-    )
-    assert steps == [1, 2, 3]
-    assert slots["default"].step == 3
-    assert not slots["default"].done
 
 
 def test_an_evaluation_changes_neither_mode_nor_weights_nor_the_active_adapter(
@@ -169,7 +145,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(classifier: Maker, clas
             learning_rate=1e-30,
             seed=seed,
         )
-        train_pack(model, [slot], CLASSES, 0, evaluate_every=1, evaluate=lambda slot: {})
+        train_pack(model, [slot], CLASSES, 0)
         losses.add(slot.curve.loss[0])
     assert len(losses) == 3
 
@@ -196,10 +172,3 @@ def test_a_loss_that_is_not_finite_stops_its_slot_as_it_was_before_and_the_other
     alone = two(decoder)
     one, _ = train(alone, LM, completions, "default")
     assert slots["default"].curve.loss == pytest.approx(one["default"].curve.loss, rel=1e-5)
-
-
-def test_a_loss_that_is_not_finite_ends_a_run_of_one(decoder: Maker, completions: list[Example]) -> None:
-    model = decoder()
-    next(iter(model.adapter_parameters("default").values())).data[0, 0] = float("nan")
-    with pytest.raises(TrainingError, match="step 1: the loss is nan, so training cannot go on; lower the learning"):
-        train(model, LM, completions, "default")

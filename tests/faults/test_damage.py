@@ -23,7 +23,7 @@ from loraloom.messages import ignore
 from loraloom.report.sentences import sentence
 from loraloom.training.checkpointing import folders
 from loraloom.training.output import RUN_FILE
-from loraloom.training.run import prepare, run
+from loraloom.training.run import prepare
 from loraloom.training.setup import TrainJob
 from loraloom.training.trainer import Trainer
 
@@ -41,14 +41,13 @@ def job(encoder_folder: Path, few: Path, tmp_path_factory: pytest.TempPathFactor
         output=tmp_path_factory.mktemp("damage") / "run", lora=LoraConfig(r=2, lora_dropout=0.1),
     )  # fmt: skip
     found = prepare(options)
-    run(found)
+    Trainer(found).fit()
     return found
 
 
 def begun(job: TrainJob, said: list[str]) -> tuple[Trainer, dict[str, Any] | None]:
     """Where a resumed run begins."""
-    slot = job.slot("default", job.options, job.steps)
-    trainer = Trainer(job, slot, ignore, lambda message: said.append(sentence(message)))
+    trainer = Trainer(job, ignore, lambda message: said.append(sentence(message)))
     return trainer, trainer.begin(True)
 
 

@@ -14,9 +14,10 @@ from loraloom.files.log import info, warning
 RUN = """
 import sys
 from loraloom.config.train import TrainConfig
-from loraloom.training.run import prepare, run
-run(prepare(TrainConfig(model=sys.argv[1], data=sys.argv[2], task="seq-cls", output=sys.argv[3], max_steps=1,
-                        report_to=[])), resume=True)
+from loraloom.training.run import prepare
+from loraloom.training.trainer import Trainer
+Trainer(prepare(TrainConfig(model=sys.argv[1], data=sys.argv[2], task="seq-cls", output=sys.argv[3], max_steps=1,
+                        report_to=[]))).fit(True)
 """
 
 

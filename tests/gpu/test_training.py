@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from loops import train_pack
 from loraloom import LoraConfig, PeftModel, TaskType, get_peft_model
 from loraloom.data.example import Example
-from loraloom.engine.loop import advance, train_pack
+from loraloom.engine.loop import advance
 from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
 from loraloom.lora.dropout import DropoutMask
@@ -123,7 +124,8 @@ def test_a_slot_that_goes_on_from_a_checkpoint_comes_to_the_same_bits(llama: Mak
 def test_a_whole_run_is_stopped_and_resumed(encoder_folder: Path, reviews: Path, device: str, tmp_path: Path) -> None:
     from loraloom.config.train import TrainConfig
     from loraloom.training.failures import Interrupted
-    from loraloom.training.run import prepare, run
+    from loraloom.training.run import prepare
+    from loraloom.training.trainer import Trainer
 
     def options(output: str) -> TrainConfig:
         lora = LoraConfig(target_modules="all-linear", lora_dropout=0.1)
@@ -134,10 +136,10 @@ def test_a_whole_run_is_stopped_and_resumed(encoder_folder: Path, reviews: Path,
         if progress.step == 3:
             raise KeyboardInterrupt
 
-    whole = run(prepare(options("whole")))
+    whole = Trainer(prepare(options("whole"))).fit()
     with pytest.raises(Interrupted):
-        run(prepare(options("again")), stop)
-    again = run(prepare(options("again"), resume=True), resume=True)
+        Trainer(prepare(options("again")), stop).fit()
+    again = Trainer(prepare(options("again"), resume=True)).fit(True)
     assert next(again.model.parameters()).device.type == torch.device(device).type
     for key, tensor in numbers(whole.model).items():  # fused attention adds up in any order there
         torch.testing.assert_close(numbers(again.model)[key], tensor, rtol=1e-3, atol=1e-4)
@@ -148,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_its_slot_alone(llama: Make) -> None:
     model.add_adapter("wild", LoraConfig(**CONFIG), seed=2)
     slots = [slot_of(model, 4)]
     slots.append(Slot("wild", model.adapter_parameters("wild"), EXAMPLES, steps=4, batch_size=4, learning_rate=1e30))
-    train_pack(model, slots, TaskType.CAUSAL_LM, 0, evaluate_every=9, evaluate=lambda slot: {"loss": 0.0})
+    train_pack(model, slots, TaskType.CAUSAL_LM, 0)
     assert slots[1].failure
     assert slots[0].step == 4
     assert all(p.isfinite().all() for p in model.adapter_parameters("default").values())

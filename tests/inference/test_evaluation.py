@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loops import train_pack
 from loraloom import LoraConfig, PeftModel, get_peft_model, tasks
 from loraloom.data.example import IGNORE, Example
 from loraloom.data.records import Asked, Labelled, Pair, Record, Tagged, Translated
 from loraloom.data.rows import Row
 from loraloom.data.tokenize.answers import Window
 from loraloom.data.tokenize.encode import encoder
-from loraloom.engine.loop import train_pack
 from loraloom.engine.slot import Slot
 from loraloom.inference.evaluation import Evaluator, HeldOut
 from loraloom.inference.session import Session
@@ -54,7 +54,7 @@ def first_loss(model: PeftModel, task: Task, examples: list[Example]) -> tuple[f
         update(loss)
 
     slot.update = keep  # type: ignore[method-assign]
-    train_pack(model, [slot], task, 0, evaluate_every=1, evaluate=lambda slot: {})
+    train_pack(model, [slot], task, 0)
     return slot.curve.loss[0], gradients
 
 

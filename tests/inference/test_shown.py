@@ -12,7 +12,8 @@ import pytest
 from loraloom import LoraConfig
 from loraloom.config.train import TrainConfig
 from loraloom.lora.routing import BASE
-from loraloom.training.run import prepare, run
+from loraloom.training.run import prepare
+from loraloom.training.trainer import Trainer
 
 GOOD, BAD = ("good", "fine", "lovely", "great"), ("bad", "poor", "awful", "weak")
 FILLERS = ("the", "film", "was", "a", "book", "with", "cat", "in", "it")
@@ -100,7 +101,7 @@ def options(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Tra
 
 def test_every_task_learns_and_is_measured_and_shows_three_rows_in_words(options: Any) -> None:
     job = prepare(options())
-    result = run(job)
+    result = Trainer(job).fit()
     evaluations = result.record["curve"]["evaluations"]
     names = RUNS[options.name][3]
     assert list(evaluations[-1]) == ["step", "loss", *names]
@@ -121,6 +122,6 @@ def test_every_task_learns_and_is_measured_and_shows_three_rows_in_words(options
 
 @pytest.mark.parametrize("options", ["translations", "completions"], indirect=True)
 def test_texts_are_measured_where_asked_for(options: Any) -> None:
-    result = run(prepare(options(metrics=["rougeL", "exact_match"], max_steps=4, max_new_tokens=4)))
+    result = Trainer(prepare(options(metrics=["rougeL", "exact_match"], max_steps=4, max_new_tokens=4))).fit()
     assert result.record["result"].keys() == {"loss", "rougeL", "exact_match"}
     assert result.record["metric"] == "rougeL"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loops import train_pack
 from loraloom import LoraConfig, Pack, PeftModel, get_peft_model, tasks
 from loraloom.config.train import TrainConfig
 from loraloom.data.dataset import read_rows
@@ -19,7 +20,6 @@ from loraloom.data.example import Example, Settings
 from loraloom.data.records import Related
 from loraloom.data.rows import Row
 from loraloom.data.shape.shapes import recognise
-from loraloom.engine.loop import train_pack
 from loraloom.engine.slot import Slot
 from loraloom.errors import DataError, ModelError
 from loraloom.inference.evaluation import Evaluator, HeldOut
@@ -90,7 +90,7 @@ def step(model: PeftModel, examples: list[Example], **more: Any) -> tuple[float,
     before = {name: p.detach().clone() for name, p in parameters.items()}
     options = {"batch_size": len(examples), "learning_rate": 1.0, "optim": "SGD", "max_grad_norm": 1e9, **more}
     slot = Slot("default", parameters, examples, steps=1, task=TASK, lr_scheduler_type="constant", **options)
-    train_pack(model, [slot], TASK, 0, evaluate_every=9, evaluate=lambda slot: {})
+    train_pack(model, [slot], TASK, 0)
     return slot.curve.loss[0], [before[name] - p.detach() for name, p in parameters.items()]
 
 
@@ -155,7 +155,7 @@ def test_the_negatives_of_an_accumulated_step_are_those_of_one_forward(encoder_f
     )})()  # fmt: skip
     slot = Slot("default", model.adapter_parameters("default"), examples_of(encoder_folder, records), steps=1,
                 batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-9, task=noted)  # fmt: skip
-    train_pack(model, [slot], noted, 0, evaluate_every=9, evaluate=lambda slot: {})
+    train_pack(model, [slot], noted, 0)
     assert [len(rows) for rows in taken] == [4, 4]
     wanted = [by_hand(found[rows], [records[row] for row in rows]).mean() for rows in taken]
     assert slot.curve.loss[0] == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-9)

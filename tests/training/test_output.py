@@ -15,7 +15,8 @@ from loraloom.config.train import TrainConfig
 from loraloom.data.tokenize.templates import TEMPLATE_NAME
 from loraloom.errors import ConfigError
 from loraloom.models.load import load_tokenizer
-from loraloom.training.run import prepare, run
+from loraloom.training.run import prepare
+from loraloom.training.trainer import Trainer
 
 TALK = [{"role": "user", "content": "say now : good"}, {"role": "assistant", "content": "good film"}]
 GIVEN = "{% for m in messages %}{{ m.role }} : {{ m.content }}{{ '</s>' }}{% endfor %}"
@@ -40,7 +41,7 @@ def train(model: Path, data: Path, output: Path, **changes: Any) -> list[str]:
         **changes,
     )
     job = prepare(options)
-    run(job)
+    Trainer(job).fit()
     return job.data.notes
 
 
@@ -105,7 +106,7 @@ def test_a_folder_where_a_file_will_be_is_said_before_training(
 
 def test_the_classes_lie_beside_the_adapter(encoder_folder: Path, reviews: Path, tmp_path: Path) -> None:
     options = TrainConfig(model=encoder_folder, data=reviews, task="seq-cls", output=tmp_path / "out", max_steps=1)
-    run(prepare(options))
+    Trainer(prepare(options)).fit()
     found = json.loads((tmp_path / "out" / "usage.json").read_bytes())
     assert found["id2label"] == {"0": "blame", "1": "praise"}
     assert (found["task"], found["base_model"]) == ("seq-cls", str(encoder_folder))

@@ -29,9 +29,10 @@ from loraloom.models.load import load_base
 from loraloom.tasks import TASKS
 from loraloom.training.failures import Interrupted
 from loraloom.training.output import RUN_FILE
-from loraloom.training.run import examine, prepare, run
+from loraloom.training.run import examine, prepare
 from loraloom.training.run_record import RUN_NAME
 from loraloom.training.setup import TrainJob
+from loraloom.training.trainer import Trainer
 
 WEIGHTS = "adapter_model.safetensors"
 Watch = Callable[[StepEvent], None]
@@ -130,7 +131,7 @@ def test_the_base_has_the_same_bytes_after_training(
     base = job.model.get_base_model()
     before = hashes(job.model)
     weights = {key: p.detach().clone() for key, p in job.model.adapter_parameters("default").items()}
-    run(job)
+    Trainer(job).fit()
     assert len(before) > 20
     assert hashes(job.model) == before
     moved = [not torch.equal(p, weights[key]) for key, p in job.model.adapter_parameters("default").items()]
@@ -154,14 +155,14 @@ def test_the_same_seed_gives_the_same_adapter_to_the_byte(classify: Callable[...
         numpy.random.seed(attempt)
         torch.manual_seed(attempt)
         options = classify(seed=seed, dtype=dtype, overwrite=True, lora={"lora_dropout": 0.3})
-        run(prepare(options))
+        Trainer(prepare(options)).fit()
         files.append((Path(options.output) / WEIGHTS).read_bytes())
     assert files[0] == files[1]
     assert files[0] != files[2]
 
 
 def test_one_record_and_another_differ_in_nothing_but_the_clock(complete: Callable[..., TrainConfig]) -> None:
-    records = [run(prepare(complete(overwrite=True))).record for _ in range(2)]
+    records = [Trainer(prepare(complete(overwrite=True))).fit().record for _ in range(2)]
     for record in records:
         assert record.pop("seconds") > 0
         assert record.pop("tokens_per_second") > 0
@@ -176,7 +177,7 @@ def test_the_record_is_what_happened(complete: Callable[..., TrainConfig]) -> No
     seen: list[tuple[int, float]] = []
     options = complete(batch_size=8, epochs=1.5, max_steps=None, eval_split=20)
     job = prepare(options)
-    result = run(job, lambda event: seen.append((event.step, event.loss)))
+    result = Trainer(job, lambda event: seen.append((event.step, event.loss))).fit()
     record = record_in(options.output)
     assert record == json.loads(json.dumps(result.record))
     assert record["state"] == "finished"
@@ -206,7 +207,7 @@ def test_the_padding_share_is_that_of_the_batches_the_model_sees(classify: Calla
             tokens += int(given["attention_mask"].sum())
 
     job.model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
-    run(job)
+    Trainer(job).fit()
     assert tokens == sum(job.data.train.lengths)
     assert job.data.padding == pytest.approx(1 - tokens / places)
     assert job.data.padding > 0
@@ -214,7 +215,7 @@ def test_the_padding_share_is_that_of_the_batches_the_model_sees(classify: Calla
 
 def test_three_predictions_are_the_adapters_own(classify: Callable[..., TrainConfig]) -> None:
     job = prepare(classify(max_steps=40))
-    result = run(job)
+    result = Trainer(job).fit()
     assert len(result.predictions) == 3
     rows = job.data.validation_rows
     for said, (row, _) in zip(result.predictions, rows, strict=False):
@@ -228,7 +229,7 @@ def test_three_predictions_are_the_adapters_own(classify: Callable[..., TrainCon
 
 def test_a_completion_is_what_the_adapter_generates(complete: Callable[..., TrainConfig]) -> None:
     job = prepare(complete(max_steps=60, learning_rate=2e-2, lora={"lora_alpha": 32}))
-    result = run(job)
+    result = Trainer(job).fit()
     words = {row.fields["completion"].strip() for row, _ in job.data.validation_rows}
     for said, (row, _) in zip(result.predictions, job.data.validation_rows, strict=False):
         assert (said["input"], said["expected"]) == (row.fields["prompt"], row.fields["completion"].strip())
@@ -246,7 +247,7 @@ def test_a_completion_is_what_the_adapter_generates(complete: Callable[..., Trai
 
 
 def test_fewer_rows_held_out_than_three_give_as_many_predictions(classify: Callable[..., TrainConfig]) -> None:
-    assert len(run(prepare(classify(eval_split=2, max_steps=1))).predictions) == 2
+    assert len(Trainer(prepare(classify(eval_split=2, max_steps=1))).fit().predictions) == 2
 
 
 # What is trained ------------------------------------------------------------------------------------------
@@ -260,11 +261,11 @@ def test_modules_that_came_without_weights_are_trained_saved_and_loaded(
     folder = shutil.copytree(encoder_folder, tmp_path / "model")
     BertModel.from_pretrained(encoder_folder, add_pooling_layer=False).save_pretrained(folder)
     job = prepare(classify(model=folder))
-    result = run(job)
+    result = Trainer(job).fit()
     assert sorted(result.record["trained_in_full"]) == ["bert.pooler.dense", "classifier"]
     ids = torch.tensor([[2, 5, 6, 3]])
     with torch.no_grad():
-        wanted = result.model.eval()(input_ids=ids).logits
+        wanted = result.job.model.eval()(input_ids=ids).logits
     torch.manual_seed(123)
     base, _ = load_base(str(folder), TASKS["seq-cls"], "float32", job.data.names)
     again = PeftModel.from_pretrained(base, tmp_path / "run").eval()
@@ -277,7 +278,7 @@ def test_validation_rows_can_be_a_file_of_their_own(
 ) -> None:
     held_out = tmp_path / "held-out.csv"
     held_out.write_text("text,label\nthe good film,praise\nthe weak book,blame\n")
-    record = run(prepare(classify(eval_split=held_out, max_steps=1))).record
+    record = Trainer(prepare(classify(eval_split=held_out, max_steps=1))).fit().record
     assert (record["data"]["rows"], record["data"]["evaluation_rows"]) == (200, 2)
     for path in (reviews, held_out):
         assert record["data"]["sha256"][str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -301,7 +302,7 @@ def test_ctrl_c_ends_after_its_step_and_saves_the_adapter_with_its_figures(
     with pytest.raises(
         Interrupted, match="stopped at step 4 of 10; the adapter as it was after step 4 is saved"
     ) as error:
-        run(job, at(4, ctrl_c))
+        Trainer(job, at(4, ctrl_c)).fit()
     assert signal.getsignal(signal.SIGINT) is before
     assert "press Ctrl-C again to end at once" in capsys.readouterr().err
     record = record_in(job.options.output)
@@ -317,7 +318,7 @@ def test_ctrl_c_ends_after_its_step_and_saves_the_adapter_with_its_figures(
 def test_a_second_ctrl_c_ends_at_once_and_still_saves(classify: Callable[..., TrainConfig]) -> None:
     job = prepare(classify(max_steps=10))
     with pytest.raises(Interrupted, match="stopped at step 4 of 10; the adapter as it was after step 4 is saved"):
-        run(job, at(4, ctrl_c, ctrl_c))
+        Trainer(job, at(4, ctrl_c, ctrl_c)).fit()
     assert record_in(job.options.output)["curve"]["evaluations"] == []
     assert saved(job.options.output, job)
 
@@ -334,7 +335,7 @@ def test_ctrl_c_in_the_evaluation_that_follows_a_ctrl_c_loses_nothing(classify: 
         job.model.get_base_model().register_forward_pre_hook(look)
 
     with pytest.raises(Interrupted, match="after step 4 is saved"):
-        run(job, at(4, ctrl_c, listen))
+        Trainer(job, at(4, ctrl_c, listen)).fit()
     assert evaluating == [True]
     assert saved(job.options.output, job)
 
@@ -343,7 +344,7 @@ def test_ctrl_c_before_the_first_step_leaves_the_run_file_alone(classify: Callab
     job = prepare(classify())
     job.model.get_base_model().register_forward_pre_hook(lambda *_: at_once())
     with pytest.raises(Interrupted, match="stopped before the first step; nothing was trained") as error:
-        run(job)
+        Trainer(job).fit()
     assert error.value.record is None
     assert os.listdir(job.options.output) == [RUN_FILE]
 
@@ -368,7 +369,7 @@ def test_an_error_in_the_middle_is_told_and_the_adapter_saved(
 ) -> None:
     job = prepare(classify(max_steps=10))
     with pytest.raises(TrainingError) as error:
-        run(job, at(2, fail(raised)))
+        Trainer(job, at(2, fail(raised))).fit()
     assert re.sub(r"[0-9.]+ [KM]iB", "SIZE", str(error.value)).startswith(said)
     assert error.value.__cause__ is raised
     assert record_in(job.options.output)["state"] == "failed"
@@ -379,21 +380,21 @@ def test_an_error_before_the_first_step_is_itself(classify: Callable[..., TrainC
     job = prepare(classify())
     job.model.get_base_model().register_forward_pre_hook(lambda *_: fail(MemoryError())())
     with pytest.raises(MemoryError):
-        run(job)
+        Trainer(job).fit()
     assert os.listdir(job.options.output) == [RUN_FILE]
 
 
 def test_an_exit_that_passes_through_saves_on_its_way(classify: Callable[..., TrainConfig]) -> None:
     job = prepare(classify(max_steps=10))
     with pytest.raises(SystemExit):  # what a closed terminal becomes
-        run(job, at(2, fail(SystemExit(1))))
+        Trainer(job, at(2, fail(SystemExit(1)))).fit()
     assert saved(job.options.output, job)
 
 
 def test_a_run_that_diverges_leaves_json_that_every_parser_reads(classify: Callable[..., TrainConfig]) -> None:
     job = prepare(classify(learning_rate=1e30, warmup_ratio=0, eval_steps=1, max_steps=50))
     with pytest.raises(TrainingError, match=r"^step \d+: the loss is"):
-        run(job)
+        Trainer(job).fit()
     record = record_in(job.options.output)
     assert record["curve"]["evaluations"][-1]["loss"] is None
 
@@ -407,7 +408,7 @@ def test_a_folder_that_is_lost_sends_the_adapter_to_another(
     job = prepare(classify())
     folder = Path(job.options.output)
     with pytest.raises(SaveError) as error:
-        run(job, at(1, lambda: shutil.rmtree(folder), lambda: folder.write_text("in the way")))
+        Trainer(job, at(1, lambda: shutil.rmtree(folder), lambda: folder.write_text("in the way"))).fit()
     (rescued,) = scratch.iterdir()
     assert f"The trained adapter is saved in {rescued} instead" in str(error.value)
     assert saved(rescued, job)
@@ -423,7 +424,7 @@ def test_no_room_anywhere_is_said_and_leaves_no_rubbish(
     job = prepare(classify())
     monkeypatch.setattr("loraloom.lora.checkpoint.save_file", fail_with_no_space)
     with pytest.raises(SaveError, match=f"No space left.*could not be saved in {scratch} either"):
-        run(job)
+        Trainer(job).fit()
     assert list(scratch.iterdir()) == []
 
 
@@ -433,7 +434,7 @@ def fail_with_no_space(*_: Any, **__: Any) -> NoReturn:
 
 def test_a_run_outside_the_main_thread_needs_no_signals(classify: Callable[..., TrainConfig]) -> None:
     results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(run(prepare(classify()))))
+    thread = threading.Thread(target=lambda: results.append(Trainer(prepare(classify())).fit()))
     thread.start()
     thread.join(60)
     assert results[0].record["state"] == "finished"
@@ -463,5 +464,5 @@ def test_preparing_leaves_a_folder_that_was_there_as_it_was(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    run(prepare(classify()))
+    Trainer(prepare(classify())).fit()
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"

@@ -17,8 +17,9 @@ from loraloom.engine.slot import Curve
 from loraloom.engine.slot_state import SlotState
 from loraloom.inference.evaluation import Evaluator
 from loraloom.models.load import load_base
-from loraloom.training.run import prepare, run
+from loraloom.training.run import prepare
 from loraloom.training.setup import load
+from loraloom.training.trainer import Trainer
 from loraloom.tuning import worker as module
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.state import TRIALS
@@ -117,7 +118,7 @@ def test_a_trial_is_what_loraloom_train_makes_of_its_options(
     worker, trials = begin(options, seeds=False)
     to_the_end(worker, trials)
     for trial in trials:
-        result = run(prepare(replace(trial.options, output=str(tmp_path / f"alone-{trial.number}"))))
+        result = Trainer(prepare(replace(trial.options, output=str(tmp_path / f"alone-{trial.number}")))).fit()
         curve = result.record["curve"]
         assert trial.curve.loss == pytest.approx(curve["loss"], rel=1e-4)
         assert trial.curve.learning_rate == curve["learning_rate"]

@@ -29,9 +29,10 @@ from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
 from loraloom.training.checkpointing.resume import Resume, find
 from loraloom.training.failures import Interrupted
-from loraloom.training.run import RunResult, examine, outlook, prepare, run
+from loraloom.training.run import examine, outlook, prepare
 from loraloom.training.run_record import RUN_NAME
 from loraloom.training.setup import TrainJob
+from loraloom.training.trainer import RunResult, Trainer
 from loraloom.tuning.conclusion import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.search import search
@@ -52,7 +53,7 @@ def train_run(
     Of several processes, rank 0 prints.
 
     Args:
-        resume: True for the newest checkpoint, or the path of one: see ``training.run.run``.
+        resume: True for the newest checkpoint, or the path of one: see ``Trainer.fit``.
         dry_run: do everything but train, and return None. Nothing is written but the file of skipped bad rows.
         on_step: called after each step.
         notes: lines about the options, which are printed first.
@@ -86,7 +87,7 @@ def train_run(
                     if callback is not None:
                         callback(event)
 
-            result = run(job, step, resume, show)
+            result = Trainer(job, step, show).fit(resume)
     except Interrupted as error:
         if error.record and first:
             _draw(error.record, options.output)

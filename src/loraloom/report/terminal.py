@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from loraloom.engine.loop import StepEvent
     from loraloom.training.preflight.estimate import ResourceEstimate
     from loraloom.training.preflight.memory import Memory
-    from loraloom.training.run import RunResult
     from loraloom.training.setup import TrainJob
+    from loraloom.training.trainer import RunResult
 
 #: Characters of an example's text in the list of predictions.
 SHOWN = 100

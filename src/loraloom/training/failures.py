@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from loraloom.config.train import TrainConfig
 from loraloom.data.example import Example
-from loraloom.engine.loop import CALMER
 from loraloom.engine.slot import Slot
 from loraloom.errors import FailureError, brief
 from loraloom.files.sizes import size
 from loraloom.inference.evaluation import Evaluator
 from loraloom.inference.session import Session
 
+#: What to do about a loss that is not finite.
+CALMER = "lower the learning rate or lora_alpha, or use dtype bfloat16 or float32 instead of float16"
 #: Rows that are named; more are counted.
 NAMED = 5
 

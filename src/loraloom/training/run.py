@@ -1,58 +1,34 @@
-"""One run from options to a folder: data, model, adapter, loop, files.
+"""A run before its first step: everything read and checked, findings, and what training will need.
 
-The folder gets the adapter in PEFT's format and ``run.json``: every setting, the versions, the data's hash, curves.
-Before the first step it gets ``run.yaml``, and on the way checkpoints, from which a run that was stopped goes on.
+``Trainer(prepare(options)).fit()`` is a whole run.
 """
 
 from __future__ import annotations
-
-import contextlib
-from dataclasses import dataclass, field
-from typing import Any
 
 from loraloom.config.train import TrainConfig
 from loraloom.data.table.scan import OnProgress, silent
 from loraloom.distributed.launch import find as find_device
 from loraloom.distributed.launch import single_process_warning
-from loraloom.engine.loop import OnStep
 from loraloom.engine.pack import Pack
 from loraloom.errors import TargetError
 from loraloom.files import lock, log
-from loraloom.lora.model import PeftModel
 from loraloom.lora.targets import plan
-from loraloom.messages import Message, OnEvent, Warn, ignore, logged
+from loraloom.messages import Message, Warn
 from loraloom.models import activation_checkpointing
 from loraloom.models.fsdp import shard
 from loraloom.training.checkpointing.resume import Resume, date_of, resumes
-from loraloom.training.output import check_output, described
+from loraloom.training.output import check_output
 from loraloom.training.preflight import doctor, machine
 from loraloom.training.preflight.estimate import ResourceEstimate, estimate_resources
-from loraloom.training.setup import TrainJob, load
-from loraloom.training.signals import asked_to_stop
-from loraloom.training.trainer import Trainer
-
-ADAPTER = "default"
-
-
-@dataclass
-class RunResult:
-    """What came out. ``record`` is what ``run.json`` holds."""
-
-    record: dict[str, Any]
-    job: TrainJob
-    predictions: list[dict[str, str]] = field(default_factory=list)
-
-    @property
-    def model(self) -> PeftModel:
-        return self.job.model
+from loraloom.training.setup import ADAPTER, TrainJob, load
 
 
 def prepare(options: TrainConfig, resume: Resume = None, reading: OnProgress = silent) -> TrainJob:
     """Read and check everything: options, output, data, tokenizer, model.
 
     Args:
-        resume: what ``run`` will be given: the folder may then hold what is gone on with.
-        reading: told now and then what is done with rows, with how many, and of how many.
+        resume: what ``Trainer.fit`` will be given: the folder may then hold the run to resume.
+        reading: called now and then with what is done with rows, how many are done, and of how many.
 
     Raises:
         InputError: anything wrong with what the user gave. Nothing was written.
@@ -78,7 +54,7 @@ def prepare(options: TrainConfig, resume: Resume = None, reading: OnProgress = s
 
 
 def examine(job: TrainJob) -> list[Message]:
-    """What may well be a mistake, or surprise.
+    """What may be a mistake, or a surprise.
 
     Raises:
         ConfigError: training would do nothing, or not what was asked.
@@ -117,7 +93,7 @@ def _probed(job: TrainJob) -> list[Warn]:
 
 
 def outlook(job: TrainJob) -> ResourceEstimate:
-    """What training will need, in memory and time: see ``training.preflight.estimate``. The adapter stays as it is."""
+    """The memory and time that training needs: see ``training.preflight.estimate``. The adapter does not change."""
     options = job.options
     processes = job.world.size  # of which each does its share
     every = {"steps": options.eval_steps, "epoch": job.steps_per_epoch}.get(options.eval_at)
@@ -135,51 +111,3 @@ def outlook(job: TrainJob) -> ResourceEstimate:
         evaluations=(1 if not every else max(1, job.steps // every)) / processes,
         gradient_checkpointing=options.gradient_checkpointing,
     )
-
-
-def run(
-    job: TrainJob,
-    on_step: OnStep = ignore,
-    resume: Resume = None,
-    on_event: OnEvent = ignore,
-) -> RunResult:
-    """Train, evaluate, and write the folder, with checkpoints on the way. What ends it early, loses nothing.
-
-    Args:
-        on_step: called after each step.
-        resume: True resumes from the newest whole checkpoint of the output folder, and starts over where there is
-            none; a path resumes from that checkpoint. On a CPU, with as many threads, the adapter comes out as that of
-            a run that was never stopped, to the byte. A run that has come to its end is not trained again.
-        on_event: called with all else: where it resumes, which checkpoint is damaged.
-
-    Raises:
-        ConfigError: what is to be resumed was trained with other options, data or weights; another run is under way in
-            the folder.
-        Interrupted: Ctrl-C, or SIGTERM.
-        TrainingError: the loss is not finite, or the machine's memory was not enough.
-        SaveError: the folder cannot be written; the message says what is saved, and where.
-    """
-    options, world = job.options, job.world
-    with contextlib.ExitStack() as stack:
-        world.main_process_first(lambda: stack.enter_context(lock.held(options.output)))
-        return _run(job, on_step, resume, logged(on_event))
-
-
-def _run(job: TrainJob, on_step: OnStep, resume: Resume, on_event: OnEvent) -> RunResult:
-    options = job.options
-    slot = job.slot(ADAPTER, options, job.steps)
-    trainer = Trainer(job, slot, on_step, on_event)
-    finished, record, ended = trainer.begin(resume), None, None
-    with described(options) if slot.world.is_main_process else contextlib.nullcontext():
-        if finished:
-            return RunResult(finished, job, job.shown(3, ADAPTER))
-        with asked_to_stop() as stop:
-            try:
-                trainer.train(stop)
-            except BaseException as error:  # what is there is saved below, then it is raised again
-                ended = error
-            if slot.done and ended is None:
-                record = trainer.finish()
-        if record is None:
-            trainer.end_early(ended, stop)
-    return RunResult(record, job, job.shown(3, ADAPTER))

@@ -34,6 +34,8 @@ from loraloom.models.load import build_empty, length_within, load_base, load_con
 from loraloom.tasks.metrics.registry import Metrics, choose
 from loraloom.training import early_stopping
 
+#: The name of the adapter of a run.
+ADAPTER = "default"
 #: Options of a run that a slot takes under the same name.
 SLOT_OPTIONS = (
     *("batch_size", "gradient_accumulation_steps", "learning_rate", "loraplus_lr_ratio", "lr_scheduler_type"),

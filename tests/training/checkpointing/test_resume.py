@@ -30,8 +30,9 @@ from loraloom.training import setup
 from loraloom.training.checkpointing import folders
 from loraloom.training.checkpointing.resume import differences, find
 from loraloom.training.failures import Interrupted
-from loraloom.training.run import RunResult, prepare, run
+from loraloom.training.run import prepare
 from loraloom.training.run_record import RUN_NAME
+from loraloom.training.trainer import RunResult, Trainer
 
 GOOD, BAD = ("good", "fine", "lovely", "great"), ("bad", "poor", "awful", "weak")  # words of the tokenizer
 WEIGHTS = "adapter_model.safetensors"
@@ -94,7 +95,7 @@ def train(
     options: TrainConfig, resume: Any = None, watch: Any = ignore, log: Callable[[str], object] = ignore
 ) -> RunResult:
     """``log`` gets the sentences of the events."""
-    return run(prepare(options, resume), watch, resume, lambda event: log(sentence(event)))
+    return Trainer(prepare(options, resume), watch, lambda event: log(sentence(event))).fit(resume)
 
 
 def stopped(options: TrainConfig, step: int, resume: Any = None, number: int = signal.SIGTERM) -> str:
@@ -109,7 +110,7 @@ def killed(options: TrainConfig, step: int, resume: Any = None) -> None:
     job = prepare(options, resume)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr("loraloom.training.trainer.Trainer.end_early", lambda self, error, stop: fail(error)())
-        run(job, at(step, fail(Killed())), resume)
+        Trainer(job, at(step, fail(Killed()))).fit(resume)
 
 
 def weights(folder: str | Path) -> bytes:
@@ -171,7 +172,7 @@ def test_within_a_step_the_gradients_so_far_are_kept(classify: Make, optim: str)
     job = prepare(parts)
     job.model.get_base_model().register_forward_pre_hook(count)
     with pytest.raises(Interrupted, match="stopped at step 5 of 12"):
-        run(job)
+        Trainer(job).fit()
     found = folders.newest(parts.output)
     assert found is not None
     assert found.state["slot"]["micro_step"] == 3
@@ -240,8 +241,8 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(classify: Make, monkey
     job = prepare(parts)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("loraloom.training.trainer.Trainer.end_early", lambda self, error, stop: fail(error)())
-        patch.setattr("loraloom.training.trainer.Trainer._evaluate", lambda self, slot: fail(Killed())())
-        run(job)
+        patch.setattr("loraloom.training.trainer.Trainer._measure", lambda self: fail(Killed())())
+        Trainer(job).fit()
     assert steps(parts.output) == [2]  # saved before it
     train(parts, True)
     assert timeless(record(parts.output)) == timeless(record(whole.output))
@@ -363,7 +364,7 @@ def test_killed_at_the_very_end_it_only_measures_and_writes_what_is_missing(
     assert steps(classify().output)[-1] == 6
     events: list[StepEvent] = []
     with monkeypatch.context() as patch:
-        patch.setattr("loraloom.engine.loop.advance", fail(AssertionError("trained")))
+        patch.setattr("loraloom.training.trainer.advance", fail(AssertionError("trained")))
         train(classify(), True, events.append)
     assert [(event.step, event.evaluation) for event in events] == [(6, record(classify().output)["result"])]
     assert weights(classify().output) == weights(classify("whole").output)
@@ -446,7 +447,7 @@ def test_adapter_and_record_are_one_even_when_killed_between_them(
 
     with monkeypatch.context() as patch, contextlib.suppress(Killed, Interrupted):
         patch.setattr(os, "replace", replace)
-        run(job, at(1, twice))
+        Trainer(job, at(1, twice)).fit()
     if moves == 3:  # all were put in place
         assert weights(classify().output) != first
     with pytest.raises(ConfigError, match="was trained with other options: seed is 0 and was 3"):
@@ -601,8 +602,8 @@ def test_what_a_killed_run_left_half_written_is_cleaned(classify: Make) -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Evaluations as they are given, by step."""
     monkeypatch.setattr(
-        "loraloom.training.trainer.Trainer._evaluate",
-        lambda self, slot: {"loss": 1.0, "accuracy": values[slot.step - 1]},
+        "loraloom.training.trainer.Trainer._measure",
+        lambda self: {"loss": 1.0, "accuracy": values[self.slot.step - 1]},
     )
 
 
@@ -623,7 +624,7 @@ def test_the_best_adapter_is_at_the_top_and_the_record_says_which_it_is(
     assert found["best"] == {"step": 4, "metric": "accuracy", "value": 0.9}
     assert found["result"] == {"loss": 1.0, "accuracy": 0.9}
     assert said == ["the adapter is that of step 4: accuracy 0.9"]
-    live = result.model.base_model.tensors_of("default")
+    live = result.job.model.base_model.tensors_of("default")
     assert all(torch.equal(live[key], tensor) for key, tensor in load_file(best / WEIGHTS).items())
 
 
@@ -797,7 +798,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_row_and_keeps_the_chec
     monkeypatch.setattr(Objective, "row_losses", spoil_one)
     monkeypatch.setattr(Objective, "forward", look)
     with pytest.raises(TrainingError) as error:
-        run(job)
+        Trainer(job).fit()
     where = job.data.train.examples.where(17)
     assert str(error.value).startswith(f"step 5: the loss is nan because of {where}")
     assert str(error.value).endswith(f"the last checkpoint is {classify().output}/checkpoint-4")
@@ -848,7 +849,8 @@ import json, os, resource, sys
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import LoraloomError
 from loraloom.config.train import TrainConfig
-from loraloom.training.run import prepare, run
+from loraloom.training.run import prepare
+from loraloom.training.trainer import Trainer
 
 warm = False
 for line in sys.stdin:
@@ -863,7 +865,7 @@ for line in sys.stdin:
             if given["limit"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (given["limit"], given["limit"]))
             options = TrainConfig(lora=LoraConfig(**given["lora"]), **given["options"])
-            run(prepare(options, given["resume"]), resume=given["resume"])
+            Trainer(prepare(options, given["resume"])).fit(given["resume"])
         except LoraloomError as error:
             print(json.dumps({"said": str(error)}), flush=True)
             code = error.exit_code
