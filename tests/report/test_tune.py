@@ -283,7 +283,7 @@ def test_the_front_goes_through_its_trials_and_best_and_runner_up_are_named(
 ) -> None:
     trials = search()
     found = verdict(trials, "accuracy")
-    plot_pareto(found, trials, "accuracy", tmp_path / "pareto.png")
+    plot_pareto(found, tmp_path / "pareto.png")
     axes: Any = figures[0].axes[0]
     assert list(axes.lines[0].get_xdata()) == [found.trial(n).parameters for n in found.pareto]
     assert axes.get_xscale() == "log"

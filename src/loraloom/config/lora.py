@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 from loraloom.config import lora_checks as may
 from loraloom.config import peft_file
 from loraloom.config.checks import Check, as_it_is, choice, flag, kind_of, refuse
-from loraloom.config.options import Options, option, options_of
+from loraloom.config.options import Options, option
 from loraloom.config.peft_compat import SeenAsPeft
 from loraloom.errors import ConfigError, nearest, short
 from loraloom.files.atomic import write_files
@@ -280,10 +280,6 @@ class LoraConfig(SeenAsPeft, Options, PeftConfig):
         return config
 
     @classmethod
-    def from_json(cls, text: str, *, source: str = CONFIG_NAME) -> LoraConfig:
-        return cls.from_dict(peft_file.parse(text, source=source), source=source)
-
-    @classmethod
     def _of_folder(cls, folder: Path, options: Mapping[str, Any]) -> LoraConfig:
         path = folder / CONFIG_NAME
         own = {spec.name for spec in fields(cls)} - {"revision"}
@@ -309,12 +305,3 @@ class LoraConfig(SeenAsPeft, Options, PeftConfig):
             self.push_to_hub()
         config = self if auto_mapping_dict is None else self.copy(auto_mapping=dict(auto_mapping_dict))
         write_files(save_directory, {CONFIG_NAME: config.to_json().encode()})
-
-
-def not_implemented() -> dict[str, Any]:
-    """PEFT's fields that are accepted at PEFT's default alone, with that default."""
-    return {
-        name: one.default
-        for name, one in options_of(LoraConfig).items()
-        if not LoraConfig.__dataclass_fields__[name].metadata.get("supported", True)
-    }

@@ -151,7 +151,7 @@ def tune_run(options: TuneConfig, console: Console | None = None) -> SearchResul
     saved = f"{f'the best adapter and {RESULT_NAME} are' if found.learned else f'{RESULT_NAME} is'} saved in {folder}"
     pictures = [
         _written(folder / SEARCH_NAME, saved, lambda to: plot_search(found.trials, metric, to, found.best.number)),
-        _written(folder / PARETO_NAME, saved, lambda to: plot_pareto(found, found.trials, metric, to)),
+        _written(folder / PARETO_NAME, saved, lambda to: plot_pareto(found, to)),
     ]
     lines: dict[str, Any] = {}
     if found.learned:

@@ -81,52 +81,32 @@ def plot_search(trials: Sequence[Trial], metric: str, path: str | Path, best: in
     write_picture(figure, path)
 
 
-def plot_pareto(found: Verdict, trials: Sequence[Trial], metric: str, path: str | Path) -> None:
+def plot_pareto(found: Verdict, path: str | Path) -> None:
     """Draw the metric against the adapter's parameters; bars are the noise, the line joins what nothing beats in both.
 
-    Only configurations that are measured like the best one are drawn: finished ones, or all where none finished.
+    Only configurations that are measured like the best one are drawn: finished ones, or all if none finished.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    metric, known = found.metric, found.scores
     figure = Figure(figsize=(8, 5.5), layout="constrained", dpi=120)
     axes = figure.subplots()
-    firsts = {number: group[0] for number, group in originals(trials).items()}
-    finished = found.scores[found.best.number].finished
-    drawn = [
-        n for n in found.ranking if n in firsts and found.scores[n].values and found.scores[n].finished == finished
-    ]
-    front = [n for n in found.pareto if n in firsts]
-    axes.plot(
-        [firsts[n].parameters for n in front],
-        [found.scores[n].mean for n in front],
-        color="#8a93a5",
-        linewidth=1.2,
-        linestyle="--",
-        zorder=1,
-        label="nothing smaller is as good",
-    )
-    runner_up = found.runner_up.number if found.runner_up else None
-    names = found.params
+    firsts = {number: group[0] for number, group in originals(found.trials).items()}
+    drawn = [n for n in found.ranking if known[n].values and known[n].finished == known[found.best.number].finished]
+    line = [firsts[n].parameters for n in found.pareto], [known[n].mean for n in found.pareto]
+    axes.plot(*line, "--", color="#8a93a5", linewidth=1.2, zorder=1, label="nothing smaller is as good")
+    special = {found.runner_up.number: ("runner-up", COLOURS["finished"], 8)} if found.runner_up else {}
+    special[found.best.number] = "best" if found.learned else "highest", BEST, 10
     for number in drawn:
-        score, trial = found.scores[number], firsts[number]
-        special = {
-            found.best.number: ("best" if found.learned else "highest", BEST, 10),
-            runner_up: ("runner-up", COLOURS["finished"], 8),
-        }
-        word, colour, large = special.get(number, ("", COLOURS["running" if number in front else "stopped"], 6))
+        score, trial, front = known[number], firsts[number], number in found.pareto
+        word, colour, large = special.get(number, ("", COLOURS["running" if front else "stopped"], 6))
         axes.errorbar(
-            [trial.parameters],
-            [score.mean],
-            yerr=[score.noise] if score.noise else None,
-            fmt="o",
-            color=colour,
-            markersize=large,
-            capsize=3,
+            trial.parameters, score.mean, score.noise or None, fmt="o", color=colour, markersize=large, capsize=3,
             zorder=3 if word else 2,
-            label=f"{word}, trial {number}: {params(trial.values, names, WIDE, between=' ')}" if word else None,
-        )
-        if word or number in front:
+            label=f"{word}, trial {number}: {params(trial.values, found.params, WIDE, between=' ')}" if word else None,
+        )  # fmt: skip
+        if word or front:
             at = (trial.parameters, score.mean)
             axes.annotate(str(number), at, textcoords="offset points", xytext=(8, 5), fontsize=9)
     axes.set_xscale("log")
@@ -136,7 +116,7 @@ def plot_pareto(found: Verdict, trials: Sequence[Trial], metric: str, path: str 
     axes.margins(x=0.15, y=0.25)
     axes.set(title=f"{metric} against size", xlabel="adapter parameters", ylabel=f"{metric} on held-out rows")
     tidy(axes)
-    _scale(axes, [found.scores[n].mean for n in drawn], metric)
+    _scale(axes, [known[n].mean for n in drawn], metric)
     figure.legend(loc="outside lower center", ncols=1, frameon=False)
     write_picture(figure, path)
 
