@@ -150,7 +150,7 @@ def tune_run(options: TuneConfig, console: Console | None = None) -> SearchResul
     console.print(conclusion(found))
     saved = f"{f'the best adapter and {RESULT_NAME} are' if found.learned else f'{RESULT_NAME} is'} saved in {folder}"
     pictures = [
-        _written(folder / SEARCH_NAME, saved, lambda to: plot_search(found.trials, metric, to, found.best.number)),
+        _written(folder / SEARCH_NAME, saved, lambda to: plot_search(found, to)),
         _written(folder / PARETO_NAME, saved, lambda to: plot_pareto(found, to)),
     ]
     lines: dict[str, Any] = {}

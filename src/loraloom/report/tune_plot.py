@@ -10,8 +10,7 @@ from typing import Any
 from loraloom.report.format import count, params
 from loraloom.report.plot import tidy, write_picture
 from loraloom.tasks.metrics.registry import greater_is_better
-from loraloom.tuning.ranking import last_measured, measured, originals, ranking, scores, varying
-from loraloom.tuning.trial import Trial
+from loraloom.tuning.ranking import last_measured, measured, originals
 from loraloom.tuning.verdict import Verdict
 
 SEARCH_NAME = "search.png"
@@ -28,21 +27,18 @@ LABELLED = 8
 LOG_SPAN = 20.0
 
 
-def plot_search(trials: Sequence[Trial], metric: str, path: str | Path, best: int | None = None) -> None:
-    """Draw each trial's ``metric`` on the held-out rows over its steps; ``best`` (by default the leader) is bold.
+def plot_search(found: Verdict, path: str | Path) -> None:
+    """Draw each trial's metric on the held-out rows over its steps, the best one bold.
 
     Stopped trials are pale, failed ones end in a cross; further seeds of a configuration are left out.
     """
     from matplotlib.figure import Figure  # the figure alone: no window system, no global state
     from matplotlib.ticker import MaxNLocator
 
-    firsts = [group[0] for group in originals(trials).values()]
-    known = scores(trials, metric)
-    if best is None:
-        best = next((n for n in ranking(trials, metric, known) if known[n].values), None)
+    firsts = [group[0] for group in originals(found.trials).values()]
+    metric, known, best = found.metric, found.scores, found.best.number
     figure = Figure(figsize=(10, 5), layout="constrained", dpi=120)
     axes = figure.subplots()
-    names = varying(trials)
     seen: list[float] = []
     labelled: set[str] = set()
     # The best last, so that it lies on top.
@@ -57,7 +53,7 @@ def plot_search(trials: Sequence[Trial], metric: str, path: str | Path, best: in
         text: str | None = trial.state if trial.state not in labelled else None
         if trial.number == best:
             style = {"color": BEST, "linewidth": 2.8, "marker": "o", "markersize": 5}
-            text = f"trial {trial.number}: {params(trial.values, names, WIDE, between=' ')}"
+            text = f"trial {trial.number}: {params(trial.values, found.params, WIDE, between=' ')}"
         else:
             labelled.add(trial.state)
         axes.plot(steps, values, label=text, **style)
@@ -68,16 +64,15 @@ def plot_search(trials: Sequence[Trial], metric: str, path: str | Path, best: in
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.margins(x=0.03, y=0.08)
     _scale(axes, seen, metric)
-    # Numbers in the middle of the picture would lie on the curves of those that went on.
+    # Numbers in the middle of the picture would lie on the curves of trials that continued.
     furthest = max((score.share for score in known.values() if score.values), default=0.0)
-    lead = [n for n in ranking(trials, metric, known) if known[n].values and known[n].share == furthest][:LABELLED]
+    lead = [n for n in found.ranking if known[n].values and known[n].share == furthest][:LABELLED]
     ends = {t.number: end for t in firsts if t.number in lead and (end := last_measured(t, metric)) is not None}
     ends = {number: end for number, end in ends.items() if math.isfinite(end[1])}
     _number_ends(figure, axes, ends, best)
-    if seen:
-        handles, texts = axes.get_legend_handles_labels()
-        # The best was drawn last.
-        figure.legend(handles[::-1], texts[::-1], loc="outside lower center", ncols=5, frameon=False)
+    handles, texts = axes.get_legend_handles_labels()
+    # The best was drawn last.
+    figure.legend(handles[::-1], texts[::-1], loc="outside lower center", ncols=5, frameon=False)
     write_picture(figure, path)
 
 
@@ -127,7 +122,7 @@ def _scale(axes: Any, values: Sequence[float], metric: str) -> None:
         axes.set_yscale("log")
 
 
-def _number_ends(figure: Any, axes: Any, ends: Mapping[int, tuple[int, float]], best: int | None) -> None:
+def _number_ends(figure: Any, axes: Any, ends: Mapping[int, tuple[int, float]], best: int) -> None:
     """The trials' numbers right of where their curves end, moved apart where they would lie on each other."""
     figure.draw_without_rendering()  # the layout is known only now; a plain canvas draws nothing
     heights = {number: float(axes.transData.transform(end)[1]) for number, end in ends.items()}
