@@ -1,7 +1,6 @@
-"""Many adapters in one forward and one backward of one frozen model, each with rows, loss and gradients of its own.
+"""Many adapters in one forward and one backward of one frozen model, each with its own rows, loss and gradients.
 
-A pack knows adapters and tensors. What rows they are, optimizers and schedules are others' business, so that it serves
-in anybody's loop; ``engine.loop`` is ours.
+Knows adapters and tensors, not where rows come from, no optimizer and no schedule: it works in any training loop.
 """
 
 from __future__ import annotations
@@ -29,10 +28,9 @@ from loraloom.models import configs as model_configs
 from loraloom.models.activation_checkpointing import recomputed
 from loraloom.models.fsdp import sharded
 from loraloom.tasks.base import Task
-from loraloom.tasks.head_split import Split, Whole
 from loraloom.tasks.objective import Objective
 
-#: What fills up shorter rows, by the name of a model's argument; ids take the padding token.
+#: The padding of shorter rows by the name of a model's argument; ids get the padding token.
 _FILLERS = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
 _IDS = {"input_ids", "decoder_input_ids"}
 
@@ -41,16 +39,16 @@ class Pack:
     """Adapters that train side by side on ``model``, which is changed in place as by ``get_peft_model``.
 
     Args:
-        configs: a name for each adapter. They may differ in everything: rank, targets, dropout, biases, heads.
-        task: what the loss is; by default the ``task_type`` of the configs.
+        configs: adapter → its config. They may differ in everything: rank, targets, dropout, biases, heads.
+        task: decides the loss; by default the ``task_type`` of the configs.
         seeds: adapter → the seed of its initialisation; by default it follows from the name.
-        pad_id: the token that fills up shorter rows; by default the model's own, or 0 where it has none.
-        pad_to_multiple_of: rows are filled up to a multiple of so many tokens.
+        pad_id: the padding token; by default the model's own, or 0 if it has none.
+        pad_to_multiple_of: rows are padded to a multiple of this number of tokens.
 
-    An adapter's numbers depend on its own rows and seeds alone: not on the others, and not on its place among them. To
-    the last bit, on a CPU and in float32 or bfloat16, where two things hold: the same layers carry adapters, in use or
-    not; and the others change the length to which its rows are filled up by whole vector registers at most, as rows of
-    one length do, or ``pad_to_multiple_of=16``.
+    An adapter's numbers depend only on its own rows and seeds, not on the other adapters or the order. On a CPU in
+    float32 or bfloat16 this holds to the last bit under two conditions: the same layers carry adapters, in use or not;
+    and the other adapters change the padded length only by whole vector registers, as with rows of one length or
+    ``pad_to_multiple_of=16``.
     """
 
     def __init__(
@@ -83,13 +81,8 @@ class Pack:
         if isinstance(pad_to_multiple_of, bool) or not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
             raise ConfigError(f"pad_to_multiple_of: must be a whole number of at least 1, found {pad_to_multiple_of!r}")
         self.pad_id, self._multiple = self._padding(pad_id), pad_to_multiple_of
-        self._objective = Objective(self.model, self.task)
+        self.objective = Objective(self.model, self.task)
         self._learned: tuple[str, ...] = ()
-
-    @property
-    def way(self) -> Split | Whole | None:
-        """How a causal language model comes to its logits here."""
-        return self._objective.way
 
     def _padding(self, given: int | None) -> int:
         own = model_configs.token(getattr(self.model.get_base_model(), "config", None), "pad")
@@ -106,17 +99,17 @@ class Pack:
         return list(self.model.peft_config)
 
     def add(self, name: str, config: LoraConfig, *, seed: int | None = None) -> None:
-        """A further adapter, while the others go on."""
+        """Add an adapter; the others keep training."""
         self.model.add_adapter(name, config, seed=seed)
 
     def remove(self, name: str) -> None:
         rest = [other for other in self.adapters if other != name]
-        if rest and self.model.active_adapters == [name]:  # which one is active has no say in a pack
+        if rest and self.model.active_adapters == [name]:  # in a pack it does not matter which one is active
             self.model.set_adapter(rest[0])
         self.model.delete_adapter(name)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """What an optimizer of this adapter is to hold, by name."""
+        """The trainable parameters of this adapter by name, for its optimizer."""
         return self.model.adapter_parameters(name)
 
     def backward(
@@ -129,17 +122,16 @@ class Pack:
         """One forward and one backward for all named adapters: each gets the gradients of its own loss.
 
         Args:
-            batches: adapter → the model's arguments for its rows, ``labels`` among them, each [rows, ...]. Rows may be
-                of different number and length.
+            batches: adapter → the model's arguments for its rows, including ``labels``, each [rows, ...]. The number
+                and length of rows may differ.
             dropout_seeds: adapter → the seed of its dropout masks; by default they follow torch's generator.
-            weights: adapter → what its loss is multiplied with, for gradients summed over several calls.
+            weights: adapter → a factor of its loss, for gradients summed over several calls.
 
         Returns:
-            Each adapter's loss. One that is not finite gives its adapter no gradients, and the others what they would
-            have without it.
+            Each adapter's loss. One that is not finite gives its adapter no gradients and does not affect the others.
 
         Raises:
-            AdapterError: a name that is no adapter, or tensors that do not fit together.
+            AdapterError: an unknown name, or tensors that do not fit together.
         """
         self._prepare(batches)
         names = sorted(batches, key=lambda name: self._place(name, batches[name]))
@@ -149,7 +141,7 @@ class Pack:
             lambda: self._backward(names, batches, dropout_seeds, weights),
             lambda site: self._prove(site, names, batches),
         )
-        # The model's layers may not show whose rows they see.
+        # One by one if the layers' inputs do not show which row they belong to.
         parts = together or [self._backward([name], batches, dropout_seeds, weights) for name in names]
         found = {name: loss for part in parts for name, loss in part.items()}
         return {name: found[name] for name in batches}
@@ -166,12 +158,12 @@ class Pack:
         inputs, rows = self._joined([(name, batches[name]) for name in names])
         labels = inputs.pop("labels")
         slots = [name for name, own in rows.items() for _ in range(own.start, own.stop)]
-        # The backward is inside: gradient checkpointing runs parts of the forward again, by the same kernels.
+        # The backward is inside: gradient checkpointing recomputes parts of the forward, with the same kernels.
         with (
             lora.lora_routed(slots, dropout_seeds, inputs.values()),
-            self._objective.attention(inputs["input_ids"]),
+            self.objective.attention(inputs["input_ids"]),
         ):
-            losses = self._objective.losses(self._objective.forward(inputs, labels), labels, rows)
+            losses = self.objective.losses(self.objective.forward(inputs, labels), labels, rows)
             values = torch.stack([loss.detach().double() for loss in losses.values()]).tolist()
             found = dict(zip(losses, values, strict=True))
             good = [
@@ -183,16 +175,16 @@ class Pack:
 
     def _prove(self, site: str, names: Sequence[str], batches: Mapping[str, Mapping[str, Tensor]]) -> bool:
         inputs, _ = self._joined([(name, batches[name]) for name in names])
-        return self._objective.prove(site, inputs, inputs.pop("labels"))
+        return self.objective.prove(site, inputs, inputs.pop("labels"))
 
     def _place(self, name: str, batch: Mapping[str, Tensor]) -> tuple[int, bool, int]:
-        """Like stands beside like, which can be computed by one product: see ``lora.shared_inputs``."""
+        """Sort key by which similar adapters are neighbours, which share products (``lora.shared_inputs``)."""
         config = self.model.peft_config[name]
         return len(batch["input_ids"]), config.lora_dropout > 0, config.r
 
     def _prepare(self, batches: Mapping[str, Mapping[str, Tensor]]) -> None:
         if not batches:
-            raise AdapterError("batches: found none, give one for each adapter that is to train")
+            raise AdapterError("batches: found none, give one for each adapter to train")
         for name, batch in batches.items():
             if name not in self.model.peft_config:
                 raise AdapterError(f"batches: {name!r} is no adapter of this pack{nearest(name, self.adapters)}")
@@ -201,7 +193,7 @@ class Pack:
                     raise AdapterError(f"batches: that of {name!r} has no {key}; found {', '.join(batch) or 'nothing'}")
         if self.model.training or not all(layer.training for layer in self.model.base_model.lora_layers.values()):
             train_adapters(self.model)
-        # A layer is wrapped for as long as an adapter is in it, so this is all that what is shared depends on.
+        # Which layers share inputs depends only on which modules are wrapped, and so on the adapters.
         if self._learned != tuple(self.adapters):
             name, batch = next(iter(batches.items()))
             self._warm_up(name, {key: value[:1] for key, value in batch.items()})
@@ -212,7 +204,7 @@ class Pack:
                 warnings.warn(fault.text, stacklevel=3)
 
     def probe(self, batches: Mapping[str, Mapping[str, Tensor]]) -> list[Fault]:
-        """What keeps adapters of ``batches`` from training, found on one row of each. An adapter is looked at once."""
+        """What keeps adapters of ``batches`` from training, found on one row of each. Each adapter is examined once."""
         names = [] if sharded(self.model) else gradient_probe.unseen(self.model, list(batches))
         if names:
             train_adapters(self.model)
@@ -225,18 +217,18 @@ class Pack:
             known.add(places)
             rows = self.task.probe_rows(batches[name])
             inputs, _ = self._joined([(name, {key: value[rows] for key, value in batches[name].items()})])
-            found += gradient_probe.probe(self.model, self._objective, name, inputs)
+            found += gradient_probe.probe(self.model, self.objective, name, inputs)
         return found
 
     def _warm_up(self, name: str, row: Mapping[str, Tensor]) -> None:
-        """Let the layers learn what they share, so that the first step adds up in the same order as all that follow."""
+        """Let the layers learn which inputs they share, so that the first step sums in the same order as later ones."""
         inputs, _ = self._joined([(name, row)])
         labels = inputs.pop("labels")
         with evaluating(self.model, torch.no_grad()), self.model.base_model.lora_routed([name]):
-            self._objective.forward(inputs, labels)
+            self.objective.forward(inputs, labels)
 
     def _joined(self, parts: Sequence[tuple[str, Mapping[str, Tensor]]]) -> tuple[dict[str, Tensor], dict[str, slice]]:
-        """One batch of all rows, filled up on the right to the longest, and where each adapter's are."""
+        """One batch of all rows, padded on the right to the longest, and the rows of each adapter."""
         device = next(self.model.parameters()).device
         rows: dict[str, slice] = {}
         start = 0
@@ -252,7 +244,7 @@ class Pack:
             found = [batch.get(key) for _, batch in parts]
             if key == "attention_mask":
                 found = [torch.ones_like(b["input_ids"]) if f is None else f for f, (_, b) in zip(found, parts)]
-            if key == "token_type_ids":  # rows without a second segment are all of the first
+            if key == "token_type_ids":  # a row without them has one segment
                 found = [torch.zeros_like(b["input_ids"]) if f is None else f for f, (_, b) in zip(found, parts)]
             tensors = [tensor.to(device) for tensor in found if tensor is not None]
             if len(tensors) < len(found):
@@ -276,10 +268,10 @@ class Pack:
 
 
 def train_adapters(model: PeftModel) -> None:
-    """The adapters' own dropout is on; the frozen model runs as it does in use.
+    """Put the adapters into training mode and the frozen model, with its heads' dropout, into evaluation mode.
 
-    Its dropout, and that of heads, would be drawn for all slots together, so that one slot's training would depend on
-    the others'; and its running statistics would change.
+    The model's own dropout would be drawn for all slots together, so that one slot's training would depend on the
+    others, and its running statistics would change.
     """
     model.eval()
     for layer in model.base_model.lora_layers.values():
@@ -294,7 +286,7 @@ def train_adapters(model: PeftModel) -> None:
 
 @contextmanager
 def evaluating(model: PeftModel, mode: AbstractContextManager[Any]) -> Iterator[None]:
-    """In use and in ``mode``; every module's own mode is as it was afterwards."""
+    """Context in evaluation mode and in ``mode``. Afterwards every module is in the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -29,7 +29,8 @@ from loraloom.report.tune import TuneMeter, conclusion, leaderboard
 from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
 from loraloom.training.checkpointing.resume import Resume, find
 from loraloom.training.failures import Interrupted
-from loraloom.training.run import examine, outlook, prepare
+from loraloom.training.preflight.estimate import outlook
+from loraloom.training.run import examine, prepare
 from loraloom.training.run_record import RUN_NAME
 from loraloom.training.setup import TrainJob
 from loraloom.training.trainer import RunResult, Trainer

@@ -1,6 +1,6 @@
-"""Which evaluation of a curve is the best, and for how long there was no better one. Knows numbers alone.
+"""The best evaluation of a curve, and early stopping.
 
-All follows from the curve, so that a training that is gone on with decides as if it had never been stopped.
+Both follow from the curve alone, so a resumed training decides as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Evaluations = Sequence[Mapping[str, float]]
 
 
 def watched(evaluation: Mapping[str, float], asked: str | None) -> str:
-    """The metric to compare by: the one ``asked`` for (as ``eval_loss`` too), else the first beside the loss.
+    """The metric to compare by: ``asked`` (``eval_loss`` means ``loss``), by default the first after the loss.
 
     Raises:
         ConfigError: it was not measured.
@@ -32,7 +32,7 @@ def watched(evaluation: Mapping[str, float], asked: str | None) -> str:
 
 
 def best(evaluations: Evaluations, asked: str | None) -> tuple[int, str, float] | None:
-    """(step, metric, value) of the best evaluation, of equal ones the first; None where nothing finite was measured."""
+    """(step, metric, value) of the best evaluation, the first of equal ones; None without a finite value."""
     found: tuple[int, str, float] | None = None
     for one in evaluations:
         metric = watched(one, asked)
@@ -43,9 +43,9 @@ def best(evaluations: Evaluations, asked: str | None) -> tuple[int, str, float] 
 
 
 def stalled(evaluations: Evaluations, asked: str | None, threshold: float = 0.0) -> int:
-    """How many evaluations, up to the last one, were not better than the best before them by more than ``threshold``.
+    """The number of last evaluations that did not beat the best before them by more than ``threshold``.
 
-    The first one is better than nothing, whatever it says.
+    The first evaluation counts as an improvement.
     """
     top, count = math.nan, 0
     for place, one in enumerate(evaluations):

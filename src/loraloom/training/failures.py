@@ -1,4 +1,4 @@
-"""Why a training ended, in words that say what to do. Knows no files."""
+"""Why a training ended early, and what to do. Knows no files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from loraloom.inference.session import Session
 
 #: What to do about a loss that is not finite.
 CALMER = "lower the learning rate or lora_alpha, or use dtype bfloat16 or float32 instead of float16"
-#: Rows that are named; more are counted.
+#: Rows named in a message; more are counted.
 NAMED = 5
 
 
 class Interrupted(FailureError):
-    """Training was stopped by the user; what was there is saved. ``record`` is what ``run.json`` then holds."""
+    """Training was stopped by the user, and its state is saved. ``record`` is what ``run.json`` holds."""
 
     def __init__(self, message: str, record: dict[str, object] | None = None) -> None:
         super().__init__(message)
@@ -34,9 +34,9 @@ def explain(
     evaluating: bool = False,
     needs: Callable[[list[int]], Mapping[int, int]] | None = None,
 ) -> str:
-    """One line on an error that is not loraloom's own; for the commonest one, what to do.
+    """One line on an error that is not loraloom's own, and what to do if memory was not enough.
 
-    ``needs`` counts what steps of fewer rows would take, in bytes.
+    ``needs`` gives the bytes of a step by its batch size.
     """
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return f"out of memory; {_less(options, evaluating)}{_counted(options, needs)}"
@@ -44,21 +44,21 @@ def explain(
 
 
 def _less(options: TrainConfig | None, evaluating: bool) -> str:
-    """What takes less memory, what costs least first."""
+    """Ways to take less memory, the cheapest first."""
     if options is None:
         return "lower batch_size or max_length, or use dtype bfloat16"
     if evaluating and options.eval_batch_size > 1:
         return f"lower eval_batch_size ({options.eval_batch_size}), which changes no result"
-    anew = []
+    changes = []
     if options.batch_size > 1:
         half, times = options.batch_size // 2, 2 * options.gradient_accumulation_steps
         same = "" if options.batch_size % 2 else f" and gradient_accumulation_steps {times}, as many rows in a step"
-        anew.append(f"batch_size {half}{same}")
+        changes.append(f"batch_size {half}{same}")
     if options.max_length is not None:
-        anew.append(f"a lower max_length than {options.max_length}")
+        changes.append(f"a lower max_length than {options.max_length}")
     if options.dtype == "float32":
-        anew.append("dtype bfloat16")
-    ways = f"start over with {'; or '.join(anew)}" if anew else "take a smaller model"
+        changes.append("dtype bfloat16")
+    ways = f"start over with {'; or '.join(changes)}" if changes else "take a smaller model"
     if options.gradient_checkpointing:
         return ways
     return f"set gradient_checkpointing, with which it can resume, or {ways}"
@@ -70,20 +70,20 @@ def _counted(options: TrainConfig | None, needs: Callable[[list[int]], Mapping[i
     sizes = [options.batch_size >> shift for shift in range(4) if options.batch_size >> shift]
     try:
         found = needs(sizes)
-    except Exception:  # what can be told without it, is
+    except Exception:  # the message is useful without it
         return ""
-    told = ", ".join(f"{size(count)} with batch_size {rows}" for rows, count in found.items())
-    return f" (beside the model a step takes {told})" if told else ""
+    listed = ", ".join(f"{size(count)} with batch_size {rows}" for rows, count in found.items())
+    return f" (beside the model a step takes {listed})" if listed else ""
 
 
 def not_finite(failure: str, failed: Sequence[int], guilty: Sequence[int], where: Callable[[int], str]) -> str:
-    """A loss or gradient that is not finite, with the rows that it came from.
+    """A loss or gradient that is not finite, with its rows.
 
     Args:
-        failure: the step and what was not finite.
-        failed: the examples of that forward, by number.
-        guilty: those whose loss is not finite by itself.
-        where: the row of an example, in words.
+        failure: the step, and what was not finite.
+        failed: the numbers of that forward's examples.
+        guilty: those whose own loss is not finite.
+        where: names the row of an example.
     """
     named = list(dict.fromkeys(where(number) for number in guilty or failed))
     more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
@@ -95,7 +95,7 @@ def not_finite(failure: str, failed: Sequence[int], guilty: Sequence[int], where
 
 
 def nonfinite_examples(session: Session, slot: Slot, examples: Sequence[Example]) -> list[int]:
-    """Of the examples that ``slot`` failed on, those whose loss is not finite by themselves, as numbers."""
+    """The numbers of the examples that ``slot`` failed on whose own loss is not finite."""
 
     def loss(number: int) -> float:
         return float(Evaluator(session, [examples[number]]).losses([slot.name]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -25,31 +24,31 @@ from loraloom.lora import checkpoint
 from loraloom.lora.checkpoint import WEIGHTS_NAME
 from loraloom.lora.model import PeftModel
 from loraloom.training.checkpointing import folders
-from loraloom.training.run_record import RUN_NAME, as_json
+from loraloom.training.run_record import RUN_NAME, as_json, sealed
 
-#: The options of a run, with nothing left open, as a run file that gives the same run again.
+#: The run file with every option resolved: it repeats the run.
 RUN_FILE = "run.yaml"
 #: What a run writes beside its checkpoints.
 FILES = (WEIGHTS_NAME, CONFIG_NAME, RUN_NAME, RUN_FILE, TEMPLATE_NAME, BAD_ROWS, LOCK_NAME, "usage.json", "curves.png")
 _TITLE = "The options of this run, with nothing left open."
 
 
-def check_output(options: TrainConfig, *, going_on: bool = False, files: Sequence[str] = FILES) -> None:
-    """An output that cannot be used is said before training, not after it. Leaves no trace.
+def check_output(options: TrainConfig, *, resumes: bool = False, files: Sequence[str] = FILES) -> None:
+    """Check before training that the output folder can be used. Leaves no trace.
 
     Args:
-        going_on: the run is gone on with in this folder, which may therefore hold what it wrote.
-        files: what will be written into it.
+        resumes: the run in this folder is resumed, so the folder may hold its files.
+        files: the names that will be written.
 
     Raises:
-        ConfigError: the folder holds something that is not to be replaced, or cannot be written.
+        ConfigError: the folder cannot be written, or holds something that must not be replaced.
     """
     folder = Path(options.output)
     made: list[Path] = []
     if interrupted(folder):
         recover(folder)
     try:
-        if not going_on and not options.overwrite:
+        if not resumes and not options.overwrite:
             there = folders.listed(folder)
             hint = f", and {there[0].name}; to resume that run give --resume, else" if there else ";"
             if (folder / WEIGHTS_NAME).exists():
@@ -84,9 +83,10 @@ def check_output(options: TrainConfig, *, going_on: bool = False, files: Sequenc
 
 @contextlib.contextmanager
 def described(options: TrainConfig) -> Iterator[None]:
-    """The folder with ``run.yaml`` in it from now on, whatever becomes of the run.
+    """Context of a run whose ``run.yaml`` is written first.
 
-    It belongs to the adapter beside it: where that of an earlier run outlives this one, so does that run's file.
+    The file describes the adapter beside it: if this run fails and leaves an earlier run's adapter, that run's file is
+    restored.
 
     Raises:
         SaveError: the folder cannot be written.
@@ -108,7 +108,7 @@ def described(options: TrainConfig) -> Iterator[None]:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """By which it is known whether a file was replaced; None where there is none."""
+    """Changes if the file is replaced; None if it does not exist."""
     with contextlib.suppress(OSError):
         found = os.stat(path)
         return found.st_ino, found.st_mtime_ns
@@ -121,13 +121,15 @@ def save(
     record: Mapping[str, Any],
     beside: Mapping[str, bytes],
 ) -> dict[str, Any]:
-    """Write the adapter and ``run.json`` in one step; where the folder cannot be written, into a temporary one.
+    """Write the adapter and ``run.json`` in one step, or into a temporary folder if ``folder`` cannot be written.
 
-    ``beside``: further files (``training.usage``). The chat template of an earlier run goes with its adapter. Returns
-    what ``run.json`` holds: ``record`` with the hashes of the files beside it.
+    ``beside``: further files (``training.usage``). An earlier run's chat template is removed with its adapter.
+
+    Returns:
+        What ``run.json`` holds: ``record`` with the hashes of the files beside it.
 
     Raises:
-        SaveError: so it was; the message says where the adapter is instead.
+        SaveError: ``folder`` cannot be written; the message says where the adapter is instead.
     """
 
     def write(to: Path) -> dict[str, Any]:
@@ -137,12 +139,9 @@ def save(
         hashed: dict[str, Contents] = {name: _hashing(what, name, hashes) for name, what in files.items()}
         if stale:
             hashed[TEMPLATE_NAME] = None
-        # The last one written: it says what the others are.
+        # Written last: it holds the hashes of the others.
         write_files(to, {**hashed, RUN_NAME: lambda path: _put(path, as_json({**record, "files": hashes}))})
-        found: dict[str, Any] = json.loads(as_json({**record, "files": hashes}))
-        # The file's keys are sorted; the first metric is the one that is watched, and said first.
-        ordered: dict[str, Any] = _in_order(found, record)
-        return ordered
+        return sealed({**record, "files": hashes})
 
     try:
         return write(Path(folder))
@@ -161,16 +160,13 @@ def save(
 
 
 def changed(folder: str | Path, record: Mapping[str, Any]) -> str:
-    """The first file that is no longer the one that the run of ``record`` wrote, or nothing.
-
-    A record of an earlier version of loraloom knows no hashes.
-    """
+    """The first file that differs from what the run of ``record`` wrote, or ``""``. Records of 0.1 have no hashes."""
     found = first_changed(Path(folder), record.get("files", {}))
     return "" if found is None else str(found[0])
 
 
 def _hashing(contents: Contents, name: str, hashes: dict[str, str]) -> Callable[[Path], None]:
-    """What writes ``contents`` and notes the hash of what was written."""
+    """A writer of ``contents`` that puts the hash of the written file into ``hashes``."""
 
     def write(path: Path) -> None:
         if callable(contents):
@@ -184,13 +180,3 @@ def _hashing(contents: Contents, name: str, hashes: dict[str, str]) -> Callable[
 
 def _put(path: Path, contents: bytes) -> None:
     path.write_bytes(contents)
-
-
-def _in_order(found: Any, as_in: Any) -> Any:
-    """``found`` with the keys of all objects in the order that they have in ``as_in``, and those it lacks behind."""
-    if isinstance(found, dict) and isinstance(as_in, Mapping):
-        keys = [*(key for key in as_in if key in found), *(key for key in found if key not in as_in)]
-        return {key: _in_order(found[key], as_in.get(key)) for key in keys}
-    if isinstance(found, list) and isinstance(as_in, list):
-        return [_in_order(one, other) for one, other in zip(found, as_in, strict=True)]
-    return found

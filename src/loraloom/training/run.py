@@ -1,4 +1,4 @@
-"""A run before its first step: everything read and checked, findings, and what training will need.
+"""A run before its first step: everything is read and checked.
 
 ``Trainer(prepare(options)).fit()`` is a whole run.
 """
@@ -19,7 +19,6 @@ from loraloom.models.fsdp import shard
 from loraloom.training.checkpointing.resume import Resume, date_of, resumes
 from loraloom.training.output import check_output
 from loraloom.training.preflight import doctor, machine
-from loraloom.training.preflight.estimate import ResourceEstimate, estimate_resources
 from loraloom.training.setup import ADAPTER, TrainJob, load
 
 
@@ -35,7 +34,7 @@ def prepare(options: TrainConfig, resume: Resume = None, reading: OnProgress = s
     """
     place = find_device(options.device)
     place.world.main_process_first(lambda: lock.check(options.output))
-    place.world.main_process_first(lambda: check_output(options, going_on=resumes(options, resume)))
+    place.world.main_process_first(lambda: check_output(options, resumes=resumes(options, resume)))
     setup = load(options, place, reading, date_of(options, resume))
     for text in setup.data.notes:
         log.info(text)
@@ -90,24 +89,3 @@ def _probed(job: TrainJob) -> list[Warn]:
     if stops := next((fault for fault in found if fault.stops), None):
         raise TargetError(stops.text)
     return [Warn("note", text=fault.text) for fault in found]
-
-
-def outlook(job: TrainJob) -> ResourceEstimate:
-    """The memory and time that training needs: see ``training.preflight.estimate``. The adapter does not change."""
-    options = job.options
-    processes = job.world.size  # of which each does its share
-    every = {"steps": options.eval_steps, "epoch": job.steps_per_epoch}.get(options.eval_at)
-    pack = Pack(job.model, task=job.task, pad_id=job.pad_id)
-    return estimate_resources(
-        pack,
-        ADAPTER,
-        job.config(options),
-        job.data.train.examples,
-        job.data.validation.examples,
-        empty=job.empty(),
-        dtype=options.dtype,
-        batch_size=-(-options.batch_size // processes),
-        forwards=job.steps * options.gradient_accumulation_steps,
-        evaluations=(1 if not every else max(1, job.steps // every)) / processes,
-        gradient_checkpointing=options.gradient_checkpointing,
-    )

@@ -1,4 +1,4 @@
-"""``run.json``: what a run was told, what it did, what came out. Knows no more than what it is given."""
+"""``run.json``: the options of a run, its curves and its result."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A whole run. ``adapter_step`` is the step of the adapter in the folder, ``result`` what was measured there."""
+    """A run. ``adapter_step`` is the step of the adapter in the folder, ``result`` its evaluation."""
 
     #: ``finished``, ``interrupted`` or ``failed``
     state: str
@@ -88,7 +88,7 @@ def record(
     resumed_at: list[int],
     adapter_step: int | None = None,
 ) -> RunRecord:
-    """The record of a run that stands where ``slot`` does; see ``RunRecord`` for the arguments."""
+    """The record of a run at the current step of ``slot``; see ``RunRecord`` for the arguments."""
     data, evaluations = job.data, slot.curve.evaluations
     adapter_step = slot.step if adapter_step is None else adapter_step
     result = next((one for one in reversed(evaluations) if one["step"] <= adapter_step), {})
@@ -125,14 +125,19 @@ def record(
     )
 
 
-def as_json(found: Mapping[str, Any]) -> bytes:
-    """What ``run.json`` holds of ``found``, with its own hash."""
+def sealed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """``found`` in JSON's types and in its order, with its own hash."""
     plain = {key: value for key, value in jsonio.plain(found).items() if key != _OWN_HASH}
-    return _text(plain | {_OWN_HASH: _hash(plain)})
+    return plain | {_OWN_HASH: _hash(plain)}
+
+
+def as_json(found: Mapping[str, Any]) -> bytes:
+    """The contents of ``run.json``."""
+    return _text(sealed(found))
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The record in ``path``; None where there is none. One without a hash of its own is of an earlier version.
+    """The record in ``path``; None if there is no file. Records of 0.1 have no hash of their own.
 
     Raises:
         ConfigError: it is damaged, not what loraloom writes, or of a later version.

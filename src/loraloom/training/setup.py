@@ -1,4 +1,4 @@
-"""What all adapters of a run or a search share: rows, tokenizer, frozen model, and how each of them is measured."""
+"""What all adapters of a run or a search share: the session (model, task, tokenizer), the config and the data."""
 
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ class Setup(Session):
     weights: str
 
     def config(self, options: TrainConfig) -> LoraConfig:
-        """The adapter of ``options`` on this model: its new modules train with it."""
+        """The adapter's config of ``options``, with the model's new modules to train in full."""
         given = list(options.lora.modules_to_save or ())
         known = [*given, *self.task.heads]
         new = [n for n in self.new_modules if not any(matches_name(k, n) or f".{k}." in f".{n}." for k in known)]
         return self.task.adapted(self.base, options.lora.copy(modules_to_save=[*given, *new] or None))
 
     def empty(self) -> nn.Module:
-        """The model without its weights, for counting."""
+        """The model without weights, for counting."""
         options = self.options
         return build_empty(
             options.model, self.task, max(len(self.data.names), 1), self.data.problem, revision=options.revision
         )
 
     def steps_of(self, options: TrainConfig) -> tuple[int, int]:
-        """Optimizer steps of a whole training, and of once through the rows."""
+        """Optimizer steps of the training and of an epoch."""
         rows = options.batch_size * options.gradient_accumulation_steps
         per_epoch = math.ceil(len(self.data.train.examples) / rows)
         return options.max_steps or max(1, round(per_epoch * options.epochs)), per_epoch
@@ -129,9 +129,9 @@ class TrainJob(Setup):
 def load(
     options: TrainConfig, where: Placement | None = None, reading: OnProgress = silent, date: str | None = None
 ) -> Setup:
-    """Read and check rows, tokenizer and model, in the order in which it costs. ``reading`` is told how far rows are.
+    """Read and check rows, tokenizer and model, the cheapest first. ``reading`` gets the progress of the rows.
 
-    ``date`` is that of the run that is resumed, for a chat template that writes one: see ``TrainConfig.date``.
+    ``date`` is that of the resumed run, for a chat template that writes one: see ``TrainConfig.date``.
 
     Raises:
         InputError: anything wrong with what the user gave.
@@ -160,9 +160,9 @@ def load(
     options = with_date(rows, options, tokenizer, date or day)
     data = tokenise(rows, options, task, tokenizer, reading)
     metrics = choose(task, data.problem, options.metrics).of_labels(data.names)
-    if options.metric_for_best_model and not metrics.own:  # what a function returns is not known before
+    if options.metric_for_best_model and not metrics.own:  # the names that a function returns are not known yet
         early_stopping.watched(dict.fromkeys(["loss", *metrics.names], 0.0), options.metric_for_best_model)
-    torch.manual_seed(options.seed)  # the new head's numbers
+    torch.manual_seed(options.seed)  # for the weights of a new head
     base, new = load_base(
         options.model,
         task,
@@ -175,7 +175,7 @@ def load(
         log=data.notes.append,
     )
     weights = hash_of_weights(base)
-    if not options.fsdp:  # else its parts go there one by one
+    if not options.fsdp:  # FSDP moves the shards itself
         base.to(where.device)
     _check_vocabulary(base, data, options.model)
     return Setup(

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that a loop can ask for between its steps. Knows nothing of what the loop does."""
+"""Ctrl-C and SIGTERM as a flag that a loop reads between its steps."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 
 class Stop(threading.Event):
-    """Set once the user, or the system, wants an end; ``by`` is then the signal's name."""
+    """Set once the user or the system asks to stop; ``by`` is then the signal's name."""
 
     by = ""
 
 
 @contextmanager
 def asked_to_stop() -> Iterator[Stop]:
-    """The first Ctrl-C and SIGTERM (what schedulers and ``kill`` send) ask for an end; a Ctrl-C after it ends at once.
+    """Context in which the first Ctrl-C or SIGTERM sets the flag. A Ctrl-C after it raises ``KeyboardInterrupt``.
 
-    SIGTERM that comes again changes nothing: some send it more than once. Where it is ignored, it stays ignored.
-    Outside the main thread, where Python has no signals, nothing is ever asked for.
+    Further SIGTERMs change nothing, as schedulers may send several. A process that ignores SIGTERM keeps ignoring it.
+    Outside the main thread, where Python handles no signals, the flag is never set.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

@@ -1,6 +1,6 @@
-"""What an adapter needs beside its weights to be of use: what its outputs mean, and how its inputs were made.
+"""``usage.json`` beside an adapter: what its outputs mean and how its inputs are made; and its chat template.
 
-An adapter's folder in PEFT's format says none of this. Here it is one JSON file beside it, and the chat template.
+PEFT's format has no place for either.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ USAGE_NAME = "usage.json"
 
 
 def usage(setup: Setup) -> dict[str, Any]:
-    """Plain JSON: the task, the model, the limit of tokens, and what the task has of names, problem and template.
+    """Plain JSON: the task, the model, the token limit, and the task's labels, problem type and template.
 
     ``id2label`` is as transformers has it in a config: ``AutoModelForSequenceClassification.from_pretrained(base,
-    id2label={int(i): name for i, name in id2label.items()})`` builds the model that the adapter belongs to.
+    id2label={int(i): name for i, name in id2label.items()})`` builds the adapter's base model.
     """
     options, data = setup.options, setup.data
     found: dict[str, Any] = {
@@ -37,7 +37,7 @@ def usage(setup: Setup) -> dict[str, Any]:
 
 
 def usage_files(setup: Setup) -> dict[str, bytes]:
-    """The files beside an adapter's weights: name → contents."""
+    """File name → contents."""
     files = {USAGE_NAME: json.dumps(usage(setup), indent=2, ensure_ascii=False).encode() + b"\n"}
     if setup.data.template is not None:
         files[TEMPLATE_NAME] = setup.data.template.encode()

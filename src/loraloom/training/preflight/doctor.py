@@ -1,4 +1,4 @@
-"""Preflight checks of a training: what would go wrong is found before the first step. Changes nothing."""
+"""Checks of a model and its adapter before the first step. Changes nothing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from loraloom.lora.peft_targets import unadapted
 from loraloom.messages import Message, Warn
 from loraloom.models.configs import tokens, vocabulary
 
-#: Learning rates at which LoRA is trained with Adam and its like; about ten times those of full fine-tuning.
+#: Usual learning rates of LoRA with an adaptive optimizer; about ten times those of full fine-tuning.
 RATES = (2e-5, 5e-3)
-#: Their updates do not scale with the gradient, so that their rates compare.
+#: Optimizers whose updates do not scale with the gradient, so that their rates compare.
 ADAPTIVE = ("adamw", "AdamW", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop")
 
 
@@ -36,11 +36,11 @@ def examine(
     batch_size: int = 1,
     steps: int | None = None,
 ) -> list[Message]:
-    """What may well be a mistake, or surprise.
+    """What may be a mistake, or a surprise.
 
     Args:
-        adapter: the one that is to train; by default the active one.
-        rows, batch_size, steps: of the training, if they are known; ``batch_size`` is that of a step.
+        adapter: the adapter to train; by default the active one.
+        rows, batch_size, steps: of the training, if known; ``batch_size`` is that of a step.
 
     Raises:
         ConfigError: training would do nothing, or not what was asked.
@@ -79,7 +79,7 @@ def _check_trainable(model: PeftModel, name: str) -> None:
 
 def _check_wrapped(base: nn.Module) -> None:
     for name, module in base.named_modules():
-        # Wrappers of parameters lie around each other, and around what their module holds.
+        # Wrappers of parameters may enclose each other and the layers of their module.
         around = isinstance(module, LoraLayer) and not isinstance(module, LoraParameter)
         inner = around and [m for m in module.base_layer.modules() if isinstance(m, LoraLayer)]
         if inner or type(module) is PeftModel or _foreign(module):
@@ -90,7 +90,7 @@ def _check_wrapped(base: nn.Module) -> None:
 
 
 def _experts(model: PeftModel, name: str) -> Iterator[Warn]:
-    """Expert weights that the adapter leaves as they are: most of a model of experts, and easily forgotten."""
+    """Expert weights without an adapter, which are most of a mixture of experts."""
     modules = dict(base_modules(model.get_base_model()))
     mine = [layer.name for layer in model.base_model.lora_layers.values() if name in layer.slots]
     own = {id(p): p.numel() for module in modules.values() for p in module._parameters.values() if p is not None}
@@ -100,7 +100,7 @@ def _experts(model: PeftModel, name: str) -> Iterator[Warn]:
 
 
 def _foreign(module: nn.Module) -> bool:
-    """Whether it is a layer of ``peft``'s."""
+    """True for a layer of ``peft``."""
     return type(module).__module__.startswith("peft.tuners.")
 
 
@@ -121,16 +121,8 @@ def _tied(model: PeftModel) -> Iterator[Warn]:
         ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     except (AttributeError, NotImplementedError):
         return
-    weights = []
-    for end in ends:
-        inner = (
-            end.base_layer
-            if isinstance(end, LoraLayer)
-            else end.original_module
-            if isinstance(end, ModulesToSaveWrapper)
-            else end
-        )
-        weights.append(getattr(inner, "weight", None))
+    inner = [getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends]
+    weights = [getattr(module, "weight", None) for module in inner]
     changed = [isinstance(end, LoraLayer | ModulesToSaveWrapper) for end in ends]
     if weights[0] is not None and weights[0] is weights[1] and changed[0] != changed[1]:
         yield Warn("tied", changed="input" if changed[0] else "output", other="output" if changed[0] else "input")

@@ -1,29 +1,30 @@
-"""What a training will need, in memory and time, from its real rows and model: said before the first step."""
+"""The memory and time of a training, from its real rows and model, before the first step."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from loraloom.config.lora import LoraConfig
-from loraloom.data.example import Example
+from loraloom.data.table.store import lengths_of
 from loraloom.engine.pack import Pack
 from loraloom.files.resources import memory_free
 from loraloom.training.preflight.memory import Memory, estimate
+from loraloom.training.setup import ADAPTER, TrainJob
 
-#: Forwards and backwards that are timed; one more comes before them.
+#: Timed forwards and backwards, after one that is not timed.
 TIMED = 2
-#: A forward is about a third of a step.
+#: The share of a step's time that its forward takes.
 FORWARD = 1 / 3
 
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """Bytes and seconds. ``memory`` is of a whole process; ``free`` is what is left beside the loaded model."""
+    """Bytes and seconds. ``memory`` counts one process; ``free`` is what is left beside the loaded model."""
 
     memory: Memory
     free: int
@@ -36,47 +37,41 @@ class ResourceEstimate:
         return self.memory.total - self.memory.base <= self.free
 
 
-def estimate_resources(
-    pack: Pack,
-    adapter: str,
-    config: LoraConfig,
-    train: Sequence[Example],
-    held_out: Sequence[Example],
-    *,
-    empty: nn.Module,
-    dtype: str,
-    batch_size: int,
-    forwards: int,
-    evaluations: float,
-    gradient_checkpointing: bool = False,
-) -> ResourceEstimate:
-    """Memory counted for the longest rows, and time from a few forwards and backwards of rows of middling length.
+def outlook(job: TrainJob) -> ResourceEstimate:
+    """What training ``job`` takes: memory counted for the longest rows, time measured on rows of median length.
 
-    The adapter keeps its numbers. ``empty`` is the model without weights; ``forwards`` and ``evaluations`` are those of
-    the whole training, as far as this process has a part in them.
+    The adapter does not change.
     """
-    lengths = sorted(len(example.input_ids) for example in train)
-    texts, longest = pack.task.widest(train)
+    options, train, processes = job.options, job.data.train.examples, job.world.size
+    batch_size, lengths = -(-options.batch_size // processes), list(map(int, lengths_of(train)))
+    texts, longest = job.task.widest(train)
     _, memory = estimate(
-        empty, config, rows=batch_size * texts, length=longest, dtype=dtype, recompute=gradient_checkpointing
+        job.empty(),
+        job.config(options),
+        rows=batch_size * texts,
+        length=longest,
+        dtype=options.dtype,
+        recompute=options.gradient_checkpointing,
     )
-    order = sorted(range(len(train)), key=lambda row: len(train[row].input_ids))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     middle = max(0, (len(order) - batch_size) // 2)
-    examples = [train[row] for row in order[middle : middle + batch_size]]
-    batch = {adapter: pack.task.collate(examples, pack.pad_id)}
+    rows = order[middle : middle + batch_size]
+    pack = Pack(job.model, task=job.task, pad_id=job.pad_id)
+    batch = {ADAPTER: job.task.collate([train[row] for row in rows], pack.pad_id)}
     times = []
     for _ in range(TIMED + 1):
         started = time.perf_counter()
-        pack.backward(batch, dropout_seeds={adapter: 0})
+        pack.backward(batch, dropout_seeds={ADAPTER: 0})
         times.append(time.perf_counter() - started)
-        for parameter in pack.parameters_of(adapter).values():
+        for parameter in pack.parameters_of(ADAPTER).values():
             parameter.grad = None
-    tokens = sum(len(example.input_ids) for example in examples)
-    each = min(times[1:]) / tokens  # seconds a token
-    mean = sum(lengths) / len(lengths)
-    seconds = each * mean * batch_size * forwards
-    seconds += FORWARD * each * evaluations * sum(len(example.input_ids) for example in held_out)
-    return ResourceEstimate(memory, free_memory(), seconds, str(pack.way or ""))
+    each = min(times[1:]) / sum(lengths[row] for row in rows)  # seconds a token
+    forwards = job.steps * options.gradient_accumulation_steps
+    every = {"steps": options.eval_steps, "epoch": job.steps_per_epoch}.get(options.eval_at)
+    evaluations = (max(1, job.steps // every) if every else 1) / processes
+    seconds = each * sum(lengths) / len(lengths) * batch_size * forwards
+    seconds += FORWARD * each * evaluations * sum(map(int, lengths_of(job.data.validation.examples)))
+    return ResourceEstimate(memory, free_memory(), seconds, str(pack.objective.way or ""))
 
 
 def needs(
@@ -87,9 +82,9 @@ def needs(
     batch_sizes: Iterable[int],
     again: bool,
 ) -> dict[int, int]:
-    """Rows of a forward → bytes that a step with them takes beside the frozen model, as far as it can be counted.
+    """Rows of a forward → bytes that a step takes beside the frozen model, if they can be counted.
 
-    ``widest`` is that of the examples: see ``Task.widest``.
+    ``widest`` is ``Task.widest`` of the examples; ``again``: with gradient checkpointing.
     """
     found = {}
     for rows in batch_sizes:
@@ -100,7 +95,7 @@ def needs(
 
 
 def free_memory() -> int:
-    """Bytes that this process could still take: of the accelerator if there is one, else of the machine."""
+    """Bytes that this process can still allocate: on the accelerator if there is one, else in main memory."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     return memory_free()
