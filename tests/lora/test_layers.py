@@ -659,5 +659,5 @@ def test_dropout_before_a_convolution_over_places_ignores_what_follows_a_rows_en
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], lora_dropout=0.5, init_lora_weights=False))
     x = torch.randn(2, 4, 6)
     longer = torch.cat([x, torch.randn(2, 4, 3)], -1)
-    with model.base_model.lora_routed(["default"] * 2, {"default": 7}):
+    with model.base_model.routed(["default"] * 2, {"default": 7}):
         assert torch.equal(model(longer)[..., :6], model(x))

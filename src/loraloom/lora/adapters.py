@@ -28,15 +28,15 @@ from loraloom.lora.routed import RoutedModel, listed
 from loraloom.lora.routing import BASE, Route
 from loraloom.lora.targets import Plan, plan, plan_on
 
-#: Numbers that an adapter may have beyond twice those of its file.
+#: An adapter may have twice as many numbers as its file, and this many more.
 _MISSING = 10**8
 
 
 class LoraModel(RoutedModel):
     """A frozen model and the adapters on it. ``model`` is changed in place: targets are wrapped, nothing is copied.
 
-    With the first adapter every parameter of ``model`` stops requiring gradients. Adapters train from the moment they
-    are added; which of them are active is another matter (``set_adapter``), and inactive ones get no gradient.
+    Adding the first adapter freezes every parameter of ``model``. Adapters are trainable as soon as they are added;
+    only active ones (``set_adapter``) get gradients.
     """
 
     #: PEFT's: what the names of an adapter's tensors begin with.
@@ -74,10 +74,10 @@ class LoraModel(RoutedModel):
             seed: of the initialisation; by default it follows from ``adapter_name``.
             strict: as in ``plan``.
             autocast_adapter_dtype: keep factors in float32 where the base is float16 or bfloat16.
-            tensors: an adapter's tensors under PEFT's keys, which ``fill`` will copy into the slot; until then those
-                that they hold are left without numbers.
-            source: of ``tensors``, which opens the error messages about them.
-            fill: called when the slot is there. If it raises, the slot goes again.
+            tensors: an adapter's tensors under PEFT's keys, which ``fill`` will copy into the slot; the slot's tensors
+                of these keys start uninitialised.
+            source: of ``tensors``, a prefix of error messages about them.
+            fill: called once the slot exists. If it raises, the slot is removed again.
 
         Raises:
             AdapterError: the name is taken or cannot be a name, or adapters are merged.
@@ -115,7 +115,7 @@ class LoraModel(RoutedModel):
         return made
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter away. Layers that carry no other adapter become what they were before.
+        """Remove an adapter. Layers that carry no other adapter become the original modules again.
 
         If it was the only active one, the first that remains becomes active, with a warning, as in PEFT.
         """
@@ -135,7 +135,7 @@ class LoraModel(RoutedModel):
             self._remove(adapter_name)
 
     def _remove(self, adapter_name: str) -> None:
-        """Take away what there is of an adapter that is not active, be it half of one."""
+        """Remove an inactive adapter, also one that was added only in part."""
         self._slots.remove(adapter_name)
         self._follow()
         self.peft_config.pop(adapter_name, None)
@@ -154,7 +154,7 @@ class LoraModel(RoutedModel):
         return [name for layer in self.lora_layers.values() if (name := self.lora_parameter_of(layer)) is not None]
 
     def lora_parameter_of(self, layer: LoraLayer) -> str | None:
-        """The parameter for which ``layer`` is there; None where its module is what adapters target.
+        """The name of the parameter that ``layer`` adapts; None if adapters target its module.
 
         The ``weight`` of a linear layer is adapted by the layer itself, whichever of the two a config names.
         """
@@ -201,8 +201,7 @@ class LoraModel(RoutedModel):
     def disable_adapter(self) -> Iterator[None]:
         """The frozen model alone, merged or not, for the length of a ``with`` block, exceptions included.
 
-        For this thread: what others run meanwhile goes through the adapters that they ask for. Inside, no route is
-        followed either: disabled wins over ``adapter_names``, as in PEFT.
+        Applies to this thread alone. ``adapter_names`` have no effect inside, as in PEFT.
         """
         merged, enabled = self.merged_adapters, self._enabled
         if merged:
@@ -236,11 +235,11 @@ class LoraModel(RoutedModel):
         """Fold updates into the weights: all of them or, on any obstacle or non-finite result, none.
 
         ``adapter_names`` are the active ones by default and are added to those merged before. Until
-        ``unmerge_adapter`` the frozen weights wait aside, and the model answers with the merged adapters, heads and
-        biases included, whichever are active. Merging is always safe; ``safe_merge`` is here for PEFT's signature.
+        ``unmerge_adapter`` the frozen weights are kept aside and the merged adapters apply, their heads and biases
+        included, whichever are active. Merging is always safe; ``safe_merge`` is part of PEFT's signature.
 
         Raises:
-            MergeError: as said. Nothing was changed.
+            MergeError: a weight cannot hold the update, or would not be finite. Nothing was changed.
             AdapterError: a name does not exist, adapters are disabled, or two train their own copy of one thing.
         """
         names = list(self._active) if adapter_names is None else list(adapter_names)
@@ -264,7 +263,7 @@ class LoraModel(RoutedModel):
             self._follow()
 
     def unmerge_adapter(self) -> None:
-        """Bring back the frozen weights, bit for bit. The active adapters answer again."""
+        """Restore the frozen weights, bit for bit. The active adapters apply again."""
         if not self._merged:
             return
         with self.lora_router.exclusive("unmerge_adapter"):
@@ -275,9 +274,9 @@ class LoraModel(RoutedModel):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """The plain model with the adapters folded in: weights, heads and biases. This object is empty afterwards.
+        """The plain model with the adapters merged: weights, heads and biases. This object is empty afterwards.
 
-        Every tensor has the dtype that the base's had, that of copies which were trained in float32 too.
+        Every tensor has the base's dtype, also copies that were trained in float32.
         ``adapter_names`` are the active ones by default, disabled or not.
 
         Raises:
@@ -328,7 +327,7 @@ class LoraModel(RoutedModel):
             raise AdapterError(f"adapter_name: {name!r} is an attribute of torch's ModuleDict; choose another name")
 
     def check_same(self, name: str, config: LoraConfig, source: str) -> Plan:
-        """Whether ``config`` describes the adapter ``name``, so that it can take another's numbers."""
+        """The plan of ``config``, which must describe the adapter ``name`` for its tensors to be overwritten."""
         self._check_unmerged("load_adapter")
         planned = plan(self.model, config, strict=False, follow_ties=False)
         layers = self.lora_layers.items()
@@ -350,7 +349,7 @@ class LoraModel(RoutedModel):
 
 
 def _check_size(made: Plan, tensors: Mapping[str, Tensor], source: str) -> None:
-    """A small file must not ask for a large adapter."""
+    """A small file must not make loading allocate a large adapter."""
     there, largest = sum(tensor.numel() for tensor in tensors.values()), max(made.rows, key=lambda row: row.parameters)
     if made.parameters > 2 * there + _MISSING:
         raise AdapterError(

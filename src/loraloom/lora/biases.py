@@ -1,9 +1,8 @@
-"""Biases that adapters train. Each slot has its own copies; the model holds those of the active slot.
+"""Biases that adapters train. Each slot has its own copies, and the model's modules hold those of the active slot.
 
-So the base's own biases are never written, switching adapters switches biases, and disabling brings the base back.
-Where rows of several slots go through at once, the model holds the base's, and each slot's difference is added to its
-rows by a hook on the module.
-Biases that the model does not hold now wait here, as parameters like all others: each is in one place at a time.
+The base's own biases are never written: switching adapters exchanges parameters, and disabling restores the base's.
+In a batch of several slots the modules hold the base's biases, and a hook adds each slot's difference to its rows.
+Biases that no module holds are parameters of ``Biases``; every bias is in one of the two places.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from loraloom.lora.routing import BASE, leading
 
 
 class Biases(nn.Module):
-    """Children are slots, and ``BASE`` for the base's own; each holds those biases of its slot that wait."""
+    """One child for each slot, and ``BASE`` for the base's own: the biases that no module of the model holds now."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +33,7 @@ class Biases(nn.Module):
         self._hooks: list[Any] = []
 
     def add(self, slot: str, owners: Mapping[str, nn.Module]) -> None:
-        """``owners``: parameter name → the module whose ``bias`` it is. What the model holds stays."""
+        """``owners``: parameter name → the module whose ``bias`` it is. Installs nothing."""
         if not owners:
             return
         self._modules.setdefault(BASE, nn.Module())
@@ -55,11 +54,11 @@ class Biases(nn.Module):
             del self._owners[name], self._held[name]
 
     def of(self, slot: str) -> dict[str, nn.Parameter]:
-        """Name → that slot's bias, wherever it is."""
+        """Name → that slot's bias, installed or not."""
         return {name: self._bias(slot, name) for name in self.slots.get(slot, ())}
 
     def install(self, active: Sequence[str]) -> None:
-        """Let the model hold the biases of the active slot that has some, and the base's own for the rest."""
+        """Put into the model's modules the biases of the active slot that has its own, the base's elsewhere."""
         for name, before in self._held.items():
             slot = self.chosen(name, active)
             if slot != before:
@@ -69,10 +68,9 @@ class Biases(nn.Module):
                 self._held[name] = slot
 
     def hook(self, router: Router, wrappers: Mapping[str, nn.Module]) -> None:
-        """Let every module whose bias some slot trains look at the route after it was called.
+        """Add a ``ByRow`` hook to every module whose bias some slot trains. To be called when slots or wrappers change.
 
-        ``wrappers``: the name of a module → what stands in its place and is called instead. To be called whenever
-        slots or wrappers have changed.
+        ``wrappers``: name of a module → the wrapper that is called in its place.
         """
         self.unhook()
         self._hooks = [
@@ -86,7 +84,7 @@ class Biases(nn.Module):
         self._hooks = []
 
     def add_difference(self, name: str, slot: str, rows: Tensor) -> Tensor:
-        """``rows`` of a module's output, made with the base's bias, as with that of ``slot``."""
+        """``rows`` of a module's output, computed with the base's bias → as if with the bias of ``slot``."""
         if name not in self.slots.get(slot, ()):
             return rows
         delta = self._bias(slot, name) - self._bias(BASE, name)
@@ -96,11 +94,11 @@ class Biases(nn.Module):
         return isinstance(self._owners[name], _ConvNd | _NormBase | nn.GroupNorm)
 
     def holds(self, name: str) -> str:
-        """The slot whose bias the model holds now, or ``BASE``."""
+        """The slot whose bias is installed, or ``BASE``."""
         return self._held[name]
 
     def chosen(self, name: str, active: Sequence[str]) -> str:
-        """The slot whose bias the model is to hold while ``active`` are."""
+        """The slot whose bias belongs into the model while ``active`` are the active slots."""
         return next((slot for slot in active if slot in self.slots and name in self.slots[slot]), BASE)
 
     def _bias(self, slot: str, name: str) -> nn.Parameter:
@@ -116,12 +114,12 @@ class Biases(nn.Module):
 
 
 def _key(name: str) -> str:
-    """The name that a parameter waits under, which may hold no dot."""
+    """The name of a parameter in ``Biases``: torch allows no dot in it."""
     return name.replace(".", "/")
 
 
 class ByRow:
-    """The hook on a module whose bias slots train. An object, no closure: a copy of the model has its own."""
+    """Forward hook of a module whose bias slots train. An object and not a closure: copies of a model get their own."""
 
     def __init__(self, biases: Biases, router: Router, name: str) -> None:
         self._biases, self._router, self._name = biases, router, name
@@ -129,7 +127,7 @@ class ByRow:
     def __call__(self, module: nn.Module, inputs: Any, out: Any) -> Any:
         biases, name = self._biases, self._name
         if torch.compiler.is_compiling() and not self._router.compiled.blocks:
-            return None  # the module has the bias that is to be
+            return None  # the right bias is installed
         plan = self._router.frame.plan
         if not isinstance(out, Tensor):
             if plan.route.blocks:
@@ -148,13 +146,13 @@ class ByRow:
         wanted, held = biases.chosen(name, plan.route.active), biases.holds(name)
         if held == wanted:
             return None
-        if held == BASE:  # inside a module of which one slot has a copy, or repeated after a mixed batch
+        if held == BASE:  # inside a module of which one slot has a copy, or recomputed after a mixed batch
             return biases.add_difference(name, wanted, out)
         raise _changed(name)
 
 
 def _changed(name: str) -> AdapterError:
     return AdapterError(
-        f"gradient checkpointing: {name} was that of another adapter in the forward that is to be computed again; "
+        f"gradient checkpointing: {name} belonged to another adapter in the forward that is to be recomputed; "
         "call backward() before the active adapters change"
     )

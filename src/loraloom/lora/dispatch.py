@@ -1,9 +1,9 @@
-"""What belongs to one forward: its route, which layers are computed together, what its layers have read so far.
+"""What belongs to one forward: its route, which layers are computed together, which input its layers read.
 
-A layer asks its model's ``Router`` for the ``Frame`` that it runs in. The thread alone does not tell: during a backward
-a layer runs because activation checkpointing recomputes a part of a forward, maybe in another thread (autograd has one
-for each CUDA device). A recomputation takes its ``Plan`` from the forward that it recomputes: the one in which the
-autograd node was made that asks for it, which the node's sequence number tells.
+A layer asks its model's ``Router`` for the ``Frame`` that it runs in. The thread does not determine it: in a backward,
+activation checkpointing recomputes a part of a forward, possibly in another thread (autograd has one per CUDA device).
+A recomputation uses the ``Plan`` of the forward that it recomputes: the one that created the autograd node which
+triggers it, found by the node's sequence number.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided once for a forward, and holds for every recomputation of a part of it."""
+    """Decided once for a forward, and reused by every recomputation of a part of it."""
 
     route: Route
     layer_groups: LayerGroups = field(default_factory=LayerGroups)
-    #: what is known of the batch, where rows go to different slots
+    #: shapes of the forward's arguments, if rows go to different slots
     batch: Batch | None = None
-    #: set while a probe finds out whose rows are where: see ``lora.routing``
+    #: set while a probe finds which rows a layer's input holds: see ``lora.routing``
     probe: RowProbe | None = None
-    #: the adapters are disabled, and no route is followed inside
+    #: inside ``disable_adapter``: routes have no effect
     disabled: bool = False
     seeds: SeedLog = field(default_factory=SeedLog, compare=False)
-    #: the backwards that recomputed parts of it
+    #: autograd's ids of the backwards that recomputed parts of it
     recomputed_by: set[int] = field(default_factory=set, compare=False)
 
     def same(self, other: Plan) -> bool:
-        """Whether a recomputation gives the same by either."""
+        """Whether recomputing under either plan gives the same result."""
         return self is other or (
             self.layer_groups is other.layer_groups
             and self.route == other.route
@@ -71,21 +71,22 @@ class Frame:
         self.calls: dict[tuple[str, str], int] = {}
 
     def dropout_seed(self, slot: str, name: str, layer: str) -> int:
-        """The seed of ``slot``'s dropout of the current input of ``name``, which is ``layer`` or what layers share.
+        """The seed of ``slot``'s dropout for the current input of ``layer``.
 
-        A seed that the route gives is followed by names alone: not by what other slots there are.
+        ``name`` is the layer's own, or that of the module whose layers share dropout. A seed from the route depends on
+        this name alone, not on the other slots.
         """
         given = self.plan.route.seeds.get(slot)
         if given is not None:
             return seed_of(given, name)
         seeds = self.inputs.seeds
         if slot not in seeds:
-            # Draw in a recomputation too: it must leave torch's generator to the model's own dropout as it was.
+            # Draw in a recomputation too: the model's own dropout must find torch's generator in the same state.
             seeds[slot] = self._logged(slot, layer, int(torch.randint(2**63 - 1, ())))
         return seeds[slot]
 
     def _logged(self, slot: str, layer: str, seed: int) -> int:
-        """``seed``, or in a recomputation the one that the forward drew in its place."""
+        """``seed``, or in a recomputation the seed that the forward drew."""
         log = self.plan.seeds
         if self.key is None:
             region = self.inputs.region
@@ -97,18 +98,18 @@ class Frame:
         return seed if found is None else found
 
 
-#: The frames that the code which runs now is in. Tasks of an event loop take turns in one thread, so the last frame
-#: that the thread entered may be that of another task.
+#: The frames of the running code. Tasks of an event loop share a thread, so the frame that the thread entered last may
+#: belong to another task.
 _entered: ContextVar[tuple[Frame, ...]] = ContextVar("entered", default=())
 
 
 class Router:
-    """Where the layers of one model find the frame they run in, and what the model's forwards have in common."""
+    """Gives the layers of one model the frame they run in, and remembers which layers share inputs."""
 
     def __init__(self, default: Route | None = None) -> None:
-        #: of a forward that asks for nothing else
+        #: the route of a forward that sets none
         self.default = default or Route()
-        #: what compiled code reads, which may ask for no thread
+        #: the route for compiled code, which cannot look up the thread
         self.compiled = self.default
         self.layer_groups = LayerGroups()
         self.slot_groups = SlotGroups()
@@ -116,13 +117,13 @@ class Router:
         self.lock = threading.RLock()
         self._stacks: dict[int, list[Frame]] = {}
         self._recomputing: dict[int, Frame] = {}
-        #: threads in whose history a recomputation has written since their own forward did
+        #: threads whose last history entry is a recomputation's, not their own forward's
         self._interrupted: set[int] = set()
         self._history: list[PlanHistory] = []
         self._local = threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Router, (self.default,)  # a copy of the model finds its groups by itself
+        return Router, (self.default,)  # a copied model learns its groups again
 
     # -- what layers ask ------------------------------------------------------------------------------------------
 
@@ -148,10 +149,11 @@ class Router:
         return self.compiled if torch.compiler.is_compiling() else self.frame.plan.route
 
     def places(self, site: str, x: Tensor, leading: torch.Size) -> int:
-        """How many consecutive places of the first dimension of ``x`` each row of the batch has.
+        """How many consecutive places in the first dimension of ``x`` belong to each row of the batch.
 
         Args:
-            leading: the dimensions of ``x`` before those that ``site`` computes on.
+            site: the name of the layer that reads ``x``.
+            leading: the dimensions of ``x`` before those that the layer computes on.
 
         Raises:
             Unproven: it is not known.
@@ -167,7 +169,7 @@ class Router:
         return places
 
     def indivisible(self, site: str, shape: Iterable[int]) -> Unproven:
-        """The error of a site that no batch can be divided at."""
+        """Note that no batch can be divided at ``site``, and return the error."""
         self.rows.record({}, {site})
         return Unproven(site, shape, self.frame.plan.route.rows)
 
@@ -201,7 +203,7 @@ class Router:
             self.update_groups(frame.inputs)
 
     def _innermost(self, stack: list[Frame] | None) -> Frame | None:
-        """The last frame that a thread entered, by the task that runs now if there are several."""
+        """The last frame that this thread entered; in an event loop, the last of the current task."""
         if not stack:
             return None
         if _get_running_loop() is None:
@@ -213,25 +215,25 @@ class Router:
         return found
 
     def _running_route(self) -> Route:
-        """The route of a forward that is under way, of this thread if there is one, or what the model is set to."""
+        """The route of a running forward, of this thread if it runs one; else the default."""
         stacks = [self._stacks.get(threading.get_ident()), *tuple(self._stacks.values())]
         return next((stack[-1].plan.route for stack in stacks if stack), self.default)
 
     @contextmanager
     def with_route(self, route: Route) -> Iterator[None]:
-        """Follow ``route`` for a while, inside a forward."""
+        """Use ``route`` within the block, inside a forward."""
         with self.running(replace(self.current_plan(), route=route)):
             yield
 
     def current_plan(self) -> Plan:
-        """The plan that a forward which asks for nothing else follows in this thread."""
+        """The plan of a forward of this thread that sets no route."""
         top = self._innermost(self._stacks.get(threading.get_ident()))
         if top is not None and top.task == _task():
             return replace(top.plan, layer_groups=self.layer_groups)
         return Plan(self._default_here(), self.layer_groups)
 
     def update_groups(self, inputs: InputTracker) -> None:
-        """Use in later forwards what this one has shown."""
+        """Use in later forwards which layers shared an input in this one."""
         if pending := inputs.pending_updates():
             with self.lock:
                 self.layer_groups = self.layer_groups.updated(pending)
@@ -243,7 +245,7 @@ class Router:
             self._local.ambient = None
 
     def reset(self) -> None:
-        """The model has other layers: which of them read one tensor is not known any more."""
+        """Forget which layers share an input: the model's layers have changed."""
         with self.lock:
             self.layer_groups, self.slot_groups = LayerGroups(), SlotGroups()
             self.rows.separate.clear()
@@ -251,19 +253,19 @@ class Router:
 
     @property
     def enclosing_route(self) -> Route:
-        """The route of the forward that this thread is in, or else what the model is set to."""
+        """The route of the forward that this thread runs, else the default."""
         top = self._innermost(self._stacks.get(threading.get_ident()))
         return self.default if top is None else top.plan.route
 
     # -- threads --------------------------------------------------------------------------------------------------
 
     def set_default(self, route: Route) -> None:
-        """The route of forwards that ask for nothing else, in this thread and in those that never set one."""
+        """Set the route of forwards that set none, in this thread and in those that never set a default."""
         self.default = self.compiled = route
         self._local.wanted = route.active
 
     def other_plans(self) -> list[Plan]:
-        """The plans of forwards that are under way in other threads, or in other tasks of this one's event loop."""
+        """The plans of forwards that run in other threads, or in other tasks of this thread's event loop."""
         thread = threading.get_ident()
         mine = _entered.get() if _get_running_loop() is not None else self._stacks.get(thread, ())
         stacks = tuple(self._stacks.items())
@@ -305,12 +307,12 @@ class Router:
         return None if ambient is None else ambient.plan
 
     def _resume(self, thread: int, frame: Frame) -> None:
-        """A backward is over, and the forward around it, or what the model is set to, holds again."""
+        """After a backward: the thread's nodes belong to ``frame`` again."""
         self._interrupted.discard(thread)
         self._own_history.note(frame.plan, begun=True)
 
     def _ambient(self, thread: int) -> Frame:
-        """The frame of layers called outside any forward of the ``PeftModel``, until another default is set."""
+        """The frame of layers that are called outside a forward of the ``PeftModel``, until the default changes."""
         frame: Frame | None = getattr(self._local, "ambient", None)
         route = self._default_here()
         if frame is None or frame.plan.route is not route:
@@ -321,7 +323,7 @@ class Router:
         return frame
 
     def _recomputed(self, thread: int, task: int) -> Frame:
-        """The frame of a recomputation: one for each node that asks for one, with the plan of its forward."""
+        """The frame of a recomputation: one for each autograd node that triggers one, with the plan of its forward."""
         node = torch._C._current_autograd_node()
         number = -1 if node is None else node._sequence_nr()
         frame = self._recomputing.get(thread)
@@ -333,7 +335,7 @@ class Router:
         return frame
 
     def _end_with_backward(self, thread: int, frame: Frame, held: list[Any]) -> None:
-        """Forget the frame after its backward: later nodes of other forwards get the same numbers."""
+        """Forget the frame after its backward: later nodes of other threads may get the same numbers."""
 
         def end() -> None:
             held.clear()
@@ -343,9 +345,9 @@ class Router:
         torch.autograd.Variable._execution_engine.queue_callback(end)
 
     def _plan_of_node(self, number: int, task: int) -> Plan:
-        """The plan of the forward that made the autograd node of this sequence number, which each thread counts.
+        """The plan of the forward that created the autograd node of this sequence number. Each thread counts its own.
 
-        A forward of a thread that has ended, and that an earlier backward recomputed, makes way for others.
+        If several match, forwards of ended threads that an earlier backward has recomputed are ruled out.
         """
         histories = tuple(self._history)
         at: list[tuple[PlanHistory, Plan | None]] = [(history, history.at(number)) for history in histories]
@@ -356,8 +358,8 @@ class Router:
         found = found or [plan for _, plan in known]
         if not found or not all(found[0].same(plan) for plan in found):
             raise AdapterError(
-                "gradient checkpointing: a part of a forward is to be computed again, and it is not known of which: "
-                "several threads ran this model with different adapters; call backward() before other threads' forwards"
+                "gradient checkpointing: it is not known which forward to recompute: several threads ran this model "
+                "with different adapters; call backward() before the forwards of other threads"
             )
         found[0].recomputed_by.add(task)
         return found[0]

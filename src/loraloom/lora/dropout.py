@@ -1,6 +1,6 @@
-"""Dropout whose mask is never stored: it is made again from a seed whenever it is needed.
+"""Dropout whose mask is not stored: it is recomputed from a seed.
 
-Torch's own keeps a mask as large as its input until the backward, and on the CPU draws it one number at a time.
+Torch's dropout keeps a mask as large as its input until the backward, and on the CPU draws it element by element.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Dropout's probability is a multiple of 2⁻¹⁵: the scale that goes with it is exact.
+#: The keep probability is rounded to a multiple of 2⁻¹⁵, and the scale is its exact reciprocal.
 _LEVELS = 2**15
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
 class DropoutMask:
-    """A dropout mask as numbers to make it again from: nothing of its size is stored.
+    """The numbers from which a dropout mask is recomputed.
 
-    The bit of an element follows from ``seed``, its row and its place in the row, so it is the same beside any other
-    rows, on every device, and in every dtype. A row has ``times`` positions of the first dimension; what
-    follows a longer row's end does not change its beginning, so padding has no say either.
+    The bit of an element is a hash of ``seed``, the row, and the place in the row: the same beside any other rows, with
+    any padding after the row's end, on every device and in every dtype. A row has ``times`` consecutive positions of
+    the first dimension.
     """
 
     p: float
@@ -32,7 +32,7 @@ class DropoutMask:
 
     @property
     def gain(self) -> float:
-        """What the numbers that are left are to be multiplied with, ``1 / (1 - p)``."""
+        """``1 / (1 - p)``, the scale of the elements that are kept."""
         return _LEVELS / self._kept
 
     @property
@@ -40,21 +40,21 @@ class DropoutMask:
         return max(_LEVELS - round(self.p * _LEVELS), 1)
 
     def mask(self, x: Tensor) -> Tensor:
-        """Whole numbers as wide as those of ``x`` [rows, ...]: all bits set where one stays, none where it goes."""
+        """Integers of the width of ``x``'s elements, x [rows, ...]: all bits set where one is kept, none elsewhere."""
         return masks(x, (self,))
 
     def apply(self, x: Tensor) -> Tensor:
-        """``x`` [rows, ...] with each number 0 with probability ``p``. The others are as they were: see ``gain``."""
+        """``x`` [rows, ...] with each element 0 with probability ``p``, and the others not scaled: see ``gain``."""
         return masked(x, self.mask(x))
 
 
 def masks(x: Tensor, parts: Sequence[DropoutMask | None]) -> Tensor:
-    """The masks of ``x`` [parts · rows · times, ...], whose parts of as many rows have one each; None keeps all."""
+    """The mask of ``x`` [parts · rows · times, ...], in which each part has its own; None keeps all."""
     times = next((part.times for part in parts if part is not None), 1)
     size, rows = x[:times].numel(), x.shape[0] // (len(parts) * times)
     words = _hash(rows, -(-size // 2), [0 if part is None else part.seed for part in parts], x.device)
-    # Two draws of 15 bits a word; negative (all ones after the shift) below the threshold, which keeps. The threshold
-    # that keeps all is one more than 16 bits hold: they go round, and every draw comes out negative.
+    # Two draws of 15 bits a word. Draws below the threshold become negative: all ones after the shift, which keeps. The
+    # threshold that keeps all is 2¹⁵, which wraps to -2¹⁵ in 16 bits; subtracting it makes every draw negative.
     kept = [_signed16(_LEVELS if part is None else part._kept) for part in parts]
     threshold: int | Tensor = kept[0]
     if len(set(kept)) > 1:
@@ -64,12 +64,12 @@ def masks(x: Tensor, parts: Sequence[DropoutMask | None]) -> Tensor:
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """``x`` where ``mask`` (see ``DropoutMask.mask``) keeps it, else 0."""
+    """``x`` where ``mask`` (see ``DropoutMask.mask``) is set, else 0."""
     return x.contiguous().view(mask.dtype).bitwise_and(mask).view(x.dtype)
 
 
 def _hash(rows: int, columns: int, seeds: Sequence[int], device: torch.device) -> Tensor:
-    """[seeds, rows, columns] int32, each well mixed from its seed and place (two rounds of "lowbias32", C. Wellons)."""
+    """[seeds, rows, columns] int32: a hash of seed, row and column (two rounds of "lowbias32", C. Wellons)."""
     first, second = (_words([seed >> shift & 0xFFFFFFFF for seed in seeds], device) for shift in (0, 32))
     start = torch.arange(rows, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B9))[None, :, None] + first
     words = torch.arange(columns, dtype=torch.int32, device=device).mul_(_signed(0x85EBCA6B))
@@ -83,13 +83,13 @@ def _words(words: Sequence[int], device: torch.device) -> int | Tensor:
 
 
 def _column(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[numbers, 1, 1] on ``device``. CUDA would be waited for at every copy from memory that is not pinned."""
+    """[numbers, 1, 1] on ``device``. From pinned memory, since other copies to CUDA synchronise."""
     made = torch.tensor(numbers, dtype=dtype).view(-1, 1, 1)
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def _mix(z: Tensor, key: int | Tensor) -> Tensor:
-    shifted = z >> 16  # one buffer for all of them: fresh memory takes as long as the arithmetic
+    shifted = z >> 16  # one buffer for all three: allocating takes as long as the arithmetic
     z.bitwise_xor_(shifted).mul_(_signed(0x7FEB352D)).add_(key)
     z.bitwise_xor_(torch.bitwise_right_shift(z, 15, out=shifted)).mul_(_signed(0x846CA68B))
     return z.bitwise_xor_(torch.bitwise_right_shift(z, 16, out=shifted))
@@ -104,7 +104,7 @@ def _signed16(word: int) -> int:
 
 
 def dropout(x: Tensor, dropped: DropoutMask) -> Tensor:
-    """``x`` with what ``dropped`` says set to 0 and the rest scaled, differentiable any number of times."""
+    """``x`` with ``dropped`` applied and the rest scaled. Differentiable any number of times."""
     out: Tensor = _Dropout.apply(x, dropped)  # type: ignore[no-untyped-call]
     return out
 

@@ -1,4 +1,4 @@
-"""The base's own embeddings beside an adapter: PEFT puts them into its file when the vocabulary was resized."""
+"""The base's embeddings in an adapter's file: PEFT writes them there when the vocabulary was resized."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _tables(model: nn.Module) -> dict[str, Tensor]:
     """The frozen weights of the input and the output embeddings by the names of their modules before any adapter."""
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(AttributeError, NotImplementedError):  # not every model has a table of words
+        with contextlib.suppress(AttributeError, NotImplementedError):  # not every model has token embeddings
             found.append(getattr(model, getter)())
     tables = [unwrap(table) for table in found if isinstance(table, nn.Module)]
     layers = {id(unwrap(module)): module for module in model.modules() if isinstance(module, LoraLayer)}

@@ -1,6 +1,6 @@
-"""A frozen linear layer by what LoRA needs of it, however its weight is stored: dense, quantised, sharded.
+"""What LoRA needs of a frozen linear layer, independent of how its weight is stored: dense, quantised, sharded.
 
-This file alone asks for the type of a weight. A further form is one class and one line: ``register(Int8Linear, Int8)``.
+Only this file asks for the type of a weight. A further form is one class and one line: ``register(Int8Linear, Int8)``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _COMPUTED = frozenset({*HALF, torch.float32, torch.float64})
 
 
 class FrozenLinear(Protocol):
-    """``y = x Wᵀ + bias``, W [out, in], of which the bias alone may train."""
+    """``y = x Wᵀ + bias``, W [out, in]. Only the bias may train."""
 
     @property
     def bias(self) -> Tensor | None: ...
@@ -29,7 +29,7 @@ class FrozenLinear(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the layer's inputs and outputs, by which a slot's tensors choose theirs."""
+        """Of the layer's inputs and outputs; a slot's tensors derive theirs from it (``adapter_dtype``)."""
 
     @property
     def device(self) -> torch.device: ...
@@ -39,10 +39,10 @@ class FrozenLinear(Protocol):
 
     @property
     def merge_obstacle(self) -> str | None:
-        """Why no update can be folded into the weight, after "because it is"; None if one can."""
+        """Why no update can be merged into the weight, to follow "because it is"; None if one can."""
 
     def supports(self, x: Tensor) -> bool:
-        """Whether the two products below can stand in for the module's own forward on ``x``."""
+        """Whether ``matmul`` can replace the module's own forward on ``x``."""
 
     def matmul(self, x: Tensor) -> Tensor:
         """``x Wᵀ + bias`` in the dtype of ``x``: x [..., in] → [..., out], and no view."""
@@ -142,7 +142,7 @@ class OpaqueLinear:
             return (columns if self.bias is None else columns - self.bias).T
 
     def _stored(self) -> list[Tensor]:
-        """The module's tensors without the bias; the weight may be lent as a plain attribute."""
+        """The module's tensors without the bias. FSDP may have put the weight there as a plain attribute."""
         held = {**vars(self._module), **self._module._parameters, **self._module._buffers}
         return [t for name, t in held.items() if isinstance(t, Tensor) and name != "bias"]
 
@@ -190,16 +190,16 @@ def frozen_linear(module: nn.Module) -> FrozenLinear:
 
 @cache
 def registered(cls: Any) -> Callable[[Any], FrozenLinear] | None:
-    """What reads modules of this class or of the one that it is made of, if that is registered."""
+    """The reader that is registered for this class or one of its bases."""
     return next((_MODULES[base] for base in cls.__mro__ if base in _MODULES), None)
 
 
 @cache
 def is_conv1d(cls: Any) -> bool:
-    """Whether it is transformers' Conv1D, whose weight is [in, out]. By name: nothing is imported for it."""
+    """Whether it is transformers' Conv1D, whose weight is [in, out]. Compared by name, so that nothing is imported."""
     return any((base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D") for base in cls.__mro__)
 
 
 def is_dense(weight: Tensor | None) -> bool:
-    """Whether it is an ordinary parameter of numbers that can be computed with."""
+    """Whether it is an ordinary parameter, of a dtype that products are computed in."""
     return weight is not None and _WEIGHTS.get(type(weight)) is DenseLinear and _computes(weight)

@@ -1,7 +1,7 @@
 """The maths of LoRA over plain tensors. Knows no module, no config, no route.
 
 ``A`` has r rows, ``B`` has r columns. Products are taken in the dtype of ``x``, so a half-precision base computes in
-half precision while the factors keep their own dtype; ``lora.matmul`` says where that is not so.
+half precision while the factors keep their own dtype. ``lora.matmul`` describes the exception.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def lora_embedding(
     padding_idx: int | None = None,
     by_frequency: bool = False,
 ) -> Tensor:
-    """``scale · B A[:, ids]``. Shapes: ids [...] whole numbers, a [r, vocabulary], b [dim, r] → [..., dim].
+    """``scale · B A[:, ids]``. Shapes: ids [...] integers, a [r, vocabulary], b [dim, r] → [..., dim].
 
-    The column of ``padding_idx`` gets no gradient, as in the frozen table. No norm is clipped here: ``max_norm``
-    is a property of the table, not of the update.
+    The column of ``padding_idx`` gets no gradient, as in the frozen table. ``max_norm`` does not apply: it is
+    a property of the table, not of the update.
     """
     return F.linear(F.embedding(ids, a.T, padding_idx, scale_grad_by_freq=by_frequency) * scale, b)
 
@@ -74,11 +74,11 @@ class Update(NamedTuple):
 
 
 class SlotGroup(NamedTuple):
-    """Slots whose rows lie one after another, equally many each, so that one batched product serves all of them.
+    """Slots with adjacent blocks of rows of equal size, computed by one batched product.
 
-    ``start:stop`` are their rows together, of the first dimension of ``x``; None is all of it. ``dropout`` has the
-    dropout of each slot. ``updates`` has, for each projection, one update for each slot, or none where the slots leave
-    that projection alone.
+    ``start:stop`` is the range of all their rows in the first dimension of ``x``; a ``stop`` of None is its end.
+    ``dropout``: one for each slot. ``updates``: for each projection one update per slot, or () if the slots do not
+    adapt it.
     """
 
     start: int
@@ -87,8 +87,8 @@ class SlotGroup(NamedTuple):
     updates: tuple[tuple[Update, ...], ...]
 
 
-#: Ranks are filled up with zeros to a multiple of this, the numbers that a vector register holds. It costs nothing and
-#: is exact, and then a slot's numbers have the same bits beside any other ranks.
+#: Ranks are padded with zeros to a multiple of this, the width of a vector register. That is exact, costs nothing, and
+#: makes a slot's results bit-identical beside slots of any other rank.
 RANK_MULTIPLE = 16
 
 
@@ -96,10 +96,9 @@ def lora_projections(x: Tensor, frozen: Sequence[FrozenLinear], groups: Sequence
     """``gain · (x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ) + bias`` for several projections of one x: [..., in] → [..., out] each.
 
     Each row's update and gain are those of its slot in ``groups``; rows of different slots never meet in a product, and
-    rows in no group get none. Lanes may share rows only where there is no gain. What is kept for the backward is ``x``
-    once, ``x Aᵀ``, and the factors in the dtype of ``x``; with a gain also what it multiplies. Dropout masks are made
-    again. Gradients flow to x, biases, a, b and gains; never to weights. They are exact, and cannot be differentiated
-    a second time.
+    rows in no group get none. Groups may share rows only if they have no gain. Saved for the backward: ``x`` once,
+    ``x Aᵀ``, the factors in the dtype of ``x``, and with a gain its argument. Dropout masks are recomputed. Gradients
+    flow to x, biases, a, b and gains, never to weights. They are exact, and not differentiable a second time.
     """
     updates = [one for group in groups for slots in group.updates for one in slots]
     factors = [factor for one in updates for factor in (one.a, one.b)]
@@ -112,7 +111,7 @@ def lora_projections(x: Tensor, frozen: Sequence[FrozenLinear], groups: Sequence
 
 
 def scale_rows(y: Tensor, gain: Tensor, bias: Tensor | None, dim: int) -> Tensor:
-    """``gain · (y - bias) + bias``, of which ``dim`` is the dimension of y that gain [out] and bias [out] belong to."""
+    """``gain · (y - bias) + bias``. gain [out] and bias [out] belong to dimension ``dim`` of y."""
     shape = [1] * y.dim()
     shape[dim] = -1
     gain = gain.view(shape).to(y.dtype)
@@ -120,8 +119,8 @@ def scale_rows(y: Tensor, gain: Tensor, bias: Tensor | None, dim: int) -> Tensor
 
 
 class _Projections(torch.autograd.Function):
-    # Written for few calls: with small models and batches it is their number that takes the time. Where a group has one
-    # slot its tensors are matrices, else batches of them.
+    # Written for few calls: with small models and batches, launch overhead dominates. A group of one slot has matrices,
+    # other groups have batches of matrices.
 
     @staticmethod
     def forward(
@@ -134,7 +133,7 @@ class _Projections(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         wide = x.to(dtype)
         rows = _rows(wide)
-        # What is returned is no view: a model may change it in place.
+        # The outputs must be no views: a model may change them in place.
         whole = [one.matmul(wide) for one in frozen]
         out = [_rows(y) for y in whole]
         kept: list[Tensor] = []
@@ -146,7 +145,7 @@ class _Projections(torch.autograd.Function):
             places = _rank_slices(group)
             joined, hidden = _stacked_a(group, places, dtype), []
             for i, place in places:
-                # Each on its own: the answer of one has the same bits whether or not others are computed beside it.
+                # One product for each projection, so that its bits do not depend on which others are computed here.
                 hidden.append(_mm(seen, joined[..., place, :].mT))
                 kept.append(_stacked_b(group.updates[i], place.stop - place.start, _scales(group, i, x)).to(dtype).mT)
                 mine = _rows_of(out[i], group, len(x))
@@ -187,7 +186,7 @@ class _Projections(torch.autograd.Function):
             del kept[: 2 * m + 1]
             parts = [None if (dy := dys[i]) is None else _rows_of(dy, group, len(x)) for i, _ in places]
             below = [
-                torch.zeros_like(h) if dy is None else _mm(dy, b.mT)  # zero: the loss does not depend on that output
+                torch.zeros_like(h) if dy is None else _mm(dy, b.mT)  # the loss does not depend on that output
                 for h, dy, b in zip(hidden, parts, bs, strict=True)
             ]
             together = below[0] if len(below) == 1 else torch.cat(below, -1)
@@ -195,16 +194,16 @@ class _Projections(torch.autograd.Function):
             mine = x[group.start : group.stop]
             d_a = None
             if True in needed[4 + n :]:
-                # One product for all A: a thin matrix costs hardly less than a wider one.
+                # One product for all A: a narrow one takes about as long as a wide one.
                 d_a = _mm(together.mT, _rows_of(_rows(mine if mask is None else masked(mine, mask)), group))
             all_a = _split_a(d_a, group, places)
             for (i, _), h, dy, d_as in zip(places, hidden, parts, all_a, strict=True):
                 slots = group.updates[i]
                 d_bs: Sequence[Tensor | None] = [None] * len(slots)
-                if dy is None:  # no gradient, as if it had been computed apart, and not one of zeros
+                if dy is None:  # no gradient, rather than zeros: as if this projection had been computed alone
                     d_as = [None] * len(slots)
                 elif d_a is not None:
-                    # (hᵀ dy)ᵀ and not dyᵀ h: the long side last is the faster product.
+                    # (hᵀ dy)ᵀ is faster than dyᵀ h: the long side comes last.
                     across = _mm(h.mT, dy).mT
                     scaled = torch.empty(across.shape, dtype=slots[0].b.dtype, device=x.device).copy_(across)
                     d_bs = _split_b(scaled.mul_(_scales(group, i, scaled)), slots)
@@ -220,7 +219,7 @@ class _Projections(torch.autograd.Function):
 
 
 def _apply_gains(y: Tensor, slots: Sequence[Update], bias: Tensor | None) -> list[Tensor]:
-    """Apply the gains of ``slots`` to their rows y, in place: [the gains, what they multiplied]."""
+    """Apply the gains of ``slots`` to their rows y, in place. Returns [gains, their argument] for the backward."""
     gains = torch.stack([one.row_gain for one in slots if one.row_gain is not None]).to(y.dtype)
     gains = gains if y.dim() == 2 else gains[:, None]
     before = y.clone() if bias is None else y - bias
@@ -233,12 +232,12 @@ def _apply_gains(y: Tensor, slots: Sequence[Update], bias: Tensor | None) -> lis
 def _gain_gradients(
     dys: list[Tensor | None], i: int, group: SlotGroup, kept: list[Tensor], count: int
 ) -> list[Tensor | None]:
-    """The gradients of the gains of a group's projection ``i``; ``dys[i]`` becomes that of what they multiplied."""
+    """The gradients of the gains of a group's projection ``i``; ``dys[i]`` becomes that of their argument."""
     gains, before = kept.pop(0), kept.pop(0)
     whole = dys[i]
     if whole is None:
         return [None] * len(group.dropout)
-    whole = dys[i] = whole.clone()  # the gradient that came is others' too
+    whole = dys[i] = whole.clone()  # autograd may share the incoming gradient
     dy = _rows_of(whole, group, count)
     each = (dy * before).reshape(len(group.dropout), -1, dy.shape[-1]).sum(1)
     dy.mul_(gains)
@@ -250,9 +249,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _rows_of(rows: Tensor, group: SlotGroup, count: int | None = None) -> Tensor:
-    """The group's rows of a matrix that has equally many for each of ``count``, or of one that holds no others.
+    """A view of the group's rows, [rows, ·] or [slots, rows, ·], of a matrix with all rows of a batch of ``count``.
 
-    A view, [rows, ·] or [slots, rows, ·].
+    Without ``count`` the matrix holds the group's rows alone.
     """
     if count and group.stop is not None:
         times = rows.shape[0] // count
@@ -262,7 +261,7 @@ def _rows_of(rows: Tensor, group: SlotGroup, count: int | None = None) -> Tensor
 
 
 def _rank_slices(group: SlotGroup) -> list[tuple[int, slice]]:
-    """The projections that a group adapts, and which of the ranks that it has in all are theirs."""
+    """The projections that a group adapts, and each one's slice of the group's stacked ranks."""
     found, start = [], 0
     for i, slots in enumerate(group.updates):
         if slots:
@@ -277,7 +276,7 @@ def _padded_rank(ranks: Iterable[int]) -> int:
 
 
 def _stacked_a(group: SlotGroup, places: Sequence[tuple[int, slice]], dtype: torch.dtype) -> Tensor:
-    """A of all projections, one below the other with zeros between: [ranks, in], or [slots, ranks, in]."""
+    """A of all projections, stacked and padded with zeros: [ranks, in], or [slots, ranks, in]."""
     parts = []
     for slot in range(len(group.dropout)):
         for i, place in places:
@@ -290,7 +289,7 @@ def _stacked_a(group: SlotGroup, places: Sequence[tuple[int, slice]], dtype: tor
 
 
 def _stacked_b(slots: Sequence[Update], width: int, scale: float | Tensor) -> Tensor:
-    """``scale · B`` with zeros beside it up to ``width``: [out, width], or [slots, out, width]."""
+    """``scale · B`` padded with zeros: [out, width], or [slots, out, width]."""
     if all(one.b.shape[1] == width for one in slots):
         return (slots[0].b if len(slots) == 1 else torch.stack([one.b for one in slots])) * scale
     if len(slots) == 1:
@@ -306,7 +305,7 @@ def _stacked_b(slots: Sequence[Update], width: int, scale: float | Tensor) -> Te
 def _split_a(
     gradient: Tensor | None, group: SlotGroup, places: Sequence[tuple[int, slice]]
 ) -> list[list[Tensor | None]]:
-    """Projection → slot → its own part of the gradient of ``_stacked_a``."""
+    """Projection → slot → its part of the gradient of ``_stacked_a``."""
     count = len(group.dropout)
     if gradient is None:
         return [[None] * count for _ in places]
@@ -320,7 +319,7 @@ def _split_a(
 
 
 def _split_b(gradient: Tensor, slots: Sequence[Update]) -> list[Tensor]:
-    """Slot → its own part of the gradient of ``_stacked_b``."""
+    """Slot → its part of the gradient of ``_stacked_b``."""
     parts = [gradient] if len(slots) == 1 else gradient.unbind()
     return [_first(part.T, one.b.shape[1]).T for part, one in zip(parts, slots, strict=True)]
 
@@ -330,7 +329,7 @@ def _first(rows: Tensor, count: int) -> Tensor:
 
 
 def _scales(group: SlotGroup, i: int, like: Tensor) -> float | Tensor:
-    """Each slot's scale, and what its dropout asks for, as one number or [slots, 1, 1]."""
+    """Each slot's scale times its dropout's gain: one number if all are equal, or [slots, 1, 1]."""
     scales = [
         one.scale if dropout is None else one.scale * dropout.gain
         for one, dropout in zip(group.updates[i], group.dropout, strict=True)
@@ -342,7 +341,7 @@ def _scales(group: SlotGroup, i: int, like: Tensor) -> float | Tensor:
 
 @lru_cache(1024)
 def _column(scales: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[slots, 1, 1]. Cached: making a new one waits for the device."""
+    """[slots, 1, 1]. Cached, because a copy to the device synchronises."""
     with torch.inference_mode(False):
         return torch.tensor(scales, dtype=dtype, device=device).view(-1, 1, 1)
 

@@ -1,6 +1,6 @@
-"""What a backward has to know of the forward that it repeats a part of: by which plan, with which dropout seeds.
+"""Which plan and which dropout seeds a recomputed part of a forward had.
 
-The key is a number that autograd gives each node of its graph, counting up in each thread.
+The key is the sequence number of autograd's nodes, which counts up in each thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointFunction
 
-#: Forwards of one thread that are remembered for backwards to come, and calls of one layer in one of them.
+#: Forwards of one thread that are remembered for later backwards, and calls of one layer in one forward.
 _REMEMBERED, _CALLS = 1024, 256
 
 _number = torch._C._autograd._get_sequence_nr
@@ -24,13 +24,13 @@ _number = torch._C._autograd._get_sequence_nr
 class SeedLog:
     """The dropout seeds that layers drew in checkpointed regions of a forward, for recomputations of it.
 
-    All threads share torch's generator, so the state restored for a recomputation may be gone when a layer draws.
+    All threads share torch's generator, so another thread may advance it between its restoration and a layer's draw.
     """
 
     def __init__(self) -> None:
         #: (slot, layer) → (number of the next autograd node, region or None if without gradients, seed) of each call
         self._calls: dict[tuple[str, str], deque[tuple[int, int | None, int]]] = {}
-        #: whether an adapted layer ran in such a region: else there is nothing to repeat
+        #: whether an adapted layer ran in such a region: otherwise nothing is recomputed
         self.regions = False
 
     def __len__(self) -> int:
@@ -41,10 +41,10 @@ class SeedLog:
         calls.append((_number(), region, seed))
 
     def read(self, slot: str, layer: str, number: int, call: int) -> int | None:
-        """The seed of the ``call``-th call of ``layer`` in the region that the node ``number`` asks to repeat.
+        """The seed of the ``call``-th call of ``layer`` in the region that the node ``number`` recomputes.
 
-        That is a node of the region, made after the layer was called. Or, where the region ran without gradients, the
-        one node that stands for all of it, made before.
+        The node belongs to the region and was created after the call; or, if the region ran without gradients, it is
+        the one node for the whole region, created before the call.
         """
         calls = self._calls.get((slot, layer), ())
         regions = [where for when, where, _ in calls if where is not None and when <= number]
@@ -57,7 +57,7 @@ class SeedLog:
 
 
 def _open_regions() -> int:
-    """How many regions of reentrant checkpointing the caller is in: one at least, be it of another library."""
+    """How many nested regions of reentrant checkpointing surround the caller; at least 1, for other libraries' own."""
     frame, count = sys._getframe(1), 0
     while frame.f_back is not None:
         frame = frame.f_back
@@ -70,7 +70,7 @@ class PlanHistory:
 
     def __init__(self) -> None:
         self._notes: list[tuple[int, list[Any]]] = []
-        #: where the last of them ends, if it does before another one begins
+        #: the sequence number after which the last plan ends, if known before another begins
         self._end: int | None = None
         self.forgot = False
         self._thread = weakref.ref(threading.current_thread())
@@ -82,11 +82,11 @@ class PlanHistory:
         return thread is not None and thread.is_alive()
 
     def note(self, plan: Any, begun: bool = False) -> list[Any]:
-        """From here on it is this plan, unless the list that holds it is emptied: that may be done in any thread.
+        """Later nodes belong to ``plan``, until the returned list is emptied, which any thread may do.
 
         Args:
-            begun: it is a layer that notes it. Without gradients that layer is inside regions of reentrant
-                checkpointing, whose nodes were made before.
+            begun: called by a layer. Without gradients it runs inside regions of reentrant checkpointing, whose nodes
+                were created earlier.
         """
         number, held = _number(), [plan]
         if begun and not torch.is_grad_enabled():

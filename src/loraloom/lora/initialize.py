@@ -1,5 +1,5 @@
-"""How ``A`` and ``B`` start. Each tensor's numbers depend on a seed and the module's name alone:
-not on the global generator, the device, the other modules, or the adapters that already exist.
+"""Initial values of ``A`` and ``B``. They depend on a seed and the module's name alone: not on the global generator,
+the device, other modules, or existing adapters.
 """
 
 from __future__ import annotations

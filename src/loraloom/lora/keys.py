@@ -36,15 +36,15 @@ def file_place(name: str) -> str:
 
 
 def tensor_key(place: str, name: str) -> str:
-    """PEFT's key for the tensor ``name`` (see ``LoraLayer.tensors``) of the target that lies in a file at ``place``."""
+    """PEFT's key for the tensor ``name`` (see ``LoraLayer.tensors``) of the target whose keys begin with ``place``."""
     return f"{place}.{name}.weight" if name in ("lora_A", "lora_B") else f"{place}.{name}"
 
 
 def places(targets: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Names and kinds of an adapter's targets, in the model's order → where PEFT has their tensors in a file.
+    """Names and kinds of an adapter's targets, in the model's order → the start of PEFT's keys for their tensors.
 
-    PEFT puts a wrapper around a module for each of its parameters, the first innermost. What lies further in is under
-    ``base_layer``.
+    PEFT puts one wrapper around a module for each adapted parameter of it, the first innermost; keys of inner wrappers
+    have ``base_layer`` in them.
     """
     around = Counter(name.rpartition(".")[0] for name, kind in targets if kind == LoraParameter.kind)
     out, done = {}, Counter[str]()
@@ -180,9 +180,9 @@ def _without_name(key: str, name: str | None) -> str:
 
 
 def follow_renamings(model: nn.Module, tensors: dict[str, Tensor], modules: Iterable[str], report: LoadReport) -> None:
-    """Rename what names no module of ``model`` as transformers renames it in older checkpoints of the base.
+    """Rename keys that match no module of ``model`` as transformers renames them in older checkpoints of the base.
 
-    Models in parts (Llava, Qwen2-VL, Gemma 3, ...) have changed the names of theirs, and adapters keep the older.
+    Composite models (Llava, Qwen2-VL, Gemma 3, ...) have renamed their parts, and adapters may have the older names.
     """
     known = {file_key(name) for name in modules}
     lost = [key for key in tensors if not _places(key) & known]

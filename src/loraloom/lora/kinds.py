@@ -1,8 +1,7 @@
-"""What a layer's forward is: the map that its weight stands for, something else of the same shape, or no layer at all.
+"""What the forward of a layer computes: torch's function of its weight and bias, or something else.
 
 A subclass of ``nn.Linear`` may return tuples (the router of a mixture of experts), scale its weight first, or pad its
-input. Such a class is called once with a small input and compared with torch's own function of its weight and bias.
-Knows nothing of slots.
+input. Such a module is called once with a small input and compared with torch's function. Knows nothing of slots.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ _KNOWN = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
 
 @dataclass(frozen=True)
 class Forward:
-    """What was found out about a module's forward.
+    """What is known of a module's forward.
 
-    ``is_map``: it equals torch's function of weight and bias. ``obstacle``: why an update beside it would be wrong.
-    ``differs``: it gives a tensor of the right shape with other numbers, so an update can stand beside the layer and
-    cannot be folded into its weight.
+    ``is_map``: it equals torch's function of weight and bias. ``obstacle``: why no update can be added to its output.
+    ``differs``: its output has the right shape and other values, so an update can be added to the output but not merged
+    into the weight.
     """
 
     is_map: bool = False
@@ -43,14 +42,14 @@ _found: weakref.WeakKeyDictionary[nn.Module, Forward] = weakref.WeakKeyDictionar
 
 
 def forward_of(module: nn.Module) -> Forward:
-    """What the forward of ``module`` (a Linear, Conv1D, Embedding or convolution) does. Found once for each module."""
+    """What the forward of ``module`` (Linear, Conv1D, Embedding or convolution) computes. Tried once per module."""
     if has_known_forward(module):
         return _MAP
     found = _found.get(module)
     if found is None:
         weight = module._parameters.get("weight")
         found = _examine(module, weight)
-        if weight is not None and not weight.is_meta:  # numbers may follow
+        if weight is not None and not weight.is_meta:  # its values may be loaded later
             _found[module] = found
     return found
 
@@ -63,7 +62,7 @@ def has_known_forward(module: nn.Module) -> bool:
 
 @cache
 def _is_known(cls: Any, forward: object, read: bool) -> bool:
-    """``forward`` and ``read`` are there to notice that the class was changed, or registered, since."""
+    """``forward`` and ``read`` are part of the cache's key, in case the class is changed or registered later."""
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     return owner in _KNOWN or registered(owner) is not None or (owner.__name__ == "Conv1D" and is_conv1d(owner))
 
@@ -91,7 +90,7 @@ def _examine(module: nn.Module, weight: Tensor | None) -> Forward:
 
 
 def _trial(module: nn.Module, weight: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
-    """Small inputs, and what torch makes of them with the weight and bias of ``module``."""
+    """Small inputs, and torch's function of them with the weight and bias of ``module``."""
     bias = module._parameters.get("bias")
     if isinstance(module, nn.Embedding):
         scale = torch.as_tensor(getattr(module, "embed_scale", 1.0), device=weight.device).to(weight.dtype)
@@ -107,7 +106,7 @@ def _trial(module: nn.Module, weight: Tensor) -> tuple[list[Tensor], Callable[[T
 
 
 def _numbers(like: Tensor, *shape: int) -> Tensor:
-    """Numbers in ±1, the same each time and not from torch's generator."""
+    """Values in ±1, always the same and not from torch's generator."""
     count = torch.Size(shape).numel()
     return torch.arange(count, device=like.device, dtype=torch.float32).sin().to(like.dtype).view(shape)
 
@@ -128,7 +127,7 @@ def _compare(module: nn.Module, y: Any, wanted: Tensor) -> Forward:
 
 
 def _looks_up(module: nn.Embedding, y: Tensor, tolerance: float) -> bool:
-    """Whether what ``module`` gives for an id, such as ``y`` for those of ``_trial``, depends on that id alone."""
+    """Whether the output for an id depends on that id alone; ``y`` is the output for the ids of ``_trial``."""
     ids = _ids(module).flip(1)
     with torch.no_grad():
         return torch.allclose(type(module).forward(module, ids), y.flip(1), rtol=tolerance, atol=tolerance)

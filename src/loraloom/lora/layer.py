@@ -1,8 +1,8 @@
-"""One frozen module and the slots that adapt it: what every kind of layer has in common. ``layers`` has the kinds.
+"""A frozen module and the slots that adapt it: what all kinds of layers share. ``layers`` has the kinds.
 
 A layer holds numbers (rank, scale, dropout) and tensors for each slot, never a config. It reads the route from the
-model's router and adds the update of the slots that the route names. In-memory names are PEFT's
-(``base_layer``, ``lora_A.<slot>.weight``, ...), so state dicts look the same.
+model's router and adds the updates of the route's slots. The names of children are PEFT's (``base_layer``,
+``lora_A.<slot>.weight``, ...), so state dicts are the same.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class LoraLayer(Wrapper):
     scaling: dict[str, float]
     #: slot → its variant, where that is not plain LoRA
     variants: dict[str, Variant]
-    #: slot → ``nn.Dropout``, whose ``p`` and ``training`` each forward reads: other code switches dropout off by them.
+    #: slot → ``nn.Dropout``. Each forward reads its ``p`` and ``training``, through which other code disables dropout.
     lora_dropout: nn.ModuleDict
-    #: The slots whose update the weight holds now, and the frozen weight that waits aside meanwhile (in a tuple, so
-    #: that it is no parameter of this module).
+    #: The slots that are merged into the weight, and the frozen weight meanwhile (in a tuple, so that it is not a
+    #: parameter of this module).
     merged: tuple[str, ...]
     _frozen: tuple[Tensor, ...]
 
@@ -123,19 +123,19 @@ class LoraLayer(Wrapper):
                 del table[slot]
 
     def follow(self, active: tuple[str, ...]) -> None:
-        """Note which slots are in use, where a compiled model needs to know."""
+        """Store the active slot's tensors for compiled code, in layers that support it."""
 
     # -- forward ------------------------------------------------------------------------------------------------
 
     def update(self, slot: str, x: Tensor, times: int = 1) -> Tensor:
-        """The low-rank update of one slot for its rows ``x``, each ``times`` places of the first dimension."""
+        """The low-rank update of one slot for its rows ``x``, with ``times`` places of the first dimension per row."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._updated(self.base_layer(input, *args, **kwargs), input)
 
     def _updated(self, y: Tensor, x: Tensor) -> Tensor:
-        """What the frozen layer made of ``x``, plus the updates."""
+        """The frozen layer's output ``y`` for ``x``, plus the updates."""
         if self.merged:
             return y
         if torch.compiler.is_compiling():
@@ -161,13 +161,13 @@ class LoraLayer(Wrapper):
         return route.apply(y, times, one)
 
     def _with_update(self, slot: str, y: Tensor, x: Tensor, times: int) -> Tensor:
-        """What the slot makes of rows ``y`` of the frozen layer's output for ``x``."""
+        """Rows ``y`` of the frozen layer's output for ``x``, with the slot's update and gain."""
         y = y + self.update(slot, x, times).to(y.dtype)
         gain, bias = self.row_gain(slot), getattr(self.base_layer, "bias", None)
         return y if gain is None else functional.scale_rows(y, gain, bias, self.channels)
 
     def row_gain(self, slot: str) -> Tensor | None:
-        """What the slot's variant multiplies outputs with: see ``Variant``."""
+        """The gain [out] of the slot's variant, None for 1: see ``Variant``."""
         return None if slot not in self.variants else self.variants[slot].row_gain(self, slot)
 
     def adapts(self, route: Route) -> bool:
@@ -176,30 +176,30 @@ class LoraLayer(Wrapper):
 
     @staticmethod
     def leading(x: Tensor) -> torch.Size:
-        """The dimensions of an input that the layer does not compute on."""
+        """The batch dimensions of an input."""
         return x.shape[:-1]
 
     @property
     def channels(self) -> int:
-        """The dimension of an output that holds the rows of the weight, from the end."""
+        """The output's dimension of size ``out``, counted from the end."""
         return -1
 
     @property
     def input_name(self) -> str:
-        """What names the dropout of this layer's input."""
+        """The name from which the dropout seed of this layer's input follows."""
         return self.name
 
     def has_dropout(self, slot: str) -> bool:
-        """Whether the slot has dropout, be it off at the moment."""
+        """Whether the slot has dropout, even if it is off at the moment."""
         return bool(getattr(self.lora_dropout._modules[slot], "p", 0.0))
 
     def dropout_p(self, slot: str) -> float:
-        """The probability that one slot's dropout acts with now: 0 while its module is in eval mode."""
+        """The slot's present dropout probability: 0 while its module is in eval mode."""
         drop: Any = self.lora_dropout._modules[slot]
         return getattr(drop, "p", 0.0) if drop.training else 0.0
 
     def dropout_mask(self, slot: str, times: int = 1, frame: Frame | None = None) -> DropoutMask | None:
-        """The dropout of one slot in this forward; each row has ``times`` places of the input's first dimension."""
+        """The dropout of one slot in this forward, None if off. A row has ``times`` places of the first dimension."""
         p = self.dropout_p(slot)
         if not p:
             return None
@@ -211,7 +211,7 @@ class LoraLayer(Wrapper):
         dropped = self.dropout_mask(slot, times)
         return x if dropped is None else dropout(x, dropped)
 
-    # -- merging: see lora.merge, which alone swaps and restores ------------------------------------------------
+    # -- merging: only lora.merge swaps and restores weights ----------------------------------------------------
 
     def get_delta_weight(self, slot: str) -> Tensor:
         """``scale · B A`` in the shape of the frozen weight, in at least float32."""
@@ -232,20 +232,20 @@ class LoraLayer(Wrapper):
         return rows
 
     def merged_weight(self, slots: tuple[str, ...]) -> Tensor:
-        """The weight that does what the frozen one does with ``slots``, as stored, rounded once at the end."""
+        """The frozen weight with ``slots`` merged, as stored; rounded once, at the end."""
         weight = self.rows()
         for slot in slots:
             weight = self.variants.get(slot, PLAIN).merged_weight(self, slot, weight)
         return self.as_stored(weight).to(self.frozen_weight.dtype).contiguous()
 
     def merge_obstacle(self) -> str | None:
-        """Why no weight of this layer could do what its slots do, or None."""
+        """Why the updates cannot be merged into the weight, or None."""
         if forward_of(self.base_layer).differs:
             return f"a {type(self.base_layer).__name__}, which changes its weight before using it"
         return None
 
     def swap_weight(self, weight: nn.Parameter, slots: tuple[str, ...]) -> None:
-        """Put a merged weight in place. The frozen one waits aside, so its return is exact to the bit."""
+        """Install a merged weight. The frozen one is kept, so that restoring it is exact to the bit."""
         self._frozen = self._frozen or (self.live_weight,)
         self._put_weight(weight)
         self.merged = slots
@@ -264,16 +264,16 @@ class LoraLayer(Wrapper):
 
     @property
     def live_weight(self) -> Tensor:
-        """What is adapted, as the model holds it now: frozen or merged."""
+        """The adapted weight as the model holds it now: frozen or merged."""
         weight: Tensor = self.weight
         return weight
 
     @property
     def like(self) -> tuple[torch.device, torch.dtype]:
-        """Where a slot's tensors lie, and the dtype of what the layer computes."""
+        """The device of a slot's tensors, and the dtype that the layer computes in."""
         return self.frozen_weight.device, self.frozen_weight.dtype
 
-    # -- the face that models expect of the layer they had ------------------------------------------------------
+    # -- attributes that models expect of their layer -----------------------------------------------------------
 
     @property
     def merged_adapters(self) -> list[str]:

@@ -23,8 +23,8 @@ class LoraLinear(LoraLayer):
 
     kind = "Linear"
     peft_class = ("peft.tuners.lora.layer", "Linear")
-    #: A, B, scale and dropout module of the one slot in use. A compiled model reads these and no names, so that another
-    #: adapter of the same shapes can take the place without a recompilation.
+    #: A, B, scale and dropout module of the one active slot. Compiled code reads this and no names, so another adapter
+    #: of the same shapes can replace it without a recompilation.
     _current: tuple[Tensor, Tensor, float, Any] | None = None
 
     @staticmethod
@@ -52,11 +52,11 @@ class LoraLinear(LoraLayer):
         return frame.inputs.project(self, linear, input, frame, self.router.slot_groups)
 
     def fusable(self, x: Tensor, frame: Frame) -> FrozenLinear | None:
-        """The frozen layer, if ``functional.lora_projections`` can do what this layer is to do with ``x``.
+        """The frozen layer, if ``functional.lora_projections`` can compute this layer for ``x``; else None.
 
-        Elsewhere the frozen layer is called as the module that it is: rows in another order than the slots', a weight
-        that only its module can use, hooks on it, autocast, and tracing. A layer that the route
-        leaves alone fits as well: what is computed together must not depend on who is there.
+        Then the frozen module is called: for rows not ordered by slot, a weight that only its module can use, hooks on
+        the module, autocast, and tracing. A layer that no slot of the route adapts is fusable too: which layers are
+        computed together must not depend on the slots.
         """
         base: Any = self._modules["base_layer"]
         if (
@@ -78,7 +78,7 @@ class LoraLinear(LoraLayer):
     def _goes_by_rows(self, x: Tensor, frame: Frame) -> bool:
         """Whether the route has slots for ``x``, and its rows lie slot by slot."""
         route = frame.plan.route
-        if not route.blocks:  # a variant's gain is applied after the update before it, which one product cannot do
+        if not route.blocks:  # gains of several slots apply one after another, which one product cannot do
             return len(route.active) == 1 or (bool(route.active) and not self.variants)
         if route.order is not None or x.dim() < 2:
             return False
@@ -88,14 +88,14 @@ class LoraLinear(LoraLayer):
 
     @property
     def input_name(self) -> str:
-        """The module that holds this layer: its layers that read one input share its dropout.
+        """The parent module's name: its layers that read one input share a dropout mask.
 
-        A name, not the readers: the mask of a slot must not depend on the layers that other slots adapt.
+        A name, not a list of readers: the mask of a slot must not depend on the layers that other slots adapt.
         """
         return self.name.rpartition(".")[0]
 
     def shares_dropout(self, first: LoraLinear) -> bool:
-        """Whether dropout, if there is any now, is that of ``first``, which reads the same input."""
+        """Whether this layer has no dropout now, or the same mask as ``first``, which reads the same input."""
         return self.input_name == first.input_name or not any(map(self.dropout_p, self.r))
 
     def update_of(self, slot: str) -> functional.Update:
@@ -127,7 +127,7 @@ class LoraConv1D(LoraLinear):
 
 
 class LoraEmbedding(LoraLayer):
-    """Weight [vocabulary, dim], A [r, vocabulary], B [dim, r]. Dropout does not apply to whole numbers."""
+    """Weight [vocabulary, dim], A [r, vocabulary], B [dim, r]. There is no dropout on ids."""
 
     kind = "Embedding"
     peft_class = ("peft.tuners.lora.layer", "Embedding")
@@ -148,7 +148,7 @@ class LoraEmbedding(LoraLayer):
         assert isinstance(base, nn.Embedding)
         if base.max_norm is None:
             return super().forward(input, *args, **kwargs)
-        # Torch would clip the rows that it looks up in the frozen table itself.
+        # With max_norm, torch would renormalise the frozen table in place.
         if has_known_forward(base) and not (base._forward_hooks or base._forward_pre_hooks):
             rows, places = torch.unique(input, return_inverse=True)
             y = F.embedding(places, base.weight[rows], max_norm=base.max_norm, norm_type=base.norm_type)
@@ -228,7 +228,7 @@ class LoraConv(LoraLayer):
         )
 
     def apply_dropout(self, slot: str, x: Tensor, times: int) -> Tensor:
-        # Of [rows, channels, places] a place's mask is to be the same however many places come after it, as in a text.
+        # [rows, channels, places]: the mask of a place must not depend on how many places follow it.
         if x.dim() != 3:
             return super().apply_dropout(slot, x, times)
         return super().apply_dropout(slot, x.transpose(1, 2), times).transpose(1, 2)
@@ -261,7 +261,7 @@ KINDS: tuple[tuple[type[nn.Module], type[LoraLayer]], ...] = (
 
 
 def layer_class(module: nn.Module) -> type[LoraLayer] | None:
-    """The class that adapts ``module``, or None when LoRA around it would do nothing or wrong, or is not known."""
+    """The class that adapts ``module``; None if LoRA around it would have no effect, be wrong, or is not supported."""
     if is_never_called(module):
         return None
     own: Any = type(module)
@@ -274,5 +274,5 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
 
 
 def is_never_called(module: nn.Module) -> bool:
-    """Whether its weight is read and its forward never called, as MultiheadAttention does: an adapter does nothing."""
+    """Whether its parent reads its weight and never calls it, as MultiheadAttention does: an adapter has no effect."""
     return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)

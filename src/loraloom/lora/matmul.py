@@ -1,8 +1,8 @@
-"""Products with a frozen weight, in an arithmetic that the processor has.
+"""Products with a frozen weight, in a dtype that the processor has instructions for.
 
-Knows tensors alone. A processor without instructions for half precision takes 10 to 100 times as long for a product in
-bfloat16 as for the same one in float32. There the numbers are kept in half precision and multiplied in float32, a block
-of the weight at a time, so that no copy of a weight ever exists; each answer is rounded once, as it is in hardware.
+Without half-precision instructions, a product in bfloat16 takes 10 to 100 times as long as in float32. There the weight
+stays in half precision and is converted to float32 a block at a time, so that no copy of it ever exists; each result is
+rounded once, as in hardware. Knows tensors alone.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Fewer rows than this are read from memory rather than computed, and half precision is half as much to read.
+#: With fewer rows than this the product is memory-bound, where half precision is faster on any processor.
 _FEW = 8
-#: Numbers of a weight that are widened at a time: few enough to stay in the cache until they are multiplied.
+#: Elements of a weight that are converted at a time: few enough to stay in the cache until they are multiplied.
 _BLOCK = 2**20
 _reshaped = torch.ops.aten._unsafe_view.default
 
 
 @functools.cache
 def native(device: str, dtype: torch.dtype) -> bool:
-    """Whether devices of this kind multiply numbers of this dtype as fast as others.
+    """Whether devices of this type multiply in this dtype at full speed.
 
-    ``meta``, on which memory is counted, stands for the device that this machine trains on.
+    ``meta``, on which memory is estimated, stands for the device that this machine trains on.
     """
     if device == "meta" and not torch.accelerator.is_available():
         device = "cpu"
@@ -47,9 +47,9 @@ def _has(instructions: str) -> bool:
 
 
 def compute_dtype(x: Tensor, differentiated: bool = True) -> torch.dtype:
-    """The dtype in which products with ``x`` [..., in] are taken: its own, or float32 where that is the faster.
+    """The dtype of products with ``x`` [..., in]: its own, or float32 where that is faster.
 
-    Without a backward, few rows keep their own: what they take is the time to read the weight.
+    Without a backward, few rows keep their own: the product is memory-bound.
     """
     if native(x.device.type, x.dtype) or (not differentiated and x.numel() < _FEW * x.shape[-1]):
         return x.dtype
@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x Wᵀ + bias`` in the dtype of ``x``: x [..., in], weight [out, in] of any dtype → [..., out], and no view."""
     if x.dtype is weight.dtype:
         made = F.linear(x, weight, bias)
-        # Of this shape and yet no view: torch's matmul does the same, its linear with a bias does not.
+        # The same shape, but not a view: torch's linear with a bias may return one.
         return _reshaped(made, made.shape) if made._is_view() else made
     count = x.shape[:-1].numel()
     rows = x.reshape(count, x.shape[-1])

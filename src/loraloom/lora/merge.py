@@ -1,8 +1,8 @@
-"""Merge and unmerge: all or nothing, and exact on the way back.
+"""Merge and unmerge: all or nothing, and unmerging is exact.
 
-Every merged weight is computed and checked before the first one is put in place, as a new parameter. The frozen
-parameter waits aside untouched, so unmerging restores the same bytes in any dtype, and another module that shares
-it (a tied head) never sees the update.
+All merged weights are computed and checked before the first is installed, as a new parameter. The frozen parameter is
+kept untouched, so unmerging restores the same bytes in any dtype, and a module that shares it (a tied head) never sees
+the update.
 """
 
 from __future__ import annotations
@@ -50,11 +50,7 @@ def _merged(name: str, layer: LoraLayer, slots: tuple[str, ...]) -> Tensor:
 
 
 def check_copies(wrappers: Mapping[str, ModulesToSaveWrapper], slots: Sequence[str]) -> None:
-    """Whether the copies of ``slots`` are finite in the dtypes of the modules whose place they are to take.
-
-    Raises:
-        MergeError: one is not.
-    """
+    """Raise MergeError if a copy of ``slots`` is not finite in the dtype of the module that it replaces."""
     for name, wrapper in wrappers.items():
         for slot in slots:
             for tensor, dtype in wrapper.own_dtypes(slot) if slot in wrapper.modules_to_save else ():
@@ -71,7 +67,7 @@ def unmerge(layers: Mapping[str, LoraLayer]) -> None:
 
 
 def untied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> bool:
-    """Whether modules that share a weight in the base hold two different ones once the adapters are folded in."""
+    """Whether modules that share a weight in the base have different weights once the adapters are merged."""
     copies = [
         w for w in model.modules() if isinstance(w, ModulesToSaveWrapper) and w.current() is not w.original_module
     ]
@@ -88,10 +84,10 @@ def untied(model: nn.Module, layers: Mapping[str, LoraLayer]) -> bool:
 
 
 def untie(model: nn.Module) -> None:
-    """Say in the model's config that its embeddings are not tied, and part those that are still.
+    """Set ``tie_word_embeddings`` to False in the model's config, and separate weights that are still shared.
 
-    Else saving would keep one weight of those that share it, and loading would tie again what differs now, or find
-    nothing for the others.
+    Otherwise saving would keep one of the shared weights, and loading would tie weights that differ now, or find some
+    missing.
     """
     config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):

@@ -1,8 +1,8 @@
-"""A batch whose rows go through different adapters: in one forward where that is exact, else adapter by adapter.
+"""A batch whose rows use different adapters: in one forward if that is exact, else adapter by adapter.
 
-One forward it is where every adapted layer's input is known to hold the batch's rows (``lora.routing``). Where that is
-not known it is looked at once, with the frozen model; where it is not so, the model is called with the rows of one
-adapter at a time, and the answers are put together.
+One forward needs to know, for every adapted layer, which part of its input belongs to which row (``lora.routing``). If
+shapes do not tell, a probe with the frozen model finds out once. If a layer's input cannot be divided by rows, the
+model is called with the rows of one adapter at a time, and the outputs are joined.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loraloom.lora.routing import Batch, Route, RowProbe, Unproven, rows_of, ten
 T = TypeVar("T")
 Run = Callable[..., Any]
 _INSTEAD = "call it with one adapter at a time"
-#: What a forward keeps for generation, which cannot be put together from parts.
+#: Arguments and outputs that hold the state of generation, which cannot be joined from parts.
 _CACHES = ("past_key_values", "cache_params", "state", "mems")
 
 
@@ -36,7 +36,7 @@ def call(
     kwargs: dict[str, Any],
     look: Run | None = None,
 ) -> Any:
-    """``run(*args, **kwargs)``, row ``i`` through ``names[i]``. ``look`` is a plain forward by the same arguments."""
+    """``run(*args, **kwargs)``, row ``i`` through ``names[i]``. ``look``: a plain forward with the same arguments."""
     names = list(names)
     given = [*args, *kwargs.values()]
     check_rows(len(names), tensors(given))
@@ -52,9 +52,9 @@ def call(
 def in_one_forward(
     lora: LoraModel, slots: Sequence[str], run: Callable[[], T], prove: Callable[[str], bool]
 ) -> tuple[T] | None:
-    """What ``run`` gives, in which rows of all ``slots`` share a forward; None where they cannot.
+    """``(run(),)``, in which rows of all ``slots`` share a forward; None if they cannot.
 
-    ``prove`` looks whose rows are where, and says whether that is known at a site of the model then.
+    ``prove(site)`` probes the model, and returns whether the rows at ``site`` are known afterwards.
     """
     rows = lora.lora_router.rows
     for attempt in range(2 if rows.may_share_forward(slots) else 0):
@@ -79,7 +79,7 @@ def generate(lora: LoraModel, run: Run, names: Sequence[str], args: tuple[Any, .
 
 
 def prove(lora: LoraModel, look: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: int, site: str) -> bool:
-    """Look whose rows are where, in forwards by the frozen model; whether ``site`` is proven now."""
+    """Probe which rows layers see, with forwards of the frozen model; whether ``site`` is proven now."""
     given = [*args, *kwargs.values()]
     rows = _rows_in(given, names)
     other = _unlike_the_first(given, rows)
@@ -104,9 +104,9 @@ def prove(lora: LoraModel, look: Run, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def check_rows(names: int, inputs: Iterator[Tensor]) -> None:
-    """One input at least must have a row, or some consecutive ones, for each name.
+    """Raise AdapterError unless one input has a row, or several consecutive ones, for each name.
 
-    Others may be broadcast over the batch, like position ids.
+    Other inputs may be broadcast over the batch, like position ids.
     """
     rows = [tensor.shape[0] for tensor in inputs if tensor.dim()]
     if rows and not any(count and count % names == 0 for count in rows):
@@ -115,19 +115,19 @@ def check_rows(names: int, inputs: Iterator[Tensor]) -> None:
 
 
 def _rows_in(values: Sequence[Any], names: int) -> int:
-    """The rows of the batch: as many as ``names``, or some consecutive ones for each."""
+    """The number of rows of the batch: a multiple of ``names``."""
     return next((t.shape[0] for t in tensors(values) if t.dim() and t.shape[0] % names == 0), 0)
 
 
 def _unlike_the_first(values: Sequence[Any], rows: int) -> int | None:
-    """The last row that differs from row 0 in what the model is given."""
+    """The last row whose inputs differ from those of row 0."""
     mine = [tensor for tensor in tensors(values) if tensor.dim() > 1 and tensor.shape[0] == rows and not tensor.is_meta]
     return next((row for row in range(rows - 1, 0, -1) if any(not torch.equal(t[row], t[0]) for t in mine)), None)
 
 
 @contextmanager
 def _as_in_use(lora: LoraModel) -> Iterator[None]:
-    """No dropout, no gradients, and torch's generators as they were afterwards."""
+    """Eval mode and no gradients within the block; modes and torch's generators are restored afterwards."""
     modes = [(module, module.training) for module in lora.modules()]
     devices = {p.device for p in lora.parameters() if p.device.type not in ("cpu", "meta")}
     try:
@@ -178,7 +178,7 @@ def _undivided(lora: LoraModel, why: str) -> AdapterError:
 
 
 def _together(parts: list[Any], counts: list[int], inverse: Tensor, pad: int | None) -> Any:
-    """The parts' rows, ``counts`` of them, as one answer in the batch's order."""
+    """Join the parts, which have ``counts`` rows, in the batch's order."""
     first = parts[0]
     if first is None:
         return None
@@ -188,7 +188,7 @@ def _together(parts: list[Any], counts: list[int], inverse: Tensor, pad: int | N
                 f"adapter_names: adapters had to be run one by one, and an answer of shape {tuple(first.shape)} for "
                 f"{counts[0]} rows cannot be put together; call the model with one adapter at a time"
             )
-        if first.dim() == 2 and not first.is_floating_point():  # generated ids: shorter rows are filled up
+        if first.dim() == 2 and not first.is_floating_point():  # generated ids: pad shorter rows
             longest = max(part.shape[1] for part in parts)
             parts = [nn.functional.pad(part, (0, longest - part.shape[1]), value=pad or 0) for part in parts]
         return torch.cat(parts).index_select(0, inverse.to(first.device))

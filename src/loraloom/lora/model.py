@@ -17,6 +17,7 @@ from loraloom.lora import checkpoint, mixed, status, trainer_compat
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.keys import LoadReport, file_key
 from loraloom.lora.peft_options import SAVING, check_config, check_options
+from loraloom.lora.routed import EARLIER
 from loraloom.lora.selection import is_all_linear
 
 P = ParamSpec("P")
@@ -155,7 +156,7 @@ class PeftModel(SeenAsPeft, nn.Module):
         """LoraModel for what PEFT's has too. What is ours alone hides nothing of the model underneath."""
         inside = self.get_base_model()
         ours = name.startswith("_") or name in NOT_OF_PEFT
-        return inside if ours and hasattr(inside, name) else self.base_model
+        return inside if name in EARLIER or (ours and hasattr(inside, name)) else self.base_model
 
     # -- the life of adapters: see LoraModel ----------------------------------------------------------------------
 

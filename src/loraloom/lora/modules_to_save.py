@@ -1,4 +1,4 @@
-"""A module that a slot trains in full (``modules_to_save``): each slot has its own copy, the original stays."""
+"""A module that adapters train in full (``modules_to_save``): each slot has its own copy beside the original."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from loraloom.lora.routing import leading
 
 
 class ModulesToSaveWrapper(Wrapper):
-    """Calls the copy of the slot that the route names, or the original for slots without one.
+    """Calls the copy of the route's slot, or the original for slots without one.
 
-    A copy of a half-precision module is kept in float32: its optimizer needs the digits. Inputs are cast to it,
-    outputs back to the original's dtype. Names in memory are PEFT's.
+    A copy of a half-precision module is kept in float32 for the precision of its updates. Inputs are cast to its dtype,
+    outputs back to the original's. Names of children are PEFT's.
     """
 
     inside, outermost = "original_module", True
@@ -88,7 +88,7 @@ class ModulesToSaveWrapper(Wrapper):
             return self._call(self.current(), *args, **kwargs)
         if not any(block.slot in self.modules_to_save for block in route.blocks):
             return self.original_module(*args, **kwargs)
-        key = "" if args else next(iter(kwargs))  # the rows come by place or by name
+        key = "" if args else next(iter(kwargs))  # the input is positional or a keyword
         x = args[0] if args else kwargs[key]
 
         def one(slot: str, rows: Tensor, where: slice | Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class ModulesToSaveWrapper(Wrapper):
         if module is self.original_module or inside == outside:
             return module(*args, **kwargs)
         out = module(*(_cast(a, inside[0]) for a in args), **{k: _cast(v, inside[0]) for k, v in kwargs.items()})
-        return _cast(out, outside[-1])  # what computes last gives the output its dtype
+        return _cast(out, outside[-1])  # the last tensor's dtype is that of the output
 
 
 def _dtypes(module: nn.Module) -> list[torch.dtype]:

@@ -1,8 +1,8 @@
-"""LoRA on a parameter that a module holds and no layer calls: the stacked weights of experts, a router's matrix.
+"""LoRA on a parameter that is not a layer's weight: stacked weights of experts, a router's matrix.
 
 The layout is PEFT's. For ``E`` experts A is [E · r, in], one expert's rows after another; B is [out, r · E], one rank's
-columns after another. A matrix has E = 1. While the module runs it sees ``W + scale · B A`` in the place of ``W``, so
-dropout on the input does not apply, and rows of several adapters cannot share a forward: see ``lora.mixed``.
+columns after another. A matrix has E = 1. The module runs with ``W + scale · B A`` in place of ``W``, so there is no
+dropout on its input, and rows of several adapters cannot share a forward: see ``lora.mixed``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.variants.base import Shapes
 
-#: Held while a module's parameter is exchanged in the module itself, which other threads would see.
+#: Held while a parameter is exchanged in the module itself, which other threads would see.
 _exchange = threading.RLock()
 
 
@@ -44,7 +44,7 @@ class LoraParameter(LoraLayer):
 
     @property
     def experts(self) -> int:
-        """How many matrices the parameter stacks."""
+        """The number of stacked matrices."""
         return self.frozen_weight.shape[0] if self.frozen_weight.dim() == 3 else 1
 
     @staticmethod
@@ -70,7 +70,7 @@ class LoraParameter(LoraLayer):
         return call_with(layer, updated, args, kwargs) if updated else layer(*args, **kwargs)
 
     def slots_of_forward(self) -> tuple[str, ...]:
-        """The slots whose updates the parameter gets in this forward, all rows alike."""
+        """The slots whose updates the parameter gets in this forward, for all rows."""
         route = self.router.route
         if self.merged:
             return ()
@@ -139,10 +139,10 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def call_with(module: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-    """``module(*args, **kwargs)`` as if it held ``parameters``. Calls of it in other threads see its own."""
+    """``module(*args, **kwargs)`` with ``parameters`` in place of its own, which calls in other threads still use."""
     if torch.compiler.is_compiling():
         return functional_call(module, dict(parameters), args, kwargs)
-    if "forward" in vars(module):  # put there by another library, bound to this very object
+    if "forward" in vars(module):  # another library's, bound to this object
         with _exchange:
             return functional_call(module, dict(parameters), args, kwargs)
     twin = object.__new__(type(module))

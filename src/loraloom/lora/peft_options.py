@@ -1,4 +1,4 @@
-"""PEFT's options that loraloom does not have: those that change nothing pass, the others are refused by name."""
+"""PEFT's options that loraloom does not have: those without an effect are accepted, the others refused by name."""
 
 from __future__ import annotations
 

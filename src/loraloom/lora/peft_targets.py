@@ -50,7 +50,7 @@ TYPES: dict[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Read:
-    """One adapted thing as PEFT sees it: ``name`` is that of a module, or of a parameter with its module's before."""
+    """A target as PEFT resolves it. ``name``: of a module, or of a parameter below its module."""
 
     name: str
     parameter: bool
@@ -73,7 +73,7 @@ def peft_reads(config: LoraConfig, model_type: str | None, modules: Mapping[str,
         return None  # by last names in any layer: PEFT drops the rest of the expression
     table = TYPES.get(model_type or "", {})
     if any(matches_name(old, pattern) for pattern in config.target_modules or () for old in table):
-        return None  # taken for experts
+        return None  # PEFT takes these for experts
     names = [(name, False) for name in modules if _is_target(config, name)]
     wanted = config.target_parameters or ()
     names += [(name, True) for name in parameter_names(modules) if matches_any(wanted, name)]
@@ -83,10 +83,10 @@ def peft_reads(config: LoraConfig, model_type: str | None, modules: Mapping[str,
 
 
 def misread(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those of ``names`` whose tensors PEFT looks for elsewhere.
+    """Those of ``names`` whose tensors PEFT looks for under other keys.
 
-    It renames the keys of every adapter as transformers renames those of old checkpoints, and does not ask whether
-    they are old. The renamings are transformers' own; without it loaded there are none.
+    PEFT renames the keys of every adapter as transformers renames those of old checkpoints, old or not. The renamings
+    are transformers'; none apply before it is imported.
     """
     conversions: Any = sys.modules.get("transformers.conversion_mapping")
     loading: Any = sys.modules.get("transformers.core_model_loading")
@@ -115,9 +115,9 @@ def _is_target(config: LoraConfig, name: str) -> bool:
 def as_peft_reads(
     config: LoraConfig, model_type: str | None, modules: Mapping[str, nn.Module], wanted: Sequence[Read]
 ) -> tuple[LoraConfig, tuple[str, ...]]:
-    """A config by which PEFT adapts ``wanted`` and no more, and the names for which there is none.
+    """A config by which PEFT adapts exactly ``wanted``, and the names for which no config does.
 
-    ``config`` itself if that does. ``wanted``: a Linear's weight may be wanted as a parameter or as a module.
+    ``config`` itself if PEFT reads it so. A Linear's weight may be wanted as a parameter or as a module.
     """
     if peft_reads(config, model_type, modules) == set(wanted):
         return config, ()
@@ -156,7 +156,7 @@ def as_peft_reads(
 
 @dataclass(frozen=True)
 class Experts:
-    """Expert weights that an adapter leaves as they are: how many tensors, their numbers, the share of the model."""
+    """Expert weights that an adapter does not adapt: tensors, parameters in them, their share of the model."""
 
     weights: int = 0
     parameters: int = 0
@@ -170,12 +170,12 @@ class Experts:
 
 @dataclass
 class Translation:
-    """``target_modules`` where names mean parameters, and what came of it."""
+    """A config in which the old names of experts are replaced by their parameters."""
 
     config: LoraConfig
     #: names of parameters that are adapted
     parameters: set[str] = field(default_factory=set)
-    #: modules that have an expert's name, are none, and are left out
+    #: modules that have an expert's name without being one; not adapted
     left_out: list[str] = field(default_factory=list)
 
 
@@ -187,7 +187,7 @@ def parameter_names(modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def old_names(model_type: str | None, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The old names of projections that parameters of this model hold now."""
+    """The old names of the projections that stacked parameters of this model hold."""
     places = _places(TYPES.get(model_type or "", {}), modules)
     return sorted({place.rpartition(".")[2] for place in places})
 
@@ -234,7 +234,7 @@ def translate(config: LoraConfig, model_type: str | None, modules: Mapping[str, 
 
 
 def _places(table: Mapping[str, str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """What each projection would be called as a module → the parameter that holds it."""
+    """The name that each projection had as a module → the parameter that holds it."""
     return {
         f"{name[: -len(new) - 1]}.{old}": name
         for name in parameter_names(modules)

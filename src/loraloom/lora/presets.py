@@ -1,8 +1,8 @@
-"""Which modules ``target_modules=None`` means: by the model type of a transformers config, or found in the model.
+"""The modules that ``target_modules=None`` means: by the model type of a transformers config, or found in the model.
 
-For types that PEFT knows the values are PEFT's (0.21), so that a config without targets means the same in both. The
-others follow its habit: the query and value projections of every attention, or the fused projection that holds them.
-``found`` has the same habit for types that stand in no row.
+For types that PEFT (0.21) knows the values are PEFT's, so that a config without targets means the same in both. Others
+follow the same rule: the query and value projections of every attention, or the fused projection that holds them.
+``found`` applies the rule to types that are not in the table.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ _MIXER = re.compile(r".*(mixer|mamba|ssm|recurren|rwkv).*")
 def found(
     model: nn.Module, modules: dict[str, nn.Module], linear: Iterable[str], pointwise: Iterable[str], heads: set[str]
 ) -> list[str]:
-    """The usual targets of a model whose type stands in no row: names among ``modules``, empty where there are none.
+    """The usual targets of a model whose type is not in the table: names among ``modules``, empty if there are none.
 
-    Query and value projections of attention, in the text part of a model that has one; without attention what a state
-    space or recurrence reads its input through; without either the linear layers of the repeated blocks.
+    Query and value projections of attention, in the text part of a composite model; without attention the input
+    projections of state spaces or recurrences; without either the linear layers of the repeated blocks.
 
     Args:
         linear: names of the linear layers, which LoRA can adapt.
@@ -115,7 +115,7 @@ def _fits(pattern: re.Pattern[str], name: str) -> bool:
 
 
 def _lies_in(modules: dict[str, nn.Module], name: str, pattern: re.Pattern[str]) -> bool:
-    """Whether the module that holds ``name``, or the one around that, is of a kind: by its name or its class's."""
+    """Whether the name or class of the parent of ``name``, or of the parent's parent, matches ``pattern``."""
     inner = name.rpartition(".")[0]
     around = [path for path in (inner, inner.rpartition(".")[0]) if path in modules]
     words = [word for path in around for word in (path.rpartition(".")[2], _class_name(modules[path]))]
@@ -123,13 +123,13 @@ def _lies_in(modules: dict[str, nn.Module], name: str, pattern: re.Pattern[str])
 
 
 def _class_name(module: nn.Module) -> str:
-    """Without the task at its end: what a whole model is called says nothing of its parts."""
+    """The class's name without the task at its end, such as "ForCausalLM", which says nothing about the module."""
     name = type(module).__name__
     return name.rpartition("For")[0] or name
 
 
 def _text_part(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
-    """The name of the part that reads text in a model of several parts."""
+    """The name of the text model in a composite model."""
     config = getattr(model, "config", None)
     get = getattr(config, "get_text_config", None)
     try:
@@ -142,9 +142,9 @@ def _text_part(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
 
 
 def weight_is_read(model: nn.Module, modules: dict[str, nn.Module], name: str) -> bool:
-    """Whether the module around ``name`` multiplies with its weight and does not call it: an adapter would do nothing.
+    """Whether the parent of ``name`` multiplies with its weight and does not call it: an adapter would have no effect.
 
-    Read from the source of its class: WavLM's attention, Mamba's dt_proj (which is called where it is quantised alone).
+    Found in the source of the parent's class: WavLM's attention, Mamba's dt_proj (called only where it is quantised).
     """
     parent, _, leaf = name.rpartition(".")
     around: Any = type(modules.get(parent, model))
@@ -157,5 +157,5 @@ def weight_is_read(model: nn.Module, modules: dict[str, nn.Module], name: str) -
 def _source(cls: Any) -> str:
     try:
         return inspect.getsource(cls)
-    except (OSError, TypeError):  # written in no file
+    except (OSError, TypeError):  # defined interactively
         return ""

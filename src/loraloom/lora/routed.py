@@ -1,4 +1,4 @@
-"""A frozen model whose layers follow a route: which adapters a forward goes through, set once and for a while.
+"""A frozen model whose layers follow a route: which adapters a forward uses, by default or within a block.
 
 Knows which slots are active, merged and disabled. ``adapters`` adds and deletes slots.
 """
@@ -22,6 +22,9 @@ from loraloom.lora.layer import LoraLayer
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.routing import BASE, Batch, Route
 from loraloom.lora.slots import Slots
+
+#: Names without ``lora_`` that this class had before; they hid attributes of models.
+EARLIER = ("layers", "router", "enabled", "saved_modules", "routed")
 
 
 class RoutedModel(nn.Module):
@@ -50,7 +53,7 @@ class RoutedModel(nn.Module):
 
     @property
     def lora_enabled(self) -> bool:
-        """Whether the active adapters answer: not inside ``disable_adapter``, which each thread enters for itself."""
+        """Whether the active adapters apply: not inside ``disable_adapter``, which each thread enters for itself."""
         return self._enabled and not self.lora_router.current_plan().disabled
 
     @property
@@ -64,17 +67,17 @@ class RoutedModel(nn.Module):
 
     @property
     def lora_saved_modules(self) -> Mapping[str, ModulesToSaveWrapper]:
-        """The modules that adapters train in full, by the name of the module that they stand for."""
+        """The wrappers of modules that adapters train in full, by the module's name."""
         return self._slots.saved
 
-    # -- what forwards go through that ask for nothing else -----------------------------------------------------
+    # -- the default route --------------------------------------------------------------------------------------
 
     def _set(self, active: tuple[str, ...]) -> None:
         self._active = active
         self._follow(by_hand=True)
 
     def _follow(self, by_hand: bool = False) -> None:
-        """Let layers, heads and biases follow what is set. Merged adapters answer, active or not, and they alone."""
+        """Set the default route. If adapters are merged, exactly these apply, active or not."""
         route = Route(active=self._merged or (self._active if self._enabled else ()))
         if by_hand or route.active != self.lora_router.default.active:
             self.lora_router.set_default(route)
@@ -85,10 +88,10 @@ class RoutedModel(nn.Module):
             self._modules.pop("biases", None)
 
     def _install(self, route: Route, what: str | None = None) -> None:
-        """Let the model hold what ``route`` needs: its biases, and what compiled code reads.
+        """Put into the model what ``route`` needs: its biases, and the tensors that compiled code reads.
 
-        Not while another thread's forward needs it otherwise: then ``what`` is refused, or, without a name for it, the
-        next forward does it.
+        If another thread's forward needs others, this is an error of the operation ``what``; with None it is left to
+        the next forward.
         """
         # Once a compile was seen, keep updating: dynamo may reset its counters while layers still hold old factors.
         self._compiled = self._compiled or _compiles()
@@ -132,7 +135,7 @@ class RoutedModel(nn.Module):
         Args:
             dropout_seeds: adapter → the seed of its dropout mask, which then depends on nothing else; without one it
                 follows torch's generator.
-            inputs: the arguments of the forward, where it is not the whole model's, which notes its own.
+            inputs: the arguments of the forward, if it is not that of the whole model.
         """
         if adapter_names is None:
             if torch.compiler.is_compiling():
@@ -154,7 +157,7 @@ class RoutedModel(nn.Module):
 
     @contextmanager
     def following(self, plan: Plan, what: str = "forward") -> Iterator[None]:
-        """Run by ``plan`` in this thread for a while."""
+        """Run forwards of this thread under ``plan`` within the block."""
         with ExitStack() as stack:
             with self.lora_router.lock:
                 self._install(plan.route, what)
@@ -167,7 +170,7 @@ class RoutedModel(nn.Module):
 
     @contextmanager
     def _noting(self, batch: Batch | None, inputs: Iterable[Any]) -> Iterator[None]:
-        """Let ``batch`` know the shapes of the model's arguments, of ``inputs`` now and of forwards as they come."""
+        """Tell ``batch`` the shapes of ``inputs``, and of the arguments of each forward of the model in the block."""
         if batch is None:
             yield
             return
@@ -194,7 +197,12 @@ class RoutedModel(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+        try:
             return getattr(self.model, name)
+        except AttributeError:
+            if name in EARLIER:  # unless the model has something of that name
+                return getattr(self, f"lora_{name}")
+            raise
 
     # -- checks -------------------------------------------------------------------------------------------------
 
@@ -212,14 +220,14 @@ class RoutedModel(nn.Module):
 
 
 def media_tokens(model: nn.Module) -> list[int]:
-    """What stands for images, videos and sounds, or parts of them, in the ids of a model that reads them."""
+    """The token ids that stand for images, videos and sounds, or parts of them, in a model's input."""
     config = getattr(model, "config", None)
     names = [f"{medium}_token_{kind}" for medium in ("image", "video", "audio") for kind in ("id", "index")]
     return [token for name in names if isinstance(token := getattr(config, name, None), int)]
 
 
 def _compiles() -> bool:
-    """Whether this process compiled anything yet: else no layer need know what only compiled models read."""
+    """Whether this process has compiled anything: until then layers need not keep tensors for compiled code."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo is not None and bool(dynamo.counters.get("frames"))
 

@@ -1,7 +1,12 @@
-"""Which rows of a batch belong to which slot: one ``Route`` for a forward, shared by every layer.
+"""Which rows of a batch belong to which slot, and which part of a layer's input belongs to which row.
 
-A slot is an adapter's place in the layers and is known here by its name alone. Knows nothing of weights, of the model,
-or of who follows the route: see ``lora.dispatch``.
+One ``Route`` for a forward, shared by every layer. Slots are known here by name alone. Knows nothing of weights, of the
+model, or of the layers that read the route: see ``lora.dispatch``.
+
+A layer sees a tensor and not its origin. The shape [rows, length, dim] with the batch's length identifies the rows.
+Other shapes do not: [rows · length, dim] may hold the rows one after another or interleaved, [n, dim] the tokens that
+a router chose, or the patches of all images. These count only once a ``RowProbe`` has seen that a row's part of the
+input holds, in the batch, the same values as for that row alone.
 """
 
 from __future__ import annotations
@@ -18,13 +23,13 @@ from torch import Tensor
 from loraloom.errors import AdapterError
 
 _numbers = itertools.count(1)
-#: The name by which a row asks for the frozen model alone, as in PEFT.
+#: In ``adapter_names``: the frozen model alone, as in PEFT.
 BASE = "__base__"
 
 
 @dataclass(frozen=True)
 class Block:
-    """The rows of one slot: ``start:stop`` after the rows were put in the route's order."""
+    """The rows of one slot: ``start:stop`` in the route's order."""
 
     slot: str
     start: int
@@ -35,27 +40,27 @@ class Block:
 class Route:
     """Either every row goes through all of ``active``, or each row through the slot of its block.
 
-    ``rows`` counts the batch's rows, 0 where they are not known. With ``blocks``, these tile ``0..rows`` in the order
-    given by ``order`` (None when the rows already lie slot by slot), and ``inverse`` leads back.
+    ``rows``: the number of rows of the batch, 0 if unknown. ``blocks`` tile ``0..rows`` of the rows indexed by
+    ``order``; ``inverse`` undoes that. Both are None if the rows are already ordered by slot.
     """
 
     active: tuple[str, ...] = ()
     rows: int = 0
     blocks: tuple[Block, ...] = ()
-    #: of these blocks, which are many to compare
+    #: an id of these blocks, quicker to compare
     number: int = 0
-    #: the slot of each row as given, from which the order follows
+    #: the slot of each row, as given
     names: tuple[str, ...] = ()
     order: Tensor | None = field(default=None, compare=False)
     inverse: Tensor | None = field(default=None, compare=False)
-    #: slot → the seed of its dropout in this forward; without one it follows torch's generator
+    #: slot → the seed of its dropout in this forward; without one it is drawn from torch's generator
     seeds: Mapping[str, int] = field(default_factory=dict)
-    #: order and inverse where layers have asked for them, since moving them waits for the device
+    #: order and inverse on the devices of layers, because a copy to a device synchronises
     _moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of_rows(cls, slots: Sequence[str], seeds: Mapping[str, int] | None = None) -> Route:
-        """The route of a batch whose row ``i`` belongs to ``slots[i]``; ``seeds`` are those of the slots' dropout."""
+        """The route of a batch whose row ``i`` belongs to ``slots[i]``. ``seeds``: of the slots' dropout."""
         if not slots:
             raise AdapterError("adapter_names: found an empty list, give one name for each row of the batch")
         names = list(dict.fromkeys(slots))
@@ -81,13 +86,13 @@ class Route:
         return Route(active=() if slot == BASE else (slot,), rows=rows, seeds=self.seeds)
 
     def times(self, x: Tensor) -> int:
-        """How many places of the first dimension of ``x`` a row has, where all rows go the same way."""
+        """Places of a row in the first dimension of ``x``, if all rows use the same slots."""
         return x.shape[0] // self.rows if self.rows and x.dim() and x.shape[0] % self.rows == 0 else 1
 
     def apply(self, x: Tensor, times: int, each: Callable[[str, Tensor, slice | Tensor], Tensor]) -> Tensor:
-        """Call ``each(slot, rows of x, where they are)`` for every block and put the results back in order.
+        """Call ``each(slot, rows of x, their index)`` for every block and restore the order of the results.
 
-        ``x`` is [rows · times, ...]: each row of the batch has ``times`` consecutive places.
+        ``x`` [rows · times, ...]: each row of the batch has ``times`` consecutive places.
         """
         order, inverse = self._places(times, x.device)
         if order is not None:
@@ -100,7 +105,7 @@ class Route:
         return out if inverse is None else out.index_select(0, inverse)
 
     def _places(self, times: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """``order`` and ``inverse`` of rows that have ``times`` places each."""
+        """``order`` and ``inverse`` of places, with ``times`` places for each row."""
         if self.order is None or self.inverse is None:
             return None, None
         found = self._moved.get((times, device))
@@ -134,18 +139,18 @@ class Unproven(AdapterError):
 
 @dataclass
 class Batch:
-    """What is known of the tensors that a forward was called with."""
+    """The shapes of a forward's arguments."""
 
     rows: int
-    #: (rows, length) of those whose first dimension is the batch's
+    #: (rows, length) of arguments whose first dimension is the batch's
     pairs: set[tuple[int, int]] = field(default_factory=set)
-    #: every tensor of two or more dimensions has the batch's rows first, so nothing else gives shapes to what follows
+    #: every argument of two or more dimensions has the batch's rows first, so no other dimension leads in a layer
     only_rows: bool = True
-    #: images, videos and sounds are of unlike numbers in the rows, so that their first dimension is not the batch's
+    #: False if rows have different numbers of images, videos or sounds: their first dimension is not the batch's
     aligned: bool = True
 
     def note(self, arguments: Iterable[Any], media_tokens: Iterable[int] = ()) -> None:
-        """Take in the arguments of a forward. ``media_tokens`` stand in its ids for parts of images and the like."""
+        """Add the arguments of a forward. ``media_tokens``: ids that stand for parts of images and the like."""
         given = list(tensors(arguments))
         aligned = all(_media_by_row(given, token) for token in media_tokens)
         self.aligned = self.aligned and aligned
@@ -158,11 +163,11 @@ class Batch:
                 self.pairs.add((tensor.shape[0], tensor.shape[1]))
 
     def certain(self, leading: torch.Size) -> bool:
-        """Whether the shape alone says that the first dimension is the batch's."""
+        """Whether the shape alone shows that the first dimension is the batch's."""
         return len(leading) > 1 and leading[0] != leading[1] and tuple(leading[:2]) in self.pairs
 
     def plausible(self, places: int, per_row: int) -> bool:
-        """Whether a layer that was seen with ``per_row`` places for each row can have ``places`` of this batch's."""
+        """Whether a layer that a probe saw with ``per_row`` places a row can have ``places`` in all for this batch."""
         if not self.aligned:
             return False
         counts = {rows for rows, _ in self.pairs} or {self.rows}
@@ -174,7 +179,7 @@ class Batch:
 
 
 class RowSites:
-    """What probes have shown of a model's sites, and which slots therefore cannot share a forward."""
+    """What probes have found about a model's sites (layers by name), and which slots cannot share a forward."""
 
     def __init__(self) -> None:
         self._proven: dict[str, int] = {}
@@ -182,7 +187,7 @@ class RowSites:
         self.separate: set[frozenset[str]] = set()
 
     def places(self, site: str, leading: torch.Size, batch: Batch) -> int | None:
-        """How many places of an input's first dimension each row of ``batch`` has at ``site``, if that is known."""
+        """Places of a row of ``batch`` in the first dimension of the input of ``site``, None if unknown."""
         if not leading:
             return None
         proven = self._proven.get(site)
@@ -194,11 +199,11 @@ class RowSites:
         self._proven = {site: n for site, n in {**self._proven, **proven}.items() if site not in {*failed}}
 
     def may_share_forward(self, slots: Iterable[str]) -> bool:
-        """Whether these may go through one forward, as far as it is known."""
+        """Whether these may share a forward, as far as is known."""
         return not self.separate or frozenset(slots) not in self.separate
 
     def note_failure(self, site: str, slots: Iterable[str]) -> None:
-        """``slots`` could not share a forward because of ``site``: for good, if a probe has shown it."""
+        """``slots`` could not share a forward because of ``site``: permanently, if a probe has shown it."""
         if site in self.indivisible:
             self.separate.add(frozenset(slots))
 
@@ -215,7 +220,7 @@ def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _media_by_row(given: list[Tensor], token: int) -> bool:
-    """Whether image ``i`` can be taken for that of row ``i``: each row's text has equally many places for images."""
+    """Whether image ``i`` belongs to row ``i``: each row's text has the same number of places for images."""
     for ids in given:
         if ids.dim() == 2 and not ids.is_floating_point() and not ids.is_meta:
             counts = (ids == token).sum(1)
@@ -225,13 +230,13 @@ def _media_by_row(given: list[Tensor], token: int) -> bool:
 
 
 class RowProbe:
-    """Three forwards by the frozen model: the first row alone, row ``other`` alone, and the batch of ``rows``.
+    """Three forwards of the frozen model: the first row alone, row ``other`` alone, and the batch of ``rows``.
 
-    ``look`` is called by every site of a model in each of them; ``proven`` has then, for each site whose inputs in the
-    batch hold the two rows' own where these should be, how many places a row has there.
+    Every site calls ``look`` in each of them. Afterwards ``proven`` maps each site whose input in the batch holds the
+    two rows' values at the expected places to the number of places of a row.
     """
 
-    #: How much nearer a row must be to itself alone than to the other row.
+    #: A row in the batch must be this much nearer to itself alone than the two rows are to each other.
     NEARER = 0.1
 
     def __init__(self, rows: int, other: int) -> None:
@@ -263,7 +268,7 @@ class RowProbe:
             self.proven.pop(site, None)
 
     def _compare(self, site: str, call: int, x: Tensor) -> int | None:
-        """How many places a row has in ``x``, or None where that is not what this shows."""
+        """Places of a row in ``x``, or None if ``x`` does not hold the rows one after another."""
         try:
             first, last = (seen[site][call] for seen in self._seen)
         except (KeyError, IndexError):
@@ -280,12 +285,12 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def leading(x: Tensor) -> torch.Size:
-    """The dimensions of a module's input before those it computes on: all of ids, all but the last of numbers."""
+    """The batch dimensions of a module's input: all of ids, all but the last of floats."""
     return x.shape[:-1] if x.is_floating_point() else x.shape
 
 
 def rows_of(value: Any, which: slice | Tensor, rows: int) -> Any:
-    """``value`` of a batch of ``rows`` for some of them. What has another first dimension is left as it is."""
+    """Some rows of ``value``, an argument of a batch of ``rows``. Tensors with another first dimension stay whole."""
     if isinstance(value, Tensor):
         which = which.to(value.device) if isinstance(which, Tensor) else which
         return value[which] if value.dim() and value.shape[0] == rows else value

@@ -1,4 +1,4 @@
-"""Which modules and parameters a config means on a model. Strict: what matches nothing is an error that says so."""
+"""Which modules and parameters a config targets on a model. Strict: a pattern that matches nothing is an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALL_LINEAR = "all-linear"
 
 
 class Chosen(NamedTuple):
-    """What is adapted: the target's name, its module's, the name that patterns match, and the class that adapts it."""
+    """A target: its name, its module's name, the name that patterns match, and the class that adapts it."""
 
     name: str
     module: str
@@ -31,13 +31,13 @@ class Chosen(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """``config`` with all its names written out, and what they mean."""
+    """``config`` with all names resolved, and its targets."""
 
     config: LoraConfig
     chosen: list[Chosen]
-    #: modules that were named and whose weight the model reads without calling them
+    #: named modules whose weight the model reads without calling them; not adapted
     idle: list[str]
-    #: modules that have the name of experts, and are none
+    #: modules with the name of experts that are not experts; not adapted
     left_out: list[str]
 
 
@@ -50,11 +50,11 @@ def select(base: Base, config: LoraConfig, saved: list[str], strict: bool, liter
 
     Args:
         saved: names of modules that are trained in full.
-        literal: take all names to the letter, as for an adapter that was written elsewhere.
+        literal: take all names literally, as for an adapter that was written elsewhere.
     """
     modules, wanted = base.modules, config.target_modules
     inside_saved = {name for name in modules if lies_in(name, saved)}
-    # A preset names what models of a type may have, and "all-linear" what this one has: neither is a demand.
+    # A preset lists what models of a type may have, and "all-linear" what this one has: no match is no error.
     given = wanted is not None and not is_all_linear(wanted)
     literal, demanded = literal and given, config.target_parameters if strict else None
     config = config.copy(target_modules=_resolved(base, config, inside_saved))
@@ -103,7 +103,7 @@ def _resolved(base: Base, config: LoraConfig, inside_saved: set[str]) -> list[st
 
 
 def _is_pointwise(module: nn.Module) -> bool:
-    # Of these classes themselves: one made of them may change its weight, or its input, before it is used.
+    # No subclasses: they may change the weight or the input first.
     return (
         type(module) in (nn.Conv1d, nn.Conv2d)
         and isinstance(module, nn.Conv1d | nn.Conv2d)
@@ -162,10 +162,10 @@ def _check_layers(modules: dict[str, nn.Module], config: LoraConfig) -> None:
 
 
 def _adaptable(base: Base, names: list[str], literal: bool) -> list[str]:
-    """``names`` without those whose adapter would do nothing.
+    """``names`` without modules on which an adapter would have no effect.
 
     Raises:
-        TargetError: one of another kind, or one whose forward leaves no place for an update; or none is left.
+        TargetError: a module cannot be adapted, or none is left.
     """
     out = [name for name in names if not is_never_called(base.modules[name])]
     for name in out or names:

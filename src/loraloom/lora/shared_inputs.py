@@ -1,9 +1,8 @@
-"""Layers that read one tensor, such as the query, key and value projections: the first computes for all of them.
+"""Layers that read one tensor, such as the query, key and value projections: the first computes all of them at once.
 
-Found from the model as it runs, not from a list of names: layers that were called one after another with the very same
-tensor are computed together in later forwards. Where that fails they are computed one by one. Outputs have the same
-bits either way. Gradients are summed in another order, so a loop that must repeat to the bit runs the model once before
-its first step.
+Found while the model runs, not from a list of names: layers that are called in succession with the very same tensor are
+computed together in later forwards, or one by one if that fails. Outputs have the same bits either way. Gradients are
+summed in another order, so a loop that must be reproducible to the bit runs the model once before its first step.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from loraloom.lora.frozen import FrozenLinear
 from loraloom.lora.functional import RANK_MULTIPLE, SlotGroup, Update, lora_projections
 from loraloom.lora.routing import Route
 
-#: Ranks of padding times tokens that a slot may get to be computed beside others of greater rank. A separate product
-#: costs more than 64 tokens of 48 ranks, and less than 512 of 16 (two cores, bfloat16).
+#: Limit of padded ranks times tokens for a slot that shares a batched product with slots of higher rank. A separate
+#: product costs more than 64 tokens of 48 ranks, and less than 512 of 16 (two cores, bfloat16).
 _MAX_PADDING = 4096
-#: Routes and shapes whose groups of slots are remembered.
+#: The size of the cache of slot groups by route and shape.
 _REMEMBERED = 4096
 
 
 class Projection(Protocol):
-    """What this file needs of a linear layer."""
+    """A ``LoraLinear``, as far as this file uses it."""
 
     r: dict[str, int]
     variants: dict[str, Any]
@@ -42,13 +41,13 @@ class Projection(Protocol):
 
 
 class LayerGroups:
-    """Layers that are computed together: the first reader of a tensor → the others. Never changed, only replaced."""
+    """Layers that are computed together: the first reader of a tensor → the others. Immutable."""
 
     def __init__(self, members: Mapping[Any, tuple[Any, ...]] | None = None, ungroupable: frozenset[Any] = frozenset()):
         self.members, self._ungroupable = dict(members or {}), ungroupable
 
     def updated(self, pending: Mapping[tuple[Any, ...], bool]) -> LayerGroups:
-        """The groups after ``pending``: layers → True: they read one tensor; False: they were grouped in vain."""
+        """The groups after ``pending``: layers → True if they read one tensor, False if grouping them was no use."""
         members, ungroupable = dict(self.members), set(self._ungroupable)
         for layers, together in pending.items():
             if together:
@@ -62,7 +61,7 @@ class LayerGroups:
 
 
 class InputTracker:
-    """The tensor that the layers of one forward, or of one recomputation of a part of it, read at the moment."""
+    """The tensor that layers read at present, in a forward or in a recomputation of a part of it."""
 
     def __init__(self) -> None:
         self._tensor: weakref.ref[Tensor] | None = None
@@ -80,11 +79,11 @@ class InputTracker:
         self._pending: dict[tuple[Any, ...], bool] = {}
 
     def read(self, layer: object, x: Tensor) -> bool:
-        """Note that ``layer`` reads ``x``; whether the layer before it read the same.
+        """Note that ``layer`` reads ``x``. Returns whether the previous layer read the same tensor.
 
-        Not the same is a tensor that was changed since, one that the layer itself has read already (activation
-        checkpointing calls it again with the very same object), and one read in another checkpointed region, since
-        each is recomputed by itself.
+        A tensor counts as another one if it was modified in between, if the layer has read it already (activation
+        checkpointing calls it again with the same object), or if it is read in another checkpointed region, since each
+        region is recomputed by itself.
         """
         version = None if x.is_inference() else x._version
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -106,13 +105,13 @@ class InputTracker:
 
     @property
     def region(self) -> int | None:
-        """The number of the region of activation checkpointing that the layers run in."""
+        """The number of the current region of activation checkpointing, None outside."""
         return None if self._region is None else self._regions
 
     def project(self, layer: Projection, linear: FrozenLinear, x: Tensor, frame: Any, groups: SlotGroups) -> Tensor:
-        """The output of ``layer``, around ``linear``, for ``x``: computed now, or before by the first reader of ``x``.
+        """The output of ``layer``, around ``linear``, for ``x``: computed now, or already by the first reader of ``x``.
 
-        ``frame`` is the one whose inputs these are: see ``lora.dispatch``.
+        ``frame``: the one that this tracker belongs to, see ``lora.dispatch``.
         """
         if self.read(layer, x) and (done := self._outputs.pop(layer, None)) is not None:
             return done
@@ -128,7 +127,7 @@ class InputTracker:
         return out[0]
 
     def _close(self) -> None:
-        """The readers of the last tensor are known now."""
+        """Record the readers of the last tensor."""
         if self._outputs:
             self._pending[tuple(self._outputs)] = False
         elif len(self._computed) > 1:
@@ -136,14 +135,14 @@ class InputTracker:
         self.seeds, self._computed, self._outputs = {}, [], {}
 
     def pending_updates(self) -> dict[tuple[Any, ...], bool]:
-        """What this forward has shown, for ``LayerGroups.updated``. Nothing of it is kept."""
+        """What this forward found, for ``LayerGroups.updated``. Clears the tracker."""
         self._close()
         self._tensor, found, self._pending = None, self._pending, {}
         return found
 
 
 class SlotGroups:
-    """Which slots of a route adapt which of some layers, and where in their input. Remembers what it found lately."""
+    """The slot groups of layers that are computed together, cached by route and shape."""
 
     def __init__(self) -> None:
         self._groups: dict[Any, list[tuple[int, int | None, list[str]]]] = {}
@@ -170,10 +169,10 @@ class SlotGroups:
 
 
 def group_slots(route: Route, layers: Sequence[Projection], x: Tensor) -> list[tuple[int, int | None, list[str]]]:
-    """(start, stop, slots): neighbours of the route that one batched product can serve.
+    """(start, stop, slots): adjacent blocks of the route that one batched product can compute.
 
-    They adapt the same of ``layers`` by one variant, have equally many rows and similar ranks, and all or none have
-    dropout, which is rounded differently. ``start:stop`` are rows of ``x``; slots that adapt no layer are left out.
+    Their slots adapt the same of ``layers`` with one variant, have equal numbers of rows and similar ranks, and all or
+    none have dropout, which rounds differently. ``start:stop`` are rows of ``x``; slots that adapt none are left out.
     """
     times = x.shape[0] // route.rows
     tokens = x.shape[:-1].numel() // route.rows

@@ -1,6 +1,6 @@
-"""What adapters consist of: tensors in the layers, copies of modules, biases, and the keys of all these in a file.
+"""The parts of adapters: tensors in layers, copies of modules, biases, and the keys of all these in a file.
 
-Which adapters are active, merged or disabled is for ``adapters`` to know.
+Does not know which adapters are active, merged or disabled: see ``routed`` and ``adapters``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Slots:
         Args:
             modules: the base's, by name.
             autocast: keep a slot's tensors in float32 where the layer computes in half precision.
-            tensors: a file's. The slot's own of these shapes are left without numbers, for the caller to fill.
+            tensors: a file's. The slot's tensors of the same key and shape start uninitialised: the caller fills them.
         """
         self._router.reset()
         locator, variant = ModuleLocator(self._model), variant_of(made.config)
@@ -60,7 +60,7 @@ class Slots:
             given = {name: tensors.get(tensor_key(there[target.name], name)) for name in shapes}
             if {name: tuple(t.shape) for name, t in given.items() if t is not None} == shapes:
                 new = {name: torch.empty(shape) for name, shape in shapes.items()}
-            else:  # what does not fit is for the caller to report
+            else:  # the caller reports tensors of other shapes
                 new = variant.start(layer, shapes, made.config, target.r, seed_of(seed, target.name))
             device, dtype = layer.like
             to, trained = (device, adapter_dtype(dtype, autocast)), not made.config.inference_mode
@@ -94,7 +94,7 @@ class Slots:
                 locator.wrap(modules[name], wrapper)
             half = any(p.dtype in HALF for p in modules[name].parameters())
             module = wrapper.new_copy(torch.float32 if autocast and half else None)
-            # Modules that share storage in the base share their copies too, so that they stay tied.
+            # Parameters that are tied in the base are tied in the copies.
             for leaf, original in modules[name]._parameters.items():
                 mine = module._parameters[leaf]
                 if original is not None and mine is not None:
@@ -102,7 +102,7 @@ class Slots:
             wrapper.modules_to_save[slot] = module
 
     def remove(self, slot: str) -> None:
-        """Take away what there is of an inactive slot, be it half of one. Layers without a slot go."""
+        """Remove an inactive slot, also one that was added only in part, and the wrappers that have no slot left."""
         for layer in self.layers.values():
             if slot in layer.slots:
                 layer.remove_slot(slot)
@@ -117,13 +117,13 @@ class Slots:
         self._router.reset()
 
     def clear(self) -> None:
-        """Forget all slots, whose wrappers are gone from the model already."""
+        """Forget all slots, after their wrappers were removed from the model."""
         self.biases.unhook()
         self.layers, self.saved, self.biases = {}, {}, Biases()
         self._router.reset()
 
     def exclusive(self, what: str, made: Plan) -> AbstractContextManager[None]:
-        """For the length of an addition of ``made``: other threads may run the model, unless biases change in it."""
+        """A lock for adding ``made``. Other threads may run the model meanwhile, unless biases of it change."""
         return self._router.exclusive(what) if self.biases.slots or made.biases else nullcontext()
 
     def tensors_of(self, slot: str) -> dict[str, Tensor]:
@@ -143,6 +143,6 @@ class Slots:
         return out
 
     def owners(self) -> dict[str, set[str]]:
-        """What slots have copies of → which slots: two that have one of the same cannot be active together."""
+        """What slots have own copies of → these slots. Two with copies of the same thing cannot be active together."""
         copies = {name: set(wrapper.modules_to_save) for name, wrapper in self.saved.items()}
         return {"biases": set(self.biases.slots), **copies}

@@ -1,6 +1,6 @@
-"""From a config and a model to a ``Plan``: which modules get which rank, alpha and scale, and what that costs.
+"""From a config and a model to a ``Plan``: which modules get which rank, alpha and scale, and their memory.
 
-Nothing here touches the model. Strict: a pattern that matches nothing is an error that names the closest match.
+Nothing here changes the model. Strict: a pattern that matches nothing is an error that names the closest match.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Extra:
-    """Something trained in full beside the factors: a module, or one bias."""
+    """Something that is trained in full: a module, or one bias."""
 
     name: str
     kind: str
@@ -51,7 +51,7 @@ class Extra:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an adapter would be on a model. ``str(plan)`` is the table that a person reads."""
+    """An adapter on a model: its targets and their size. ``str(plan)`` is a table to read."""
 
     config: LoraConfig
     targets: tuple[Target, ...]
@@ -59,15 +59,15 @@ class Plan:
     biases: tuple[Extra, ...]
     base_parameters: int
     base_bytes: int
-    #: what was decided for the user, who may want otherwise; "" where nothing was
+    #: a choice that was made for the user; "" if none
     note: str = ""
-    #: expert weights that stay as they are
+    #: expert weights that are not adapted
     experts: Experts = field(default_factory=Experts)
-    #: sentences on what is left out or does not apply
+    #: sentences about what is left out or does not apply
     notes: tuple[str, ...] = ()
-    #: names that no config makes PEFT read as we do; a folder with them is not for PEFT
+    #: targets that PEFT would not find, with any config; a folder with them is not for PEFT
     unreadable: tuple[str, ...] = ()
-    #: modules that were named and whose weight the model reads without calling them
+    #: named modules whose weight the model reads without calling them; not adapted
     idle: tuple[str, ...] = ()
 
     @property
@@ -123,8 +123,8 @@ def plan(
             ``alpha_pattern`` that matches nothing is an error; False turns that off.
         autocast_adapter_dtype: factors of a half-precision base are kept in float32.
         follow_ties: a module that shares its weight with one in ``modules_to_save`` is trained with it, as one
-            tensor, and the names of experts mean the parameters that hold them now. False takes all names to the
-            letter, as for an adapter that was written elsewhere.
+            tensor, and the names of experts mean the parameters that hold them now. False takes all names literally,
+            as for an adapter that was written elsewhere.
 
     Raises:
         TargetError: a pattern matches nothing, or a module that cannot carry LoRA; nothing would be trained.
@@ -134,7 +134,7 @@ def plan(
 
 
 def plan_on(base: Base, config: LoraConfig, strict: bool, autocast_adapter_dtype: bool, follow_ties: bool) -> Plan:
-    """``plan`` for a model whose modules are known already."""
+    """``plan`` for a model whose modules are listed already."""
     modules, wanted = base.modules, config.target_modules
     check_expressions(config, modules)
     saved = _saved_modules(base, config, strict, follow_ties)
@@ -177,7 +177,7 @@ def plan_on(base: Base, config: LoraConfig, strict: bool, autocast_adapter_dtype
 
 
 def _note(base: Base, wanted: object, targets: list[str] | str | None) -> str:
-    """That the targets were found in the model, for nobody chose them."""
+    """A sentence on targets that were found in the model, because none were given."""
     if wanted is not None or not targets or base.usual is not None:
         return ""
     listed = ", ".join(targets) if isinstance(targets, list) else targets
@@ -211,7 +211,7 @@ def _target(
 def _notes(
     config: LoraConfig, targets: list[Target], left_out: list[str], idle: list[str], unreadable: Sequence[str]
 ) -> Iterator[str]:
-    """What a reader of the plan should know and would not expect."""
+    """What a reader of the plan might not expect."""
     if config.lora_dropout and (count := sum(target.kind == LoraParameter.kind for target in targets)):
         yield f"lora_dropout does not reach {count} of the targets: experts and other parameters are adapted in place"
     if left_out:
@@ -226,7 +226,7 @@ def _notes(
 
 
 def adapter_itemsize(module: nn.Module, autocast_adapter_dtype: bool) -> int:
-    """Bytes of one adapter number beside ``module``: float32 for a half-precision base, else the base's own."""
+    """Bytes of an element of an adapter on ``module``: float32 for a half-precision base, else the base's dtype."""
     if layer_class(module) in (LoraLinear, LoraConv1D):
         return adapter_dtype(frozen_linear(module).dtype, autocast_adapter_dtype).itemsize
     weight = module._parameters.get("weight")
@@ -236,7 +236,7 @@ def adapter_itemsize(module: nn.Module, autocast_adapter_dtype: bool) -> int:
 
 
 def _base_size(modules: dict[str, nn.Module]) -> tuple[int, int]:
-    """Numbers and bytes of the base, tied weights once and quantised ones as stored."""
+    """Parameters and bytes of the base: tied weights count once, quantised ones as stored."""
     sizes = {id(p): (p.numel(), p.nbytes) for m in modules.values() for p in m._parameters.values() if p is not None}
     for module in modules.values():
         if layer_class(module) in (LoraLinear, LoraConv1D):
@@ -249,7 +249,7 @@ def _base_size(modules: dict[str, nn.Module]) -> tuple[int, int]:
 
 
 def _order_free(patterns: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The same patterns in any order, which an adapter folder's sorted JSON loses: name by name if need be."""
+    """Equivalent patterns whose order does not matter, since the JSON of an adapter folder is sorted."""
     in_file = dict(sorted(patterns.items()))
     if all(pattern_key(patterns, name) == pattern_key(in_file, name) for name in names):
         return patterns
@@ -269,7 +269,7 @@ def _check_pattern_keys(base: Base, config: LoraConfig, targets: list[str]) -> N
 
 
 def _names_of_saved(config: LoraConfig, saved: list[str]) -> list[str] | None:
-    """As PEFT writes them: what was asked for, then the task's usual heads, then what is tied to them."""
+    """As PEFT writes them: the given names, then the task's usual heads, then modules that are tied to these."""
     asked = config.modules_to_save or []
     asked = [*asked, *(head for head in task_heads(config) if head not in asked)]
     return [*asked, *(name for name in saved if not ends_as(asked, name))] or config.modules_to_save
@@ -278,7 +278,7 @@ def _names_of_saved(config: LoraConfig, saved: list[str]) -> list[str] | None:
 def _saved_modules(base: Base, config: LoraConfig, strict: bool, follow_ties: bool) -> list[str]:
     asked, heads, modules = config.modules_to_save or [], task_heads(config), base.modules
     for pattern in asked if strict else ():
-        # A task's usual head is asked for by habit; models that call it otherwise are no mistake.
+        # A task's usual heads are often listed although the model has another name for its head.
         if pattern not in heads and not any(ends_as([pattern], name) for name in modules):
             raise TargetError(f"modules_to_save: {pattern!r} matches no module{base.closest(pattern)}")
     names = [name for name in modules if ends_as([*asked, *heads], name)]
@@ -287,7 +287,7 @@ def _saved_modules(base: Base, config: LoraConfig, strict: bool, follow_ties: bo
         names = [name for name in modules if name in names or not held.isdisjoint(_storages(modules[name]))]
     names = [name for name in names if not any(name.startswith(other + ".") for other in names)]
     for name in names:
-        if isinstance(modules[name], _CONTAINERS):  # it is indexed and not called, which a copy in its place is not
+        if isinstance(modules[name], _CONTAINERS):  # containers are not called, so no copy could take their place
             raise TargetError(
                 f"modules_to_save: {name} is a {type(modules[name]).__name__}, which holds what is trained and is not "
                 "called itself; name what it holds"
@@ -296,7 +296,7 @@ def _saved_modules(base: Base, config: LoraConfig, strict: bool, follow_ties: bo
 
 
 def _extras(modules: dict[str, nn.Module], saved: list[str], autocast_adapter_dtype: bool) -> Iterator[Extra]:
-    """What is trained in full. Tied weights are one tensor, counted where it is met first."""
+    """The modules that are trained in full. Tied weights are one tensor, counted with the first module."""
     seen: set[int] = set()
     for name in saved:
         module = modules[name]
@@ -311,7 +311,7 @@ def _storage(parameter: nn.Parameter) -> int:
 
 
 def _storages(module: nn.Module) -> set[int]:
-    """Where the parameters that ``module`` itself (not its children) holds are stored: the same if they are tied."""
+    """The storages of the parameters of ``module`` itself, without its children: equal for tied parameters."""
     return {_storage(p) for p in module._parameters.values() if p is not None and p.numel()}
 
 

@@ -1,7 +1,6 @@
-"""How a ``PeftModel`` looks to transformers' Trainer and its like, which ask about a model before they call it.
+"""A class for each ``PeftModel`` whose ``forward`` shows the base model's arguments.
 
-They read the names of ``forward``'s arguments (which columns and labels to keep), and ask whether the model is an
-instance of ``peft.PeftModel`` (whether to save and load its adapter alone). Nothing is imported or patched for that.
+transformers' Trainer reads their names to choose the columns and labels that it keeps. Nothing is imported or patched.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Adapters whose experts were modules of their own (transformers 4), on a model that stacks them in parameters.
+"""Adapters of experts that were separate modules (transformers 4), on a model that stacks them in parameters.
 
-``experts.3.gate_proj`` and ``experts.3.up_proj`` became rows of ``experts.gate_up_proj[3]``, so their factors are put
-side by side: A's ranks one after another, B block by block. That is the same update, of the sum of their ranks.
+``experts.3.gate_proj`` and ``experts.3.up_proj`` became rows of ``experts.gate_up_proj[3]``. Their factors are
+concatenated: A along the rank, B block-diagonally. That is the same update, with the sum of their ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loraloom.errors import AdapterError
 from loraloom.lora.matching import rank_and_alpha
 
 _KEY = re.compile(r"(?P<owner>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.lora_(?P<factor>[AB])\.weight")
-#: Old name → the parameter and which of its parts that was: 0 the upper rows, 1 the lower ones, None all.
+#: Old name → the parameter, and the half of its rows that the old module was: 0 upper, 1 lower, None all.
 _PARTS: dict[str, tuple[str, int | None]] = {
     **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
     **dict.fromkeys(("up_proj", "w3"), ("gate_up_proj", 1)),
@@ -46,7 +46,7 @@ def restack(
 ) -> tuple[dict[str, Tensor], LoraConfig]:
     """``tensors`` (keys without PEFT's prefix) and ``config`` as if the adapter had been made on stacked experts.
 
-    Both are returned as they are where no tensor belongs to an expert that was a module.
+    Both are returned unchanged if no tensor belongs to an expert that was a module.
 
     Raises:
         AdapterError: the experts of the model are stacked in a way that the factors cannot follow exactly.

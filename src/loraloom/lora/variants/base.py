@@ -1,4 +1,4 @@
-"""A LoRA variant, by what differs in the maths: plain LoRA, here, is the one that differs in nothing."""
+"""The interface of LoRA variants: what can differ in the maths. The base class is plain LoRA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Adapted(Protocol):
-    """What a variant may ask of the layer that a slot adapts."""
+    """The adapted layer, as far as variants use it."""
 
     scaling: dict[str, float]
 
@@ -22,13 +22,13 @@ class Adapted(Protocol):
         """The frozen weight [out, in, ...], dense."""
 
     def delta(self, slot: str) -> Tensor:
-        """``scale · B A`` [out, in, ...] in at least float32, a tensor that may be changed."""
+        """``scale · B A`` [out, in, ...] in at least float32, in new memory."""
 
 
 class Variant:
-    """What a slot's tensors are, how they start, and what becomes of the layer's output and weight."""
+    """A slot's tensors, their initial values, and their effect on the layer's output and weight."""
 
-    #: as an error names it
+    #: the name in errors
     name = "LoRA"
     #: the kinds of layers that can be adapted; all if empty
     kinds: tuple[str, ...] = ()
@@ -38,14 +38,14 @@ class Variant:
         return True
 
     def shapes(self, factors: Shapes) -> Shapes:
-        """A slot's tensors by name: ``factors``, which are A [r, in, ...] and B [out, r, ...], and what comes beside.
+        """A slot's tensors by name: ``factors``, A [r, in, ...] and B [out, r, ...], and any others.
 
         The tensors of a name are ``layer.NAME[slot]`` in memory and ``....NAME`` in a file. Names begin with "lora_".
         """
         return factors
 
     def start(self, layer: Adapted, shapes: Shapes, config: LoraConfig, r: int, seed: int) -> dict[str, Tensor]:
-        """New numbers for ``shapes``, float32 on the CPU, by ``seed`` alone. ``layer`` shows the frozen weight."""
+        """Initial values for ``shapes``, float32 on the CPU, from ``seed`` and the frozen weight of ``layer``."""
         (name_a, a), (name_b, b), *_ = shapes.items()
         embedding = name_a == "lora_embedding_A"
         made = factors(a, b, init=config.init_lora_weights, seed=seed, embedding=embedding, r=r)
@@ -56,7 +56,7 @@ class Variant:
         return None
 
     def merged_weight(self, layer: Adapted, slot: str, weight: Tensor) -> Tensor:
-        """``weight`` [out, in, ...] as the slot makes it, in at least float32: the same map as the forward."""
+        """``weight`` [out, in, ...] with the slot merged, in at least float32: the same map as the forward."""
         merged = layer.delta(slot).add_(weight)
         gain = self.row_gain(layer, slot)
         return merged if gain is None else merged * gain.detach().view(-1, *[1] * (merged.dim() - 1))
