@@ -33,12 +33,11 @@ def mark_words(messages: Sequence[Message], level: int) -> tuple[list[Message], 
     def mark(value: object) -> object:
         if not isinstance(value, str):
             return value
-        parts = TAG.split(value) if level else [value]
-        return "".join(part if TAG.fullmatch(part) and level else one(part) for part in parts)
+        return "".join(map(one, TAG.split(value))) if level else one(value)
 
     def one(part: str) -> str:
         core = part.strip()
-        if not core:
+        if not core or (level and TAG.fullmatch(part)):
             return part
         words.append(core)
         return part.replace(core, f"Qx{len(words) - 1}Zqx", 1)
@@ -47,9 +46,7 @@ def mark_words(messages: Sequence[Message], level: int) -> tuple[list[Message], 
     for message in messages:
         message = dict(message)
         if message.get("role") == "assistant":
-            for key in ("content", *REASONING):
-                if key in message:
-                    message[key] = mark(message[key])
+            message |= {key: mark(message[key]) for key in ("content", *REASONING) if key in message}
             if message.get("tool_calls"):
                 message["tool_calls"] = [
                     {**call, "function": {**call["function"], "name": mark(call["function"]["name"])}}
@@ -94,16 +91,3 @@ def numbers(message: Message) -> set[int]:
     """The marks of a message's texts."""
     told = [message.get("content"), *(message.get(key) for key in REASONING), message.get("tool_calls")]
     return {int(mark) for mark in MARK.findall(json.dumps(told))}
-
-
-def shared_tags(text: str, words: str, step: int) -> str:
-    """The common tags and white space at the end (``step`` -1) or at the start (1) of both."""
-    shared = ""
-    pieces = [piece for piece in re.split(r"(\s+|<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\])", words) if piece]
-    for piece in pieces[::step]:
-        longer = shared + piece if step > 0 else piece + shared
-        known = piece.isspace() or TAG.fullmatch(piece)
-        if not known or not (text.startswith(longer) if step > 0 else text.endswith(longer)):
-            break
-        shared = longer
-    return shared
