@@ -1,8 +1,8 @@
-"""The rows of a run: from what the options name to examples for training, for validation and for a test.
+"""The rows of a run: from the options to examples for training, validation and test.
 
-First every row is read and checked, which needs no model (``read_rows``); then all are tokenised, once there is a
-tokenizer (``tokenise``). Which rows are held out, and how often each comes in an epoch, is decided here, by numbers:
-the examples lie in a table, on disk where they are many, and each part is a view of it.
+First all rows are read and checked, without a tokenizer (``read_rows``); then they are tokenised (``tokenise``). This
+file decides by row numbers which rows are held out, and how often each occurs in an epoch. The examples are in a table,
+on disk if there are many, and each part is a view of it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from loraloom.errors import ConfigError, DataError
 from loraloom.files.atomic import write_files
 from loraloom.messages import Message, Warn
 
-#: Where bad rows go that are skipped, in the output folder.
+#: The file of skipped bad rows in the output folder.
 BAD_ROWS = "bad-rows.jsonl"
-#: Held-out rows that are read again at once, for the predictions that are shown at the end: the file may be gone then.
+#: Held-out rows that are read again at once, for the predictions shown at the end: the file may be missing then.
 SHOWN = 16
-#: The parts of the rows that are not trained on, and the options that say which they are.
+#: Parts that are not trained on → their options.
 HELD_OUT = {"validation": "eval_split", "test": "test_split"}
 
 Array = npt.NDArray[Any]
@@ -45,11 +45,11 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class Rows:
-    """The rows of a run as they were read: checked and divided by their numbers, not tokenised."""
+    """The rows of a run, checked and divided by their numbers, not tokenised."""
 
-    #: of ``train``, and of the other parts where these have sources of their own
+    #: of ``train``, and of the other parts that have their own sources
     scans: dict[str, Scan]
-    #: part → numbers of its rows in its scan, or in that of ``train``; of ``train`` as often as each comes in an epoch
+    #: part → numbers of its rows in its scan, or in that of ``train``; for ``train`` as often as in an epoch
     numbers: dict[str, Array]
     names: list[str]
     hashes: dict[str, str]
@@ -57,7 +57,7 @@ class Rows:
 
     @property
     def chats(self) -> bool:
-        """Some rows to train or validate on are conversations."""
+        """Whether rows for training or validation are conversations."""
         return any(found.chats for part, found in self.scans.items() if part != "test")
 
     def scan_of(self, part: str) -> Scan:
@@ -69,7 +69,7 @@ class Part:
     """The examples to train on, to validate on, or to test on."""
 
     examples: Examples
-    #: rows, each counted once; and of these: cut, and with a token that is not trained on because it is also prompt
+    #: distinct rows; and of these: cut, and with a token that is not trained on because it is partly prompt
     rows: int
     truncated: int
     merged: int
@@ -85,7 +85,7 @@ class Part:
 
     @property
     def largest(self) -> int:
-        """The greatest token, of these or of other rows that were read with them."""
+        """The largest token id, of these or of other rows in the same table."""
         return self.examples.table.largest
 
 
@@ -93,9 +93,8 @@ class Part:
 class Data:
     """The rows of a run, tokenised.
 
-    ``names`` are the labels in the order of their numbers, ``problem`` is what a seq-cls label is (transformers'
-    ``problem_type``). ``notes`` say what was recognised and done, ``warnings`` what may well be a mistake, each in a
-    sentence.
+    ``names``: the labels in the order of their numbers. ``problem``: the kind of seq-cls labels (transformers'
+    ``problem_type``). ``notes``: what was recognised and done; ``warnings``: probable mistakes; each is a sentence.
     """
 
     train: Part
@@ -104,16 +103,16 @@ class Data:
     names: list[str]
     padding: float
     hashes: dict[str, str]
-    #: rows that nothing is chosen by, for a last measurement
+    #: rows that decide nothing, for a final measurement
     test: Part | None = None
     problem: str | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    #: the chat template that conversations were written with, unless it is what the tokenizer does by itself
+    #: the chat template of the conversations, unless it is the tokenizer's own
     template: str | None = None
 
     def messages(self) -> list[Message]:
-        """What was recognised and done, how much there is, and what may well be a mistake."""
+        """The notes, the amounts, and the warnings."""
         rows, held_out = len(self.train.examples), len(self.validation.examples)
         return [
             *(Message("note", text=note) for note in self.notes),
@@ -123,9 +122,9 @@ class Data:
 
 
 class HeldOut(Sequence[tuple[Row, Record]]):
-    """The rows that examples came from, with what they hold: read again when asked for, the first ``SHOWN`` at once.
+    """The rows of examples, with their records. Read again on access, the first ``SHOWN`` at once.
 
-    ``of[i]`` is the place here of the row that example i came from: a row may have several examples.
+    ``of[i]`` is the position in this sequence of the row of example i: a row may have several examples.
     """
 
     def __init__(self, found: Scan, examples: Examples, skip: bool) -> None:
@@ -165,10 +164,10 @@ class HeldOut(Sequence[tuple[Row, Record]]):
 
 
 def read_rows(options: TrainConfig, task: RowTask, on_progress: OnProgress = silent) -> Rows:
-    """Read and check all rows, and choose those to hold out.
+    """Read and check all rows, and select those to hold out.
 
     Raises:
-        DataError: a source or a row cannot be used; there are too few rows.
+        DataError: a source or a row cannot be used, or there are too few rows.
     """
     notes: list[str] = []
     read = partial(
@@ -204,9 +203,9 @@ def read_rows(options: TrainConfig, task: RowTask, on_progress: OnProgress = sil
 
 
 def _hold_out(train: Scan, among: Array, amount: float, seed: int | str) -> Array:
-    """The rows of ``among`` to hold out: those that are the same, or of one group, together.
+    """The rows of ``among`` to hold out: equal rows, and rows of one group, are held out together.
 
-    Where too few rows differ for that, the same row may be on both sides, which is warned of later.
+    If too few rows differ, equal rows may be divided, and a later warning says so.
     """
     units = units_of(train.array("digests"), train.array("groups"))[among].tolist()
     classes = train.classes()
@@ -222,22 +221,15 @@ def _hold_out(train: Scan, among: Array, amount: float, seed: int | str) -> Arra
 
 
 def tokenise(rows: Rows, options: TrainConfig, task: RowTask, tokenizer: Any, on_progress: OnProgress = silent) -> Data:
-    """Tokenise what was read. Bad rows that are skipped are written to the output folder.
+    """Tokenise the rows. Skipped bad rows are written to the output folder.
 
     Raises:
-        InputError: a setting does not fit, or a row leaves nothing to train on.
-        SaveError: neither the cache nor the system's folder for temporary files has room.
+        InputError: a setting does not fit, or a row has no trained token.
+        SaveError: neither the cache nor the system's folder for temporary files has space.
     """
     skip, notes, train = options.on_bad_row == "skip", list(rows.notes), rows.scans["train"]
-    settings: dict[str, Any] = {
-        "max_length": options.max_length or 512,
-        "overlong": options.overlong,
-        "labels": rows.names,
-        "problem_type": train.problem,
-        "chat_template": options.chat_template,
-        "date": options.date,
-        "stride": options.stride,
-    }
+    settings = {name: getattr(options, name) for name in ("overlong", "chat_template", "date", "stride")}
+    settings |= {"max_length": options.max_length or 512, "labels": rows.names, "problem_type": train.problem}
     made = {
         part: encode(
             found, task, tokenizer, settings, skip=skip, allow_untrained=options.allow_untrained,
@@ -293,7 +285,7 @@ def _part(encoded: Encoded, numbers: Array, flags: Array, overlong: str) -> Part
 
 
 def _template(tokenizer: Any, options: TrainConfig) -> tuple[str | None, list[str]]:
-    """The chat template to keep with the adapter, unless the tokenizer has it; and what to say of it."""
+    """The chat template to save with the adapter, unless it is the tokenizer's, and notes about it."""
     found, said = find_template(tokenizer, options.chat_template, options.date), []
     if found.dated:
         said.append(
@@ -306,10 +298,10 @@ def _template(tokenizer: Any, options: TrainConfig) -> tuple[str | None, list[st
 
 
 def with_date(rows: Rows, options: TrainConfig, tokenizer: Any, date: str) -> TrainConfig:
-    """The options with ``date``, if none is set, where a chat template writes the date.
+    """The options with ``date``, if a chat template renders the date and none is set.
 
     Raises:
-        ConfigError: one is set and nothing writes it.
+        ConfigError: a date is set, but no template renders it.
     """
     if rows.chats and find_template(tokenizer, options.chat_template, options.date or date).dated:
         return replace(options, date=options.date or date)
@@ -319,7 +311,7 @@ def with_date(rows: Rows, options: TrainConfig, tokenizer: Any, date: str) -> Tr
 
 
 def _write_bad_rows(rows: Rows, encoded: dict[str, Encoded], output: Path) -> int:
-    """Write the bad rows of all sources to ``output``, where there are any. Returns how many there are."""
+    """Write the bad rows of all sources, if any, to ``output``. Returns their number."""
     found: list[Scan | Encoded] = [*rows.scans.values(), *encoded.values()]
 
     def write(path: Path) -> None:

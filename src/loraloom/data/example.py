@@ -23,10 +23,10 @@ CHUNK = 1000
 class Example:
     """The model's input for one row, or for a part of it.
 
-    ``labels`` by task: a class id (seq-cls), a number (regression), 0.0 or 1.0 for each class (several labels);
-    one label per token, ``IGNORE`` where none counts (causal-lm, token-cls); the target's ids, with a length of
-    their own (seq2seq-lm); first and last token of the answer (question-answering). ``token_type_ids`` are there
-    for models that tell two segments apart.
+    ``labels`` by task: a class id (seq-cls), a number (regression), 0.0 or 1.0 for each class (several labels); one
+    label per token, ``IGNORE`` for tokens that are not in the loss (causal-lm, token-cls); the target's ids, of any
+    length (seq2seq-lm); first and last token of the answer (question-answering). ``token_type_ids`` are for models that
+    distinguish two segments.
     """
 
     input_ids: list[int]

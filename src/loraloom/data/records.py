@@ -1,7 +1,7 @@
-"""What a checked row holds, by kind: the contract between the shapes of data and the encoders.
+"""The contents of a checked row, by kind: the interface between the shapes of data and the encoders.
 
-A record is normalised: whichever of the many shapes a file has, an encoder meets only these. Texts in them are
-strings that can be written as UTF-8. Nothing here knows files, columns, tokenizers or tensors.
+Records are normalised: whatever the shape of a file, encoders get only these. Their texts can be encoded as UTF-8.
+Nothing here knows files, columns, tokenizers or tensors.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-#: A message in OpenAI's form: ``role``, ``content``, and where they apply ``tool_calls``, ``tool_call_id``, ``name``.
+#: A message in OpenAI's form: ``role``, ``content``, and optionally ``tool_calls``, ``tool_call_id``, ``name``.
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """causal-lm: a text, every token of which is trained on."""
+    """causal-lm: a text. All its tokens are trained on."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """causal-lm: a prompt, which may be empty, and the completion that is trained on, which is not."""
+    """causal-lm: a prompt, which may be empty, and a completion, which is trained on and not empty."""
 
     prompt: str
     completion: str
@@ -30,14 +30,14 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """causal-lm: a conversation, trained on what the assistant says.
+    """causal-lm: a conversation. The assistant's messages are trained on.
 
-    ``role`` is ``system``, ``developer``, ``user``, ``assistant`` or ``tool``. ``content`` is a string always (the
-    text parts of a list are joined; ``""`` beside tool calls where the file has null). A tool call is
-    ``{"type": "function", "function": {"name": ..., "arguments": {...}}}`` with ``id`` where the file has one, its
-    arguments an object (a JSON text is parsed), which is what chat templates take. Other keys of a message that are
-    not null are passed on, for templates that know them (``reasoning_content``). ``weight`` is 0 on an assistant's
-    message that is not to be trained on, as in OpenAI's files, and on one that is part of a prompt. ``tools`` are
+    ``role`` is ``system``, ``developer``, ``user``, ``assistant`` or ``tool``. ``content`` is always a string (text
+    parts of a list are joined; ``""`` beside tool calls if the file has null). A tool call is
+    ``{"type": "function", "function": {"name": ..., "arguments": {...}}}``, with ``id`` if the file has one; its
+    arguments are an object, as chat templates expect (JSON text is parsed). Other keys of a message are kept unless
+    null, for templates that use them (``reasoning_content``). ``weight`` is 0 for a message of the assistant that is
+    not trained on, as in OpenAI's files, and for one in a prompt. ``tools`` are
     ``{"type": "function", "function": {...}}`` with the JSON schemas of the functions, or None.
     """
 
@@ -49,8 +49,8 @@ class Chat:
 class Labelled:
     """seq-cls: a text, or a pair of texts, and its label.
 
-    The label is a class (``str`` or ``int``), a number (``float``, always finite), or several classes (a list,
-    which may be empty: none applies).
+    The label is a class (``str`` or ``int``), a finite number (``float``), or a list of the classes that apply, which
+    may be empty.
     """
 
     text: str
@@ -68,7 +68,7 @@ class Tagged:
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """seq2seq-lm: what the encoder reads, and what the decoder is to write."""
+    """seq2seq-lm: the encoder's input, and the decoder's target."""
 
     source: str
     target: str
@@ -76,10 +76,10 @@ class Translated:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """question-answering: a question, the text that it is asked of, and the answers in that text.
+    """question-answering: a question, a context, and the answers in the context.
 
-    An answer is its text and the character (from 0) of ``context`` at which it starts: ``context[start:]`` begins
-    with it, which has been checked. No answers: the question cannot be answered from this context.
+    An answer is its text and its first character (from 0) in ``context``: ``context[start:]`` starts with the text,
+    which has been checked. Without answers, the context does not answer the question.
     """
 
     question: str
@@ -89,9 +89,9 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Related:
-    """feature-extraction: two texts that belong together, and perhaps a third that does not; or two and their cosine.
+    """feature-extraction: two texts that belong together, and optionally a third that does not; or two and a score.
 
-    ``score`` is the cosine that the embeddings of the two texts should have, from -1 to 1.
+    ``score`` is the target cosine of the embeddings of the two texts, from -1 to 1.
     """
 
     texts: tuple[str, ...]
@@ -100,10 +100,10 @@ class Related:
 
 Record = Text | Pair | Chat | Labelled | Tagged | Translated | Asked | Related
 
-#: What a model is to learn of a row; the other fields it reads.
+#: Fields that a model learns to predict; it reads the others.
 _LEARNED = ("label", "tags", "target", "answers", "score")
 
 
 def inputs(record: Record) -> tuple[Any, ...]:
-    """What the model reads of a record: rows of which that is the same are no test of each other."""
+    """The model's input. Rows with the same input must not be divided between training and evaluation."""
     return tuple(getattr(record, name) for name in record.__slots__ if name not in _LEARNED)

@@ -1,4 +1,4 @@
-"""Rows: one record of the user's data each, its place in a file, and its errors.
+"""Rows: each is one record of the user's data, with its position in a file. And the errors of rows.
 
 This file does not know file formats (``readers``), sources, columns (``shapes``), tokenizers or tensors.
 """
@@ -16,7 +16,7 @@ from loraloom.errors import DataError, nearest
 
 WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]*")
 
-#: How a place in a file is counted: by line, or by record where a file has no lines of its own.
+#: Unit of a position in a file: lines, or rows for a file without lines.
 Unit = Literal["line", "row"]
 
 
@@ -31,16 +31,16 @@ class Row:
 
     @property
     def where(self) -> str:
-        """``"chats.jsonl, line 7"``, or ``"chats.parquet, row 7"`` where a file has no lines."""
+        """``"chats.jsonl, line 7"``, or ``"chats.parquet, row 7"`` for a file without lines."""
         return f"{self.file}, {self.unit} {self.line}" if self.file else f"{self.unit} {self.line}"
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be used: its place, the reason, and its contents.
+    """A row that cannot be used: its position, the reason, and its contents.
 
-    ``column`` is the character of the line (from 1) where that is known, ``field`` the user's name of the column
-    at fault. ``raw`` is the row as text: the line itself, or JSON of the columns; its start where it is huge.
+    ``column`` is the character of the line (from 1) if known, ``field`` the user's name of the column with the error.
+    ``raw`` is the row as text: the line itself, or JSON of the columns, cut if it is very long.
     """
 
     file: str
@@ -53,12 +53,12 @@ class BadRow:
 
     @property
     def message(self) -> str:
-        """What an error says of it: file, line and reason."""
+        """The message of an error: file, line and reason."""
         where = f"{self.file}, {self.unit} {self.line}" if self.file else f"{self.unit} {self.line}"
         return f"{where}: {self.reason}"
 
 
-#: What is told of each bad row where they are skipped; without it the first one is raised.
+#: Called with each bad row if bad rows are skipped; without it the first one is raised.
 OnBad = Callable[[BadRow], None]
 
 
@@ -70,18 +70,18 @@ class RowError(DataError):
         self.bad = bad
 
     def __reduce__(self) -> tuple[type[RowError], tuple[BadRow]]:
-        # An exception is rebuilt from its message otherwise, and this one may come from a worker process.
+        # By default an exception is unpickled from its message; this one may come from a worker process.
         return type(self), (self.bad,)
 
 
 def row_error(row: Row, reason: str, field: str = "") -> RowError:
-    """The error that says ``reason`` of ``row``, with the row's columns as JSON beside it."""
+    """The error ``reason`` of ``row``, with the row's columns as JSON."""
     raw = json.dumps(row.fields, default=repr)
     return RowError(BadRow(row.file, row.line, reason, None, field, raw, row.unit))
 
 
 def shown(value: object) -> str:
-    """A value as errors show it, with its type and not at full length: ``int 3``, ``list [1, 2, ...]``, ``null``."""
+    """A value in an error: its type and a short representation, ``int 3``, ``list [1, 2, ...]``, ``null``."""
     name = "int" if type(value).__name__ == "LongNumber" else type(value).__name__
     return "null" if value is None else f"{name} {reprlib.repr(value)}"
 
@@ -92,7 +92,7 @@ def unseen(what: str, name: str, known: Collection[str]) -> str:
 
 
 def ordered_labels(names: Iterable[str]) -> list[str]:
-    """The classes in the order of their ids: by value where all are whole numbers, else by name; each once."""
+    """The distinct classes in the order of their ids: by value if all are whole numbers, otherwise by name."""
     distinct = set(names)
     numbers = all(WHOLE_NUMBER.fullmatch(name) for name in distinct)
     return sorted(distinct, key=int) if numbers else sorted(distinct)

@@ -1,4 +1,4 @@
-"""What was done to the rows of a run, in sentences. Knows figures alone."""
+"""Warnings about the rows of a run, from counts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from loraloom.data.table.store import LEFT_OUT, MERGED, OVERLONG, UNTRAINED, Examples
 from loraloom.data.table.tokenize import Encoded
 
-#: What the rows of a part are called.
+#: Part → the name of its rows in messages.
 WHAT = {"train": "training", "validation": "held-out", "test": "test"}
 
 Array = npt.NDArray[Any]
@@ -22,7 +22,7 @@ def rows(count: int, what: str = "") -> str:
 
 
 def done(part: str, flags: Array, max_length: int, overlong: str, windows: bool) -> list[str]:
-    """What was done to the rows of a part, by their ``flags``. ``windows``: long rows are read in windows."""
+    """Warnings about the rows of a part, by their ``flags``. ``windows``: the task reads long rows in windows."""
     ways = {"truncate": "cut", "drop": "left out", "split": "split into several"}
     if windows:
         ways |= dict.fromkeys(("truncate", "split"), "read in windows")
@@ -42,7 +42,7 @@ def done(part: str, flags: Array, max_length: int, overlong: str, windows: bool)
 
 
 def reasons(encoded: Encoded, flags: Array) -> str:
-    """Why no row is left."""
+    """The reasons why no row is left."""
     found = [f"{reason} (rows like this: {count}; the first is {first})"
              for reason, (count, first) in encoded.problems.items()]  # fmt: skip
     if over := int(np.count_nonzero(flags & OVERLONG)):
@@ -55,7 +55,7 @@ def reasons(encoded: Encoded, flags: Array) -> str:
 
 
 def repeated(part: str, train: Examples, others: Examples) -> list[str]:
-    """Warnings of rows that are there twice, as far as the model can tell: in training, and also in ``part``."""
+    """Warnings about rows with equal tokens: within training, and in both training and ``part``."""
     found = []
     table = train.table
     chosen = np.isin(table.example_rows, np.unique(train.rows))

@@ -9,7 +9,7 @@ from loraloom.data.example import Encoder, Settings
 from loraloom.data.records import Record
 from loraloom.data.shape.forms import Form
 
-#: What labels belong to: the row; each of its tokens; or a target with a length of its own.
+#: What labels belong to: the row; each of its tokens; or a target of its own length.
 Layout = Literal["row", "token", "target"]
 
 
@@ -24,15 +24,15 @@ class RowTask:
     encoder: Callable[[Any, Settings], Encoder]
     #: what carries a label
     layout: Layout = "row"
-    #: tokens that a row needs beside the special ones
+    #: minimum number of tokens of a row, without special tokens
     min_tokens = 1
-    #: why a row cannot be split; empty where it can
+    #: why a row cannot be split; empty if it can
     indivisible = ""
-    #: rows over length are read in windows, whether they are to be cut or split
+    #: rows over length are read in windows with both ``truncate`` and ``split``
     windows = False
-    #: what a class is called; empty where labels are no classes
+    #: the word for a class; empty if labels are no classes
     class_word = ""
-    #: what is wrong with ``rows`` rows of the one class ``only``
+    #: the error for ``rows`` rows with the single class ``only``
     one_class = ""
 
     def class_names(self, record: Record) -> list[str]:
@@ -40,5 +40,5 @@ class RowTask:
         return []
 
     def notes(self, labels: Sequence[str]) -> list[str]:
-        """What to say of these classes before training."""
+        """Notes about these classes before training."""
         return []

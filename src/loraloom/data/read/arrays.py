@@ -1,7 +1,7 @@
-"""From one JSON array of objects to rows, of which only the present one is in memory.
+"""From a file with one JSON array of objects to rows, with only one row in memory at a time.
 
-The standard library reads a JSON file as a whole or not at all. Here its decoder is given a stretch of the file, and a
-longer one where a value does not end in that.
+The standard library parses a JSON file only as a whole. Here its decoder gets a part of the file, and a longer part if
+the value does not end in it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loraloom.data.read.readers import ROW_LIMIT, StrictJson, guarded, open_file, report
-from loraloom.data.rows import BadRow, OnBad, Row, shown
+from loraloom.data.rows import BadRow, OnBad, Row
 from loraloom.errors import DataError
 
 BLANKS = re.compile(r"[ \t\r\n]*")
@@ -25,10 +25,10 @@ STEP = 2**18
 
 
 def read_array(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
-    """The objects of the array that the file is, counted from 1.
+    """The objects of the array, numbered from 1.
 
-    A value that is no object, or one with a key twice, is a bad row. Where the array itself is broken no row
-    behind that place can be told apart, so that is a ``DataError`` also where bad rows are skipped.
+    A value that is no object, or an object with a key twice, is a bad row. Rows after a syntax error cannot be found,
+    so that is a ``DataError`` even if bad rows are skipped.
     """
     strict, name = StrictJson(), str(path)
     with open_file(path) as file:
@@ -38,10 +38,7 @@ def read_array(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
             if number == 1 and text.peek() == "]":
                 break
             value, raw = text.value(strict)
-            reason = strict.fault()
-            if not reason and not isinstance(value, dict):
-                reason = f"an array of JSON objects is needed, found {shown(value)}"
-            if reason:
+            if reason := strict.wrong(value, "an array of JSON objects is needed"):
                 report(bad, BadRow(name, number, reason, raw=raw, unit="row"))
             else:
                 yield Row(value, number, name, "row")
@@ -54,20 +51,20 @@ def read_array(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
 
 
 class _Stretch:
-    """The text of a file, of which only what is around the present place is in memory."""
+    """The text of a file around the current position ``at``; the rest is not in memory."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at = "", 0
-        # Where ``text`` starts in the file, from 1.
+        # Position of the start of ``text`` in the file, from 1.
         self._line, self._column = 1, 1
 
     def more(self) -> bool:
-        """Read on, and let go of what was passed; False at the end of the file."""
+        """Read the next part and drop the text before ``at``. False at the end of the file."""
         self._line, self._column = self._place(self.at)
         self.text, self.at = self.text[self.at :], 0
-        # As much again as there is: a value of any size is decoded a few times at most.
+        # Double the text, so that a long value is decoded only a few times.
         raw = guarded(self._file, self._path, max(STEP, len(self.text)))
         try:
             self.text += self._decoder.decode(raw, final=not raw)
@@ -81,7 +78,7 @@ class _Stretch:
         return bool(raw)
 
     def _place(self, at: int) -> tuple[int, int]:
-        """Line and character (from 1) of a place in ``text``."""
+        """Line and character (from 1) of a position in ``text``."""
         newlines = self.text.count("\n", 0, at)
         if newlines:
             return self._line + newlines, at - self.text.rfind("\n", 0, at)
@@ -92,7 +89,7 @@ class _Stretch:
         return DataError(f"{self._path}, line {line}: not JSON: {message} (character {column})")
 
     def peek(self) -> str:
-        """The next character that is no blank; empty at the end of the file."""
+        """The next character after white space; empty at the end of the file."""
         while True:
             found = BLANKS.match(self.text, self.at)
             self.at = found.end() if found else self.at
@@ -105,7 +102,7 @@ class _Stretch:
         self.at += 1
 
     def value(self, strict: StrictJson) -> tuple[Any, str]:
-        """The value that comes next, and its text."""
+        """The next value, and its text."""
         if not self.peek():
             raise self.broken(CUT_SHORT, self.at)
         too_large = f"a row of more than {ROW_LIMIT / 2**20:g} MiB"
@@ -115,7 +112,7 @@ class _Stretch:
             except json.JSONDecodeError as exc:
                 strict.fault()
                 past = exc.pos - self.at
-                # A value that continues behind this stretch fails near its end, or in a string without an end.
+                # The error of an incomplete value is near the end of the text, or in a string that is not closed.
                 continues = exc.msg.startswith("Unterminated string") or exc.pos >= len(self.text) - 12
                 if continues and len(self.text) - self.at > ROW_LIMIT:
                     message = f"{exc.msg}: {too_large}, or a double quote or brace that is not closed"

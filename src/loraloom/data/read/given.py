@@ -1,4 +1,4 @@
-"""Rows that a program holds, written to a file that a run can read: so a run from code can be repeated and resumed.
+"""Rows of a program, written to a file, so that a run from code can be repeated and resumed.
 
 A list of dicts becomes JSON lines, a table of pandas or ``datasets`` Parquet. The file's name follows from its bytes.
 """
@@ -47,7 +47,7 @@ def write_rows(name: str, data: Any, folder: Path) -> tuple[Path, bool]:
 
 
 def _table(data: Any) -> bool:
-    """Is it a table of a library that has been imported? Nothing is imported to find out."""
+    """Whether ``data`` is a table of pandas or datasets. Imports neither."""
     pandas, datasets = sys.modules.get("pandas"), sys.modules.get("datasets")
     if datasets is not None and isinstance(data, datasets.DatasetDict | datasets.IterableDataset):
         raise ConfigError(
@@ -82,16 +82,9 @@ def _json(name: str, data: Sequence[Any]) -> tuple[bytes, str]:
         if not isinstance(row, Mapping):
             raise DataError(f"{name}[{number}]: a row is a dict of columns, found {type(row).__name__}")
         try:
-            lines.append(json.dumps(dict(row), ensure_ascii=False, allow_nan=False))
+            for at in row:
+                json.dumps(row[at], allow_nan=False)
+            lines.append(json.dumps(dict(row), ensure_ascii=False))
         except (TypeError, ValueError) as error:
-            at = next((key for key, value in row.items() if not _plain(value)), "")
             raise DataError(f"{name}[{number}][{at!r}]: holds what JSON does not ({error}); convert it first") from None
     return ("\n".join(lines) + "\n").encode(errors="surrogatepass"), ".jsonl"
-
-
-def _plain(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -1,7 +1,7 @@
-"""Datasets of the library ``datasets``: a folder that it saved, or a name on the hub.
+"""Datasets of the library ``datasets``: a saved folder, or a name on the hub.
 
-This file knows splits, configurations, and what it looks like when there is no network. Classes that a dataset
-names itself (``ClassLabel``) come as these names.
+This file knows splits, configurations and errors of the network. A dataset's own classes (``ClassLabel``) are read as
+their names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class DatasetSource(Source):
-    """One split of a dataset, opened when it is first read; its rows are counted from 1."""
+    """One split of a dataset, opened at the first read. Rows are numbered from 1."""
 
     path: str = ""
     saved: bool = False
@@ -41,7 +41,7 @@ class DatasetSource(Source):
         parts = [entry["path"]]
         if not os.path.lexists(entry["path"]):
             head, *rest = entry["path"].rsplit(":", 2)
-            # A drive's colon is part of the path.
+            # The colon after the letter of a drive is part of the path.
             parts = (
                 [head, *rest] if not saved or len(rest) < 2 or os.path.isdir(head) else [f"{head}:{rest[0]}", rest[1]]
             )
@@ -58,7 +58,7 @@ class DatasetSource(Source):
         return cls(named, weight=entry["weight"], path=parts[0], **rest)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}  # another process opens it for itself
+        return {**self.__dict__, "_opened": None}  # another process opens the dataset again
 
     def _dataset(self) -> Dataset:
         if self._opened is None:
@@ -89,7 +89,7 @@ class DatasetSource(Source):
         try:
             if network.unreachable():
                 return self._load_cached()
-            # All splits, because a list of them is what helps where the one that was asked for is not there.
+            # All splits: the error of a missing one lists them.
             return load_dataset(self.path, self.config, revision=self.revision)
         except DatasetNotFoundError as exc:
             raise DataError(
@@ -106,10 +106,10 @@ class DatasetSource(Source):
             raise DataError(f"{self.path}: the dataset cannot be loaded: {first_line(exc)}") from exc
 
     def _load_cached(self) -> Any:
-        """The dataset as it was last fetched, found as ``load_dataset`` finds it after half a minute without a network.
+        """The cached copy, which ``load_dataset`` uses only after it tried the network for half a minute.
 
         Raises:
-            ConnectionError: it never was.
+            ConnectionError: the dataset is not in the cache.
         """
         from datasets.packaged_modules.cache.cache import Cache
 
@@ -118,7 +118,7 @@ class DatasetSource(Source):
             return Cache(
                 repo_id=self.path, dataset_name=name, config_name=self.config, version="auto", hash="auto"
             ).as_dataset()
-        except ValueError as exc:  # it is not in the cache
+        except ValueError as exc:
             raise ConnectionError(str(exc)) from None
 
     def _rows(self, bad: OnBad | None) -> Iterator[Row]:
@@ -139,7 +139,7 @@ class DatasetSource(Source):
         return {self.name: hashlib.sha256("\n".join(parts).encode()).hexdigest()}
 
     def describe(self) -> str:
-        """The source in a few words, for saying aloud what is read."""
+        """The source in a few words, for a note to the user."""
         said = f"{self.name} ({'a saved dataset' if self.saved else 'a dataset of the hub'}"
         said += f", revision {self.revision})" if self.revision else ")"
         return said if self.weight == 1 else f"{said}, weight {self.weight:g}"
@@ -150,7 +150,7 @@ def _load_saved(path: str) -> Any:
 
     try:
         return load_from_disk(path)
-    except Exception as exc:  # from Arrow, JSON, the file system: all say that the folder is damaged
+    except Exception as exc:  # of Arrow, JSON or the file system: the folder is damaged
         raise DataError(f"{path}: the saved dataset cannot be read: {first_line(exc)}") from exc
 
 

@@ -1,4 +1,4 @@
-"""From a JSON file to rows: an object on each line, or one array of objects. Knows nothing of columns and tasks."""
+"""From a JSON file to rows: an object on each line, or one array of objects. Does not know columns or tasks."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 from loraloom.data.read.arrays import read_array
 from loraloom.data.read.readers import ROW_LIMIT, StrictJson, checked_start, decoded, guarded, lines, open_file, report
-from loraloom.data.rows import BadRow, OnBad, Row, shown
+from loraloom.data.rows import BadRow, OnBad, Row
 from loraloom.errors import DataError
 
 
 def read_json(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
-    """The rows of a JSON file: an object on each line, or one array of objects, whichever it is.
+    """The rows of a JSON file: an object on each line, or one array of objects, which is detected.
 
-    Blank lines are skipped and still counted. In an array, rows are counted from 1.
+    Blank lines are skipped but counted. Rows of an array are numbered from 1.
     """
     return read_array(path, bad) if _first_sign(path) == b"[" else _json_lines(path, bad)
 
 
 def _first_sign(path: Path) -> bytes:
-    """The first byte that is no blank and no byte order mark; empty where there is none."""
+    """The first byte after a byte order mark and white space; empty if there is none."""
     with open_file(path) as file:
         start = guarded(file, path, 16)
         checked_start(start, path)
@@ -46,33 +46,31 @@ def _json_lines(path: Path, bad: OnBad | None) -> Iterator[Row]:
                 raise DataError(f"{path}: {SQUAD}")
             report(bad, text)
             continue
-        # Not text.strip(): a no-break space is no blank of JSON's, and is said to be wrong.
+        # Not text.strip(): a no-break space is no white space in JSON, and is an error.
         if not text.strip(" \t\r"):
             continue
         column = None
         try:
             value = strict.decode(text)
+            reason = strict.wrong(value, "a JSON object is needed on every line")
         except json.JSONDecodeError as exc:
             reason, column = f"not JSON: {exc.msg} (character {exc.colno})", exc.colno
+            strict.fault()  # of this line
             if first and (named := _whole_object(path)):
                 raise DataError(f"{path}, line {number}: {named}") from None
         except (ValueError, RecursionError) as exc:
             reason = f"JSON that cannot be read: {exc}"
-        else:
-            reason = strict.fault()
-            if not reason and not isinstance(value, dict):
-                reason = f"a JSON object is needed on every line, found {shown(value)}"
-            if not reason:
-                if first and (named := other_form(value)):
-                    raise DataError(f"{path}: {named}")
-                first = False
-                yield Row(value, number, name)
-                continue
-        strict.fault()
-        report(bad, BadRow(name, number, reason, column, raw=text))
+            strict.fault()
+        if reason:
+            report(bad, BadRow(name, number, reason, column, raw=text))
+            continue
+        if first and (named := other_form(value)):
+            raise DataError(f"{path}: {named}")
+        first = False
+        yield Row(value, number, name)
 
 
-# One object that holds the rows in a way of its own --------------------------------------------------------------
+# Files that are one object --------------------------------------------------------------
 
 ROWS = "a file of JSON lines has a whole object on each line, and a .json file may also be one array of objects"
 SQUAD = (
@@ -83,7 +81,7 @@ PANDAS = "as pandas' to_json can write it; write orient='records', lines=True"
 
 
 def other_form(value: dict[str, Any]) -> str:
-    """What an object is that is no row but a whole table, with what to do; or the empty string."""
+    """The form of an object that is a whole table, and what to do; empty for a row."""
     data = value.get("data")
     if isinstance(data, list) and data and all(isinstance(one, dict) and "paragraphs" in one for one in data[:10]):
         return SQUAD
@@ -101,7 +99,7 @@ def other_form(value: dict[str, Any]) -> str:
 
 
 def _whole_object(path: Path) -> str:
-    """What a file is whose first line is no object, if that opens one over several lines; else the empty string."""
+    """The form of a file that is one object over several lines, and what to do; empty if it is not."""
     with open_file(path) as file:
         text = guarded(file, path, ROW_LIMIT).removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace")
     if not text.lstrip().startswith("{"):

@@ -1,8 +1,7 @@
-"""From the bytes of one file to lines and values, one at a time, and plain text to rows.
+"""From the bytes of a file to lines and JSON values, one at a time, and from plain text to rows.
 
-This file knows encodings, lines and JSON, and what can be wrong with them. ``jsonfiles`` and ``tables`` make rows of
-them; columns and tasks are not known here. However large a file is, no more than one row is in memory, and
-no row is larger than ``ROW_LIMIT``.
+This file knows encodings, lines and JSON, and their errors. ``jsonfiles`` and ``tables`` make rows of them. It does not
+know columns or tasks. One row is in memory at a time, and none is larger than ``ROW_LIMIT``.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from loraloom.data.rows import BadRow, OnBad, Row, RowError, Unit
+from loraloom.data.rows import BadRow, OnBad, Row, RowError, Unit, shown
 from loraloom.errors import DataError, nearest
 
-#: The largest row that is read, in bytes: some four million tokens, more than any model takes.
+#: Maximum bytes of a row: about four million tokens, more than any model takes.
 ROW_LIMIT = 16 * 2**20
 
-#: Characters kept of a row that is too large to show whole.
+#: Characters kept of a row that is too large.
 SHOWN = 1000
 
-#: What a file starts with that is not text, and what it then is.
+#: First bytes of files that are not text → what they are.
 SIGNS = {
     b"PAR1": "Parquet: name it .parquet",
     b"\x1f\x8b": "compressed with gzip: name it .gz as well, or unpack it",
@@ -42,7 +41,7 @@ SIGNS = {
 
 
 class Line(NamedTuple):
-    """One line of a file: its number (from 1), its bytes, its end, and whether it went over the limit."""
+    """One line of a file: its number (from 1), its bytes, its line end, and whether it was cut at the limit."""
 
     number: int
     raw: bytes
@@ -51,14 +50,14 @@ class Line(NamedTuple):
 
 
 def report(bad: OnBad | None, row: BadRow) -> None:
-    """Tell of a bad row where someone listens, raise it where nobody does."""
+    """Pass a bad row to ``bad``, or raise it if that is None."""
     if bad is None:
         raise RowError(row)
     bad(row)
 
 
 def open_file(path: Path, unpack: bool = True) -> BinaryIO:
-    """The file, open for reading bytes (unpacked, where its name ends in .gz and ``unpack`` is set)."""
+    """The file, open for reading bytes; ``unpack``: decompressed if its name ends in .gz."""
     try:
         # Not Path.is_dir(): it raises for a name that the system cannot hold.
         if os.path.isdir(path):
@@ -84,7 +83,7 @@ def guarded(file: BinaryIO, path: Path, size: int, line: bool = False) -> bytes:
 
 
 def checked_start(start: bytes, path: Path) -> None:
-    """Refuse what is no UTF-8 text by its first bytes."""
+    """Raise ``DataError`` if the first bytes of a file are not those of UTF-8 text."""
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{path}: the file is UTF-16; save it as UTF-8")
     for sign, what in SIGNS.items():
@@ -95,9 +94,9 @@ def checked_start(start: bytes, path: Path) -> None:
 
 
 def lines(path: Path, limit: int | None = None) -> Iterator[Line]:
-    """The lines of a file, ended by LF or CRLF, or all by CR, without a byte order mark at its start.
+    """The lines of a file, without a byte order mark. Lines end in LF or CRLF, or all in CR.
 
-    A line longer than ``limit`` bytes (``ROW_LIMIT`` by default) is cut after ``SHOWN`` of them and marked so.
+    A line of more than ``limit`` bytes (by default ``ROW_LIMIT``) is cut after ``SHOWN`` bytes and marked as cut.
     """
     limit = ROW_LIMIT if limit is None else limit
     number = 0
@@ -134,7 +133,7 @@ class _CrLines(io.TextIOWrapper):
 
 
 def decoded(line: Line, path: Path) -> str | BadRow:
-    """The line as text, or what is wrong with it: too long, not UTF-8, or with zero bytes in it."""
+    """The line as text, or as a bad row: too long, not UTF-8, or with zero bytes."""
     number, raw, _, cut = line
     if cut:
         return too_large(path, number, raw.decode("utf-8", "replace"))
@@ -153,7 +152,7 @@ def decoded(line: Line, path: Path) -> str | BadRow:
 
 
 def too_large(path: Path, number: int, start: str, unit: Unit = "line") -> BadRow:
-    """The bad row that is larger than ``ROW_LIMIT``, of which only the start is kept."""
+    """The bad row for a row above ``ROW_LIMIT``. Only its start is kept."""
     limit = f"{ROW_LIMIT / 2**20:g} MiB"
     return BadRow(str(path), number, f"a row of more than {limit}; cut it into several rows", raw=start, unit=unit)
 
@@ -187,6 +186,10 @@ class StrictJson(json.JSONDecoder):
         fault, self._fault = self._fault, ""
         return fault
 
+    def wrong(self, value: Any, needed: str) -> str:
+        """The fault of a value that was decoded, or ``needed`` if it is no object; the empty string for a row."""
+        return self.fault() or ("" if isinstance(value, dict) else f"{needed}, found {shown(value)}")
+
 
 class LongNumber:
     """A whole number of more digits than Python reads. It is no error in a column that is not read."""
@@ -209,10 +212,10 @@ class LongNumber:
 
 
 def read_text(path: Path, bad: OnBad | None = None, by: str = "paragraph") -> Iterator[Row]:
-    """Rows with the one column ``text``, of a plain text file.
+    """Rows of a plain text file, with the one column ``text``.
 
-    A row is a paragraph: the lines between blank lines, joined by LF, as they stand. With ``by="line"`` it is
-    each line that is not blank, with ``by="file"`` the whole file. A row is known by its first line.
+    A row is a paragraph: the lines between blank lines, unchanged, joined by LF. With ``by="line"`` a row is a line
+    that is not blank, with ``by="file"`` the whole file. The line of a row is its first one.
     """
     parts: list[str] = []
     start, size = 1, 0

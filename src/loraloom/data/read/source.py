@@ -1,7 +1,6 @@
-"""One source of rows, read afresh each time it is asked: files, of the kinds that are read by their suffix.
+"""One source of rows: files that are read by their suffix, again at each iteration, one row in memory at a time.
 
-What the user's words for it mean is known to ``sources``, how a file is read to ``readers``, ``jsonfiles`` and
-``tables``. No more than one row is in memory.
+``sources`` interprets the user's names of sources; ``readers``, ``jsonfiles`` and ``tables`` read single files.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from loraloom.files.hashing import file_hash
 
 Reader = Callable[[Path, OnBad | None], Iterator[Row]]
 
-#: How each kind of file is read, by its suffix; all but Parquet also with ``.gz`` behind it.
+#: Suffix of a file → its reader. All but Parquet may be compressed (``.gz``).
 READERS: dict[str, Reader] = {
     ".jsonl": read_json,
     ".ndjson": read_json,
@@ -35,10 +34,10 @@ READERS: dict[str, Reader] = {
 
 @dataclass
 class Source:
-    """One thing that the user named: a file, or the files of a folder or glob, in the order of their names.
+    """A file, or the files of a folder or glob, sorted by name. Rows are numbered within each file.
 
-    ``passed_over`` are the files of a folder that are no data, by their suffix. Rows are numbered by each file
-    for itself. Iterating reads afresh each time, and raises at the first bad row.
+    ``passed_over``: files of a folder that are no data by their suffix. Each iteration reads the files again and raises
+    at the first bad row.
     """
 
     name: str
@@ -48,9 +47,10 @@ class Source:
     passed_over: list[Path] = field(default_factory=list)
 
     def read(self, bad: OnBad | None = None) -> Iterator[Row]:
-        """The rows; each bad one is told to ``bad``, or raised as ``RowError`` where that is None.
+        """The rows. Each bad row is passed to ``bad``, or raised as ``RowError`` if that is None.
 
-        Raises ``DataError`` for a file that cannot be read, and when there is no row at all.
+        Raises:
+            DataError: a file cannot be read, or there is no row at all.
         """
         some, wrong = False, 0
 
@@ -72,7 +72,7 @@ class Source:
         return self.read()
 
     def first(self, count: int = 100, bad: OnBad | None = None) -> list[Row]:
-        """The first rows, fewer where there are fewer: for ``shapes.recognise``."""
+        """The first ``count`` rows, or all if there are fewer; for ``shapes.recognise``."""
         return list(islice(self.read(bad), count))
 
     def _rows(self, bad: OnBad | None) -> Iterator[Row]:
@@ -85,7 +85,7 @@ class Source:
         return {str(path): _hash(path) for path in self.files}
 
     def describe(self) -> str:
-        """The source in a few words, for saying aloud what is read."""
+        """The source in a few words, for a note to the user."""
         kinds = sorted({suffix(path) for path in self.files})
         said = f"{self.name}" if len(self.files) == 1 else f"{self.name} ({len(self.files)} files: {', '.join(kinds)})"
         if ".txt" in kinds:
@@ -105,6 +105,6 @@ def _hash(path: Path) -> str:
 
 
 def suffix(path: Path) -> str:
-    """The suffix that says how a file is read: ``.jsonl`` for ``A.JSONL`` and for ``a.jsonl.gz``."""
+    """The suffix that selects the reader: ``.jsonl`` for ``A.JSONL`` and for ``a.jsonl.gz``."""
     inner = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     return inner.suffix.lower()

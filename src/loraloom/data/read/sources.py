@@ -1,7 +1,7 @@
-"""What the user named as data, found: files, a folder, a glob, a saved dataset or one of the hub.
+"""From the option ``data`` to sources: files, a folder, a glob, a saved dataset or a dataset of the hub.
 
-This file knows names and places. How rows are read from there is known to ``source`` and ``hub``, what their columns
-mean to ``shapes``. Nothing is read before it is asked for.
+This file knows names and paths. ``source`` and ``hub`` read the rows, ``shapes`` interprets their columns. No row is
+read here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loraloom.errors import ConfigError, DataError, nearest
 
 KINDS = ".jsonl or .json (an object on each line, or one array), .csv, .tsv, .parquet or .txt"
 
-#: ``format`` for plain text, and what a row then is.
+#: ``format`` of plain text → what a row is.
 TEXT_BY = {"text": "paragraph", "text-lines": "line", "text-file": "file"}
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.+-]+){0,2}")
@@ -31,14 +31,16 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.+-]+){0,2}")
 def resolve(spec: Any, *, format: str | None = None) -> list[Source]:
     """The sources that ``spec`` names: a path, glob or name, a mapping of ``SOURCE_KEYS``, or a list of those.
 
-    A path is a data file, a folder of them (subfolders too; hidden files and what is no data are passed over), a
-    glob, or a folder that ``save_to_disk`` of ``datasets`` wrote. A name that is none of these is a dataset of the
-    hub. For the last two, ``split`` (``train`` by default) and ``name`` (the configuration) may be given, in short
-    ``path:split`` or ``path:name:split``. ``weight`` says how often each row comes in an epoch (1).
-    ``format`` matters here for plain text alone: a row is a paragraph, or with ``text-lines`` a line, or with
-    ``text-file`` the whole file.
+    A path is a data file, a folder of data files (with subfolders; hidden files and other files are skipped), a glob,
+    or a folder that ``save_to_disk`` of ``datasets`` wrote. Any other name is a dataset of the hub. The last two take
+    ``split`` (default ``train``) and ``name`` (the configuration), also as ``path:split`` or ``path:name:split``.
+    ``weight`` is the number of times that each row occurs in an epoch (default 1).
+    ``format`` matters here only for plain text: a row is a paragraph, with ``text-lines`` a line, with ``text-file``
+    the whole file.
 
-    Raises ``DataError`` for what is not there or cannot be data, ``ConfigError`` for a spec that makes no sense.
+    Raises:
+        DataError: a source does not exist or is no data.
+        ConfigError: an invalid ``spec``.
     """
     entries: list[Any] = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
     if not entries:
@@ -96,7 +98,7 @@ def _source(entry: dict[str, Any], format: str | None) -> Source:
         if HUB_NAME.fullmatch(name) and suffix(Path(name)) not in READERS:
             return DatasetSource.named(entry, saved=False)
     _no_parts(entry, "a file")
-    open_file(Path(name), unpack=False).close()  # what is wrong with it is said now
+    open_file(Path(name), unpack=False).close()  # raises if the file cannot be read
     return Source(name, [_known(Path(name))], weight, by)
 
 
@@ -107,7 +109,11 @@ def _no_parts(entry: dict[str, Any], what: str) -> None:
 
 
 def _known(path: Path) -> Path:
-    """``path``, if it is a kind of file that is read."""
+    """``path`` itself.
+
+    Raises:
+        DataError: files of this kind are not read.
+    """
     kind = suffix(path)
     packed = path.suffix.lower() == ".gz"
     if packed and kind == ".parquet":
@@ -142,6 +148,6 @@ def _unreadable(error: OSError) -> None:
 
 
 def _is_saved(name: str) -> bool:
-    """Is this a folder that ``save_to_disk`` wrote?"""
+    """Whether ``save_to_disk`` wrote this folder."""
     dataset = os.path.isfile(os.path.join(name, "state.json"))
     return dataset or os.path.isfile(os.path.join(name, "dataset_dict.json"))

@@ -1,7 +1,7 @@
-"""From the bytes of one table to rows, one at a time: CSV, TSV and Parquet.
+"""From a table to rows, one at a time: CSV, TSV and Parquet.
 
-This file knows how tables are written, and what can be wrong with them. The columns that a task needs are not
-known here. The values of CSV and TSV are all strings; Parquet has types.
+This file knows the formats of tables and their errors, not the columns that a task needs. All values of CSV and TSV are
+strings; Parquet has types.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loraloom.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: Names of classes by number; of an object, by its keys.
+#: Names of classes by number; for an object, by its keys.
 Names = list[str] | dict[str, Any]
 
 #: Rows of a Parquet file that are Python objects at once.
@@ -28,13 +28,13 @@ CHUNK = 256
 
 
 def read_table(path: Path, bad: OnBad | None = None, delimiter: str = ",") -> Iterator[Row]:
-    """The rows of a CSV file, or of a TSV file, which is the same with tabs.
+    """The rows of a CSV file, or of a TSV file with tabs as delimiters.
 
-    The first line that is not blank names the columns. A field with the delimiter, a double quote or a line break
-    in it stands in double quotes, and a double quote in it is doubled. Blank lines are skipped and still counted.
-    A row is known by the line on which it starts.
+    The first line that is not blank is the header. A field that contains the delimiter, a double quote or a line break
+    is enclosed in double quotes, and its double quotes are doubled. Blank lines are skipped but counted. The line of a
+    row is its first one.
     """
-    # The limit is one for all of Python; it is only ever raised, so that nobody's files are read differently.
+    # A limit of the whole process: it is only raised, so that other code still reads its files.
     csv.field_size_limit(max(csv.field_size_limit(), ROW_LIMIT))
     text = _Lines(path)
     kind = "CSV" if delimiter == "," else "TSV"
@@ -70,7 +70,7 @@ def read_table(path: Path, bad: OnBad | None = None, delimiter: str = ",") -> It
         row = wrong or BadRow(str(path), text.start, reason, raw="".join(text.record))
         report(None if header is None else bad, row)
         if wrong is None and not cells:
-            # What broke the record may be its first line alone: the lines behind it are read afresh.
+            # The error may be in the first line only: the lines after it are read again.
             text.back_to_second_line()
 
 
@@ -89,7 +89,7 @@ def _header(cells: list[str], path: Path, line: int, delimiter: str) -> list[str
 
 
 class _Lines:
-    """The lines of a table, with what is wrong with those of the present record, and a way back into it."""
+    """The lines of a table, with the first error in those of the current record. Lines can be read again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -97,7 +97,7 @@ class _Lines:
         self._ahead: deque[Line] = deque()
         self._taken: list[Line] = []
         self._size = 0
-        #: what the reader was given for the present record
+        #: the lines of the current record
         self.record: list[str] = []
         self.wrong: BadRow | None = None
 
@@ -106,7 +106,7 @@ class _Lines:
 
     @property
     def start(self) -> int:
-        """The line on which the present record starts."""
+        """The first line of the current record."""
         return self._taken[0].number if self._taken else 1
 
     def back_to_second_line(self) -> None:
@@ -122,7 +122,7 @@ class _Lines:
         self._taken.append(line)
         text = decoded(line, self._path)
         if isinstance(text, BadRow):
-            # Its quotes still count, so that the record ends where it should.
+            # Its quotes still count, so that the end of the record is found.
             self.wrong = self.wrong or text
             text = text.raw.replace("\0", " ")
         text += line.end
@@ -135,9 +135,9 @@ class _Lines:
 
 
 def read_parquet(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
-    """The rows of a Parquet file, counted from 1; whatever is wrong there is wrong with the whole file.
+    """The rows of a Parquet file, numbered from 1. Any error concerns the whole file.
 
-    Classes that ``datasets`` named when it wrote the file come as these names.
+    Classes that ``datasets`` named in the file are read as their names.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -159,9 +159,9 @@ def read_parquet(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
 def records(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
     """The rows of an Arrow batch as Python values.
 
-    Arrow gives all structs of a column the same keys and fills those that a row did not have with null; such keys are
-    left out again, or every tool would seem to have the parameters of every other. A key that is null in every row was
-    meant: it stays where nothing else beside it is null.
+    Arrow gives all structs of a column the same keys, with null for those that a row did not have. Such keys are
+    removed, otherwise every tool would have the parameters of all others. A key that is null in every row is kept if no
+    other key of its struct is null.
     """
     import pyarrow as pa
 
@@ -186,22 +186,22 @@ def _without_nulls(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
-# Classes that datasets names ------------------------------------------------------------------------------
+# Names of classes, as datasets stores them ---------------------------------------------------------------
 
 
 def _classes_in(schema: pa.Schema) -> dict[str, Names]:
-    """Column → the names of its classes, as ``datasets`` writes its features into the schema."""
+    """Column → the names of its classes, which ``datasets`` writes into the schema."""
     try:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = info["info"]["features"]
         found = {name: class_names(features.get(name)) for name in schema.names}
-    except (ValueError, KeyError, TypeError, AttributeError):  # none of theirs, or none that can be read
+    except (ValueError, KeyError, TypeError, AttributeError):  # not written by datasets, or not readable
         return {}
     return {name: names for name, names in found.items() if names}
 
 
 def class_names(feature: Any) -> Names:
-    """The names of the classes of a feature as JSON: a class, a list of classes, or an object with such in it."""
+    """The names of classes in a feature as JSON: a class, a list of classes, or an object with classes."""
     if isinstance(feature, list):
         return class_names(feature[0]) if feature else []
     if not isinstance(feature, dict):
@@ -215,7 +215,7 @@ def class_names(feature: Any) -> Names:
 
 
 def named(value: Any, names: Names) -> Any:
-    """The names of classes; None stands for -1, by which ``datasets`` means that there is no label."""
+    """The names of classes for their numbers; None for -1, which means no label in ``datasets``."""
     if isinstance(value, list):
         return [named(part, names) for part in value]
     if isinstance(names, dict):

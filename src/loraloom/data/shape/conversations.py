@@ -1,7 +1,7 @@
-"""Conversations in their many forms, each made one: OpenAI's messages, ShareGPT, Alpaca, prompts of messages.
+"""Conversations of many forms to ``Chat``: OpenAI's messages, ShareGPT, Alpaca, prompts of messages.
 
-This file knows roles, tool calls, and what can be wrong in a conversation. What a ``Chat`` holds is said in
-``records``; which tokens of it are trained on is the encoder's business.
+This file knows roles, tool calls, and errors in conversations. ``records`` defines ``Chat``; the encoder decides which
+tokens are trained on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from loraloom.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-#: Who speaks in ShareGPT, and the role that it is.
+#: Speakers of ShareGPT → roles.
 SHAREGPT = {
     "system": "system",
     "human": "user",
@@ -33,7 +33,7 @@ SHAREGPT = {
 
 
 class Fault(Exception):
-    """What is wrong in a conversation; the row and the column are added by who knows them."""
+    """An error in a message; the caller adds the row and the column."""
 
 
 def read_messages(fields: Fields) -> Chat:
@@ -48,9 +48,9 @@ def read_sharegpt(fields: Fields) -> Chat:
 
 
 def read_alpaca(fields: Fields) -> Chat:
-    """Alpaca's form: what is asked is ``instruction``, then a blank line and ``input`` where there is one.
+    """Alpaca's form: the question is ``instruction``, followed by a blank line and ``input`` if there is one.
 
-    ``history``, where it is there, is a list of earlier [question, answer]; they are trained on as well.
+    ``history``: a list of earlier [question, answer], which are trained on as well.
     """
     messages = _system(fields)
     if fields.found("history") not in (ABSENT, None, ""):
@@ -73,7 +73,7 @@ def read_alpaca(fields: Fields) -> Chat:
 
 
 def read_prompt_completion(fields: Fields) -> Pair | Chat:
-    """Two strings as they stand, or two lists of messages, of which only the completion's are trained on."""
+    """Two strings, unchanged, or two lists of messages. Only the completion is trained on."""
     prompt, completion = fields.get("prompt"), fields.get("completion")
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return Pair(fields.text("prompt", empty=True), fields.text("completion"))
@@ -124,11 +124,11 @@ def _openai(item: Any) -> Message:
     if "role" not in item:
         hint = "; this is ShareGPT's form: set format: sharegpt" if "from" in item else nearest("role", item)
         raise Fault(f"no 'role'; there is {', '.join(map(repr, item)) or 'nothing'}{hint}")
-    # Null stands for what is not there: tables give every message the keys of all.
+    # Null means absent: tables give every message the keys of all.
     message = {key: value for key, value in item.items() if value is not None}
     role = message.get("role")
     calls = message.pop("tool_calls", None)
-    if "function_call" in message:  # as OpenAI wrote one call before there were several
+    if "function_call" in message:  # OpenAI's earlier form of a single call
         calls = [{"type": "function", "function": message.pop("function_call")}, *(calls or [])]
     if role == "function":
         role = message["role"] = "tool"
@@ -136,7 +136,7 @@ def _openai(item: Any) -> Message:
         raise Fault(f"the role {role!r} is not one of {', '.join(ROLES)}{nearest(str(role), ROLES)}")
     if calls and role != "assistant":
         raise Fault(f"only the assistant calls tools, not {role!r}")
-    # Only what is to be learned must be there.
+    # Only a content that is trained on is required.
     empty = bool(calls) or _weight(message) == 0
     message["content"] = _content(message.get("content"), role, empty)
     if calls:
@@ -154,7 +154,7 @@ def _weight(message: dict[str, Any]) -> int:
 
 
 def _content(content: Any, role: str, empty: bool) -> str:
-    """The content as one string; parts of other kinds than text are refused. With ``empty``, it may be so of all."""
+    """The content as one string; parts other than text are refused. ``empty``: the content may be empty."""
     if content is None and empty:
         return ""
     if isinstance(content, list):
@@ -196,7 +196,7 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def _tools(fields: Fields) -> list[dict[str, Any]] | None:
-    """The functions that may be called; null and an empty list stand for none."""
+    """The functions that may be called; None also for null and an empty list."""
     name = "tools"
     value = fields.found(name)
     if value in (ABSENT, None, "", [], {}):

@@ -1,7 +1,7 @@
-"""The columns of one row as a shape asks for them, under the shape's names, checked for being what is needed.
+"""The columns of one row under our names, with checks of their types.
 
-This file knows how the user's names map to ours and what a text, a list or a whole number is. It does not know
-which columns make a shape.
+This file maps our names of columns to the user's, and knows what a text, a list or a name of a class is. It does not
+know which columns make a shape.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from loraloom.data.rows import Row, RowError, row_error, shown
 from loraloom.errors import nearest
 
-#: What ``found`` gives where there is nothing.
+#: The value of a column that is missing.
 ABSENT = object()
 #: True and false as JSON has them.
 JSON_NAMES = ("false", "true")
@@ -22,10 +22,10 @@ JSON_NAMES = ("false", "true")
 
 @dataclass(frozen=True)
 class Labels:
-    """What the labels of seq-cls are, as the first rows have them.
+    """The kind of seq-cls labels, by the first rows.
 
-    ``problem`` is transformers' ``problem_type``. ``whole``: nobody said so, and all are whole numbers, also as text.
-    ``multi_hot``: how many classes lists of 0 and 1 are of, one place for each; 0 where lists name the classes.
+    ``problem`` is transformers' ``problem_type``. ``whole``: by the rows, not by an option, all are whole numbers, also
+    as text. ``multi_hot``: the number of classes if labels are lists of 0 and 1, 0 if lists name the classes.
     """
 
     problem: str | None = None
@@ -34,7 +34,7 @@ class Labels:
 
 
 class Fields:
-    """A row seen through ``columns``, which maps our names to the user's where they differ."""
+    """A row under our names. ``columns`` maps our names to the user's where they differ."""
 
     __slots__ = ("columns", "labels", "row")
 
@@ -52,26 +52,26 @@ class Fields:
         return lookup(self.row, self.named(name))
 
     def get(self, name: str) -> Any:
-        """The value of our column ``name``; an error where there is no such column."""
+        """The value of our column ``name``; an error if it is missing."""
         value = self.found(name)
         if value is ABSENT:
             raise self.missing(name)
         return value
 
     def missing(self, name: str) -> RowError:
-        """The error that there is no column ``name``, with the columns that there are."""
+        """The error of a missing column ``name``, with the columns of the row."""
         wanted = self.named(name)
         there = ", ".join(map(repr, self.row.fields)) or "none"
         reason = f"no column {wanted!r}; the columns are {there}{nearest(wanted, self.row.fields)}"
         return row_error(self.row, reason, wanted)
 
     def wrong(self, name: str, reason: str) -> RowError:
-        """The error that says ``reason`` of our column ``name``."""
+        """The error ``reason`` of our column ``name``."""
         wanted = self.named(name)
         return row_error(self.row, f"{wanted!r} {reason}", wanted)
 
     def text(self, name: str, empty: bool = False) -> str:
-        """A string that can be written as UTF-8 and, unless ``empty``, has more than blanks in it."""
+        """A string that can be encoded as UTF-8 and, unless ``empty``, is not blank."""
         value = self.get(name)
         fault = text_fault(value, empty)
         if fault:
@@ -79,7 +79,7 @@ class Fields:
         return value  # type: ignore[no-any-return]
 
     def text_or_none(self, name: str) -> str | None:
-        """The same, or None where there is no such column, or null or nothing but blanks in it."""
+        """The same; None if the column is missing, null or blank."""
         value = self.found(name)
         if value is ABSENT or value is None or value == "":
             return None
@@ -87,12 +87,12 @@ class Fields:
         return text if text.strip() else None
 
     def items(self, name: str) -> list[Any]:
-        """A list; also one that is written as JSON in a string, which is how CSV has lists."""
+        """A list, also as JSON in a string, as in CSV."""
         value: list[Any] = self.parsed(name, list, "a list")
         return value
 
     def objects(self, name: str) -> list[Any]:
-        """A list of objects; also an object of lists of one length, as ``datasets`` makes of such a list."""
+        """A list of objects, also as an object of lists of one length, as ``datasets`` stores it."""
         value = self.parsed(name, list | dict, "a list")
         if isinstance(value, list):
             return value
@@ -102,7 +102,7 @@ class Fields:
         return [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
 
     def parsed(self, name: str, kind: Any, what: str) -> Any:
-        """A value of type ``kind``, or a string with JSON of one."""
+        """A value of type ``kind``, also as JSON in a string."""
         value = self.get(name)
         if isinstance(value, str) and (text := value) and (value := from_json(text)) is ABSENT:
             raise self.wrong(name, f"must be {what} (or JSON of one), found {shown(text)}")
@@ -120,7 +120,7 @@ def from_json(text: str) -> Any:
 
 
 def lookup(row: Row, name: str) -> Any:
-    """The row's column ``name``, or ``ABSENT``; ``a.b`` is the key b of the column a, where none is called a.b."""
+    """The row's column ``name``, or ``ABSENT``. ``a.b`` is the key b of the column a, unless a column is named a.b."""
     if name in row.fields:
         return row.fields[name]
     value: Any = row.fields
@@ -132,7 +132,7 @@ def lookup(row: Row, name: str) -> Any:
 
 
 def text_fault(value: object, empty: bool = False) -> str:
-    """What is wrong with a value where a text is needed, to be said behind its name; or the empty string."""
+    """Why a value is no text, to follow its name in a message; empty if it is one."""
     if not isinstance(value, str):
         return f"must be a string, found {shown(value)}"
     if not empty and not value.strip():
@@ -146,7 +146,7 @@ def text_fault(value: object, empty: bool = False) -> str:
 
 
 def name_fault(value: object) -> str:
-    """What is wrong with the name of a class or a tag, a string or a whole number; or the empty string."""
+    """Why a value is no name of a class or tag (a string or a whole number); empty if it is one."""
     if isinstance(value, str):
         return text_fault(value)
     whole = isinstance(value, int) and not isinstance(value, bool)

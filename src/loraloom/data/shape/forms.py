@@ -1,7 +1,7 @@
-"""A shape of rows: the columns that it needs, and how a row of it becomes a checked record.
+"""The forms of rows: the columns that a form needs, and how its rows become checked records.
 
-This file knows what each column must hold, but for conversations, which are ``conversations``'s business. Which shape a
-file has is found out by ``shapes``; which shapes a task reads is said by the task.
+This file knows what each column must contain, except for conversations (``conversations``). ``shapes`` recognises the
+form of a file; the tasks list the forms that they read.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from loraloom.data.shape.labels import as_number, label
 
 @dataclass(frozen=True)
 class Form:
-    """One shape: the columns that it needs, those that it may have, and the record they make.
+    """The columns that a form ``needs``, those that it ``may`` have, and the function that makes a record of them.
 
-    ``item`` is a key of the objects that its one column lists, where other shapes give that column the same name.
-    ``aliases`` are other names of all the columns that it needs, and ``problem`` is the problem type of its rows.
+    ``item``: a key of the objects in its only column, to tell it from another form with the same column. ``aliases``:
+    other names of all the needed columns. ``problem``: the problem type of its rows.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Labels of classification and regression as rows have them: one class, several classes, or a number.
+"""Labels of classification and regression: one class, several classes, or a number.
 
-What is found of the first rows holds for all. This file does not know which columns make a shape.
+The first rows decide for all. This file does not know which columns make a shape.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 from loraloom.data.rows import Row, shown
 from loraloom.data.shape.fields import ABSENT, JSON_NAMES, Fields, Labels, from_json, lookup, name_fault
 
-#: What to do where a class turns out to be a number.
+#: The hint for a class that is a number.
 REGRESSION = "; where labels are numbers to be predicted, set problem_type: regression"
 
 SINGLE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
 
-#: A number with a point or an exponent, as CSV has it, and any number; Python would take ``1_000`` for one, too.
+#: A number with a point or an exponent, and any number, as text in CSV; ``1_000``, which Python accepts, is none.
 FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")
 NUMERIC = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
 
 def labels_of(rows: Sequence[Row], column: str, problem: str | None = None) -> Labels:
-    """What the labels of these rows are: several classes each, numbers, or one class each, unless ``problem`` says."""
+    """The kind of the labels of these rows: several classes each, numbers, or one class each; ``problem`` decides."""
     labels = [label for label in (lookup(row, column) for row in rows) if label is not ABSENT]
     if problem == SEVERAL or (problem is None and any(_as_list(label) is not None for label in labels)):
         return Labels(SEVERAL, multi_hot=_multi_hot(labels))
@@ -36,17 +36,17 @@ def labels_of(rows: Sequence[Row], column: str, problem: str | None = None) -> L
 
 
 def _as_list(label: object) -> list[Any] | None:
-    """A list, also one that is written as JSON in a string."""
+    """A list, also as JSON in a string; None for anything else."""
     if isinstance(label, str) and label.startswith("["):
         label = from_json(label)
     return label if isinstance(label, list) else None
 
 
 def _multi_hot(labels: Sequence[object]) -> int:
-    """The length of all these lists, if it is one and they hold 0 and 1 (or false and true) alone; else 0."""
+    """The common length of these lists if they contain only 0 and 1 (or false and true); otherwise 0."""
     lists = [_as_list(label) for label in labels]
     size = len(lists[0]) if lists and lists[0] is not None else 0
-    # Of one place alone it may as well be the name of the one class that applies.
+    # A list of one item may be the name of the one class that applies.
     alike = size > 1 and all(one is not None and len(one) == size and all(map(_is_bit, one)) for one in lists)
     return size if alike else 0
 
@@ -63,7 +63,7 @@ def _has_fraction(label: object) -> bool:
 
 
 def as_number(label: object) -> float | None:
-    """A number, also one that is written as text; None where it is none."""
+    """A number, also as text; None for anything else."""
     if isinstance(label, bool) or not isinstance(label, int | float | str):
         return None
     if isinstance(label, str) and not NUMERIC.fullmatch(label.strip()):
@@ -75,7 +75,7 @@ def as_number(label: object) -> float | None:
 
 
 def label(fields: Fields) -> str | int | float | list[str | int]:
-    """What the column ``label`` holds of one row."""
+    """The label of one row, by the kind of the labels."""
     labels = fields.labels
     if labels.multi_hot:
         return _bits(fields, labels.multi_hot)
@@ -108,7 +108,7 @@ def label(fields: Fields) -> str | int | float | list[str | int]:
 
 
 def _bits(fields: Fields, size: int) -> list[str | int]:
-    """The numbers of the classes at whose places there is a 1."""
+    """The positions of the 1s: the numbers of the classes that apply."""
     bits = fields.items("label")
     if len(bits) != size or not all(map(_is_bit, bits)):
         raise fields.wrong(
@@ -118,9 +118,9 @@ def _bits(fields: Fields, size: int) -> list[str | int]:
 
 
 def _whole(fields: Fields, value: str) -> str | int:
-    """A label of text where the others are whole numbers: ``1.0`` is 1, and a fraction is no class, as in JSON.
+    """A label as text, if the first labels are whole numbers: ``1.0`` is 1, a fraction is no class, as in JSON.
 
-    Text that is no number is a class like any other.
+    Text that is no number is a class.
     """
     number = as_number(value)
     if number is None:

@@ -1,6 +1,6 @@
-"""Which columns mean what: the shape of the data, recognised or named, and each row made a checked record.
+"""The shape of rows: their form, recognised or selected, with the user's names of its columns.
 
-This file knows how a shape shows itself, and what to say where none does. The shapes themselves are in ``forms``.
+This file knows how a form is recognised, and the error if none fits. The forms themselves are in ``forms``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from loraloom.data.shape.labels import labels_of
 from loraloom.data.task import RowTask
 from loraloom.errors import ConfigError, DataError, nearest
 
-#: Our name of the column whose equal values keep rows together when some are held out. Any shape may have one.
+#: Our name of the column whose equal values are held out together. Any shape may have one.
 GROUP = "group"
-#: Names of ``format`` that say how plain text is cut into rows; their shape is ``text``.
+#: Values of ``format`` that say how plain text is divided into rows; their form is ``text``.
 TEXT_FORMATS = ("text-lines", "text-file")
 
 
@@ -48,15 +48,15 @@ class Shape:
         return self.labels.problem
 
     def plain(self) -> dict[str, Any]:
-        """All that it says, as plain values."""
+        """All of it, as plain values."""
         return {"name": self.name, **{key: value for key, value in asdict(self).items() if key != "form"}}
 
     def read(self, row: Row) -> Record:
-        """The record of ``row``; ``RowError`` with file, line and column for one that is not of this shape."""
+        """The record of ``row``; ``RowError`` with file, line and column if the row does not have this shape."""
         return self.form.read(Fields(row, self.columns, self.labels))
 
     def describe(self) -> str:
-        """The shape in a few words, for saying aloud what was recognised."""
+        """The shape in a few words, for a note to the user."""
         renamed = [f"{ours} from {theirs!r}" for ours, theirs in self.columns.items()]
         said = f"{self.name} ({', '.join(renamed)})" if renamed else self.name
         if self.problem_type:
@@ -78,16 +78,18 @@ def recognise(
     problem_type: str | None = None,
     skip: bool = False,
 ) -> Shape:
-    """The shape of ``rows``, the first ones of a source (one will do): the first that the first row has in full.
+    """The shape of ``rows``, the first ones of a source: the first form whose columns the first row has.
 
-    With ``skip`` it is the first row that has any; if none does, what is said is said of the first.
+    Args:
+        format: the name of the form.
+        columns: our names of columns → the user's; ``a.b`` is the key b of the column a.
+        problem_type: the kind of seq-cls labels. By default lists are several classes (lists of 0 and 1 of one length
+            are multi-hot), labels with a fraction are numbers, and all others are classes.
+        skip: use the first row that has any form; if none has one, the error is that of the first row.
 
-    ``format`` names the shape. ``columns`` maps our names of columns to the user's; ``a.b`` is the key b of the
-    column a. ``problem_type`` says what the labels of seq-cls are; without it they are several classes where they
-    are lists, numbers where one has a fraction, and else classes. Lists of one length of 0 and 1 are multi-hot.
-
-    Raises ``DataError`` where the columns are not there, with the nearest names, and ``ConfigError`` for a
-    ``format`` or ``columns`` that the task does not know.
+    Raises:
+        DataError: columns are missing; the message has the nearest names.
+        ConfigError: a ``format`` or ``columns`` that the task does not have.
     """
     first = [rows] if isinstance(rows, Row) else list(rows)
     for place in range(1, len(first)) if skip else ():
@@ -118,7 +120,7 @@ def recognise(
 
 
 def _forms(task: RowTask, format: str | None, columns: dict[str, str]) -> list[Form]:
-    """The forms of the task that ``format`` and the names in ``columns`` leave."""
+    """The forms of the task that match ``format`` and the names in ``columns``."""
     option, forms = task.name, list(task.forms)
     if format is not None:
         wanted = "text" if format in TEXT_FORMATS else format
@@ -148,7 +150,7 @@ _ITEMS = ("role", "from")
 
 
 def _fits(form: Form, row: Row, columns: dict[str, str], forced: bool) -> Iterator[dict[str, str]]:
-    """The mapping of columns by which the row has all that the form needs; none where it does not."""
+    """The mapping of columns with which the row has all columns of the form; none if there is no such mapping."""
     for names in (form.needs, *form.aliases):
         called = dict(zip(form.needs, names, strict=True)) | {name: name for name in form.may}
         found = {ours: _as_written(row, theirs) for ours, theirs in called.items() if ours not in columns}
@@ -161,8 +163,8 @@ def _fits(form: Form, row: Row, columns: dict[str, str], forced: bool) -> Iterat
 
 
 def _talk(form: Form, row: Row, columns: dict[str, str], forced: bool) -> Iterator[dict[str, str]]:
-    """The same of a conversation."""
-    # These two are told apart by what is in the column, because both names are used for both.
+    """The same for a conversation."""
+    # The contents of the column tell the two forms apart, because both names are used for both.
     ours = form.needs[0]
     own = columns.get(ours, ours)
     other = next(item for item in _ITEMS if item != form.item)
@@ -170,20 +172,20 @@ def _talk(form: Form, row: Row, columns: dict[str, str], forced: bool) -> Iterat
         value = lookup(row, theirs)
         item = value[0] if isinstance(value, list) and value else value  # or an object of lists
         keys = item if isinstance(item, dict) else {}
-        # What is neither is taken by its name, to be refused with words that fit it.
+        # A column with neither key is taken by its name, so that the error fits the form.
         if form.item in keys or (theirs == own and value is not ABSENT and (forced or other not in keys)):
             yield columns if theirs == own else {**columns, ours: theirs}
 
 
 def _as_written(row: Row, name: str) -> str:
-    """``name`` as the row writes it: case makes no difference where one column alone has the name without it."""
+    """``name`` in the row's spelling: case is ignored if only one column then matches."""
     if lookup(row, name) is not ABSENT:
         return name
     same = [other for other in row.fields if isinstance(other, str) and other.strip().casefold() == name.casefold()]
     return same[0] if len(same) == 1 else name
 
 
-#: What others call our columns: for hints, never read in silence.
+#: Common names of our columns in other data: for hints, never used without the user's consent.
 OTHER_NAMES = {
     "prompt": ("question", "query", "instruction", "input"),
     "completion": ("answer", "response", "output", "target", "completions"),
@@ -203,7 +205,7 @@ OTHER_NAMES = {
 
 
 def _nothing_fits(row: Row, task: RowTask, forms: Sequence[Form], columns: dict[str, str]) -> DataError:
-    """The error that names what is missing of the form that the row has most of."""
+    """The error with the missing columns of the form that fits best."""
 
     def there(form: Form) -> float:
         return sum(lookup(row, columns.get(name, name)) is not ABSENT for name in form.needs) / len(form.needs)
@@ -245,10 +247,10 @@ def _renamed(row: Row, form: Form, columns: dict[str, str]) -> dict[str, str]:
 
 
 def option_for(renamed: Mapping[str, str]) -> str:
-    """The option that maps our names to the user's, as it is typed."""
+    """The option that maps our names to the user's, as typed in a shell."""
     return f"--columns {shlex.quote(json.dumps(renamed, ensure_ascii=False))}"
 
 
 def proposals(row: Row, task: RowTask) -> list[str]:
-    """The options by which ``row`` could be read for ``task``, should its columns be what their names say."""
+    """The options with which ``row`` could be read for ``task``, if its columns contain what their names suggest."""
     return [option_for(renamed) for form in task.forms if (renamed := _renamed(row, form, {}))]

@@ -41,7 +41,7 @@ FORMAT = 1
 #: Maximum bytes of a file in memory.
 SPOOL = 16 * 2**20
 #: The packages of ``SOURCE`` whose code decides what tokens a row becomes: reading, shapes and the tasks' encoders.
-SOURCE, PACKAGES = Path(__file__).parents[2], ("data", "tasks")
+SOURCE, PACKAGES, SUFFIXES = Path(__file__).parents[2], ("data", "tasks"), (".py", ".jinja")
 
 
 def cache_folder() -> Path:
@@ -62,7 +62,8 @@ def key_of(parts: Mapping[str, Any]) -> str:
 def code_hash() -> str:
     """The hash of all that makes rows into tokens, beside what the user chose: code of ours and of libraries."""
     digest = hashlib.sha256()
-    for path in sorted(path for package in PACKAGES for path in (SOURCE / package).rglob("*.py")):
+    files = [path for package in PACKAGES for path in (SOURCE / package).rglob("*") if path.suffix in SUFFIXES]
+    for path in sorted(files):
         digest.update(path.read_bytes())
     for package in ("loraloom", "tokenizers", "transformers", "jinja2"):
         with contextlib.suppress(PackageNotFoundError):

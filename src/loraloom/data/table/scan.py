@@ -1,8 +1,8 @@
-"""The first pass over the rows: each is read and checked, none is tokenised.
+"""The first pass over the rows: all are read and checked, none is tokenised.
 
-It finds the number of rows, their classes, those that are the same, and the bad ones. This file knows sources, shapes
-and labels, not tokenizers or models. Small data are kept in memory, so that they are read once; of large data only
-numbers are kept, in the cache.
+It finds the number of rows, their classes, duplicates, and bad rows. This file knows sources, shapes and labels, not
+tokenizers or models. Small data stay in memory, so that they are read once; of large data only numbers are kept, in the
+cache.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from loraloom.data.task import RowTask
 from loraloom.errors import DataError
 from loraloom.files.log import Log, info
 
-#: Up to so many rows, of so many bytes, stay in memory. That is tokenised in a few seconds: no cache is touched.
+#: Maximum rows and bytes of data that stay in memory. They are tokenised in a few seconds, without the cache.
 SMALL_ROWS, SMALL_BYTES = 5000, 16 * 2**20
-#: Rows by which a shape is recognised.
+#: Number of rows that decide the shape.
 LOOK = 100
 
-#: Of its entries in the cache; and rows after which somebody is told.
+#: The kind of its entries in the cache; and rows between two calls of ``on_progress``.
 KIND, STEP = "surveys", 10_000
 BAD = "bad.jsonl"
 #: ``label_ids``: the numbers of the classes of each row, one row after the other; ``label_counts``: how many classes
@@ -47,12 +47,12 @@ OnProgress = Callable[[str, int, int | None], None]
 
 
 def silent(what: str, done: int, total: int | None) -> None:
-    """The progress of reading is of no interest."""
+    """An ``on_progress`` that does nothing."""
 
 
 @dataclass
 class Scan:
-    """What the first pass found. Rows are numbered from 0 through all sources, bad ones left out."""
+    """The results of the first pass. Rows are numbered from 0 through all sources, without bad rows."""
 
     sources: list[Source]
     #: of each source
@@ -62,11 +62,11 @@ class Scan:
     stamps: dict[Path, tuple[int, int]]
     #: of each source
     counts: list[int] = field(default_factory=list)
-    #: the classes or tags in the order of their numbers; none where there are no classes
+    #: the classes or tags in the order of their numbers; empty for tasks without classes
     names: list[str] = field(default_factory=list)
-    #: what a seq-cls label is: transformers' ``problem_type``
+    #: the kind of seq-cls labels: transformers' ``problem_type``
     problem: str | None = None
-    #: some rows are conversations
+    #: whether some rows are conversations
     chats: bool = False
     bad: int = 0
     #: all rows of each source, if there are few
@@ -91,7 +91,7 @@ class Scan:
         return [f"{one.describe()}: {shape.describe()}" for one, shape in zip(self.sources, self.shapes, strict=True)]
 
     def origin(self, task: RowTask, skip: bool) -> dict[str, Any]:
-        """What follows from the rows follows from these plain values: the first part of any key in the cache."""
+        """Plain values that identify the rows and the code that reads them: the first part of every cache key."""
         return {
             "code": cache.code_hash(),
             "files": list(self.hashes.items()),
@@ -101,7 +101,7 @@ class Scan:
         }
 
     def read(self, skip: bool) -> Iterator[tuple[int, Row]]:
-        """The rows again, with the number of their source. With ``skip``, what cannot be read is passed over."""
+        """The rows again, with the number of their source. ``skip``: rows that cannot be read are skipped."""
         if self.kept is not None:
             yield from ((number, row) for number, rows in enumerate(self.kept) for row in rows)
             return
@@ -123,13 +123,13 @@ class Scan:
         return self.shapes[int(np.searchsorted(np.cumsum(self.counts), number, "right"))].read(row)
 
     def check_unchanged(self) -> None:
-        """Raise ``DataError`` if a file is not as it was when it was hashed: what follows would go by a wrong name."""
+        """Raise ``DataError`` if a file has changed since it was hashed: cache entries would get a wrong key."""
         for path, stamp in self.stamps.items():
             if _stamp(path) != stamp:
                 raise DataError(f"{path}: changed while it was read; begin again once it is whole")
 
     def classes(self) -> list[list[str]] | None:
-        """The names of the classes of each row, for holding out rows; None where there are no classes."""
+        """The names of the classes of each row, for holding out rows; None without classes."""
         if not self.names:
             return None
         ids, counts = self.array("label_ids").tolist(), self.array("label_counts")
@@ -152,15 +152,14 @@ def scan(
     """Read and check all rows of ``sources``.
 
     Args:
-        problem: what the labels of seq-cls are, where it is not to be recognised.
-        skip: a bad row is noted and left out, instead of raised.
-        known: the rows of training, where these are for validation: their classes are those, and the others bad.
-        log: called with what the user should know.
-        on_progress: called now and then with what is done, how many rows of it, and of how many.
+        problem: the kind of seq-cls labels; by default it is recognised.
+        skip: bad rows are recorded and skipped instead of raised.
+        known: the rows of training, if these are for evaluation: rows with other classes are bad.
+        log: called with messages for the user.
+        on_progress: called repeatedly with the activity, the number of rows done, and their total if known.
 
     Raises:
-        DataError: a source that cannot be read, a bad row, a label never seen in training, classes too few to tell
-            apart.
+        DataError: a source cannot be read, a row is bad, a label is not in training, or there are too few classes.
     """
     problem, on_bad = known.problem if known else problem, _pass_over if skip else None
     shapes = [recognise(source.first(LOOK, on_bad), task, format, columns, problem, skip) for source in sources]
@@ -250,8 +249,7 @@ def _read(made: Scan, tally: _Tally, skip: bool, on_progress: OnProgress) -> cac
 
 
 def bad_line(row: BadRow) -> bytes:
-    """A bad row as a line of JSON: its place by ``line``, or by ``number`` where a file has no lines."""
-    # "row" is what stands there.
+    """A bad row as a line of JSON: its position as ``line``, or as ``number`` for a file without lines."""
     fields = {
         "line" if row.unit == "line" else "number": row.line,
         "file": row.file,
@@ -266,7 +264,7 @@ def bad_line(row: BadRow) -> bytes:
 
 
 class _Tally:
-    """What is kept of the rows, as they come."""
+    """Collects the classes, digests and groups of rows."""
 
     def __init__(self, task: RowTask, problem: str | None, known: Scan | None) -> None:
         self.task, self.problem, self.known = task, problem, known
@@ -285,7 +283,7 @@ class _Tally:
         self.arrays["groups"].append(0 if group in (None, ABSENT) else _digest(str(group)))
 
     def _add_classes(self, row: Row, names: list[str], skip: bool) -> None:
-        """Note the classes of a row. The encoder finds those that training does not have where bad rows are skipped."""
+        """Record the classes of a row. With ``skip``, the encoder finds classes that are not in training."""
         if self.known is None:
             self.arrays["label_ids"].extend([self.numbers.setdefault(name, len(self.numbers)) for name in names])
             self.arrays["label_counts"].append(len(names))
@@ -306,7 +304,7 @@ class _Tally:
                 sources = ", ".join(source.name for source in made.sources)
                 raise DataError(f"{sources}: {self.task.one_class.format(rows=made.rows, only=only)}")
             places = {name: place for place, name in enumerate(names)}
-            order = np.array([places[name] for name in self.numbers], "<i4")  # a dict keeps the order of first sight
+            order = np.array([places[name] for name in self.numbers], "<i4")  # in the order of first occurrence
             arrays["label_ids"] = order[arrays["label_ids"]]
         for name, values in arrays.items():
             memory.file(f"{name}.bin").write(values.tobytes())

@@ -21,8 +21,7 @@ from loraloom.data.table.cache import Draft, Entry, Memory
 
 Array = npt.NDArray[Any]
 
-#: What a row is marked with: over length; with a token of text that is trained on and text that is not; with nothing
-#: to train on; not written whole by the chat template.
+#: Flags of a row: over length; a token spans trained and other text; no trained token; the chat template omits a part.
 OVERLONG, MERGED, UNTRAINED, LEFT_OUT = 1, 2, 4, 8
 
 #: Arrays with one number for each token, example or row. Little-endian whatever the machine is.
@@ -45,11 +44,11 @@ LISTS = ("classes", "numbers")
 
 @dataclass
 class Packed:
-    """Some rows and what was made of them, as arrays; ``example_rows`` count from the first of these rows."""
+    """Some rows and their examples, as arrays. ``example_rows`` are relative to the first of these rows."""
 
     columns: dict[str, Array]
     kind: str
-    #: what ``row_files`` number: files, and how a place in them is counted
+    #: the files that ``row_files`` refers to, each with its unit of position
     files: list[tuple[str, Unit]]
 
     @property
@@ -87,7 +86,7 @@ def pack(rows: Sequence[Row], examples: Sequence[Sequence[Example]], flags: Sequ
 
 
 def _kind(examples: Sequence[Example]) -> str:
-    """What the labels are. A list of none says nothing of what it would hold."""
+    """The kind of the labels, a key of ``KINDS``. Empty lists are of any kind."""
     kinds = {_kind_of(e.labels) for e in examples} - {""}
     if kinds == {"classes", "numbers"}:
         return "numbers"
@@ -100,19 +99,19 @@ def _kind_of(labels: Any) -> str:
     if isinstance(labels, list):
         if not labels:
             return ""
-        return "numbers" if isinstance(labels[0], float) else "classes"  # one kind in a list: that is the contract
+        return "numbers" if isinstance(labels[0], float) else "classes"  # all items of a list are of one type
     return "number" if isinstance(labels, float) else "class"
 
 
 def _digests(ids: Array, lengths: Array) -> Array:
-    """A hash of each example's ids: rows that the model cannot tell apart have the same."""
+    """A hash of each example's ids: equal for rows that the model cannot distinguish."""
     data, ends = memoryview(ids.tobytes()), [0, *accumulate(int(n) * 4 for n in lengths)]
     pieces = (hashlib.blake2b(data[start:end], digest_size=8).digest() for start, end in pairwise(ends))
     return np.frombuffer(b"".join(pieces), "<u8")
 
 
 class Writer:
-    """Takes packed rows one after the other. ``finish`` returns what, with the arrays, makes a ``Table``."""
+    """Writes packed rows sequentially. ``finish`` returns the info of the table."""
 
     def __init__(self, folder: Draft | Memory) -> None:
         self._folder = folder
@@ -132,7 +131,7 @@ class Writer:
         columns["row_files"] = numbers[columns["row_files"]] if len(numbers) else columns["row_files"]
         columns["example_rows"] = columns["example_rows"] + np.int32(self.rows)
         if "types" in columns or "types" in self._files:
-            # Only some examples come with segments: those that do not lie in the first.
+            # Examples without segments are in the first one.
             missing = self._sizes.get("ids", 0) - self._sizes.get("types", 0)
             self._write("types", np.zeros(missing, "|u1"))
             columns.setdefault("types", np.zeros(len(columns["ids"]), "|u1"))
@@ -197,7 +196,7 @@ class Table:
         return Example(self.ids[span].tolist(), labels, token_type_ids=self.types[span].tolist())
 
     def where(self, row: int) -> str:
-        """The file and line of a row, in words."""
+        """The file and line of a row, for messages."""
         file, unit = self.files[self.row_files[row]]
         return Row({}, int(self.row_lines[row]), file, unit).where
 
@@ -209,7 +208,7 @@ def _starts(lengths: Array) -> Array:
 
 
 class Examples(Sequence[Example]):
-    """Some examples of a table, in any order, each as often as wanted. By default all of them once, in order."""
+    """Examples of a table, in any order and with repetitions; by default all of them once, in order."""
 
     def __init__(self, table: Table, index: Array | None = None) -> None:
         self.table = table
@@ -219,7 +218,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Examples:
-        """Examples that are there already, one row each."""
+        """The given examples, one row each."""
         parts = [[example] for example in examples]
         rows = [Row({}, line) for line in range(1, len(parts) + 1)]
         memory = Memory()
@@ -265,18 +264,18 @@ class Examples(Sequence[Example]):
         return column if self._index is None else column[self._index]
 
     def view(self, indices: Any) -> Examples:
-        """Those at ``indices``, in that order. Nothing is copied but the numbers."""
+        """The examples at ``indices``, in that order. Copies only the numbers."""
         chosen = np.asarray(indices, dtype=np.int64)
         return Examples(self.table, chosen if self._index is None else self._index[chosen])
 
     def where(self, number: int) -> str:
-        """The file and line that example ``number`` came from, in words."""
+        """The file and line of example ``number``, for messages."""
         at = number if self._index is None else self._index[number]
         return self.table.where(int(self.table.example_rows[at]))
 
 
 def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
-    """Tokens of each example, without making them where they lie in a table."""
+    """Tokens of each example; those of a table are not created for it."""
     if isinstance(examples, Examples):
         return examples.lengths  # type: ignore[return-value] # an array of whole numbers serves as a sequence of them
     return [len(example.input_ids) for example in examples]

@@ -1,7 +1,7 @@
 """The second pass over the rows: they are encoded, in several processes if there are many, and written as arrays.
 
-This file knows the way of a row from its source to a table of examples, and handles rows that cannot be encoded. It
-does not know which rows are for training: a table holds all of them, in order of their numbers.
+This file reads rows from their sources, has them encoded, and writes a table of examples; it handles rows that cannot
+be encoded. It does not know which rows are for training: a table has all of them, in the order of their numbers.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from loraloom.files.hashing import file_hash
 from loraloom.files.log import Log, info
 from loraloom.files.resources import cores
 
-#: From so many rows on, several processes pay: to begin, each needs a second or two.
+#: Minimum number of rows for several processes: each takes a second or two to start.
 MANY = 20_000
-#: Characters of the rows that go to a worker together.
+#: Maximum characters of the rows that are sent to a worker together.
 CHARACTERS = 2 * 2**20
 KIND = "rows"
 
@@ -74,7 +74,7 @@ def encode(
         InputError: a setting or a row is wrong; of rows that leave nothing to train on the first, with their number.
         FailureError: a worker died.
     """
-    encoder(task, tokenizer, **settings)  # what is wrong with a setting is said before the cache is asked
+    encoder(task, tokenizer, **settings)  # raises for a wrong setting before the cache is read
     job = _Job(task, tokenizer, settings, found.shapes, skip, allow_untrained)
     count = workers if workers is not None else min(cores(), MOST) if found.rows >= MANY else 1
     build = partial(_build, found=found, job=job, workers=count, log=log, on_progress=on_progress)
@@ -94,9 +94,9 @@ def encode(
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """The hash of all that a tokenizer does to a text."""
+    """The hash of everything in a tokenizer that decides the tokens of a text."""
     inner = json.loads(tokenizer.backend_tokenizer.to_str())
-    for state in ("truncation", "padding"):  # of the last call, and set anew by each
+    for state in ("truncation", "padding"):  # set by each call
         inner.pop(state, None)
     outer = [
         type(tokenizer).__name__,
@@ -109,13 +109,13 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def _template_hash(given: str | None) -> str | None:
-    """Of a file its bytes count, not its name."""
+    """The hash of a template's file, whatever its name; None if ``given`` is no file."""
     return file_hash(Path(given)) if given and os.path.isfile(given) else None
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker needs to know; it goes there as it is."""
+    """The input of a worker, which is pickled."""
 
     task: RowTask
     tokenizer: Any
@@ -128,10 +128,10 @@ class _Job:
 @dataclass
 class _Done:
     packed: Packed
-    #: where a row stands, and why nothing of it can be trained on
+    #: positions of rows without a trained token, and why
     problems: list[tuple[str, str]]
     bad: list[BadRow]
-    #: what the encoder has to say by now
+    #: the encoder's notes so far
     notes: list[str]
 
 
@@ -168,7 +168,7 @@ def _records(shape: Shape, rows: Iterable[Row], skip: bool) -> Iterator[tuple[Ro
     for row in rows:
         try:
             yield row, shape.read(row)
-        except RowError:  # known since the first pass
+        except RowError:  # recorded in the first pass
             if not skip:
                 raise
 
@@ -210,13 +210,13 @@ def _build(
 def _picklable(job: _Job) -> bool:
     try:
         pickle.dumps(job)
-    except Exception:  # foreign code: whatever it raises
+    except Exception:  # code of the tokenizer can raise anything
         return False
     return True
 
 
 def _chunks(rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, list[Row]]]:
-    """Rows of one source at a time: not too many, and not too much text."""
+    """Chunks of rows of one source, limited in rows and in characters."""
     chunk: list[Row] = []
     at, size = 0, 0
     for number, row in rows:
@@ -231,7 +231,7 @@ def _chunks(rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, list[Row]]]:
 
 
 def _size(value: Any) -> int:
-    """Characters of a row, roughly."""
+    """Approximate number of characters of a row."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

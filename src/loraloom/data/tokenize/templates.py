@@ -27,29 +27,9 @@ TEMPLATE_NAME = "chat_template.jinja"
 #: The name of the template for tokenizers without one.
 PLAIN = "loraloom-plain"
 
-#: Works with any tokenizer, because it needs no special tokens: headings, and the end-of-text token at the end of the
-#: assistant's turn. ``plain_template`` fills in BOS and END.
-PLAIN_TEXT = """\
-{{- BOS }}
-{%- if tools %}
-{{- '### Tools:\\n' }}
-{%- for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}
-{{- '\\n' }}
-{%- endif %}
-{%- for message in messages %}
-{%- if message.role == 'assistant' %}
-{{- '### Assistant:\\n' + message.content }}
-{%- for call in message.tool_calls or [] %}{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}
-{{- END }}
-{%- if not loop.last %}{{ '\\n\\n' }}{% endif %}
-{%- else %}
-{{- '### ' + message.role | capitalize + ':\\n' + message.content + '\\n\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{%- if messages and messages[-1].role == 'assistant' %}{{ '\\n\\n' }}{% endif %}
-{{- '### Assistant:\\n' }}
-{%- endif %}"""
+#: The template ``PLAIN``. It works with any tokenizer, because it needs no special tokens: headings, and the
+#: end-of-text token at the end of the assistant's turn. ``plain_template`` fills in BOS and END.
+PLAIN_FILE = Path(__file__).with_name("plain.jinja")
 
 #: The end of the assistant's turn in the plain template if the tokenizer has no end-of-text token.
 PLAIN_END = "\n### End"
@@ -159,24 +139,17 @@ def find_template(
     """
     template = replace(_chosen(tokenizer, chat_template), date=date)
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    fault = None
+    faults = []
     # It may require a system message or tools; if it fails with them as well, it is broken.
-    for messages, tools in (
-        (talk, None),
-        ([{"role": "system", "content": "Be kind."}, *talk], None),
-        (talk, [TOOL]),
-    ):
+    for front, tools in ([], None), ([{"role": "system", "content": "Be kind."}], None), ([], [TOOL]):
         try:
-            template.render(messages, tools)
-            break
+            template.render([*front, *talk], tools)
+            return template
         except Refusal:  # it refuses only this conversation
-            break
+            return template
         except ModelError as exc:
-            fault = fault or exc
-    else:
-        assert fault is not None
-        raise fault
-    return template
+            faults.append(exc)
+    raise faults[0]
 
 
 def _chosen(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Template:
@@ -219,7 +192,7 @@ def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
     first = tokenizer("").input_ids[:1]
     bos = tokenizer.bos_token if first and first[0] == tokenizer.bos_token_id else ""
     end = tokenizer.eos_token or PLAIN_END
-    return PLAIN_TEXT.replace("BOS", _quoted(bos)).replace("END", _quoted(end))
+    return PLAIN_FILE.read_text(encoding="utf-8").rstrip("\n").replace("BOS", _quoted(bos)).replace("END", _quoted(end))
 
 
 def _quoted(text: str) -> str:
