@@ -20,7 +20,7 @@ from loraloom.report.format import count, duration, figure, label, params, shown
 from loraloom.report.screen import Text
 from loraloom.report.sentences import line, sentence
 from loraloom.tuning.executor import SearchStatus
-from loraloom.tuning.ranking import Score, last_measured, measured, originals, ranking, scores, varying
+from loraloom.tuning.ranking import Score, originals, ranking, scores, varying
 from loraloom.tuning.selection import difference
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.verdict import Verdict
@@ -257,23 +257,22 @@ class TuneMeter:
 
 
 def _running(running: Sequence[Trial], names: Sequence[str], metric: str, width: int) -> Table:
-    values = [last_measured(trial, metric) for trial in running]
+    values = [trial.points(metric) for trial in running]
     columns = [
         Column("running", [str(trial.number) for trial in running]),
         *_params_columns(running, names),
         Column("step", [f"{trial.step}/{trial.steps}" for trial in running]),
         Column("loss", [figure(training_loss(trial)) for trial in running]),
-        Column(metric, [figure(value[1]) if value else "–" for value in values]),
+        Column(metric, [figure(points[-1][1] if points else math.nan) for points in values]),
     ]
     return _table(columns, width)
 
 
 def _line(trial: Trial, names: Sequence[str], status: SearchStatus) -> str:
-    gain, value = improvement(trial, status.metric), last_measured(trial, status.metric)
-    left = _left(status)
+    gain, left = improvement(trial, status.metric), _left(status)
     return (
         f"trial {trial.number} ({params(trial.values, names, WIDE, between=' ')}) step {trial.step} of {trial.steps}: "
-        f"training loss {figure(training_loss(trial))}, {status.metric} {figure(value[1] if value else math.nan)}"
+        f"training loss {figure(training_loss(trial))}, {status.metric} {figure(trial.points(status.metric)[-1][1])}"
         + (f" ({gain:+.3g} in 100 steps)" if gain is not None else "")
         + (f"; {left}" if left else "")
     )
@@ -291,8 +290,9 @@ def training_loss(trial: Trial) -> float:
 
 def improvement(trial: Trial, metric: str) -> float | None:
     """Change of the metric between the last two evaluations, per 100 steps; None if they are too near each other."""
-    if len(trial.curve.evaluations) < 2:
+    points = trial.points(metric)
+    if len(points) < 2:
         return None
-    before, last = trial.curve.evaluations[-2:]
-    change, steps = measured(last, metric) - measured(before, metric), last["step"] - before["step"]
+    (before, old), (step, new) = points[-2:]
+    change, steps = new - old, step - before
     return 100 * change / steps if steps >= SLOPE_STEPS and math.isfinite(change) else None

@@ -10,7 +10,7 @@ from typing import Any
 from loraloom.report.format import count, params
 from loraloom.report.plot import tidy, write_picture
 from loraloom.tasks.metrics.registry import greater_is_better
-from loraloom.tuning.ranking import last_measured, measured, originals
+from loraloom.tuning.ranking import originals
 from loraloom.tuning.verdict import Verdict
 
 SEARCH_NAME = "search.png"
@@ -43,8 +43,7 @@ def plot_search(found: Verdict, path: str | Path) -> None:
     labelled: set[str] = set()
     # The best last, so that it lies on top.
     for trial in sorted(firsts, key=lambda t: (t.number == best, t.state == "finished", t.number)):
-        points = [(e["step"], measured(e, metric)) for e in trial.curve.evaluations]
-        points = [(step, value) for step, value in points if math.isfinite(value)]
+        points = [(step, value) for step, value in trial.points(metric) if math.isfinite(value)]
         if not points:
             continue
         steps, values = [step for step, _ in points], [value for _, value in points]
@@ -67,7 +66,7 @@ def plot_search(found: Verdict, path: str | Path) -> None:
     # Numbers in the middle of the picture would lie on the curves of trials that continued.
     furthest = max((score.share for score in known.values() if score.values), default=0.0)
     lead = [n for n in found.ranking if known[n].values and known[n].share == furthest][:LABELLED]
-    ends = {t.number: end for t in firsts if t.number in lead and (end := last_measured(t, metric)) is not None}
+    ends = {t.number: t.points(metric)[-1] for t in firsts if t.number in lead}
     ends = {number: end for number, end in ends.items() if math.isfinite(end[1])}
     _number_ends(figure, axes, ends, best)
     handles, texts = axes.get_legend_handles_labels()

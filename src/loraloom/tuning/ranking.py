@@ -26,20 +26,6 @@ def goodness(metric: str, value: float) -> float:
     return value if greater_is_better(metric) else -value
 
 
-def measured(evaluation: Mapping[str, float | None], metric: str) -> float:
-    """The metric of one evaluation; NaN where it is missing, or null as in a file."""
-    value = evaluation.get(metric)
-    return math.nan if value is None else float(value)
-
-
-def last_measured(trial: Trial, metric: str) -> tuple[int, float] | None:
-    """The step and the value of the last evaluation, finite or not."""
-    if not trial.curve.evaluations:
-        return None
-    last = trial.curve.evaluations[-1]
-    return int(last["step"]), measured(last, metric)
-
-
 @dataclass(frozen=True)
 class Score:
     """What one configuration reached.
@@ -103,7 +89,7 @@ def scores(trials: Iterable[Trial], metric: str) -> dict[int, Score]:
 def _score(group: Sequence[Trial], metric: str) -> Score:
     alive = [trial for trial in group if trial.state != "failed"]
     finished = [trial for trial in alive if trial.state == "finished"]
-    reached = [(*last, t.options.seed) for t in finished or alive if (last := last_measured(t, metric)) is not None]
+    reached = [(*points[-1], t.options.seed) for t in finished or alive if (points := t.points(metric))]
     furthest = max((step for step, *_ in reached), default=0)
     there = [(seed, value) for step, value, seed in reached if step == furthest]
     values = {seed: value for seed, value in there if math.isfinite(value)}
@@ -164,9 +150,9 @@ def compare(trials: Iterable[Trial], metric: str) -> Comparison:
     alive = [trial for trial in firsts if trial.number not in failed]
     curves: dict[int, list[tuple[float, float]]] = {}
     for trial in alive:
-        points = [(e["step"] / max(trial.steps, 1), measured(e, metric)) for e in trial.curve.evaluations]
-        if finite := [(share, value) for share, value in points if math.isfinite(value)]:
-            curves[trial.number] = finite
+        points = [(step / max(trial.steps, 1), value) for step, value in trial.points(metric) if math.isfinite(value)]
+        if points:
+            curves[trial.number] = points
     if not curves:
         return Comparison(metric, 0.0, {}, failed)
     reached = sorted((points[-1][0] for points in curves.values()), reverse=True)

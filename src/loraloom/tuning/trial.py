@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,6 +57,12 @@ class Trial:
     def measured(self) -> bool:
         """Whether it was measured at the step at which it stands."""
         return bool(self.curve.evaluations) and int(self.curve.evaluations[-1]["step"]) == self.step
+
+    def points(self, metric: str, *, full: bool = False) -> list[tuple[int, float]]:
+        """The step and the metric of each evaluation, NaN if missing; ``full``: of those on all held-out rows alone."""
+        found = [e for e in self.curve.evaluations if not (full and "rows" in e)]
+        values = [math.nan if (value := e.get(metric)) is None else float(value) for e in found]
+        return [(int(e["step"]), value) for e, value in zip(found, values, strict=True)]
 
     def latest(self, metric: str) -> float | None:
         """The metric on the held-out rows when last measured."""

@@ -11,7 +11,7 @@ from statistics import fmean, median
 
 from loraloom.messages import Message
 from loraloom.tuning.diagnostics.inputs import FEW_STEPS, DiagnosticInputs
-from loraloom.tuning.ranking import goodness, measured
+from loraloom.tuning.ranking import goodness
 
 #: Overfitting: the held-out loss is this far above the training loss, and above its own lowest. Smaller gaps also come
 #: from dropout on training rows, and from the rows themselves.
@@ -35,12 +35,12 @@ SPIKES_SHARE = 0.03
 def overfitting(evidence: DiagnosticInputs) -> Message | None:
     """Training loss keeps falling while held-out loss has turned up."""
     trial = evidence.best
-    held = [(int(e["step"]), measured(e, "loss")) for e in trial.curve.evaluations if "rows" not in e]
+    held = trial.points("loss", full=True)
     losses = _finite_ones(trial.curve.loss)
     if len(held) < 3 or len(losses) < FEW_STEPS or not all(math.isfinite(loss) for _, loss in held):
         return None
     train = fmean(losses[-max(len(losses) // 10, 5) :])
-    step, lowest = min(((s, loss) for s, loss in held), key=lambda pair: (pair[1], pair[0]))
+    step, lowest = min(held, key=lambda pair: (pair[1], pair[0]))
     last = held[-1][1]
     if last < APART * train or last < RISE * lowest or last <= held[-2][1]:
         return None
@@ -58,7 +58,7 @@ def undertrained(evidence: DiagnosticInputs) -> Message | None:
     level, slope, error, scatter = _line(losses)
     start = level - slope * len(losses) / 2
     fall = -slope * len(losses) / start if start > 0 else 0.0
-    held = [measured(e, "loss") for e in trial.curve.evaluations if "rows" not in e]
+    held = [loss for _, loss in trial.points("loss", full=True)]
     turned = len(held) > 1 and not held[-1] < held[-2]
     if fall < FALL or -slope < FALL_ERRORS * error or scatter > EVEN * level or turned:
         return None
