@@ -18,7 +18,7 @@ from loraloom.engine.loop import advance
 from loraloom.engine.pack import Pack
 from loraloom.engine.slot import Slot
 from loraloom.lora.dropout import DropoutMask
-from loraloom.training.checkpointing import folders, resume
+from loraloom.training.checkpointing import folders, restore
 
 pytestmark = pytest.mark.gpu
 Make, Batch = Callable[..., nn.Module], Callable[..., dict[str, Tensor]]
@@ -113,9 +113,9 @@ def test_a_slot_that_goes_on_from_a_checkpoint_comes_to_the_same_bits(llama: Mak
     first, slot = fresh(1)
     trained(first, slot, 3)
     options = SimpleNamespace(output=str(tmp_path), metric_for_best_model=None)
-    path = resume.write(slot, first, options, {})  # type: ignore[arg-type]
+    path = restore.write(slot, first, options, {})  # type: ignore[arg-type]
     second, slot = fresh(2)
-    resume.restore(folders.read(path), slot, second)
+    restore.restore(folders.read(path), slot, second)
     trained(second, slot, 6)
     assert same(numbers(second), numbers(whole))
     assert not same(numbers(first), numbers(whole))

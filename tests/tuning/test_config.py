@@ -228,6 +228,11 @@ def test_where_a_search_lies_and_how_much_runs_at_once_make_it_no_other() -> Non
     assert len(same.fingerprint()) == 64
 
 
+def test_the_version_of_peft_whose_files_are_written_makes_a_search_no_other() -> None:
+    later = base(lora=LoraConfig(peft_version="9.9"))
+    assert options(train=later).fingerprint() == options().fingerprint()
+
+
 def test_any_metric_of_the_run_can_be_searched_by() -> None:
     assert options(metric="f1_macro").metric == "f1_macro"
     train = base(metrics=["f1_micro", "somebody.metrics:own"])
@@ -240,6 +245,8 @@ def test_any_metric_of_the_run_can_be_searched_by() -> None:
 def test_an_option_that_is_newer_than_the_first_version_says_so() -> None:
     """At its default it then has no part in a search's fingerprint: searches of 0.1 are recognised."""
     from loraloom.config.options import options_of
+    from loraloom.config.tune import SearchOptions
+    from ondisk.cases import FILES
 
     first = """
         model data task output overwrite revision dtype attn_implementation device eval_split format columns max_length
@@ -249,5 +256,8 @@ def test_an_option_that_is_newer_than_the_first_version_says_so() -> None:
         eval_strategy eval_steps eval_minutes eval_batch_size metrics metric_for_best_model load_best_model_at_end
         early_stopping_patience early_stopping_threshold max_new_tokens save_strategy save_steps save_minutes
         save_total_limit report_to"""
-    newer = {name for name, option in options_of(TrainConfig).items() if name not in first.split()}
-    assert newer == {name for name, option in options_of(TrainConfig).items() if option.since}
+    search = "trials sampler reduction min_share finalists seeds metric slots memory workers ray_address"
+    adapter = " ".join(json.loads((FILES / "finished/minimal/run.json").read_text())["options"]["lora"])
+    for cls, known in ((TrainConfig, first), (SearchOptions, search), (LoraConfig, f"{adapter} runtime_config")):
+        newer = {name for name in options_of(cls) if name not in known.split()}
+        assert newer == {name for name, option in options_of(cls).items() if option.since}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +19,9 @@ from loraloom.files import lock
 from loraloom.lora import checkpoint as adapters
 from loraloom.messages import Message, OnEvent, ignore, logged
 from loraloom.training import early_stopping, output
-from loraloom.training.checkpointing import folders, resume
+from loraloom.training.checkpointing import folders, restore, resume
 from loraloom.training.checkpointing.folders import Checkpoint
+from loraloom.training.checkpointing.identity import identity
 from loraloom.training.checkpointing.resume import Resume
 from loraloom.training.failures import Interrupted, explain, nonfinite_examples, not_finite
 from loraloom.training.preflight import estimate
@@ -50,7 +50,7 @@ class Trainer:
         self.job, self.options, self.model, self.world = job, job.options, job.model, job.world
         self.slot = job.slot(ADAPTER, job.options, job.steps)
         self.folder = Path(job.options.output)
-        self.identity = resume.identity(job)
+        self.identity = identity(job)
         self._on_step, self._on_event = on_step, logged(on_event)
         self._started = time.perf_counter()
         #: tokens since then; tokens and seconds of earlier starts of this run, and the steps that they ended at
@@ -115,56 +115,42 @@ class Trainer:
             found = self._replacing(found)
         if self.world.is_main_process:
             folders.clean(self.folder)
+        if changes := found.changes(self.identity):
+            self._on_event(Message("rounding", where=found.where, changes=changes))
         if found.stopped and not found.checkpoint:
-            self._check_same(resume.identity_in(found.stopped), f"the run in {self.folder} that ended early")
             self._on_event(Message("no_checkpoint", folder=str(self.folder), step=found.stopped["steps"]))
         if found.finished:
-            self._check_same(resume.identity_in(found.finished), f"the finished run in {self.folder}")
             adapters.fill(self.model.base_model, ADAPTER, adapters.read_tensors(self.folder))
             self._on_event(Message("already_finished", folder=str(self.folder), steps=found.finished["steps"]))
             return found.finished
-        if self.world.is_main_process and self.options.overwrite and not self._is_inside(found.checkpoint):
+        if self.world.is_main_process and self.options.overwrite and (found.elsewhere or not found.checkpoint):
             folders.forget(self.folder)
         if found.checkpoint:
-            self._restore(found.checkpoint)
+            self._restore(found.checkpoint, found.elsewhere)
         self.world.barrier()
         self._started = time.perf_counter()
         return None
 
-    def _is_inside(self, found: Checkpoint | None) -> bool:
-        """True for a checkpoint in the output folder."""
-        return found is not None and found.path.parent.resolve() == self.folder.resolve()
-
     def _replacing(self, found: resume.Found) -> resume.Found:
         """``found``, or nothing if it is of other data or another model and ``overwrite`` allows to replace it."""
-        if found.finished:
-            then = resume.identity_in(found.finished)
-        elif found.checkpoint and self._is_inside(found.checkpoint):
-            then = found.checkpoint.state["identity"]
-        else:
+        if found.elsewhere or found.stopped:
             return found
         try:
-            resume.check_same(then, self.identity, f"what lies in {self.folder}")
+            found.changes(self.identity)
         except ConfigError as error:
             self._on_event(Message("replaced", error=str(error)))
             if found.checkpoint:
-                return resume.Found()
+                return resume.Found(self.folder)
             return self._replacing(resume.find(self.options, True, self._on_event, ended=False))
         return found
 
-    def _check_same(self, then: Mapping[str, Any], where: str) -> None:
-        if changes := resume.check_same(then, self.identity, where):
-            self._on_event(Message("rounding", where=where, changes=list(changes)))
-
-    def _restore(self, found: Checkpoint) -> None:
-        """Continue from ``found``, once it is known to be of this training."""
-        with resume.understood(found):
-            self._check_same(found.state["identity"], str(found.path))
-        resume.restore(found, self.slot, self.model)
-        with resume.understood(found):
+    def _restore(self, found: Checkpoint, elsewhere: bool) -> None:
+        """Continue from ``found``, which is of this training."""
+        restore.restore(found, self.slot, self.model)
+        with restore.reading(found):
             self._before = int(found.state["tokens"]), float(found.state["seconds"])
             self._resumed_at = [*found.state["resumed_at"], found.step]
-        if self._is_inside(found):
+        if not elsewhere:
             self._saved = self._position
             self._kept.add(found.step)
         top = self._best
@@ -274,7 +260,7 @@ class Trainer:
     def _write(self) -> None:
         tokens, seconds = self._spent
         run = {"identity": self.identity, "tokens": tokens, "seconds": seconds, "resumed_at": self._resumed_at}
-        resume.write(self.slot, self.model, self.options, run)
+        restore.write(self.slot, self.model, self.options, run)
         self._saved = self._position
         self._rotate()
 
@@ -291,7 +277,7 @@ class Trainer:
         if not self.options.load_best_model_at_end or top is None or top[0] == self.slot.step:
             return self.slot.step
         try:
-            resume.fill(folders.read(self.folder / f"checkpoint-{top[0]}"), ADAPTER, self.model)
+            restore.fill(folders.read(self.folder / f"checkpoint-{top[0]}"), ADAPTER, self.model)
         except ConfigError as error:
             raise TrainingError(f"the adapter of step {top[0]}, the best one, is lost: {error}") from None
         self._on_event(Message("best_taken", step=top[0], metric=top[1], value=top[2]))

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from loraloom import tasks
 from loraloom.config import runfile
+from loraloom.config.lora import LoraConfig
 from loraloom.config.options import options_of
 from loraloom.config.train import TrainConfig
 from loraloom.config.tune import PRESET, SearchOptions
@@ -117,12 +118,13 @@ class TuneConfig(SearchOptions):
     def fingerprint(self) -> str:
         """A hash of all that determines the result: not the folder, the machine, or how many trials train together."""
         values = self.to_dict()
-        for name, option in options_of(SearchOptions).items():
-            if option.resume == "nothing":
-                del values[name]
-        for name, option in options_of(TrainConfig).items():
-            if option.since and values["train"][name] == option.default:
-                del values["train"][name]
+        train, lora = values["train"], values["train"]["lora"]
+        lora["peft_version"] = "0.21.2"  # part of the hash since 0.1; no version makes another search
+        for cls, section in ((SearchOptions, values), (TrainConfig, train), (LoraConfig, lora)):
+            for name, option in options_of(cls).items():
+                newer = option.since and section.get(name) == option.default
+                if newer or (cls is SearchOptions and option.resume == "nothing"):
+                    section.pop(name, None)
         for name in ("output", "overwrite", *(["date"] if self.train.date is None else [])):
             del values["train"][name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -28,7 +28,8 @@ from loraloom.messages import ignore
 from loraloom.report.sentences import sentence
 from loraloom.training import setup
 from loraloom.training.checkpointing import folders
-from loraloom.training.checkpointing.resume import differences, find
+from loraloom.training.checkpointing.identity import differences
+from loraloom.training.checkpointing.resume import find
 from loraloom.training.failures import Interrupted
 from loraloom.training.run import prepare
 from loraloom.training.run_record import RUN_NAME
@@ -533,6 +534,36 @@ def test_what_counts_as_another_training(
 ) -> None:
     saved = json.loads(json.dumps(classify(**then).to_dict(), default=sorted))
     assert differences(saved, classify(**now).to_dict()).keys() == named
+
+
+def test_options_that_a_run_did_not_know_yet_count_as_their_defaults(classify: Make) -> None:
+    saved = json.loads(json.dumps(classify().to_dict(), default=sorted))
+    for options, name in ((saved, "max_grad_norm"), (saved["lora"], "use_rslora"), (saved["lora"], "layers_pattern")):
+        del options[name]
+    saved["lora"]["peft_version"] = "0.1"
+    assert differences(saved, classify().to_dict()) == {}
+    now = classify(max_grad_norm=0.5, lora={"use_rslora": True}).to_dict()
+    assert differences(saved, now) == {"max_grad_norm": (1.0, 0.5), "lora.use_rslora": (False, True)}
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_what_a_later_version_wrote_is_refused_and_stays(
+    classify: Make, monkeypatch: pytest.MonkeyPatch, record: bool
+) -> None:
+    """Nothing before it is resumed instead, and nothing starts over."""
+    killed(classify(), 3)
+    if record:
+        stopped(classify(), 5, True)
+        path = Path(classify().output) / RUN_NAME
+        path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(folders, "FORMAT", 9)
+            killed(classify(), 5, True)
+    before = steps(classify().output)
+    with pytest.raises(ConfigError, match="is of format 9, and this version of loraloom reads [12]; update loraloom"):
+        train(classify(), True)
+    assert steps(classify().output) == before
 
 
 def test_other_data_another_model_or_another_tokenizer_are_refused(

@@ -111,21 +111,47 @@ def write(
 
 
 def read(path: str | Path) -> Checkpoint:
-    """The checkpoint in the folder ``path``, after every file was compared with its hash.
+    """The checkpoint in the folder ``path``, after each file was compared with its hash.
 
     Raises:
         ConfigError: it is not a whole checkpoint; the message says what is wrong with it.
+        FormatError: a later version of loraloom wrote it.
     """
     path = Path(path)
-    if problem := _problem(path):
-        raise ConfigError(f"{path} is no whole checkpoint: {problem}")
     try:
-        state = restored(json.loads((path / STATE_NAME).read_bytes()))
-        found = Checkpoint(path, int(state["step"]), state)
-    except (OSError, *MALFORMED):  # it changed after the hashes were compared
-        raise ConfigError(f"{path} is no whole checkpoint: {STATE_NAME} cannot be read") from None
-    check_format(state["format"], FORMAT, f"{path}: the checkpoint")
-    return found
+        found = _read(path)
+    except _Damaged as damaged:
+        problem = str(damaged)
+    except FileNotFoundError as error:
+        problem = f"it has no {Path(error.filename).name}"
+    except OSError as error:
+        problem = f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+    except MALFORMED:
+        problem = f"{MANIFEST_NAME} or {STATE_NAME} is not what loraloom writes"
+    else:
+        check_format(found.state["format"], FORMAT, f"{path}: the checkpoint")
+        return found
+    raise ConfigError(f"{path} is no whole checkpoint: {problem}")
+
+
+class _Damaged(Exception):
+    """Why a folder is no whole checkpoint."""
+
+
+def _read(path: Path) -> Checkpoint:
+    if not path.is_dir():
+        raise _Damaged("it is no folder" if path.exists() else "there is no such folder")
+    manifest = json.loads((path / MANIFEST_NAME).read_bytes())
+    for name in _FILES:
+        size, wanted = manifest[name]["bytes"], manifest[name]["sha256"]
+        if (found := (path / name).stat().st_size) != size:
+            raise _Damaged(f"{name} has {found:,} bytes and had {size:,} when it was written")
+        if file_hash(path / name) != wanted:
+            raise _Damaged(f"{name} is damaged (its sha256 is not the one in {MANIFEST_NAME})")
+    state = restored(json.loads((path / STATE_NAME).read_bytes()))
+    if not isinstance(state["step"], int) or not isinstance(state["format"], int):
+        raise TypeError
+    return Checkpoint(path, state["step"], state)
 
 
 def newest(
@@ -157,7 +183,11 @@ def newest(
 
 
 def is_whole(path: str | Path) -> bool:
-    return not _problem(Path(path))
+    try:
+        read(path)
+    except ConfigError:
+        return False
+    return True
 
 
 def listed(folder: str | Path) -> list[Path]:
@@ -212,33 +242,6 @@ def copy(checkpoint: Checkpoint, folder: str | Path) -> Path:
         write_files(to, {name: (checkpoint.path / name).read_bytes() for name in names})
 
     return write(folder, checkpoint.step, adapter, checkpoint.tensors(), checkpoint.state)
-
-
-# -- one folder -------------------------------------------------------------------------------------------------------
-
-
-def _problem(path: Path) -> str:
-    """Why ``path`` is not a whole checkpoint, or nothing."""
-    if not path.is_dir():
-        return "there is no such folder" if not path.exists() else "it is no folder"
-    try:
-        manifest = json.loads((path / MANIFEST_NAME).read_bytes())
-        for name in _FILES:
-            size, wanted = manifest[name]["bytes"], manifest[name]["sha256"]
-            if (found := (path / name).stat().st_size) != size:
-                return f"{name} has {found:,} bytes and had {size:,} when it was written"
-            if file_hash(path / name) != wanted:
-                return f"{name} is damaged (its sha256 is not the one in {MANIFEST_NAME})"
-        state = json.loads((path / STATE_NAME).read_bytes())
-        if not isinstance(state["step"], int) or not isinstance(state["format"], int):
-            raise TypeError
-    except FileNotFoundError as error:
-        return f"it has no {Path(error.filename).name}"
-    except OSError as error:
-        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
-    except MALFORMED:
-        return f"{MANIFEST_NAME} or {STATE_NAME} is not what loraloom writes"
-    return ""
 
 
 def _step(path: Path) -> int:

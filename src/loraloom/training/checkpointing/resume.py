@@ -1,209 +1,101 @@
-"""How a run stands in a checkpoint, and resumes from one as if it had never been stopped.
-
-Knows what a run's numbers depend on, and whether two runs are the same in that. Files and hashes are ``checkpoints``'
-business, when to save is ``run``'s.
-"""
+"""What a run resumes from: a checkpoint, or the end of a run that is in its output folder already."""
 
 from __future__ import annotations
 
-import array
 import contextlib
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from loraloom.config.options import options_of
 from loraloom.config.train import TrainConfig
-from loraloom.data.example import Example
-from loraloom.engine.slot import Slot
-from loraloom.engine.slot_state import SlotState, check_names, values_of_format_1
-from loraloom.errors import AdapterError, ConfigError, FormatError, LoraloomError
+from loraloom.errors import ConfigError, FormatError
 from loraloom.files.atomic import interrupted, recover
-from loraloom.files.jsonio import MALFORMED
-from loraloom.lora import checkpoint as adapters
 from loraloom.lora.checkpoint import WEIGHTS_NAME
-from loraloom.lora.model import PeftModel
 from loraloom.messages import Message, OnEvent, ignore
-from loraloom.training import early_stopping
 from loraloom.training.checkpointing import folders
 from loraloom.training.checkpointing.folders import Checkpoint
+from loraloom.training.checkpointing.identity import check_options, check_same, differences, identity_in
+from loraloom.training.checkpointing.restore import reading
 from loraloom.training.output import changed
-from loraloom.training.run_record import RUN_NAME, machine, versions
+from loraloom.training.run_record import RUN_NAME
 from loraloom.training.run_record import read as read_record
-from loraloom.training.setup import TrainJob
-
-#: With one of these, evaluations decide when training ends, or which step's adapter is kept.
-_DECIDING = ("load_best_model_at_end", "early_stopping_patience")
 
 Resume = bool | str | Path | None
 
 
-# -- what a run's numbers depend on -----------------------------------------------------------------------------------
-
-
-def identity(job: TrainJob) -> dict[str, Any]:
-    """All that a run's numbers depend on: its options, data, examples, model, and what computes."""
-    data = job.data
-    return {
-        "options": job.options.to_dict(),
-        "data": list(data.hashes.values()),
-        "examples": _hash_of_examples(data.train.examples),
-        "base": job.weights,
-        "machine": versions() | machine(),
-    }
-
-
-def _hash_of_examples(examples: Sequence[Example]) -> str:
-    """Of the lengths of all examples and of the numbers of some, so that another tokenizer is noticed."""
-    lengths = getattr(examples, "lengths", None)
-    if lengths is None:
-        lengths = [len(example.input_ids) for example in examples]
-    found = hashlib.sha256(array.array("q", map(int, lengths)).tobytes())
-    some = range(0, len(examples), max(1, len(examples) // 100))
-    found.update(json.dumps([[examples[i].input_ids, examples[i].labels] for i in some]).encode())
-    return found.hexdigest()
-
-
-def identity_in(record: Mapping[str, Any]) -> dict[str, Any]:
-    """That of the run that wrote ``run.json``."""
-    return {**record["identity"], "options": record["options"], "machine": record["versions"] | record["machine"]}
-
-
-def check_same(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
-    """Compare two identities. Returns what may change the last bits, in words.
-
-    Raises:
-        ConfigError: they are not of one training; what differs is named with both values.
-    """
-    check_options(then["options"], now["options"], where)
-    advice = "start over, in another folder or with overwrite"
-    if then["data"] != now["data"]:
-        raise ConfigError(
-            f"resume: {where} was trained on other data: the hashes of the files differ; bring those files back, or "
-            f"{advice}"
-        )
-    if then["base"] != now["base"]:
-        raise ConfigError(
-            f"resume: {where} was trained on another model: the weights of {now['options']['model']} differ from those "
-            f"of {then['options']['model']} then; give that model or {advice}"
-        )
-    if then["examples"] != now["examples"]:
-        raise ConfigError(
-            f"resume: {where} was trained on other tokens, though the files are the same: the tokenizer, or how rows "
-            f"are read, has changed; resume with the original model and versions, or {advice}"
-        )
-    old, new = then["machine"], now["machine"]
-    changes = [f"{name} {old.get(name)} is now {new[name]}" for name in new if old.get(name) != new[name]]
-    before, after = _plain(then["options"]), _plain(now["options"])
-    changes += [
-        f"{name} {before.get(name)!r} is now {after.get(name)!r}"
-        for name in sorted(_with_effect("rounding"))
-        if name in before and before[name] != after.get(name)
-    ]
-    return changes
-
-
-def check_options(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """
-    Raises:
-        ConfigError: options that change what is learnt differ.
-    """
-    if found := differences(then, now):
-        told = "; ".join(f"{name} is {new!r} and was {old!r}" for name, (old, new) in found.items())
-        raise ConfigError(
-            f"resume: {where} was trained with other options: {told}. Give the original options to resume, or start "
-            "over, in another folder or with overwrite"
-        )
-
-
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Options by name, with their values then and now, as far as they change what a run comes to."""
-    old, new = _plain(then), _plain(now)
-    ignored = {"nothing", "rounding"}
-    if not any(options.get(name) for options in (old, new) for name in _DECIDING):
-        ignored.add("evaluation")
-    out = {}
-    for name, option in options_of(TrainConfig).items():
-        values = old.get(name, option.default), new.get(name, option.default)
-        if option.resume in ignored or values[0] == values[1]:
-            continue
-        if _sources(name, values[0]) != _sources(name, values[1]):
-            out[name] = values
-    lora = old.get("lora", {}), new.get("lora", {})
-    for name in sorted(lora[0].keys() | lora[1].keys()):
-        if lora[0].get(name) != lora[1].get(name) and name != "base_model_name_or_path":
-            out[f"lora.{name}"] = lora[0].get(name), lora[1].get(name)
-    return out
-
-
-def _with_effect(effect: str) -> set[str]:
-    return {name for name, option in options_of(TrainConfig).items() if option.resume == effect}
-
-
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(options, default=_text, sort_keys=True))
-    return found
-
-
-def _text(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(value)
-
-
-def _sources(name: str, value: Any) -> Any:
-    """Where data lies says nothing: its bytes are compared. How much of it is held out, and weights, do."""
-    if name not in ("data", "eval_split", "test_split"):
-        return value, name
-    if isinstance(value, list):
-        return [_sources(name, entry) for entry in value]
-    return {**value, "path": ""} if isinstance(value, dict) else "" if isinstance(value, str) else value
-
-
-# -- where to go on ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Found:
-    """What a run that is to be resumed finds: its own end, or a checkpoint, or neither."""
+    """What there is to resume for a run with the output folder ``folder``."""
 
+    folder: Path
     checkpoint: Checkpoint | None = None
-    #: ``run.json`` of a run that came to its end in this folder
+    #: ``run.json`` of a finished run in this folder
     finished: dict[str, Any] | None = None
-    #: that of one that ended early in this folder, whose adapter makes way
+    #: ``run.json`` of a run in this folder that ended early; its adapter may be replaced
     stopped: dict[str, Any] | None = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """True for a checkpoint in another folder."""
+        return self.checkpoint is not None and self.checkpoint.path.parent.resolve() != self.folder.resolve()
+
+    @property
+    def where(self) -> str:
+        """Its name in messages."""
+        if self.finished:
+            return f"the finished run in {self.folder}"
+        return str(self.checkpoint.path) if self.checkpoint else f"the run in {self.folder} that ended early"
+
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        """The identity of the run that was found; None if there is none.
+
+        Raises:
+            ConfigError: the checkpoint's state is not what loraloom writes.
+        """
+        if self.checkpoint and not self.finished:
+            return _identity_of(self.checkpoint)
+        record = self.finished or self.stopped
+        return record and identity_in(record)
+
+    def changes(self, now: Mapping[str, Any]) -> list[str]:
+        """What differs from the identity ``now`` and may change the last bits of the result.
+
+        Raises:
+            ConfigError: the result would be another one, or the checkpoint's state is not what loraloom writes.
+        """
+        with reading(self.checkpoint) if self.checkpoint else contextlib.nullcontext():
+            return check_same(self.identity, now, self.where) if self.identity else []
 
 
 def find(options: TrainConfig, resume: Resume, on_event: OnEvent = ignore, *, ended: bool = True) -> Found:
-    """Where a run with ``options`` goes on, which has to be compared with it yet.
+    """Find what a run with ``options`` resumes from. The caller must still compare their identities.
 
-    Where the options have ``overwrite``, what was trained with other ones is passed over, as it may be replaced.
+    With the option ``overwrite``, runs of other options are skipped, because they may be replaced.
 
     Args:
-        resume: True for the newest whole checkpoint of the output folder, a path for that checkpoint.
-        ended: whether the end of a run counts, or checkpoints alone.
+        resume: True for the newest whole checkpoint of the output folder; a path for that checkpoint.
+        ended: False to skip runs that ended, and look at checkpoints alone.
 
     Raises:
         ConfigError: the path is no whole checkpoint, none of the folder can be resumed, or the adapter in the
             folder is not the one that its finished run wrote.
     """
-    if resume is None or resume is False:
-        return Found()
     folder = Path(options.output)
+    if resume is None or resume is False:
+        return Found(folder)
     if interrupted(folder):
         recover(folder)
     record = _record(folder, on_event) if ended else None
-    finished = record is not None and record["state"] == "finished"
+    same = record is not None and not _differ(record["options"], options)
+    finished = record if record and record["state"] == "finished" else None
     if resume is not True:
-        mine = record is not None and not finished and not _differ(record["options"], options)
-        return Found(_given(Path(resume), options), stopped=record if mine else None)
-    if record and finished and not _differ(record["options"], options):
-        replaced = changed(folder, record)
+        return Found(folder, _given(Path(resume), options), stopped=record if same and not finished else None)
+    if finished and same:
+        replaced = changed(folder, finished)
         if not replaced:
-            return Found(finished=record)
+            return Found(folder, finished=finished)
         if not options.overwrite:
             raise ConfigError(
                 f"resume: {replaced} is not the one that the finished run in {folder} wrote: it was replaced or "
@@ -212,94 +104,59 @@ def find(options: TrainConfig, resume: Resume, on_event: OnEvent = ignore, *, en
             )
     lost: list[str] = []
 
-    def fits(checkpoint: Checkpoint) -> str:
-        if options.overwrite and _differ(_options_in(checkpoint), options):
+    def unfit(checkpoint: Checkpoint) -> str:
+        if options.overwrite and _differ(_identity_of(checkpoint)["options"], options):
             return "it was trained with other options, and is replaced (overwrite)"
         if reason := _best_is_lost(checkpoint, options):
             lost.append(reason)
         return reason
 
-    checkpoint = folders.newest(folder, on_event, fits)
+    checkpoint = folders.newest(folder, on_event, unfit)
     if checkpoint is None and lost:
         raise ConfigError(f"resume: {lost[-1]}; start over, in another folder or with overwrite")
     if checkpoint is None and record and not options.overwrite:
-        return Found(finished=record) if finished else Found(stopped=record)
-    return Found(checkpoint)
+        return Found(folder, finished=finished, stopped=None if finished else record)
+    return Found(folder, checkpoint)
 
 
 def resumes(options: TrainConfig, resume: Resume) -> bool:
-    """Whether a run with ``options`` finds something to resume from in its own output folder.
+    """Whether the output folder holds only what a run with ``options`` resumes from, and may replace.
 
     Raises:
-        ConfigError: what it finds was trained with other options, or is no whole checkpoint: as ``find``, and before
-            anything is loaded.
+        ConfigError: as ``find``, or what was found was trained with other options. Nothing is loaded.
     """
-    found, folder = find(options, resume), Path(options.output)
-    then, where = _then(found, folder)
-    if then is None:
-        # Checkpoints that are damaged are in nobody's way; an adapter that nobody knows is.
-        return resume is True and not (folder / WEIGHTS_NAME).exists()
-    check_options(then, _as_then(options, then), where)
-    if found.checkpoint and found.checkpoint.path.parent.resolve() != folder.resolve():
-        return found.stopped is not None and not changed(folder, found.stopped) and not folders.listed(folder)
-    return found.stopped is None or not changed(folder, found.stopped)
+    found = find(options, resume)
+    if (then := found.identity) is None:
+        # Damaged checkpoints may be replaced; an adapter without a record may not.
+        return resume is True and not (found.folder / WEIGHTS_NAME).exists()
+    check_options(then["options"], _with_open_options(options, then["options"]), found.where)
+    unchanged = found.stopped is not None and not changed(found.folder, found.stopped)
+    if found.elsewhere:
+        return unchanged and not folders.listed(found.folder)
+    return unchanged or found.stopped is None
 
 
 def date_of(options: TrainConfig, resume: Resume) -> str | None:
-    """The day of the run that ``options`` resume; None where there is none, or no template writes it."""
-    then, _ = _then(find(options, resume), Path(options.output))
-    return None if then is None else then.get("date")
-
-
-def _then(found: Found, folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """The options of what is resumed, and its name in messages."""
-    if found.finished:
-        return found.finished["options"], f"the finished run in {folder}"
-    if found.checkpoint:
-        return _options_in(found.checkpoint), str(found.checkpoint.path)
-    if found.stopped:
-        return found.stopped["options"], f"the run in {folder} that ended early"
-    return None, ""
+    """The date of the run that ``options`` resume, if a chat template writes it."""
+    then = find(options, resume).identity
+    return then["options"].get("date") if then else None
 
 
 def _differ(then: Mapping[str, Any], options: TrainConfig) -> bool:
-    return bool(differences(then, _as_then(options, then)))
+    return bool(differences(then, _with_open_options(options, then)))
 
 
-def _options_in(checkpoint: Checkpoint) -> dict[str, Any]:
-    """
-    Raises:
-        ConfigError: its state is not one that ``state_of`` wrote.
-    """
-    with understood(checkpoint):
-        found: dict[str, Any] = checkpoint.state["identity"]["options"]
-        found["lora"].keys(), found["max_length"]
-        return found
-
-
-@contextlib.contextmanager
-def understood(checkpoint: Checkpoint) -> Iterator[None]:
-    """
-    Raises:
-        ConfigError: what is read of ``checkpoint`` inside is not what was written.
-    """
-    try:
-        yield
-    except AdapterError as error:
-        raise ConfigError(f"{checkpoint.path}: {error}; choose an earlier one, or start over") from None
-    except (LoraloomError, torch.OutOfMemoryError):
-        raise
-    except (*MALFORMED, RuntimeError) as error:
-        raise ConfigError(
-            f"{checkpoint.path}: {folders.STATE_NAME} or {folders.TENSORS_NAME} is not what loraloom writes "
-            f"({type(error).__name__}: {error}); choose an earlier one, or start over"
-        ) from None
-
-
-def _as_then(options: TrainConfig, then: Mapping[str, Any]) -> dict[str, Any]:
-    """The options before anything was loaded: what is left open is what it was."""
+def _with_open_options(options: TrainConfig, then: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` as they will be once data and model are loaded: what they leave open is as it was."""
     now = options.to_dict()
     return now | {name: then.get(name) for name in ("max_length", "date") if now[name] is None}
+
+
+def _identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    with reading(checkpoint):
+        found: dict[str, Any] = checkpoint.state["identity"]
+        found["options"]["lora"].keys(), found["options"]["max_length"]
+        return found
 
 
 def _given(path: Path, options: TrainConfig) -> Checkpoint:
@@ -315,7 +172,7 @@ def _given(path: Path, options: TrainConfig) -> Checkpoint:
 
 
 def _best_is_lost(checkpoint: Checkpoint, options: TrainConfig) -> str:
-    """Why the adapter that is to be kept in the end could not be, or nothing."""
+    """Why ``load_best_model_at_end`` would fail after this checkpoint, or an empty string."""
     found = checkpoint.state.get("best")
     if not options.load_best_model_at_end or not found or found["step"] == checkpoint.step:
         return ""
@@ -328,7 +185,7 @@ def _best_is_lost(checkpoint: Checkpoint, options: TrainConfig) -> str:
 
 
 def _record(folder: Path, on_event: OnEvent) -> dict[str, Any] | None:
-    """``run.json`` of the adapter in ``folder``; None where one of the two is missing, or damaged."""
+    """``run.json`` of the adapter in ``folder``; None if one of the two is missing or damaged."""
     if not (folder / WEIGHTS_NAME).exists():
         return None
     try:
@@ -338,65 +195,3 @@ def _record(folder: Path, on_event: OnEvent) -> dict[str, Any] | None:
     except ConfigError as error:
         on_event(Message("skipped", what=str(error)))
         return None
-
-
-# -- the state --------------------------------------------------------------------------------------------------------
-
-
-def write(slot: Slot, model: PeftModel, options: TrainConfig, run: Mapping[str, Any]) -> Path:
-    """Write a checkpoint of ``slot`` to the output folder. ``run`` is what its state holds of the run.
-
-    Raises:
-        SaveError: the folder cannot be written.
-    """
-    saved = slot.state_dict()
-    best = early_stopping.best(slot.curve.evaluations, options.metric_for_best_model)
-    named = None if best is None else dict(zip(("step", "metric", "value"), best, strict=True))
-    tensors = {key: tensor for key, tensor in saved.tensors.items() if not key.startswith("adapter/")}
-    # Rows, masks and starts follow from seeds and steps. The generators are for what a user's model draws beside that.
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-
-    def adapter(folder: Path) -> None:
-        adapters.save(model.base_model, folder, [slot.name])
-
-    return folders.write(options.output, slot.step, adapter, tensors, {"slot": saved.values, "best": named, **run})
-
-
-def restore(checkpoint: Checkpoint, slot: Slot, model: PeftModel) -> None:
-    """Load the checkpoint's state into ``slot`` and its adapter.
-
-    Raises:
-        ConfigError: the adapter or the state do not fit this model.
-    """
-    with understood(checkpoint):
-        fill(checkpoint, slot.name, model)
-        state, tensors = checkpoint.state, checkpoint.tensors()
-        random = {key: tensors.pop(key) for key in list(tensors) if key.startswith("random/")}
-        # Of the adapter's tensors, buffers are not the slot's.
-        mine = {f"adapter/{name}": p.detach() for name, p in model.adapter_parameters(slot.name).items()}
-        if state["format"] == 1:
-            values = values_of_format_1(checkpoint.step, state["curve"], state["within"], state["scale"])
-        else:
-            values = state["slot"]
-        slot.load_state_dict(SlotState({**mine, **tensors}, values))
-        torch.set_rng_state(random["random/cpu"])
-        if "random/cuda" in random and torch.cuda.is_available():
-            torch.cuda.set_rng_state(random["random/cuda"])
-
-
-def fill(checkpoint: Checkpoint, name: str, model: PeftModel) -> None:
-    """Copy the checkpoint's adapter to the bit into the adapter ``name`` of ``model``.
-
-    Raises:
-        ConfigError: names or shapes differ.
-    """
-    live, saved = model.base_model.tensors_of(name), checkpoint.adapter()
-    try:
-        check_names(saved, live, "adapter tensor")
-    except AdapterError as error:
-        raise ConfigError(f"{checkpoint.path}: {error}") from None
-    with torch.no_grad():
-        for key, tensor in live.items():
-            tensor.copy_(saved[key])
