@@ -198,5 +198,5 @@ def test_an_error_of_the_system_that_nobody_foresaw_names_the_file(
     ended = call(*classify(encoder_folder, reviews, tmp_path / "run"))
     assert ended.code == 1
     assert ended.err == (
-        "error: some/file: cannot be read or written (Input/output error); the same command can be given again\n"
+        "error: some/file: cannot be read or written (Input/output error); run the same command again\n"
     )

@@ -122,7 +122,7 @@ def _said(error: Any) -> tuple[str, int]:
         return "a command is missing; see loraloom --help" if missing else error.format_message(), 2
     if isinstance(error, OSError) and error.filename and error.strerror:
         place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
-        return f"{place}: cannot be read or written ({error.strerror}); the same command can be given again", 1
+        return f"{place}: cannot be read or written ({error.strerror}); run the same command again", 1
     from loraloom.training.failures import explain
 
     what = explain(error)

@@ -98,5 +98,5 @@ def load(field: str, spec: str) -> Any:
     if function is None:
         raise ConfigError(f"{field}: {module_name} has no {name!r}{nearest(name, vars(module))}")
     if not callable(function):
-        raise ConfigError(f"{field}: {spec} is no function, found {type(function).__name__}")
+        raise ConfigError(f"{field}: {spec} is not a function, found {type(function).__name__}")
     return function

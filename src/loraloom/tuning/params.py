@@ -154,7 +154,7 @@ def read_range(name: str, raw: Mapping[str, Any]) -> Range:
         raise ConfigError(f"{name}: {kinds[0]} needs its low end below its high end, found {list(ends)!r}")
     if kinds == ["log"]:
         if low <= 0:
-            raise ConfigError(f"{name}: a logarithm begins above 0, found {low}; use range, or a low end above 0")
+            raise ConfigError(f"{name}: a log range must begin above 0, found {low}; use range, or a low end above 0")
         if step is not None:
             raise ConfigError(f"{name}: a log range has no step, found {step!r}; give a list of choices")
     if isinstance(low, float) or isinstance(high, float):

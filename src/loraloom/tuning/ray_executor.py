@@ -290,5 +290,7 @@ def _wants(ray: Any, count: int) -> dict[str, int]:
     there = ray.cluster_resources()
     kind, words = ("GPU", "GPUs") if there.get("GPU", 0) else ("CPU", "cores")
     if there.get(kind, 0) < count:
-        raise ConfigError(f"workers: {count} need as many {words}, and Ray has {there.get(kind, 0):g}; lower workers")
+        raise ConfigError(
+            f"workers: {count} workers need {count} {words}, and Ray has {there.get(kind, 0):g}; lower workers"
+        )
     return {"num_cpus": 0, "num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}

@@ -200,7 +200,7 @@ class Space:
         word = changes.get(TARGETS)
         if isinstance(word, str) and word in SETS:
             if model is None and word != SETS[-1]:
-                raise ConfigError(f"space.{TARGETS}: {word!r} is found in a model, and none was given")
+                raise ConfigError(f"space.{TARGETS}: {word!r} needs a model, and none was given")
             changes[TARGETS] = word if model is None else resolve_targets(model, word)
         return with_values(base, changes)
 
