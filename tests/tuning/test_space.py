@@ -275,7 +275,7 @@ def test_every_preset_fits_the_usual_models(name: str, preset: str) -> None:
         ({"lora.target_modules": [[], "q"]}, "space.lora.target_modules: a choice is an empty list"),
         ({"lora.lora_alpha": {"range": [-4, 4]}}, "space.lora.lora_alpha: 0 would switch the adapter off"),
         ({"lora.bias": ["none", "some"]}, "space.lora.bias: must be one of none, all, lora_only, found 'some'"),
-        ({"train.learning_rate": {"log": [0, 1]}}, "space.train.learning_rate: a log range must begin above 0, found 0"),
+        ({"train.learning_rate": {"log": [0, 1]}}, "space.train.learning_rate: a log range must begin above 0"),
         ({"train.learning_rate": {"log": [1e-3, 1e-4]}}, "space.train.learning_rate: log needs its low end below"),
         ({"train.learning_rate": {"log": [1e-3, 1e-3]}}, "space.train.learning_rate: log needs its low end below"),
         ({"train.learning_rate": {"log": [1e-3]}}, "space.train.learning_rate: log needs two numbers, [low, high]"),

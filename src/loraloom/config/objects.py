@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from loraloom.errors import ConfigError, nearest
+from loraloom.errors import ConfigError, brief, nearest
 
 #: How the name of an object begins that no other process can import.
 GIVEN = "given:"
@@ -77,20 +77,17 @@ def load(field: str, spec: str) -> Any:
     if not all(part.isidentifier() for part in [*module_name.split("."), name]):
         raise ConfigError(f"{field}: {spec!r} must have the form package.module:function")
     here = os.getcwd()
-    added = here not in sys.path and "" not in sys.path
-    if added:
-        sys.path.insert(0, here)
+    added = [] if {here, ""} & {*sys.path} else [here]
+    sys.path[:0] = added
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(
-                f"{field}: {spec}: there is no module {error.name!r}, neither in {here} nor installed"
-            ) from None
-        raise ConfigError(f"{field}: {spec}: importing {module_name} failed: {error}") from error
     except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{field}: {spec}: importing {module_name} failed: {why}") from error
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"{field}: {spec}: there is no module {missing!r} in {here}, and none is installed"
+            ) from None
+        raise ConfigError(f"{field}: {spec}: importing {module_name} failed: {brief(error)}") from error
     finally:
         if added and here in sys.path:
             sys.path.remove(here)
