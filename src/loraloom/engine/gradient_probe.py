@@ -1,7 +1,7 @@
-"""One forward and backward of a row for each adapter, before the first step: does what is to train get a gradient?
+"""One forward and backward of a row for each adapter before its first step: does everything get a gradient?
 
-A module may carry an adapter and never be called, or be called and have no part in the loss. Trained beside the model
-that does nothing, in silence. Looks alone: no gradient is left behind, no generator moves.
+A module with an adapter may never be called, or may have no part in the loss; its adapter would silently not train.
+The probe leaves no gradient behind and does not advance random generators.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from loraloom.lora.model import PeftModel
 from loraloom.lora.parameters import LoraParameter
 from loraloom.tasks.objective import Objective
 
-#: With fewer tokens attention has nothing to choose from, and its query and key get no gradient.
+#: With fewer tokens attention has no choice, and its query and key may get no gradient.
 ENOUGH = 4
-#: Modules that a message names.
+#: Maximum number of modules named in a message.
 SHOWN = 3
 _USELESS = "so the adapter there would not train; exclude_modules leaves it out"
-#: model → adapters that were looked at, with their configs
+#: model → adapters that were probed, with their configs
 _seen: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
 
@@ -35,9 +35,9 @@ _seen: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 class Seen:
     """What one forward and backward showed, by the names of modules with an adapter."""
 
-    #: called with something
+    #: called with a non-empty tensor
     called: set[str] = field(default_factory=set)
-    #: whose weight was handed to an operation while the module itself was not running
+    #: whose weight was an argument of an operation outside the module
     read: set[str] = field(default_factory=set)
     #: all modules of the model that ran
     ran: set[str] = field(default_factory=set)
@@ -49,14 +49,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class Fault:
-    """``stops``: what would train is not what is used afterwards, or nothing would train at all."""
+    """``stops``: the adapter would train something else than is used later, or nothing."""
 
     text: str
     stops: bool = False
 
 
 def unseen(model: PeftModel, names: Sequence[str]) -> list[str]:
-    """Of ``names`` the adapters that were not looked at yet. From now on they count as looked at."""
+    """The adapters among ``names`` that were not probed yet. From now on they count as probed."""
     known = _seen.setdefault(model, {})
     found = [name for name in names if known.get(name) is not model.peft_config[name]]
     known.update({name: model.peft_config[name] for name in found})
@@ -64,11 +64,11 @@ def unseen(model: PeftModel, names: Sequence[str]) -> list[str]:
 
 
 def probe(model: PeftModel, objective: Objective, name: str, row: Mapping[str, Tensor]) -> list[Fault]:
-    """What is wrong with the adapter ``name``, by ``row`` [1, ...] (or a few) with its ``labels``."""
+    """What is wrong with the adapter ``name``, found on ``row`` [1, ...] (or a few rows) with ``labels``."""
     inputs = dict(row)
     labels = inputs.pop("labels")
     rows = len(inputs["input_ids"])
-    # A parameter that is adapted by itself is read, never called.
+    # An adapted parameter is read and never called.
     layers = {
         place: layer
         for place, layer in model.base_model.lora_layers.items()
@@ -86,16 +86,15 @@ def probe(model: PeftModel, objective: Objective, name: str, row: Mapping[str, T
     ):
         loss = objective.losses(objective.forward(inputs, labels), labels, {name: slice(0, rows)})[name]
         grads = _gradients(loss, model, [p for _, p in factors])
-    got: dict[str, list[Tensor | None]] = {}
+    flags: dict[str, list[Tensor]] = {place: [] for place, _ in factors}
     for (place, _), grad in zip(factors, grads, strict=True):
-        got.setdefault(place, []).append(grad)
-    seen.without = {name for name, found in got.items() if all(grad is None for grad in found)}
-    flags = {name: [grad.any() for grad in found if grad is not None] for name, found in got.items()}
-    flags = {name: found for name, found in flags.items() if found}
-    # One look at all of them: each by itself would wait for the device.
-    nonzero = torch.stack([torch.stack(found).any() for found in flags.values()]).tolist() if flags else []
-    seen.zero = {name for name, moves in zip(flags, nonzero, strict=True) if not moves}
-    found = faults(type(base).__name__, list(got), seen)
+        flags[place] += [] if grad is None else [grad.any()]
+    seen.without = {place for place, found in flags.items() if not found}
+    # One transfer for all: each by itself would wait for the device.
+    any_of = {place: torch.stack(found).any() for place, found in flags.items() if found}
+    nonzero = torch.stack(list(any_of.values())).tolist() if any_of else []
+    seen.zero = {place for place, moves in zip(any_of, nonzero, strict=True) if not moves}
+    found = faults(type(base).__name__, list(flags), seen)
     if ahead:
         text = "sees a text's later tokens when it predicts earlier ones, so it would learn to copy them"
         found.insert(0, Fault(f"model: {type(base).__name__} {text}; choose one that reads in one direction", True))
@@ -103,7 +102,7 @@ def probe(model: PeftModel, objective: Objective, name: str, row: Mapping[str, T
 
 
 def _gradients(total: Tensor, model: nn.Module, factors: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """By a whole backward, the one that reentrant checkpointing knows; what gradients there were, stay."""
+    """Gradients by a full backward, which reentrant checkpointing needs. Earlier gradients are restored."""
     if not total.requires_grad:
         return [None] * len(factors)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -119,7 +118,7 @@ def _gradients(total: Tensor, model: nn.Module, factors: Sequence[nn.Parameter])
 
 
 def _reads_ahead(model: PeftModel, objective: Objective, inputs: Mapping[str, Tensor], name: str) -> bool:
-    """Whether a causal language model's output for earlier tokens changes with the last one of the first row."""
+    """True if a causal language model's output for earlier tokens depends on the last token of the first row."""
     ids = inputs["input_ids"]
     last = int(inputs.get("attention_mask", torch.ones_like(ids))[0].sum()) - 1
     others = ids[0][ids[0] != ids[0, last]]
@@ -127,15 +126,10 @@ def _reads_ahead(model: PeftModel, objective: Objective, inputs: Mapping[str, Te
         return False
     changed = ids.clone()
     changed[0, last] = others[0]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        one = _hidden(model, objective, inputs, name)[0, :last].float()
-        other = _hidden(model, objective, {**inputs, "input_ids": changed}, name)[0, :last].float()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), model.base_model.lora_routed([name], {name: 0}):
+        given = [{**inputs, "input_ids": both} for both in (ids, changed)]
+        one, other = (objective.outputs(objective.forward(each))[0, :last].float() for each in given)
     return bool((one - other).abs().max() > 1e-2 * one.abs().max()) if one.isfinite().all() else False
-
-
-def _hidden(model: PeftModel, objective: Objective, inputs: Mapping[str, Tensor], name: str) -> Tensor:
-    with model.base_model.lora_routed([name], {name: 0}):
-        return objective.outputs(objective.forward(inputs))
 
 
 def faults(model: str, names: Sequence[str], seen: Seen) -> list[Fault]:
@@ -146,20 +140,19 @@ def faults(model: str, names: Sequence[str], seen: Seen) -> list[Fault]:
     still = [name for name in names if name in seen.called and name in seen.zero]
     found: list[Fault] = []
     if read:
-        found.append(
-            Fault(
-                f"target_modules: {some(read, SHOWN)}: {model} reads the weight and never calls the module, so an "
-                "adapter does nothing beside it, and something else once it is merged; leave it out "
-                f"(exclude_modules: [{', '.join(_leaves(read))}])",
-                stops=True,
-            )
+        leaves = ", ".join(sorted({name.rpartition(".")[2] for name in read}))
+        text = (
+            f"target_modules: {some(read, SHOWN)}: {model} reads the weight and never calls the module, so an adapter "
+            "does nothing beside it, and something else once it is merged; leave it out "
+            f"(exclude_modules: [{leaves}])"
         )
+        found.append(Fault(text, stops=True))
     if idle:
         found.append(Fault(f"{some(idle, SHOWN)}: {model} does not call it for this data, {_USELESS}"))
     if aside:
         found.append(Fault(f"{some(aside, SHOWN)}: what it computes does not reach the loss, {_USELESS}"))
     if len(still) == len(names) and names:
-        return found  # a head of zeros, or a loss that is 0 already
+        return found  # a head of zeros, or a loss of 0
     if still and seen.tokens >= ENOUGH:
         why = "a gate that is closed, or an output that is multiplied by 0"
         found.append(Fault(f"{some(still, SHOWN)}: the gradient there is exactly 0 on the first row: {why}"))
@@ -169,7 +162,7 @@ def faults(model: str, names: Sequence[str], seen: Seen) -> list[Fault]:
 
 
 def _spare(name: str, ran: set[str]) -> bool:
-    """It lies in one of several alike of which others ran: an expert that no token went to, a layer left out."""
+    """True if similar modules ran instead: another expert that tokens were routed to, another layer."""
     parts = name.split(".")
     top = len(parts)
     while top > 1 and ".".join(parts[: top - 1]) not in ran:
@@ -186,38 +179,29 @@ def _spare(name: str, ran: set[str]) -> bool:
     return False
 
 
-def _leaves(names: Sequence[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
-
-
 @contextmanager
 def _watched(base: nn.Module, layers: Mapping[str, LoraLayer], seen: Seen) -> Iterator[None]:
+    """Context that notes in ``seen`` which modules run and whose weights are read."""
     running: list[LoraLayer] = []
     held = {name: getattr(layer.base_layer, "weight", None) for name, layer in layers.items()}
     weights = {id(weight): name for name, weight in held.items() if isinstance(weight, nn.Parameter)}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args, name=name: seen.ran.add(name))
+        for name, module in base.named_modules()
+    ]
+    for name, layer in layers.items():
 
-    def began(name: str, layer: LoraLayer) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            running.append(layer)
+        def began(module: Any, args: Any, name: str = name) -> None:
+            running.append(module)
             first = next((one for one in args if isinstance(one, Tensor)), None)
             if first is None or first.numel():
                 seen.called.add(name)
 
-        return hook
+        def ended(module: Any, args: Any, out: Any) -> None:
+            if running:
+                running.pop()
 
-    def ended(module: nn.Module, args: Any, out: Any) -> None:
-        if running:
-            running.pop()
-
-    def ran(name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            seen.ran.add(name)
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(ran(name)) for name, module in base.named_modules()]
-    for name, layer in layers.items():
-        hooks += [layer.register_forward_pre_hook(began(name, layer)), layer.register_forward_hook(ended)]
+        hooks += [layer.register_forward_pre_hook(began), layer.register_forward_hook(ended)]
     try:
         with _Reads(weights, running, seen.read):
             yield
@@ -235,7 +219,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self._running and isinstance(out, Tensor):  # and not its dtype, say
+        if not self._running and isinstance(out, Tensor):  # reading its dtype, for example, does not count
             for one in (*args, *(kwargs or {}).values()):
                 if (name := self._weights.get(id(one))) is not None:
                     self._read.add(name)

@@ -1,4 +1,4 @@
-"""What an adapter answers to rows without an answer: classes, numbers, tags, parts of a text, texts, embeddings."""
+"""An adapter's answers to rows without one: classes, numbers, tags, parts of a text, texts, embeddings."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def answers(
     batch_size: int = 64,
     max_new_tokens: int = 64,
 ) -> list[Any]:
-    """What ``adapter`` answers, one answer for each row, in order.
+    """The answer of ``adapter`` to each row, in order.
 
     Args:
-        rows: texts, or the columns that rows were trained with, without the answer. For tags, words or a text of
-            words with spaces between; for a conversation ``{"messages": [...]}``.
-        settings: as rows were encoded for training; rows over length are cut.
+        rows: texts, or the columns of the training rows without the answer. For tags, words or a text of words with
+            spaces between; for a conversation ``{"messages": [...]}``.
+        settings: the settings of the training's encoder; rows over length are cut.
         columns: our names of columns → those of ``rows``.
 
     Raises:
-        DataError: a row lacks a column, or holds something else; names it by its place from 0.
+        DataError: a row lacks a column, or holds something else; names the row by its index from 0.
     """
     task, tokenizer, records = session.task, session.tokenizer, list[tuple[Row, Record]]()
     for number, given in enumerate(rows):
@@ -66,7 +66,7 @@ def answers(
 def _columns(
     task: Task, number: int, row: str | Mapping[str, Any], columns: Mapping[str, str] | None
 ) -> dict[str, Any]:
-    """The columns of a row by our names."""
+    """A row's columns by our names."""
     if isinstance(row, str):
         if not task.text_column:
             needs = " and ".join(repr(name) for name in task.forms[0].needs[:-1])
@@ -79,8 +79,8 @@ def _columns(
 
 
 def _prompt(task: Task, row: Row, record: Record, encoder: Encoder, tokenizer: Any) -> list[int]:
-    """The tokens after which the adapter writes."""
-    if isinstance(record, Pair):  # with the placeholder behind it, a token could be of both
+    """The prompt's tokens."""
+    if isinstance(record, Pair):  # not with the placeholder, because a token could span both
         ids: list[int] = tokenizer(record.prompt).input_ids
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1 else ids
     (encoded,) = encoder.encode([(row, record)])

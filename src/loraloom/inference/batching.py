@@ -1,8 +1,8 @@
-"""Whether a model answers a row otherwise with padding beside it: found by trying, once for each model.
+"""Whether padding changes a model's output: tried once for each model.
 
-Most models look away from padding. Some cannot: those that mix all places (FNet), convolve over them (ConvBERT), or
-have no mask (RWKV, to the left of a prompt). Their rows are evaluated in batches of one length, so that a figure does
-not depend on the rows that happen to share a batch.
+Most models mask padding. Some do not: those that mix all positions (FNet), convolve over them (ConvBERT), or have no
+mask (RWKV, on the left of a prompt). Their rows are evaluated in batches of one length, so that metrics do not depend
+on which rows share a batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-#: Differences that rounding explains, relative to the largest number; of half precision, and of others.
+#: Differences by rounding, relative to the largest value: in half precision, and in other dtypes.
 ROUNDING = {torch.float16: 0.02, torch.bfloat16: 0.05}
 USUAL = 1e-3
 
@@ -21,10 +21,10 @@ _FOUND: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 def is_seen(model: nn.Module, what: str, lengths: Sequence[int], answer: Callable[[list[int]], Tensor]) -> bool:
-    """Whether ``model`` sees padding when it does ``what``.
+    """Whether padding changes the output of ``model`` for the task ``what``.
 
-    ``answer`` gives the model's numbers for the first of some rows, by their places among ``lengths``. While all rows
-    are of one length nothing is tried.
+    ``answer`` gives the output of the first of some rows, by their indices in ``lengths``. Rows of one length are not
+    enough to try it.
     """
     found = _FOUND.setdefault(model, {})
     if what not in found:

@@ -1,7 +1,7 @@
-"""Figures with their error: over all held-out rows, and over all but each of some parts of them (the jackknife).
+"""Standard errors of metrics by the jackknife: over all held-out rows, and without each of several parts of them.
 
-Any metric gets a standard error this way, a user's own too, and two adapters on the same rows one of their difference
-(Efron and Stein 1981). One pass over the rows serves all of it.
+It works for any metric, including a user's own, and for the difference of two adapters on the same rows (Efron and
+Stein 1981). One pass over the rows is enough.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from loraloom.tasks.metrics.kinds import Scores, total
 from loraloom.tasks.metrics.registry import Metrics
 from loraloom.tasks.outputs import Predictions
 
-#: Parts that held-out rows are divided into; rows that are fewer are a part each.
+#: Parts of the held-out rows; fewer rows are a part each.
 PARTS = 20
 
-#: Metric → its figure over all rows, and over all but each part.
+#: Metric → its value over all rows, then without each part.
 Figures = dict[str, list[float]]
 
 
 def divide(rows: Sequence[int]) -> list[list[int]]:
-    """Examples in parts, at random but always the same. ``rows`` is the row of each: its examples stay together."""
+    """Examples in random but fixed parts. ``rows`` gives the row of each; a row's examples stay together."""
     distinct = sorted(set(rows))
     random.Random("parts").shuffle(distinct)
     part_of = {row: place % min(PARTS, len(distinct)) for place, row in enumerate(distinct)}
@@ -34,7 +34,7 @@ def divide(rows: Sequence[int]) -> list[list[int]]:
 
 
 def figures(metrics: Metrics, scores: Sequence[Scores], said: Predictions, parts: Sequence[Sequence[int]]) -> Figures:
-    """The figures of what was said. ``scores`` are the losses of each part."""
+    """The metrics of predictions. ``scores`` are the losses of each part."""
     part_of = {number: place for place, part in enumerate(parts) for number in part}
     found: Figures = {}
     for left_out in [-1, *(range(len(parts)) if len(parts) > 1 else ())]:
@@ -50,7 +50,7 @@ def figures(metrics: Metrics, scores: Sequence[Scores], said: Predictions, parts
 
 
 def error(values: Sequence[float]) -> float:
-    """The standard error of ``values[0]`` by the others, each without one part; infinite where it cannot be had."""
+    """The standard error of ``values[0]``; the others are without one part each. Infinite if it is unknown."""
     rest = [value for value in values[1:] if math.isfinite(value)]
     if len(rest) < 2 or not math.isfinite(values[0]):
         return math.inf

@@ -1,6 +1,6 @@
-"""What a task means: one object for each, in a file of its own, and what of a run's options depends on the task.
+"""The tasks, one object and one file each, and the checks of options that depend on the task.
 
-A new task is a file with a subclass of ``base.Task``, and its place in ``TASKS``.
+A new task is a file with a subclass of ``base.Task`` and an entry in ``TASKS``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loraloom.tasks.seq2seq_lm import Seq2SeqLM
 from loraloom.tasks.seq_cls import SequenceClassification
 from loraloom.tasks.token_cls import TokenClassification
 
-#: By their names. Rows whose task is not given are tried for these in turn: what says the most comes first.
+#: By name. Rows without a given task are tried in this order, the most specific task first.
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -36,7 +36,7 @@ def get(task: Task | str) -> Task:
     """The task by its name (``"seq-cls"``) or PEFT's (``TaskType.SEQ_CLS``, ``"SEQ_CLS"``).
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such task.
     """
     if isinstance(task, Task):
         return task
@@ -48,7 +48,7 @@ def get(task: Task | str) -> Task:
 
 
 def check(options: TrainConfig) -> None:
-    """Raise ``ConfigError`` for options that do nothing with the task, or ask of it what it cannot do."""
+    """Raise ``ConfigError`` for options that the task ignores or cannot follow."""
     task, defaults = get(options.task), {spec.name: spec.default for spec in fields(options)}
     for name, what in {name: what for other in TASKS.values() for name, what in other.options.items()}.items():
         if name not in task.options and getattr(options, name) != defaults[name]:

@@ -1,6 +1,6 @@
-"""What a task is: everything that reading rows, loading a model, the loss, figures and reports ask about it.
+"""The interface of a task: all that reading rows, loading a model, the loss, metrics and reports need to know of it.
 
-One object without state for each task, in a file of its own; ``tasks.get`` finds it. Nothing else branches on tasks.
+Each task is one stateless object in its own file; ``tasks.get`` finds it. No other code branches on tasks.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from loraloom.tasks.outputs import EvalRows, Predictions, words_of
 
 Inputs = Mapping[str, Tensor]
 Examples = Sequence[Example]
-#: of each example, what ``Task.kept`` left of it
+#: ``Task.kept`` of each example's output
 Outputs = Sequence[Tensor | None]
 OwnLoss = Callable[[Any, Inputs], Tensor]
 
 
 class Task(RowTask, ModelTask):
-    """One task. Members that a task does not set have the values below, or those of the classes above."""
+    """One task. Members that a task does not set have the defaults below, or those of the base classes."""
 
-    #: options of ``TrainConfig`` that only some tasks read, this one among them, and what they are
+    #: options of ``TrainConfig`` that this task reads and others do not, with a description
     options: Mapping[str, str] = MappingProxyType({})
 
     # -- rows
@@ -43,26 +43,26 @@ class Task(RowTask, ModelTask):
         """The tensors of a batch: see ``data.batches.collate``."""
         return batches.collate(examples, pad_id, self.layout)
 
-    #: texts of a row that go through the model by themselves
+    #: texts of an example that are rows of their own in a batch
     texts = 1
 
     def widest(self, examples: Examples) -> tuple[int, int]:
-        """Rows of a batch that an example makes at most, and tokens of the longest."""
+        """Rows of a batch per example, and tokens of the longest one."""
         return self.texts, max(map(int, lengths_of(examples)))
 
     def adapted(self, model: Any, config: LoraConfig) -> LoraConfig:
-        """``config`` that leaves alone what has no part in the task's output."""
+        """``config`` without modules that have no part in the task's output."""
         return text_only(model, config)
 
     def count(self, example: Example) -> int:
-        """Predictions that the loss of an example is a mean of: its weight where gradients are accumulated."""
+        """Number of predictions in an example's loss: its weight when gradients are accumulated."""
         if self.layout == "row" or self.own_loss is not None or not isinstance(example.labels, list):
             return 1
         return sum(label != IGNORE for label in example.labels[self.shifted :])
 
     # -- the forward and the loss
 
-    #: the head is applied in the loss, to labelled tokens alone
+    #: the loss applies the head, to labelled tokens only
     head_in_loss = False
     #: each token predicts the next one
     shifted = False
@@ -73,42 +73,42 @@ class Task(RowTask, ModelTask):
         """The same task with a user's own loss.
 
         Args:
-            function: (what the model returns for a slot's rows, these rows with their labels) → [rows] losses. Rows of
-                other slots are never among them.
+            function: (the model's output for a slot's rows, these rows with their labels) → [rows] losses. It never
+                sees rows of other slots.
         """
         made = copy.copy(self)
         made.own_loss, made.head_in_loss, made.compares_rows = function, False, False
         return made
 
     def inputs(self, model: Any, inputs: Inputs, labels: Tensor | None) -> Inputs:
-        """The model's arguments; ``labels`` are read where a decoder begins from them."""
+        """The model's arguments. ``labels`` give the inputs of a decoder beside an encoder."""
         return inputs
 
     def output(self, out: Any, inputs: Inputs, config: Any) -> Tensor:
-        """[rows, ...] for the loss, of what the model returns."""
+        """[rows, ...] for the loss, from the model's output."""
         logits: Tensor = out.logits
         return logits
 
     def row_losses(self, out: Tensor, labels: Tensor, groups: Sequence[slice], config: Any) -> Tensor:
-        """[rows], of tasks with labels by row. ``groups`` are the rows of each slot, which never meet those of others.
+        """[rows] of a task with labels by row. ``groups`` are the rows of each slot, which must not mix.
 
         ``out`` is in at least float32.
         """
         raise NotImplementedError
 
     def probe_rows(self, batch: Inputs) -> slice:
-        """The rows of ``batch`` that show whether everything gets a gradient: the longest."""
+        """The rows of ``batch`` to test gradients with: the longest."""
         mask = batch.get("attention_mask", batch["input_ids"])
         row = int(mask.ne(0).flatten(1).sum(1).argmax())
         return slice(row, row + 1)
 
     # -- rows without an answer
 
-    #: the column that a text given by itself stands for; empty where a row needs several
+    #: the column that a plain text fills; empty if a row needs several columns
     text_column: str = ""
 
     def answered(self, columns: Mapping[str, Any], labels: Sequence[str], problem: str | None) -> dict[str, Any]:
-        """A row's columns with a placeholder for the answer that is asked for, which nothing is made of."""
+        """A row's columns with a placeholder for the answer."""
         raise NotImplementedError
 
     def answers(self, examples: Examples, outputs: Outputs, held_out: EvalRows) -> Predictions:
@@ -117,20 +117,20 @@ class Task(RowTask, ModelTask):
 
     # -- held-out rows
 
-    #: predictions are texts that the adapter writes
+    #: predictions are generated texts
     generates = False
 
-    #: members of ``EvalRows`` that predictions are made of
+    #: members of ``EvalRows`` that predictions need
     needs: tuple[str, ...] = ("tokenizer",)
-    #: the kinds of metrics that rows may turn out to have
+    #: the kinds of metrics that rows may have
     metrics: tuple[Kind, ...]
 
     def kinds(self, problem: str | None = None) -> tuple[Kind, ...]:
-        """Those of rows of this problem type."""
+        """The kinds of rows with this problem type."""
         return self.metrics
 
     def kind(self, problem: str | None = None, labels: Sequence[str] = ()) -> Kind:
-        """The one of them that rows with these classes have."""
+        """The kind of rows with these classes."""
         return self.kinds(problem)[0]
 
     def problem_of(self, examples: Examples) -> str | None:
@@ -138,19 +138,19 @@ class Task(RowTask, ModelTask):
         return None
 
     def own(self, out: Tensor, example: Example) -> Tensor:
-        """The part of one row's output that is not padding."""
+        """One row's output without padding."""
         if self.layout == "row" or not isinstance(example.labels, list):
             return out
         return out[: len(example.labels)]
 
     def kept(self, out: Tensor, examples: int) -> Tensor:
-        """[examples, ...]: what is kept of the output of a batch for ``predictions``."""
+        """[examples, ...]: what ``predictions`` need of a batch's output."""
         return out.float()
 
     def predictions(self, examples: Examples, outputs: Outputs, held_out: EvalRows) -> Predictions:
-        """What is predicted and what is right, of tasks that do not generate; ``outputs`` are each example's kept ones.
+        """Predictions and right answers of a task that does not generate. ``outputs``: ``kept`` of each example.
 
-        Where these are NaN, ``NOTHING`` is predicted.
+        The prediction of NaN is ``NOTHING``.
         """
         raise NotImplementedError
 
@@ -158,19 +158,19 @@ class Task(RowTask, ModelTask):
     compares_rows = False
 
     def losses(self, examples: Examples, outputs: Outputs, block: int) -> list[float]:
-        """Of tasks that compare rows: the loss of each example among ``block`` of them, however they were batched."""
+        """Of a task that compares rows: the loss of each example among ``block`` examples, for any batch size."""
         raise NotImplementedError
 
     def prompt_and_target(self, example: Example) -> tuple[list[int], list[int]]:
-        """Of tasks that generate: what the model is given, and what it is to write."""
+        """Of a task that generates: the tokens of the prompt and of the text to write."""
         raise NotImplementedError
 
     def target_of(self, record: Record) -> str | None:
-        """Of tasks that generate: the whole text that is to be written, where a record has it."""
+        """Of a task that generates: the full text to write, if the record has it."""
         return None
 
     def constant(self, examples: Examples, known: Known) -> Constant | None:
-        """The best answer that does not look at the row; None where there is none."""
+        """The best answer that ignores the row; None if there is none."""
         raise NotImplementedError
 
     # -- for people
@@ -180,19 +180,19 @@ class Task(RowTask, ModelTask):
         raise NotImplementedError
 
     def shown_value(self, record: Record, value: Any, output: Tensor | None = None) -> str:
-        """A prediction, or what is right; ``output`` is what it was made of."""
+        """A prediction or a right answer; ``output`` is the prediction's output."""
         return words_of(value)
 
     def shown_target(self, example: Example, tokenizer: Any, names: Sequence[str]) -> str | None:
-        """What is trained on, where it is not some of the row's own tokens."""
+        """The target, if it is not part of the row's own tokens."""
         return None
 
     def usage(self, options: Any, problem: str | None, config: Any) -> dict[str, Any]:
-        """What whoever uses the adapter has to know, beside classes and template: plain JSON."""
+        """Plain JSON for users of the adapter, beside classes and template."""
         return {}
 
 
 def named_classes(labels: Sequence[str]) -> dict[str, Any]:
-    """What a config says of a head for these classes."""
+    """Config fields of a head for these classes."""
     numbers = {label: number for number, label in enumerate(labels)}
     return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}

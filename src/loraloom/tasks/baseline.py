@@ -1,4 +1,4 @@
-"""Answers that do not look at the row: what does no better than the best of these has learned nothing of the rows."""
+"""Constant answers, which ignore the row: an adapter that is no better has learned nothing."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 from loraloom.data.example import Example
 from loraloom.tasks.metrics.kinds import Scores, total
 
-#: Answers of which each is tried on the held-out rows.
+#: Maximum number of answers to try on the held-out rows.
 TRIED = 20
-#: Texts are answers to choose from where there are at most this share of the rows of them.
+#: Texts count as a choice of answers if their number is at most this share of the rows.
 DISTINCT = 0.2
 
 Score = Callable[[Example], Scores]
-#: what a model would put out for a row
+#: the output of a model for a row
 Answer = Callable[[Example], Tensor]
 
 
 @dataclass(frozen=True)
 class Known:
-    """What a run knows of its training rows: classes, problem type, tokens that there are, rows of a batch."""
+    """Facts on the training rows: classes, problem type, size of the vocabulary, rows of a batch."""
 
     labels: Sequence[str]
     problem: str | None
@@ -36,10 +36,10 @@ class Known:
 
 @dataclass
 class Constant:
-    """The best answer of its kind by the loss, and answers to measure, in words.
+    """The best constant answer by the loss, and answers to measure, by their description.
 
-    ``score`` is its loss on a row. Of ``answers`` each gives what the model would put out for a row; ``texts`` are
-    those of tasks that generate.
+    ``score`` is the loss of a row. ``answers`` give a model's output for a row; ``texts`` are those of tasks that
+    generate.
     """
 
     words: str
@@ -54,7 +54,7 @@ class Constant:
 def commonest_text(
     targets: Sequence[tuple[int, ...]], texts: Iterable[str], tokens: int, of: Callable[[Example], tuple[int, ...]]
 ) -> Constant | None:
-    """Where few texts are asked for, as where a text names a class: each as likely as among the training rows.
+    """If there are few different texts, such as names of classes: each with its share of the training rows.
 
     ``targets`` are the tokens of each row's text and ``texts`` the texts; ``of`` gives the tokens of another row.
     """
@@ -73,7 +73,7 @@ def commonest_text(
 
 
 def surprise(counts: Counter[int], numbers: Iterable[int]) -> dict[int, float]:
-    """Number → minus the logarithm of its share; one that never came is as rare as half a row."""
+    """Number → minus the logarithm of its share; one without a row counts as half a row."""
     whole = counts.total()
     return {number: -math.log(max(counts[number], 0.5) / whole) for number in numbers}
 

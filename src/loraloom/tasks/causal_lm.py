@@ -1,4 +1,4 @@
-"""causal-lm: a decoder learns to write texts, completions and the assistant's part of conversations."""
+"""causal-lm: a decoder learns texts, completions, and the assistant's turns of conversations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loraloom.models.configs import has_decoder_and_encoder
 from loraloom.models.parts import reads_both_ways
 from loraloom.tasks.texts import PLACEHOLDER, TextTask
 
-#: Tokens that are taken for the prompt where all of a text is trained on.
+#: Tokens that serve as the prompt if all of a text is trained on.
 PROMPT = 8
 
 
@@ -52,13 +52,13 @@ class CausalLM(TextTask):
         return {**columns, "output" if "instruction" in columns else "completion": PLACEHOLDER}
 
     def check_model(self, name: str, config: Any) -> None:
-        # Some of them load as their decoder alone, which has learnt to read what their encoder says.
+        # Some of these load as the decoder alone, which was trained to read the encoder's output.
         if has_decoder_and_encoder(config):
             raise ModelError(
                 f"{name}: {config.model_type} has an encoder and a decoder, so it cannot learn causal-lm; choose a "
                 "decoder such as Llama or GPT-2, or the task seq2seq-lm with source and target"
             )
-        # An encoder's language head would see the tokens that it is to predict.
+        # The language head of an encoder would see the tokens to predict.
         if reads_both_ways(config):
             raise ModelError(
                 f"{name}: {config.model_type} reads a text in both directions, so it cannot learn causal-lm; "
@@ -66,14 +66,14 @@ class CausalLM(TextTask):
             )
 
     def prompt_and_target(self, example: Example) -> tuple[list[int], list[int]]:
-        """The last part that is trained on, and all before it; the end of a text, where there is no prompt."""
+        """The last labelled part and all before it; without a prompt, the first tokens of a text and the rest."""
         labels = example.labels
         assert isinstance(labels, list)
         trained = [i for i, label in enumerate(labels) if label != IGNORE]
         stop = start = trained[-1] + 1 if trained else len(labels)
         while start > 0 and labels[start - 1] != IGNORE:
             start -= 1
-        # A row's first token is never predicted; where all are trained on, some are the prompt.
+        # A row's first token is never predicted. If all tokens are labelled, the first ones are the prompt.
         start = start if start > 1 else max(1, min(PROMPT, stop - 1))
         return example.input_ids[:start], example.input_ids[start:stop]
 

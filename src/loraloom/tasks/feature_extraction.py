@@ -1,8 +1,8 @@
-"""feature-extraction: embeddings of texts, near each other where the texts belong together.
+"""feature-extraction: embeddings of texts, close to each other for texts that belong together.
 
 Without scores the loss is contrastive (InfoNCE; van den Oord et al. 2018): each row's second text against the second
-texts, and the third ones, of all rows that its adapter sees in one forward. With scores it is the mean squared
-difference between the cosine and the score, as it stands: the CosineSimilarityLoss of sentence-transformers.
+and third texts of all rows of its adapter in the forward. With scores it is the mean squared difference between cosine
+and score, the CosineSimilarityLoss of sentence-transformers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from loraloom.tasks.baseline import Constant, Known
 from loraloom.tasks.metrics.kinds import MATCHES, SIMILARITIES, Kind, Scores
 from loraloom.tasks.outputs import NOTHING, EvalRows, Predictions
 
-#: What cosines are divided by before the softmax: the usual 1/20.
+#: Cosines are divided by it before the softmax; the usual value.
 TEMPERATURE = 0.05
 CONTRASTIVE, COSINE = "contrastive", "cosine"
 _PAIRS = (("anchor", "positive"), ("query", "positive"))
@@ -63,9 +63,9 @@ class FeatureExtraction(Task):
     compares_rows = True
 
     def collate(self, examples: Examples, pad_id: int) -> dict[str, Tensor]:
-        """Each text is a row, those of one example one behind the other.
+        """Each text is a row; the texts of one example follow each other.
 
-        ``labels`` [texts, texts of an example] say which of its example's texts each is; or, [texts, 1] of float32,
+        ``labels`` are one-hot [texts, texts of an example] by the text's place in its example; or float32 [texts, 1],
         the score of its example.
         """
         return batches.collate([part for example in examples for part in _parts(example)], pad_id, self.layout)
@@ -103,7 +103,7 @@ class FeatureExtraction(Task):
             raise ModelError(f"{name}: {why_none(config, self.name)}")
 
     def output(self, out: Any, inputs: Inputs, config: Any) -> Tensor:
-        """[texts, dim] of length 1: the mean over a text's tokens, or its last token where these are read one way."""
+        """[texts, dim] of norm 1: the mean over a text's tokens, or its last token with causal attention."""
         hidden = getattr(out, "last_hidden_state", None)
         if hidden is None:
             raise ModelError(f"model: {type(out).__name__} has no last_hidden_state, of which embeddings are made")
@@ -138,7 +138,7 @@ class FeatureExtraction(Task):
         return out.float().view(examples, -1, out.shape[-1])
 
     def losses(self, examples: Examples, outputs: Outputs, block: int) -> list[float]:
-        """Contrastive ones are among ``block`` examples, as in training, drawn always in the same way."""
+        """Contrastive losses are among ``block`` examples, as in training, in a fixed random order."""
         found = _stacked(outputs)
         if _score(examples[0]) is not None:
             right = found.new_tensor([_score(example) for example in examples])
@@ -147,13 +147,13 @@ class FeatureExtraction(Task):
         random.Random("rows").shuffle(order)
         for start in range(0, len(order), block):
             own = order[start : start + block]
-            among = own if len(own) == block else order[-block:]  # the last ones among as many as all others
+            among = own if len(own) == block else order[-block:]  # the last block has full size too
             for number, loss in zip(own, _contrastive(found[among])[-len(own) :].tolist(), strict=True):
                 losses[number] = loss
         return losses
 
     def predictions(self, examples: Examples, outputs: Outputs, held_out: EvalRows) -> Predictions:
-        """The cosine, or the text that is nearest to a row's first among the second and third ones of all rows."""
+        """The cosine, or the text closest to a row's first one, among the second and third texts of all rows."""
         found, made = _stacked(outputs), Predictions()
         if _score(examples[0]) is not None:
             for number, cosine in enumerate(_cosines(found).tolist()):
@@ -169,7 +169,7 @@ class FeatureExtraction(Task):
         return made
 
     def constant(self, examples: Examples, known: Known) -> Constant | None:
-        """One embedding for all texts, or two with the mean of all scores for their cosine."""
+        """One embedding for all texts, or two whose cosine is the mean of all scores."""
         scores = [score for example in examples if (score := _score(example)) is not None]
         if scores:
             mean = fmean(scores)
@@ -193,7 +193,7 @@ class FeatureExtraction(Task):
 
 
 def _pooling(config: Any) -> str:
-    """What is made of the tokens' hidden states: a decoder's last token alone has read all of a text."""
+    """How hidden states are pooled: in a decoder only the last token has read the whole text."""
     both = reads_both_ways(config) or field(config, "use_bidirectional_attention") is True
     return "mean" if both else "last"
 
@@ -230,7 +230,7 @@ def _lengths(example: Example) -> list[int]:
 
 
 def _parts(example: Example) -> list[Example]:
-    """Each text by itself, with its label of a batch."""
+    """Each text as an example of its own, with its label of a batch."""
     lengths, score, made, start = _lengths(example), _score(example), list[Example](), 0
     for place, length in enumerate(lengths):
         label = [int(place == other) for other in range(len(lengths))] if score is None else [score]
@@ -240,7 +240,7 @@ def _parts(example: Example) -> list[Example]:
 
 
 def _names(example: Example, held_out: EvalRows, number: int) -> list[str]:
-    """The texts of an example, or their tokens where these are not known."""
+    """The texts of an example, or their tokens if the texts are not known."""
     record = held_out.records[held_out.row(number)][1] if held_out.records else None
     if isinstance(record, Related):
         return list(record.texts)

@@ -1,7 +1,7 @@
-"""How a causal language model comes to its logits, and whether these can be computed for a few tokens at a time.
+"""Whether a causal language model can be split into trunk and head, so that logits are computed for some tokens only.
 
-Found by running two tokens with marks in place of the head's output. What a model does to its logits beyond its head is
-known where it is a factor, a cap or both, by numbers of its config.
+Found by running two tokens with marks in place of the head's output. Behind the head, a factor and a cap from the
+model's config are recognised.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loraloom.lora.model import PeftModel
 from loraloom.models.configs import field, levels
 from loraloom.tasks.linear_cross_entropy import Logits
 
-#: Where configs keep a factor of the logits; some multiply, others divide, which the marks tell.
+#: Config fields with a factor of the logits; some models multiply and some divide, which the marks show.
 _FACTORS = (
     *("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier"),
     "output_multiplier_scale",
@@ -29,7 +29,7 @@ PLAIN = Logits()
 
 @dataclass(frozen=True)
 class Split:
-    """The part before the head, the head, and what becomes of the head's output: ``logits(head(trunk(...)[0]))``."""
+    """The model is ``logits(head(trunk(...)[0]))``."""
 
     trunk: nn.Module
     head: nn.Module
@@ -42,7 +42,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Whole:
-    """Logits of all tokens exist together, and ``why``."""
+    """The model runs as a whole, with the logits of all tokens, and ``why``."""
 
     why: str
 
@@ -51,7 +51,7 @@ class Whole:
 
 
 def split(model: PeftModel) -> Split | Whole:
-    """The way in which ``model`` comes to its logits. Nothing of it is changed."""
+    """How ``model`` computes its logits. Changes nothing."""
     base: Any = model.get_base_model()
     seen: dict[str, Tensor] = {}
     hidden: dict[nn.Module, Tensor] = {}
@@ -75,7 +75,7 @@ def split(model: PeftModel) -> Split | Whole:
         with torch.no_grad():
             ids = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
             logits = base(input_ids=ids).logits
-    except Exception as error:  # a model that cannot be run like this is taken whole
+    except Exception as error:  # a model that cannot run like this is not split
         return Whole(f"its head cannot be looked at ({type(error).__name__})")
     finally:
         base.train(training)
@@ -83,7 +83,7 @@ def split(model: PeftModel) -> Split | Whole:
             hook.remove()
     marks, linear = seen["marks"], getattr(head, "bias", None) is None
     for trunk, found in hidden.items():
-        # Without numbers there is nothing to compare, and for an estimate of memory no need to.
+        # On the meta device there are no values to compare; an estimate of memory needs none.
         if logits.is_meta:
             return Split(trunk, head)
         for before in _factors(base.config) if found.shape == seen["read"].shape else ():
@@ -112,7 +112,7 @@ def _numbers(config: Any, names: tuple[str, ...]) -> Iterator[float]:
 
 
 def _factors(config: Any) -> list[float]:
-    """What a model may multiply by: 1 first."""
+    """Factors that a model may apply, 1 first."""
     found = [1.0]
     for value in _numbers(config, _FACTORS):
         found += [value, 1 / value]
@@ -120,7 +120,7 @@ def _factors(config: Any) -> list[float]:
 
 
 def _logits(config: Any, before: float) -> Iterator[Logits]:
-    """What a model may do to its head's output. ``before`` is what the hidden states were multiplied by already."""
+    """What a model may do to its head's output; ``before`` was applied to the hidden states already."""
     for scale in _factors(config):
         for cap in (None, *dict.fromkeys(_numbers(config, _CAPS))):
             yield Logits(scale * before, cap)

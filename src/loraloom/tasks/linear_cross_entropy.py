@@ -1,7 +1,7 @@
-"""The cross-entropy of a language model's head, a few tokens at a time: logits of all tokens never exist together.
+"""The cross-entropy of a language model's head, a chunk of tokens at a time: the logits of all tokens never coexist.
 
-Knows tensors and heads; slots and tasks are others' business. Torch's own ``linear_cross_entropy`` (2.13) does the same
-on a GPU; on a CPU in bfloat16 it took 200 times as long as the plain loss, and older versions lack it.
+Torch's own ``linear_cross_entropy`` (2.13) does the same on a GPU. On a CPU in bfloat16 it took 200 times as long as
+the plain loss, and older versions lack it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from loraloom.lora import matmul
 
-#: Logits that exist at a time: rows enough for a good matrix product, and 6 bytes for each in half precision. Not yet
-#: measured on a GPU, which wants more rows.
+#: Logits of a chunk: enough rows for a fast matrix product, at 6 bytes a logit in half precision. Not yet measured on a
+#: GPU, which needs more rows.
 AT_A_TIME = {"cpu": 2**23, "cuda": 2**24}
 
 Head = Callable[[Tensor], Tensor]
@@ -26,7 +26,7 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Logits:
-    """What a model makes of its head's output z: ``scale · z``, or ``cap · tanh(scale · z / cap)``."""
+    """A model's logits from its head's output z: ``scale · z``, or ``cap · tanh(scale · z / cap)``."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -37,7 +37,7 @@ class Logits:
         return z if self.cap is None else torch.tanh(z / self.cap) * self.cap
 
     def apply_(self, z: Tensor, slope: bool) -> Tensor | None:
-        """The same in place. Returns the derivative by z as far as it differs from place to place, with ``slope``."""
+        """The same in place. With ``slope``, returns the part of the derivative by z that is not constant."""
         if self.scale != 1:
             z.mul_(self.scale)
         if self.cap is None:
@@ -57,8 +57,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``cross_entropy(shape(hidden Wᵀ + bias), targets)`` of each token with a frozen head, in at least float32.
 
-    Shapes: hidden [tokens, dim], weight [vocabulary, dim], bias [vocabulary] or None, targets [tokens] (none to be
-    ignored) → [tokens]. The gradient to ``hidden`` is computed on the way, so that no logits are kept.
+    Shapes: hidden [tokens, dim], weight [vocabulary, dim], bias [vocabulary] or None, targets [tokens] (none ignored)
+    → [tokens]. The forward computes the gradient by ``hidden``, so that no logits are kept.
     """
     losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, shape or Logits())  # type: ignore[no-untyped-call]
     return losses
@@ -79,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope = shape.apply_(logits, gradient is not None)
             greatest = logits.amax(-1, keepdim=True)
             at_target = logits.gather(-1, wanted)
-            # All in place: at these sizes memory is what takes the time.
+            # All in place: at these sizes the time is memory-bound.
             shares = logits.sub_(greatest).exp_()
             sums = shares.sum(-1, keepdim=True)
             losses[rows] = (sums.log() + greatest - at_target).squeeze(-1)
@@ -101,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def head_cross_entropy(hidden: Tensor, head: Head, vocabulary: int, targets: Tensor) -> Tensor:
-    """The same for any head, one that trains or carries an adapter: each part's logits are computed again in backward.
+    """The same for a head that trains or carries an adapter: the backward recomputes each chunk's logits.
 
     Shapes: hidden [tokens, dim], ``head(hidden)`` [tokens, vocabulary], targets [tokens] → [tokens].
     """

@@ -1,4 +1,4 @@
-"""From a batch to losses: one forward for all slots, then each slot's own loss, or scores, on its own rows.
+"""From a batch to losses: one forward for all slots, then the loss of each slot, or of each row.
 
 A causal language model runs up to its head, and the head only for labelled tokens (``tasks.linear_cross_entropy``).
 """
@@ -26,7 +26,7 @@ from loraloom.tasks.base import Task
 from loraloom.tasks.head_split import Split, split
 from loraloom.tasks.linear_cross_entropy import Logits, head_cross_entropy, linear_cross_entropy
 
-#: Tokens in a row up to which plain attention is the faster in half precision on a CPU.
+#: Maximum row length with which plain attention is faster in half precision on a CPU.
 PLAIN_ATTENTION = 128
 
 
@@ -40,22 +40,21 @@ class Objective:
         self._config = getattr(self._model, "config", None)
         self._dtype = next(p.dtype for p in self._model.parameters() if p.is_floating_point())
         self._head: nn.Module | None = None
-        #: how a causal language model comes to its logits
+        #: how a causal language model computes its logits
         self.way = split(model) if task.head_in_loss else None
         self._logits = Logits()
         if isinstance(self.way, Split):
             self._model, self._head, self._logits = self.way.trunk, self.way.head, self.way.logits
         arguments = inspect.signature(self._model.forward).parameters
-        #: For forwards that read it from their arguments alone; see ``forward`` for the others.
+        #: for forwards that read it only from their arguments; see ``forward`` for the others
         self._options = {"use_cache": False} if "use_cache" in arguments else {}
-        #: Tokenizers may tell segments apart that the model does not.
+        #: a tokenizer may distinguish segments that the model does not
         self._segments = "token_type_ids" in arguments and segments(self._config) > 1
 
     def forward(self, inputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Any:
-        """[rows, ...] for ``losses`` and ``score``: hidden states where the head is applied later, else logits.
+        """[rows, ...] for ``losses`` and ``row_losses``: hidden states if the head is applied later, else logits.
 
-        For a user's own loss, all that the model returns. ``labels`` are read by models alone whose decoder begins from
-        them (seq2seq-lm).
+        For a user's own loss, all that the model returns. Only seq2seq-lm reads ``labels``, as decoder inputs.
         """
         if not self._segments:
             inputs = {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
@@ -68,12 +67,12 @@ class Objective:
         return self._task.output(out, inputs, self._config) if self._head is None else out[0]
 
     def outputs(self, out: Any) -> Tensor:
-        """[rows, ...] of ``forward`` that predictions are made of."""
+        """[rows, ...] for predictions, from the result of ``forward``."""
         found: Tensor = self._task.output(out.out, out.inputs, self._config) if isinstance(out, Returned) else out
         return found
 
     def attention(self, ids: Tensor) -> AbstractContextManager[None]:
-        """How attention is computed on ``ids`` [rows, length]; a backward that runs a layer again needs it as well."""
+        """Context for attention on ``ids`` [rows, length]; a backward that recomputes a layer needs it too."""
         return _attention(ids.shape[-1], self._dtype, ids.device)
 
     def losses(self, out: Any, labels: Tensor, rows: Mapping[str, slice]) -> dict[str, Tensor]:
@@ -88,8 +87,8 @@ class Objective:
         each = torch.cat([*self._each(out, labels, rows).values()]).detach().cpu().double()
         if isinstance(out, Returned) or self._task.layout == "row":
             return each
-        asked = self._asked(labels).cpu()
-        return torch.zeros(asked.shape, dtype=torch.float64).masked_scatter_(asked, each).sum(-1)
+        labelled = self._labelled(labels).cpu()
+        return torch.zeros(labelled.shape, dtype=torch.float64).masked_scatter_(labelled, each).sum(-1)
 
     def _each(self, out: Any, labels: Tensor, rows: Mapping[str, slice]) -> dict[str, Tensor]:
         """The losses of each slot's rows, or of its labelled tokens, in order."""
@@ -105,7 +104,7 @@ class Objective:
             each = F.cross_entropy(found, targets, reduction="none")
         else:
             each = linear_cross_entropy(found, *_numbers(self._head), targets, self._logits)
-        counts = self._asked(labels).sum(-1).tolist()  # of all rows at once: each transfer waits for the device
+        counts = self._labelled(labels).sum(-1).tolist()  # of all rows at once: each transfer waits for the device
         return dict(zip(rows, torch.split(each, [sum(counts[own]) for own in rows.values()]), strict=True))
 
     def prove(self, site: str, inputs: Mapping[str, Tensor], labels: Tensor) -> bool:
@@ -134,7 +133,7 @@ class Objective:
         """[rows] losses by the user's own function, which sees these rows alone.
 
         Raises:
-            ConfigError: it returns something else.
+            ConfigError: the function returns something else.
         """
         assert self._task.own_loss is not None
         count = len(labels)
@@ -146,13 +145,13 @@ class Objective:
             raise ConfigError(f"loss: must return one value for each row, a tensor of shape {wanted}, found {shape}")
         return found
 
-    def _asked(self, labels: Tensor) -> Tensor:
-        """Which positions a prediction is asked for: [rows, ...] of truth values."""
+    def _labelled(self, labels: Tensor) -> Tensor:
+        """[rows, ...] of booleans: the positions whose prediction has a label."""
         return (labels[:, 1:] if self._task.shifted else labels) != IGNORE
 
     def _predictions(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What is asked for: hidden states [n, dim] or logits [n, classes] in at least float32, and targets [n]."""
-        kept = self._asked(labels).flatten().nonzero().squeeze(-1)
+        """Of labelled positions: hidden states [n, dim] or logits [n, classes] in at least float32, and targets [n]."""
+        kept = self._labelled(labels).flatten().nonzero().squeeze(-1)
         if self._task.shifted:
             out, labels = out[:, :-1], labels[:, 1:]
         out, labels = out.flatten(0, 1).index_select(0, kept), labels.flatten().index_select(0, kept)
@@ -161,17 +160,17 @@ class Objective:
 
 @dataclass(frozen=True)
 class Returned:
-    """What the model returned for these inputs, for a user's own loss."""
+    """The model's output for these inputs, for a user's own loss."""
 
     out: Any
     inputs: Mapping[str, Tensor]
 
 
 def _rows_of(value: Any, rows: slice, count: int) -> Any:
-    """``value`` with these rows alone in every tensor in it whose first dimension is the batch's ``count`` rows."""
+    """``value`` with only these ``rows`` in every tensor whose first dimension is the batch's ``count`` rows."""
     if isinstance(value, Tensor):
         return value[rows] if value.dim() and len(value) == count else value
-    if isinstance(value, Mapping):  # transformers' outputs too, which keep their class
+    if isinstance(value, Mapping):  # including transformers' outputs, which keep their class
         return type(value)(**{name: _rows_of(item, rows, count) for name, item in value.items()})
     if isinstance(value, tuple | list):
         return type(value)(_rows_of(item, rows, count) for item in value)
@@ -184,9 +183,9 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _attention(length: int, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
-    """Short rows in half precision on a CPU: there torch's fused attention takes up to three times as long as plain.
+    """Plain attention for short rows in half precision on a CPU, where the fused one takes up to three times as long.
 
-    Measured forward and backward on 32 to 1024 tokens (benchmarks/attention.py); without a backward the fused one wins.
+    Measured forward and backward on 32 to 1024 tokens (benchmarks/attention.py). Without a backward, fused is faster.
     """
     if device.type == "cpu" and dtype in HALF and length <= PLAIN_ATTENTION and torch.is_grad_enabled():
         return sdpa_kernel(SDPBackend.MATH)

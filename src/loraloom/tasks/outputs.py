@@ -1,4 +1,4 @@
-"""What predictions are made of and made into, for all tasks: held-out rows beside their examples, and the results."""
+"""Held-out rows beside their examples, and the predictions for them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Any
 from loraloom.data.records import Record
 from loraloom.data.rows import Row
 
-#: What is predicted where the model's numbers are none: equal to nothing, so it counts as wrong everywhere.
+#: The prediction of an output with NaN: equal to nothing, so that it counts as wrong in every metric.
 NOTHING = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRows:
-    """What predictions need to know of held-out rows beside their examples.
+    """What predictions need of held-out rows beside their examples. Metrics that need a missing part are left out.
 
-    ``records`` are the rows as they were read; ``rows`` gives each example's place among them (by default each has one,
-    in order). ``labels`` are the classes or tags by number. ``max_length`` and ``stride`` are those that the examples
-    of question-answering were made with. Metrics for which something is not given are left out.
+    ``records`` are the rows as read; ``rows`` gives the row of each example (by default one each, in order). ``labels``
+    are the classes or tags by number. ``max_length`` and ``stride`` are those of question-answering's examples.
     """
 
     records: Sequence[tuple[Row, Record]] = ()
@@ -35,7 +34,7 @@ class EvalRows:
         return all(found is not None and len(found) > 0 for found in (getattr(self, name) for name in names))
 
     def row(self, example: int) -> int:
-        """The row that an example is of."""
+        """The row of an example."""
         return example if self.rows is None else int(self.rows[example])
 
     def by_row(self, count: int) -> dict[int, list[int]]:
@@ -48,7 +47,7 @@ class EvalRows:
 
 @dataclass
 class Predictions:
-    """What was predicted and what is right, and whose example each is of (the first, of a row with several)."""
+    """Predictions, right answers, and the example of each (the first of a row with several)."""
 
     predictions: list[Any] = field(default_factory=list)
     references: list[Any] = field(default_factory=list)

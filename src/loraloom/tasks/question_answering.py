@@ -1,4 +1,4 @@
-"""question-answering: the part of a text that answers a question, by its first and its last token."""
+"""question-answering: the first and last token of the part of a text that answers a question."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loraloom.tasks.baseline import Constant, Known
 from loraloom.tasks.metrics.kinds import ANSWERS, Scores
 from loraloom.tasks.outputs import NOTHING, EvalRows, Predictions, words_of
 
-#: Tokens that an answer has at most, as in the official baselines.
+#: Maximum number of tokens of an answer, as in the official baselines.
 LONGEST_ANSWER = 30
 
 
@@ -42,10 +42,10 @@ class QuestionAnswering(Task):
         return {**columns, "answers": {"text": [start], "answer_start": [0]}}
 
     def head(self, labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
-        return {"num_labels": 2}  # first and last token, whatever the folder's head was for
+        return {"num_labels": 2}  # first and last token, for any head in the folder
 
     def key_mapping(self, config: Any) -> dict[str, str]:
-        """Llama's family names the body of this model otherwise than that of the causal ones that are published."""
+        """In Llama's family the body of this model has another name than in the published causal models."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
 
         wanted, given = (
@@ -55,7 +55,7 @@ class QuestionAnswering(Task):
         return {rf"^{given}\.": f"{wanted}."} if given and wanted and given != wanted else {}
 
     def output(self, out: Any, inputs: Inputs, config: Any) -> Tensor:
-        """[rows, length, 2], with no weight on padding: a row's loss is not to depend on the length of other rows."""
+        """[rows, length, 2] with padding masked, so that a row's loss does not depend on the length of other rows."""
         both, mask = torch.stack([out.start_logits, out.end_logits], -1), inputs.get("attention_mask")
         return both if mask is None else both.masked_fill((mask == 0).unsqueeze(-1), -torch.inf)
 
@@ -72,7 +72,7 @@ class QuestionAnswering(Task):
         made = Predictions()
         for row, parts in held_out.by_row(len(examples)).items():
             record = asked[row]
-            # By their tokens: where a few examples are looked at, some of a row's windows may not be there.
+            # Found by tokens, because a subset of the examples may lack some windows of a row.
             windows = {tuple(window.ids): window for window in encoder.windows([record])[0]}
             seen = [windows[tuple(examples[part].input_ids)] for part in parts]
             logits = [output for output in (outputs[part] for part in parts) if output is not None]
@@ -82,7 +82,7 @@ class QuestionAnswering(Task):
         return made
 
     def constant(self, examples: Examples, known: Known) -> Constant | None:
-        """No answer (the first token) as often as in the training rows, and else each place as likely as any other."""
+        """No answer (the first token) as often as in the training rows; otherwise all positions equally likely."""
         none = sum(example.labels == [0, 0] for example in examples)
         share = min(max(none, 0.5), len(examples) - 0.5) / len(examples) if none else 0.0
 
@@ -118,10 +118,10 @@ class QuestionAnswering(Task):
 
 
 def best_answer(context: str, windows: Sequence[Window], logits: Sequence[Tensor], empty: bool) -> str:
-    """The likeliest span of at most ``LONGEST_ANSWER`` tokens of the context over all its windows.
+    """The likeliest span of at most ``LONGEST_ANSWER`` tokens of the context, over all its windows.
 
-    ``logits`` [tokens, 2] are each window's starts and ends. With ``empty``, there may be no answer: then it is ``""``
-    where the first token scores no less as start and end than the span, in the window in which it scores least.
+    ``logits`` [tokens, 2] are each window's starts and ends. With ``empty`` the answer is ``""`` if the first token,
+    in the window where it scores lowest, scores no less than the span.
     """
     best, text = -torch.inf, ""
     null = torch.inf
@@ -129,7 +129,7 @@ def best_answer(context: str, windows: Sequence[Window], logits: Sequence[Tensor
         null = min(null, float(both[0, 0] + both[0, 1]))
         inside = both[window.first : window.first + len(window.offsets)]
         spans = inside[:, 0, None] + inside[None, :, 1]
-        # The end is the start or one of the tokens behind it.
+        # The end is the start or a later token.
         allowed = torch.ones_like(spans, dtype=torch.bool).triu().tril(LONGEST_ANSWER - 1)
         spans = spans.masked_fill(~allowed, -torch.inf)
         place = int(spans.argmax())

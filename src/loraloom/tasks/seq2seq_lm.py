@@ -62,10 +62,10 @@ class Seq2SeqLM(TextTask):
 
 
 def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
-    """What a decoder begins from to say ``labels``, both [rows, length]: a start token, then all labels but the last.
+    """The decoder's inputs for ``labels``, both [rows, length]: a start token, then all labels but the last.
 
     Raises:
-        ModelError: the model has no decoder beside an encoder, or its config no start token.
+        ModelError: the model is no encoder-decoder, or its config has no start token.
     """
     shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
@@ -80,6 +80,6 @@ def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
         raise ModelError(f"model: the config of {type(model).__name__} has no decoder_start_token_id; set it there")
-    padding = getattr(config, "pad_token_id", None) or 0  # as M2M100 and its kin do inside their forward
+    padding = getattr(config, "pad_token_id", None) or 0  # as in the forward of M2M100 and similar models
     before = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE, padding)
     return torch.cat([torch.full_like(labels[:, :1], start), before], 1)

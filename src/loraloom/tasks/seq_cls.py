@@ -1,4 +1,4 @@
-"""seq-cls: the class of a text or of a pair of texts, several classes, or a number (regression)."""
+"""seq-cls: one class of a text or pair of texts, several classes, or a number (regression)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SequenceClassification(Task):
         return inputs if arranged is None else arranged(inputs)
 
     def row_losses(self, out: Tensor, labels: Tensor, groups: Sequence[slice], config: Any) -> Tensor:
-        """Which loss a classifier has follows from its config or, as in transformers, from its labels."""
+        """The config decides the loss or, as in transformers, the labels."""
         kind = getattr(config, "problem_type", None)
         if kind == NUMBER or (kind is None and out.shape[-1] == 1):
             wanted = labels.to(out.dtype).view(out.shape)

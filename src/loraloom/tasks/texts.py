@@ -1,4 +1,4 @@
-"""What tasks have in common whose adapters write texts."""
+"""The common part of tasks whose adapters write texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loraloom.tasks.base import Examples, Task
 from loraloom.tasks.baseline import Constant, Known, commonest_text
 from loraloom.tasks.metrics.kinds import TEXTS
 
-#: Stands for a text that is asked for.
+#: The placeholder of the text to write.
 PLACEHOLDER = "x"
 
 
@@ -20,12 +20,12 @@ class TextTask(Task):
     metrics = (TEXTS,)
 
     def labelled(self, example: Example) -> tuple[int, ...]:
-        """The tokens that are trained on."""
+        """The labelled tokens."""
         assert isinstance(example.labels, list)
         return tuple(int(label) for label in example.labels[self.shifted :] if label != IGNORE)
 
     def written(self, examples: Iterable[Example], tokenizer: Any) -> list[str]:
-        """The texts that are asked for."""
+        """The texts to write."""
         targets = [self.prompt_and_target(example)[1] for example in examples]
         return [str(tokenizer.decode(target, skip_special_tokens=True)) for target in targets]
 

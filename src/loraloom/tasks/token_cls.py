@@ -33,7 +33,7 @@ class TokenClassification(Task):
     one_class = "two tags or more are needed; all words are tagged {only}"
     new_head = True
     needs = ("labels",)
-    metrics = (TAGS, WORDS)  # whether tags mark entities shows in their names
+    metrics = (TAGS, WORDS)  # the names of tags show whether they mark entities
 
     text_column = "tokens"
 
@@ -60,11 +60,11 @@ class TokenClassification(Task):
         return WORDS if scheme is None else replace(TAGS, plain=scheme.rows)
 
     def kept(self, out: Tensor, examples: int) -> Tensor:
-        """The number of each token's best tag; -1 where a logit is NaN, which ``argmax`` takes for the greatest."""
+        """The number of each token's best tag; -1 if a logit is NaN, which ``argmax`` takes for the greatest."""
         return torch.where(out.isnan().any(-1), -1, out.argmax(-1))
 
     def predictions(self, examples: Examples, outputs: Outputs, held_out: EvalRows) -> Predictions:
-        """The words of a row whose examples are parts of it are put together again."""
+        """Joins the words of rows that were split into several examples."""
         made, names = Predictions(), held_out.labels
         for parts in held_out.by_row(len(examples)).values():
             found: list[str | float] = []
@@ -100,7 +100,7 @@ class TokenClassification(Task):
 
     def shown_value(self, record: Record, value: Any, output: Tensor | None = None) -> str:
         assert isinstance(record, Tagged)
-        # A row may be cut, or a word without a token: then it cannot be said which words the tags are of.
+        # If a row was cut, or a word has no token, it is unknown which words the tags belong to.
         words = record.tokens if len(value) == len(record.tokens) else [""] * len(value)
         marked = [f"{word} {tag}".strip() for word, tag in zip(words, value, strict=True) if tag != "O"]
         return ", ".join(marked) or "O"

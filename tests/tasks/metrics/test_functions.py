@@ -22,10 +22,10 @@ def test_an_entity_is_its_type_and_its_first_and_last_word() -> None:
 
 
 def test_rouge_reads_other_scripts_too() -> None:
-    assert functions.rouge1(["猫坐在垫子上"], ["猫在垫子上"]) == pytest.approx(10 / 11)
-    assert functions.rouge2(["猫坐"], ["猫坐"]) == 1
-    assert functions.rouge1(["кот сидит"], ["кот спит"]) == 0.5
-    assert functions.rouge1(["über"], ["ber"]) == 0
+    assert functions.rouge_n(["猫坐在垫子上"], ["猫在垫子上"], 1) == pytest.approx(10 / 11)
+    assert functions.rouge_n(["猫坐"], ["猫坐"], 2) == 1
+    assert functions.rouge_n(["кот сидит"], ["кот спит"], 1) == 0.5
+    assert functions.rouge_n(["über"], ["ber"], 1) == 0
 
 
 def test_texts_are_the_same_but_for_spaces_around_them() -> None:

@@ -1,7 +1,7 @@
-"""The numbers that metrics are: from what was predicted and what was right to a figure.
+"""Metrics as functions of predictions and right answers.
 
 Plain Python values in, one float out. Knows no model, no tensors and no names of metrics (``tasks.metrics.registry``).
-All shares are from 0 to 1.
+Shares are from 0 to 1.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
+#: (predictions, right answers) → figure
+Measure = Callable[[Sequence[Any], Sequence[Any]], float]
+
 # -- classes ------------------------------------------------------------------------------------------------------
 
 
 def accuracy(predicted: Sequence[object], right: Sequence[object]) -> float:
-    """The share that is right as a whole (of several labels: the share of rows with exactly these)."""
+    """The share of rows that are right as a whole."""
     return _ratio(sum(a == b for a, b in zip(predicted, right, strict=True)), len(right))
 
 
 def f1_micro(predicted: Sequence[Collection[Hashable]], right: Sequence[Collection[Hashable]]) -> float:
-    """F1 of all labels of all rows together."""
+    """F1 over all labels of all rows."""
     return _f1(*(sum(counts.values()) for counts in _counts(predicted, right)))
 
 
 def f1_macro(predicted: Sequence[Collection[Hashable]], right: Sequence[Collection[Hashable]]) -> float:
-    """The mean of the labels' F1. Labels that are neither predicted nor right anywhere are left out."""
+    """The mean of the labels' F1, without labels that are neither predicted nor right anywhere."""
     hits, said, true = _counts(predicted, right)
     labels = said.keys() | true.keys()
-    # Sorted: a sum in another order is another number in its last bits.
+    # Sorted, because the order of a sum changes its last bits.
     each = sorted(_f1(hits[label], said[label], true[label]) for label in labels)
     return _mean(each) if each else 0.0
 
@@ -56,7 +59,7 @@ def mse(predicted: Sequence[float], right: Sequence[float]) -> float:
 
 
 def _squares(predicted: Sequence[float], right: Sequence[float]) -> list[float]:
-    # Not ** 2, which raises where the square is beyond all numbers.
+    # Not ** 2, which raises if the square overflows.
     return [(a - b) * (a - b) for a, b in zip(predicted, right, strict=True)]
 
 
@@ -65,7 +68,7 @@ def mae(predicted: Sequence[float], right: Sequence[float]) -> float:
 
 
 def r2(predicted: Sequence[float], right: Sequence[float]) -> float:
-    """The share of the variance that is explained; below 0 for worse than the mean, NaN where all are the same."""
+    """The explained share of the variance: below 0 if worse than the mean, NaN if all right values are equal."""
     if _constant(right):
         return math.nan
     spread = math.fsum(_squares([_mean(right)] * len(right), right))
@@ -73,7 +76,7 @@ def r2(predicted: Sequence[float], right: Sequence[float]) -> float:
 
 
 def pearson(predicted: Sequence[float], right: Sequence[float]) -> float:
-    """Correlation, NaN where either side is all the same or not finite."""
+    """Pearson's correlation; NaN if either side is constant or not finite."""
     if not all(map(math.isfinite, chain(predicted, right))) or _constant(predicted) or _constant(right):
         return math.nan
     a, b = _centred(predicted), _centred(right)
@@ -82,14 +85,14 @@ def pearson(predicted: Sequence[float], right: Sequence[float]) -> float:
 
 
 def _constant(values: Sequence[float]) -> bool:
-    """All the same but for rounding: what is left once the mean is taken away is noise, and noise correlates."""
+    """True if all values are equal but for rounding, whose correlation would mean nothing."""
     if not all(map(math.isfinite, values)) or not values:
         return False
     return max(values) - min(values) <= 1e-13 * max(map(abs, values))
 
 
 def _centred(values: Sequence[float]) -> list[float]:
-    """Differences from the mean, in parts of the greatest, so that no square is beyond all numbers or lost."""
+    """Differences from the mean, divided by the largest value so that no square overflows or underflows."""
     largest = max(map(abs, values))
     scaled = [value / largest for value in values]
     mean = _mean(scaled)
@@ -97,7 +100,7 @@ def _centred(values: Sequence[float]) -> list[float]:
 
 
 def spearman(predicted: Sequence[float], right: Sequence[float]) -> float:
-    """The correlation of ranks; equal values share the mean of theirs."""
+    """Spearman's correlation of ranks; equal values share the mean of their ranks."""
     if not all(map(math.isfinite, chain(predicted, right))):
         return math.nan
     return pearson(_ranks(predicted), _ranks(right))
@@ -123,8 +126,7 @@ Entity = tuple[str, int, int]
 def entities(tags: Sequence[str]) -> set[Entity]:
     """(type, first word, last word) of each entity in IOB2 tags (``B-PER``, ``I-PER``, ``O``), or IOBES.
 
-    Lenient as conlleval and seqeval are: an ``I-`` that continues nothing of its type begins an entity. A tag that is
-    none of these is outside.
+    As in conlleval and seqeval, an ``I-`` after another type begins an entity. Any other tag is outside.
     """
     found: set[Entity] = set()
     kind, start, last = "", 0, "O"
@@ -159,25 +161,14 @@ def _entity_counts(predicted: Sequence[Sequence[str]], right: Sequence[Sequence[
     return sum(len(a & b) for a, b in pairs), sum(len(a) for a, _ in pairs), sum(len(b) for _, b in pairs)
 
 
-def word_accuracy(predicted: Sequence[Sequence[object]], right: Sequence[Sequence[object]]) -> float:
-    """The share of words whose tag is right."""
-    return accuracy(*_words_alone(predicted, right))
+def by_word(measure: Measure) -> Measure:
+    """``measure`` over the words of all rows, each with one tag."""
+    return lambda predicted, right: measure(*([(tag,) for row in side for tag in row] for side in (predicted, right)))
 
 
-def word_f1_macro(predicted: Sequence[Sequence[Hashable]], right: Sequence[Sequence[Hashable]]) -> float:
-    """The mean of the tags' F1, over words."""
-    return f1_macro(*_words_alone(predicted, right))
-
-
-def word_f1_micro(predicted: Sequence[Sequence[Hashable]], right: Sequence[Sequence[Hashable]]) -> float:
-    """F1 of all tags together, over words: as each word has one tag, the same as their accuracy."""
-    return f1_micro(*_words_alone(predicted, right))
-
-
-def _words_alone(predicted: Sequence[Sequence[Any]], right: Sequence[Sequence[Any]]) -> tuple[list[Any], list[Any]]:
-    """Each word's tag as a set of one, over all rows."""
-    a, b = ([(tag,) for row in side for tag in row] for side in (predicted, right))
-    return a, b
+def single(measure: Measure) -> Measure:
+    """``measure`` of several labels for rows with one class each."""
+    return lambda predicted, right: measure(*([(label,) for label in side] for side in (predicted, right)))
 
 
 # -- answers ------------------------------------------------------------------------------------------------------
@@ -187,24 +178,24 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(answer: str) -> str:
-    """As the official script of SQuAD has it: lower case, without punctuation, articles and further spaces."""
+    """As in SQuAD's official script: lower case, without punctuation, articles and repeated spaces."""
     return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
 
 
 def answer_exact(predicted: Sequence[str], right: Sequence[Sequence[str]]) -> float:
-    """The share that is one of the right answers, normalised. No right answer: ``""`` is right."""
+    """The share that equals one of the right answers, normalised. If there are none, ``""`` is right."""
     return _best(predicted, right, lambda a, b: float(normalised(a) == normalised(b)))
 
 
 def answer_f1(predicted: Sequence[str], right: Sequence[Sequence[str]]) -> float:
-    """The mean of the F1 of words, normalised, with the nearest right answer of each."""
+    """The mean F1 of words, normalised, with the closest right answer of each."""
     return _best(predicted, right, _shared_words)
 
 
 def _best(predicted: Sequence[str], right: Sequence[Sequence[str]], score: Callable[[str, str], float]) -> float:
     best = []
     for said, answers in zip(predicted, right, strict=True):
-        if not isinstance(said, str):  # NaN: the model predicts nothing, not that there is no answer
+        if not isinstance(said, str):  # NaN means no prediction, not an empty answer
             best.append(0.0)
             continue
         kept = [answer for answer in answers if normalised(answer)] or [""]
@@ -221,31 +212,23 @@ def _shared_words(predicted: str, right: str) -> float:
 
 # -- texts --------------------------------------------------------------------------------------------------------
 
-#: Words of letters and digits; of scripts that put no spaces between words, each character.
+#: Words of letters and digits; single characters in scripts without spaces between words.
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 
 
 def text_exact(predicted: Sequence[str], right: Sequence[str]) -> float:
-    """The share that is the very text, but for spaces around it."""
+    """The share that equals the text, except for spaces around it."""
     return accuracy([text.strip() for text in predicted], [text.strip() for text in right])
 
 
-def rouge1(predicted: Sequence[str], right: Sequence[str]) -> float:
-    return _rouge_n(predicted, right, 1)
-
-
-def rouge2(predicted: Sequence[str], right: Sequence[str]) -> float:
-    return _rouge_n(predicted, right, 2)
-
-
 def rouge_l(predicted: Sequence[str], right: Sequence[str]) -> float:
-    """The mean of the F1 of the longest common subsequence of words, without stemming."""
+    """ROUGE-L (Lin 2004): the mean F1 of the longest common subsequence of words, without stemming."""
     pairs = [(_words(a), _words(b)) for a, b in zip(predicted, right, strict=True)]
     return _mean([_f1(_common(a, b), len(a), len(b)) for a, b in pairs])
 
 
-def _rouge_n(predicted: Sequence[str], right: Sequence[str], n: int) -> float:
-    """The mean of the F1 of shared runs of ``n`` words (Lin 2004), without stemming."""
+def rouge_n(predicted: Sequence[str], right: Sequence[str], n: int) -> float:
+    """ROUGE-n (Lin 2004): the mean F1 of shared sequences of ``n`` words, without stemming."""
     pairs = [(_runs(_words(a), n), _runs(_words(b), n)) for a, b in zip(predicted, right, strict=True)]
     return _mean([_f1((a & b).total(), a.total(), b.total()) for a, b in pairs])
 
@@ -276,5 +259,5 @@ def _mean(values: Iterable[float]) -> float:
     values = list(values)
     try:
         return math.fsum(values) / len(values) if values else math.nan
-    except OverflowError:  # the sum is beyond all numbers, and the mean need not be
+    except OverflowError:  # of the sum, while the mean may be finite
         return math.fsum(value / len(values) for value in values)

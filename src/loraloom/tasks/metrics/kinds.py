@@ -1,24 +1,23 @@
-"""The kinds of what is predicted: which metrics each has, and which are measured where none are asked for."""
+"""Kinds of predictions: the metrics that each has, and those that are measured by default."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from loraloom.tasks.metrics import functions
-
-#: (predictions, what was right) → figure
-Measure = Callable[[Sequence[Any], Sequence[Any]], float]
+from loraloom.tasks.metrics.functions import Measure, by_word, single
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Metrics by name, the most telling first. Without ``defaults`` all of them are measured unasked.
+    """Metrics by name, the most informative first. Without ``defaults`` all are measured by default.
 
-    ``problem`` is the user's name of it, the ``problem_type``. ``plain`` is done to predictions and to what is right
-    before they are measured; ``which`` says what sets labels of this kind apart.
+    ``problem`` is the user's name of the kind, the ``problem_type``. ``plain`` is applied to predictions and right
+    answers before they are measured; ``which`` describes labels of this kind in messages.
     """
 
     name: str
@@ -37,8 +36,8 @@ CLASSES = Kind(
     "classes",
     {
         "accuracy": functions.accuracy,
-        "f1_macro": lambda a, b: functions.f1_macro([(x,) for x in a], [(x,) for x in b]),
-        "f1_micro": lambda a, b: functions.f1_micro([(x,) for x in a], [(x,) for x in b]),
+        "f1_macro": single(functions.f1_macro),
+        "f1_micro": single(functions.f1_micro),
     },
     ("accuracy", "f1_macro"),
 )
@@ -62,37 +61,37 @@ NUMBERS = Kind(
     },
     problem="regression",
 )
-#: Tags that mark entities, which are ``plain`` once their scheme is known; and all others, which are tags of words.
+#: Tags that mark entities, with ``plain`` set once their scheme is known; and all others, which are tags of words.
 TAGS = Kind(
     "tags",
     {
         "f1": functions.entity_f1,
         "precision": functions.entity_precision,
         "recall": functions.entity_recall,
-        "accuracy": functions.word_accuracy,
+        "accuracy": by_word(functions.accuracy),
     },
     which="which mark entities",
 )
 WORDS = Kind(
     "words",
     {
-        "accuracy": functions.word_accuracy,
-        "f1_macro": functions.word_f1_macro,
-        "f1_micro": functions.word_f1_micro,
+        "accuracy": by_word(functions.accuracy),
+        "f1_macro": by_word(functions.f1_macro),
+        "f1_micro": by_word(functions.f1_micro),
     },
     which="which mark no entities",
 )
-#: A row's second text is found among all, or the cosine of two texts is as its score.
+#: The share of rows whose second text is found among all; how cosines of pairs correlate with their scores.
 MATCHES = Kind("matches", {"recall_at_1": functions.accuracy}, problem="contrastive")
 SIMILARITIES = Kind("similarities", {"spearman": functions.spearman, "pearson": functions.pearson}, problem="cosine")
 ANSWERS = Kind("answers", {"f1": functions.answer_f1, "exact_match": functions.answer_exact})
-#: Texts are generated only when asked for; perplexity follows from the loss.
+#: Texts are generated only for metrics that need them; perplexity follows from the loss.
 TEXTS = Kind(
     "texts",
     {
         "exact_match": functions.text_exact,
-        "rouge1": functions.rouge1,
-        "rouge2": functions.rouge2,
+        "rouge1": partial(functions.rouge_n, n=1),
+        "rouge2": partial(functions.rouge_n, n=2),
         "rougeL": functions.rouge_l,
     },
     ("perplexity",),

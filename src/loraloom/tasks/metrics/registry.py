@@ -1,8 +1,4 @@
-"""Which metrics a task has, which of them are better when greater, and a user's own functions.
-
-Knows names and plain values. ``tasks.metrics.functions`` computes the figures; predictions come from
-``inference.evaluation``.
-"""
+"""The metrics of a task by name, whether greater is better, and a user's own functions."""
 
 from __future__ import annotations
 
@@ -22,18 +18,18 @@ _LESS = ("loss", "perplexity", "mse", "mae", "rmse", "error", "wer", "cer")
 
 
 def known_metrics(kinds: Iterable[Kind]) -> list[str]:
-    """The names that can be asked for, the loss among them, which is always measured."""
+    """The names that a user can give, with the loss, which is always measured."""
     return list(dict.fromkeys(["loss", *(name for kind in kinds for name in (*kind.unasked, *kind.measures))]))
 
 
 def greater_is_better(name: str) -> bool:
-    """By the metric's name. Of a user's own, less is better where its name ends as those of losses and errors do."""
+    """By the metric's name. A user's own metric is better when smaller if its name ends like a loss or an error."""
     return name.lower().replace(".", "_").rpartition("_")[2] not in _LESS
 
 
 @dataclass(frozen=True)
 class OwnMetric:
-    """A user's function of predictions and of what was right, which gives a number or several by name."""
+    """A user's function of predictions and right answers, which returns a number, or several by name."""
 
     spec: str
     function: Callable[[Sequence[Any], Sequence[Any]], Any]
@@ -46,7 +42,7 @@ class OwnMetric:
     def __call__(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
         """
         Raises:
-            ConfigError: it fails, or gives something else.
+            ConfigError: the function fails, or returns something else.
         """
         try:
             found = self.function(predictions, references)
@@ -71,11 +67,11 @@ class OwnMetric:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, numbers.Real):  # also numpy's
+    if isinstance(value, numbers.Real):  # including numpy's
         return float(value)
     try:
         return float(value.item())  # a tensor or an array of one number
-    except Exception:  # whatever else it is
+    except Exception:  # any other type
         return None
 
 
@@ -86,7 +82,7 @@ def own_metric(spec: str) -> OwnMetric:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What is measured of one task's held-out rows beside the loss."""
+    """What is measured on held-out rows of one task beside the loss."""
 
     task: Task
     kind: Kind
@@ -97,7 +93,7 @@ class Metrics:
         """The metrics that fit these classes or tags: tags that mark no entities are measured word by word.
 
         Raises:
-            ConfigError: a metric was asked for that such tags do not have.
+            ConfigError: such tags do not have a metric that was given.
         """
         kind = self.task.kind(self.kind.problem, labels)
         if kind == self.kind or not labels:
@@ -121,19 +117,19 @@ class Metrics:
 
     @property
     def first(self) -> str:
-        """The metric that is watched: the first that was asked for."""
+        """The metric that decides: the first one given."""
         return self.names[0] if self.names else self.own[0].name if self.own else "loss"
 
     def measure(
         self, scores: Scores, predictions: Sequence[Any] = (), references: Sequence[Any] = ()
     ) -> dict[str, float]:
-        """The loss first, then what was asked for.
+        """The loss first, then the metrics in order.
 
         Raises:
-            ConfigError: a user's function fails, or names its figures as others are named.
+            ConfigError: a user's function fails, or uses the name of another metric.
         """
         found = {"loss": scores.loss}
-        plain = [self.kind.plain(given) for given in (predictions, references)]  # a user's own sees them as they are
+        plain = [self.kind.plain(given) for given in (predictions, references)]  # not for users' functions
         for name in self.names:
             if name in self.kind.measures:
                 found[name] = self.kind.measures[name](*plain)
@@ -148,10 +144,10 @@ class Metrics:
 
 
 def choose(task: Task, problem: str | None = None, metrics: Sequence[str] | None = None) -> Metrics:
-    """What to measure; None is the task's defaults.
+    """What to measure; by default the task's defaults.
 
     Raises:
-        ConfigError: a name that the task does not have, or a function that cannot be had.
+        ConfigError: a name that the task does not have, or a function that cannot be loaded.
     """
     kind = task.kind(problem)
     if metrics is None:

@@ -1,7 +1,4 @@
-"""Whether the tags of token-cls mark entities, and how: which letter says begin, inside or end, and at which end it is.
-
-This file knows names of tags alone; what is measured of them is ``metrics``' business.
-"""
+"""Tag schemes of token-cls: whether tags mark entities, and which letter of a tag means begin, inside or end."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-#: A word outside of all entities, and the letters of a word in one: begin, inside, end or last, single or unit.
+#: The tag outside of entities, and the letters inside: begin, inside, end or last, single or unit.
 OUTSIDE, LETTERS = "O", "BIELSU"
 #: BILOU's letters in those of IOBES.
 _AS_IOBES = {"L": "E", "U": "S"}
@@ -17,13 +14,13 @@ _AS_IOBES = {"L": "E", "U": "S"}
 
 @dataclass(frozen=True)
 class Scheme:
-    """Tags such as ``B-PER``; with ``suffix`` such as ``PER-B``. Without a separator the letter stands alone."""
+    """Tags such as ``B-PER``, or ``PER-B`` with ``suffix``. Without a separator the tag is the letter alone."""
 
     separator: str
     suffix: bool = False
 
     def parts(self, tag: str) -> tuple[str, str] | None:
-        """(letter, type) of a tag; None where it does not follow the scheme."""
+        """(letter, type) of a tag; None if it does not follow the scheme."""
         if not self.separator:
             return (tag, "") if tag in LETTERS and len(tag) == 1 else None
         split = tag.rpartition if self.suffix else tag.partition
@@ -37,7 +34,7 @@ class Scheme:
         return f"{_AS_IOBES.get(found[0], found[0])}-{found[1]}" if found else OUTSIDE
 
     def rows(self, rows: Iterable[Iterable[object]]) -> list[list[str]]:
-        """The same of all tags of all rows; what is no tag (NaN, where a model predicts nothing) is ``""``."""
+        """``plain`` of all tags of all rows; NaN, which stands for no prediction, becomes ``""``."""
         known: dict[str, str] = {}
 
         def plain(tag: object) -> str:
@@ -49,10 +46,10 @@ class Scheme:
 
 
 def scheme_of(tags: Collection[str]) -> Scheme | None:
-    """The scheme that all ``tags`` follow; None where they mark no entities, as parts of speech and numbers do not.
+    """The scheme that all ``tags`` follow; None if they mark no entities, such as parts of speech.
 
-    IOB1, IOB2, IOE, IOBES and BILOU are read, with ``-`` or ``_`` before or behind the type. Of two readings the one
-    with B or I letters counts: ``L-B`` and ``L-I`` are the type L.
+    IOB1, IOB2, IOE, IOBES and BILOU are read, with ``-`` or ``_`` and the letter first or last. Of two readings the
+    one with B or I letters counts: ``L-B`` and ``L-I`` are of type L.
     """
     inside = [tag for tag in tags if tag != OUTSIDE]
     fitting: list[tuple[bool, Scheme]] = []
@@ -67,7 +64,7 @@ def scheme_of(tags: Collection[str]) -> Scheme | None:
 
 
 def described(tags: Collection[str]) -> str:
-    """What is measured of these tags, in a sentence for people."""
+    """A sentence on what is measured of these tags."""
     if scheme_of(tags) is not None:
         return "the tags mark entities: f1, precision and recall are of whole entities, accuracy is of words"
     some = ", ".join(re.sub(r"\s+", " ", tag) for tag in list(tags)[:3])
