@@ -224,7 +224,7 @@ TRAIN: dict[str, Case] = {
         lambda w: w.train("--metrics", "math:cot"),
         ["metrics: math has no 'cot'"],
     ),
-    "a metric that is no function": (lambda w: w.train("--metrics", "math:pi"), ["metrics: math:pi is no function"]),
+    "a metric that is a number": (lambda w: w.train("--metrics", "math:pi"), ["metrics: math:pi is not a function"]),
     "a metric that is no name": (
         lambda w: w.train("--metrics", "my metric:f"),
         ["metrics: 'my metric:f' must have the form package.module:function"],

@@ -191,7 +191,7 @@ def test_the_path_is_as_it_was_afterwards(own: str, monkeypatch: pytest.MonkeyPa
     ("spec", "words"),
     [
         ("{own}:shaer", "has no 'shaer'; did you mean 'share'?"),
-        ("{own}:number", "is no function, found int"),
+        ("{own}:number", "is not a function, found int"),
         ("{own}x:share", "there is no module"),
         ("{own}_broken:share", "importing .* failed: ModuleNotFoundError: No module named 'not_there_at_all'"),
         ("{own}_wrong:share", "failed: ZeroDivisionError: division by zero"),
