@@ -71,20 +71,13 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-class _Unwritable(Exception):
-    """The folder cannot be written; another one is used."""
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
+    """Context of writes to the cache: errors of the file system become ``SaveError``, and another folder is used."""
     try:
         yield
     except OSError as error:
-        raise _Unwritable(error) from error
+        raise SaveError(str(error.strerror)) from error
 
 
 class Growing(io.BufferedWriter):
@@ -201,17 +194,17 @@ def entry(kind: str, key: str, build: Callable[[Draft], Mapping[str, Any]], log:
         if gone := eviction.make(root.parent, limit):
             log(f"deleted from the cache folder {root.parent}: {gone} (see {eviction.VARIABLE})")
         return made
-    except _Unwritable as failure:
+    except SaveError as failure:
         log(
-            f"the cache folder {root.parent} cannot be written ({failure.error.strerror}), so what was made of the "
+            f"the cache folder {root.parent} cannot be written ({failure}), so what was made of the "
             f"rows lies in a temporary folder and is made again the next time; set {VARIABLE} to choose another folder"
         )
     temporary = tempfile.TemporaryDirectory(prefix="loraloom-rows-")  # deleted with the entry
     try:
         return Entry(Path(temporary.name), _make(Path(temporary.name), key, build), True, temporary)
-    except _Unwritable as failure:
+    except SaveError as failure:
         raise SaveError(
-            f"{temporary.name}: the rows cannot be written ({failure.error.strerror}); free space there, or set "
+            f"{temporary.name}: the rows cannot be written ({failure}); free space there, or set "
             f"{VARIABLE} to a folder on a disk with room"
         ) from None
 
@@ -245,7 +238,7 @@ def _make(folder: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) -
         draft.finish(key, info)
         return info  # type: ignore[no-any-return]
     finally:
-        with contextlib.suppress(_Unwritable):
+        with contextlib.suppress(SaveError):
             draft.close()
 
 

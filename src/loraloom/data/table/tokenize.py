@@ -75,9 +75,17 @@ def encode(
         FailureError: a worker died.
     """
     encoder(task, tokenizer, **settings)  # raises for a wrong setting before the cache is read
-    job = _Job(task, tokenizer, settings, found.shapes, skip, allow_untrained)
+    job = (task, tokenizer, settings, found.shapes, skip, allow_untrained)
     count = workers if workers is not None else min(cores(), MOST) if found.rows >= MANY else 1
-    build = partial(_build, found=found, job=job, workers=count, log=log, on_progress=on_progress)
+
+    def results() -> Iterator[_Done]:
+        alone = count > 1 and not _picklable(job)
+        if alone:
+            log("the tokenizer cannot be sent to other processes, so one process tokenises")
+        return mapped(_worker, job, _chunks(found.read(skip)), 1 if alone else min(count, -(-found.rows // CHUNK)))
+
+    strict = not (skip or allow_untrained)
+    build = partial(_build, found=found, results=results, strict=strict, on_progress=on_progress)
     if found.kept is not None:
         store: Entry | Memory = (memory := Memory())
         memory.info = build(memory)
@@ -113,18 +121,6 @@ def _template_hash(given: str | None) -> str | None:
     return file_hash(Path(given)) if given and os.path.isfile(given) else None
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The input of a worker, which is pickled."""
-
-    task: RowTask
-    tokenizer: Any
-    settings: dict[str, Any]
-    shapes: list[Shape]
-    skip: bool
-    allow_untrained: bool
-
-
 @dataclass
 class _Done:
     packed: Packed
@@ -135,25 +131,27 @@ class _Done:
     notes: list[str]
 
 
-def _worker(job: _Job) -> Callable[[tuple[int, list[Row]]], _Done]:
-    made = encoder(job.task, job.tokenizer, **job.settings)
+def _worker(
+    task: RowTask, tokenizer: Any, settings: dict[str, Any], shapes: list[Shape], skip: bool, allow_untrained: bool
+) -> Callable[[tuple[int, list[Row]]], _Done]:
+    made = encoder(task, tokenizer, **settings)
 
     def work(item: tuple[int, list[Row]]) -> _Done:
         number, rows = item
-        records = list(_records(job.shapes[number], rows, job.skip))
+        records = list(_records(shapes[number], rows, skip))
         examples: list[list[Example]] = []
         flags: list[int] = []
         done = _Done(pack([], [], []), [], [], [])
         for (row, _), result in zip(records, made.encode(records), strict=True):
             flag = OVERLONG * result.overlong | MERGED * result.merged | LEFT_OUT * result.left_out
             if result.error:
-                if not job.skip:
+                if not skip:
                     raise row_error(row, result.error)
                 done.bad.append(row_error(row, result.error).bad)
             elif result.problem:
                 flag |= UNTRAINED
                 done.problems.append((row.where, result.problem))
-                if job.skip and not job.allow_untrained:
+                if skip and not allow_untrained:
                     done.bad.append(row_error(row, result.problem).bad)
             examples.append([] if result.error or result.problem else result.examples)
             flags.append(flag)
@@ -174,31 +172,28 @@ def _records(shape: Shape, rows: Iterable[Row], skip: bool) -> Iterator[tuple[Ro
 
 
 def _build(
-    folder: Draft | Memory, found: Scan, job: _Job, workers: int, log: Log, on_progress: OnProgress
+    folder: Draft | Memory, found: Scan, results: Callable[[], Iterator[_Done]], strict: bool, on_progress: OnProgress
 ) -> dict[str, Any]:
+    """Write the results of all rows. ``strict``: raise an error for rows without a trained token."""
     problems: dict[str, tuple[int, str]] = {}
     notes: dict[str, None] = {}
     writer, lines, bad = Writer(folder), folder.file(BAD), 0
-    if workers > 1 and not _picklable(job):
-        log("the tokenizer cannot be sent to other processes, so one process tokenises")
-        workers = 1
-    workers = min(workers, -(-found.rows // CHUNK))
-    for done in mapped(_worker, (job,), _chunks(found.read(job.skip)), workers):
-        for where, reason in done.problems:
+    for part in results():
+        for where, reason in part.problems:
             count, first = problems.get(reason, (0, where))
             problems[reason] = count + 1, first
-        for row in done.bad:
+        for row in part.bad:
             lines.write(bad_line(row))
-        bad += len(done.bad)
-        notes |= dict.fromkeys(done.notes)
-        writer.add(done.packed)
+        bad += len(part.bad)
+        notes |= dict.fromkeys(part.notes)
+        writer.add(part.packed)
         on_progress("rows tokenised", writer.rows, found.rows)
     if found.kept is None:
         found.check_unchanged()
     if writer.rows != found.rows:
         names = ", ".join(source.name for source in found.sources)
         raise DataError(f"{names}: changed while it was read; begin again once it is whole")
-    if problems and not job.skip and not job.allow_untrained:
+    if problems and strict:
         reason, (count, first) = next(iter(problems.items()))
         raise DataError(
             f"{first}: {reason} (rows like this: {count}); with allow_untrained such rows are left out, and with "
@@ -207,7 +202,7 @@ def _build(
     return {**writer.finish(), "problems": problems, "bad": bad, "notes": list(notes)}
 
 
-def _picklable(job: _Job) -> bool:
+def _picklable(job: tuple[Any, ...]) -> bool:
     try:
         pickle.dumps(job)
     except Exception:  # code of the tokenizer can raise anything

@@ -117,9 +117,7 @@ class TurnBoundaries:
         header = max(answer.find(PROBE), 0)
         if prompt is not None and answer.startswith(prompt) and not answer[len(prompt) : header].strip():
             header = len(prompt)
-        if header and text.startswith(answer[:header]) and header <= first:
-            return header
-        # Calls alone: before their first name are the heading, and what opens the call.
+        # Before the first word are the heading, and what opens a call.
         lead = upto[header:alone]
         if not (header and upto.startswith(answer[:header]) and text[:first].endswith(lead)):
             raise DataError(f"{self.template.name} does not say where message {number + 1} starts")
