@@ -387,14 +387,14 @@ def test_tasks_of_an_event_loop_that_take_turns_inside_their_blocks_get_their_ow
 
 def test_forwards_of_two_threads_that_end_crosswise_leave_compiled_code_what_the_model_is_set_to() -> None:
     model = made()
-    router = model.base_model.lora_router
+    dispatcher = model.base_model.lora_dispatcher
     first, second = model.base_model.lora_routed(["b"]), model.base_model.lora_routed(["a", "b"])
     first.__enter__()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(second.__enter__).result()
         first.__exit__(None, None, None)
         pool.submit(second.__exit__, None, None, None).result()
-    assert router.compiled is router.default
+    assert dispatcher.compiled is dispatcher.default
 
 
 def test_the_layers_do_not_change_under_a_forward_of_another_thread() -> None:

@@ -111,7 +111,7 @@ def test_a_pack_on_it_has_the_losses_and_gradients_of_adapters_alone_on_its_dens
     pack = Pack(small, configs)
     losses = pack.backward(batches, dropout_seeds=seeds)
     layer = next(layer for layer in pack.model.lora_layers.values() if isinstance(layer.base_layer, Int8Linear))
-    assert isinstance(layer.fusable(torch.zeros(2, 16).double(), layer.router.frame), Int8)
+    assert isinstance(layer.fusable(torch.zeros(2, 16).double(), layer.dispatcher.frame), Int8)
     for name in configs:
         alone = Pack(copy.deepcopy(dense), {name: configs[name]})
         (loss,) = alone.backward({name: batches[name]}, dropout_seeds=seeds).values()

@@ -93,7 +93,7 @@ def test_falcons_own_linear_goes_the_fast_way() -> None:
     model = get_peft_model(nn.Sequential(OWN["falcon"][0]()), LoraConfig(target_modules=["0"], init_lora_weights=False))
     layer = model.lora_layers["0"]
     x = torch.randn(2, 3, 4)
-    assert layer.fusable(x, layer.router.frame) is not None
+    assert layer.fusable(x, layer.dispatcher.frame) is not None
     a, b = layer.factors("default")
     torch.testing.assert_close(model(x), x @ (layer.weight + layer.scaling["default"] * b @ a).T + layer.bias)
 

@@ -156,7 +156,7 @@ def probed(see, rows: int = 3, other: int = 2) -> RowProbe:
     x = torch.randn(rows, 4, 2, generator=torch.Generator().manual_seed(0))
     probe = RowProbe(rows, other)
     for turn, part in enumerate((x[:1], x[other : other + 1], x)):
-        probe.turn(turn).look("site", see(part))
+        probe.begin(turn).observe("site", see(part))
     probe.finish()
     return probe
 

@@ -130,7 +130,7 @@ class LoraModel(RoutedModel):
                 "call set_adapter for another",
                 stacklevel=2,
             )
-        with self.lora_router.exclusive("delete_adapter", adapter_name):
+        with self.lora_dispatcher.exclusive("delete_adapter", adapter_name):
             self._set(active)
             self._remove(adapter_name)
 
@@ -181,8 +181,7 @@ class LoraModel(RoutedModel):
 
         ``inference_mode=True`` freezes the named adapters as well.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._check_names(names)
+        names = self._names(adapter_name)
         if self.merged_adapters and set(names) != set(self.merged_adapters):
             raise AdapterError(f"set_adapter: {listed(self.merged_adapters)} are merged; call unmerge_adapter() first")
         self._check_together("set_adapter", names)
@@ -191,9 +190,7 @@ class LoraModel(RoutedModel):
             self.set_requires_grad(names, False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._check_names(names)
-        for name in names:
+        for name in self._names(adapter_names):
             for parameter in self.parameters_of(name).values():
                 parameter.requires_grad_(requires_grad)
 
@@ -257,7 +254,7 @@ class LoraModel(RoutedModel):
         self._check_names(names)
         self._check_together(what, names)
         merged = tuple(dict.fromkeys(names))
-        with self.lora_router.exclusive(what):
+        with self.lora_dispatcher.exclusive(what):
             merge.merge(self.lora_layers, merged)
             self._merged = merged
             self._follow()
@@ -266,7 +263,7 @@ class LoraModel(RoutedModel):
         """Restore the frozen weights, bit for bit. The active adapters apply again."""
         if not self._merged:
             return
-        with self.lora_router.exclusive("unmerge_adapter"):
+        with self.lora_dispatcher.exclusive("unmerge_adapter"):
             merge.unmerge(self.lora_layers)
             self._merged = ()
             self._follow()
@@ -296,7 +293,7 @@ class LoraModel(RoutedModel):
     def unload(self) -> nn.Module:
         """The plain model as it was, bit for bit. This object is empty afterwards."""
         self.unmerge_adapter()
-        with self.lora_router.exclusive("unload"):
+        with self.lora_dispatcher.exclusive("unload"):
             self._slots.biases.install(())
             strip(self.model)
             return self._emptied()
@@ -311,10 +308,15 @@ class LoraModel(RoutedModel):
         self._slots.clear()
         self._modules.pop("biases", None)
         self.peft_config, self.lora_unreadable, self._active, self._merged = {}, {}, (), ()
-        self.lora_router.set_default(Route())
+        self.lora_dispatcher.set_default(Route())
         return self.model
 
-    # -- checks and plumbing ----------------------------------------------------------------------------------------
+    # -- checks -----------------------------------------------------------------------------------------------------
+
+    def _names(self, given: str | Sequence[str]) -> list[str]:
+        names = [given] if isinstance(given, str) else list(given)
+        self._check_names(names)
+        return names
 
     def _check_new_name(self, name: str) -> None:
         if not isinstance(name, str) or not name or "." in name or "/" in name or name == BASE:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from loraloom.errors import AdapterError
-from loraloom.lora.dispatch import Router
+from loraloom.lora.dispatch import Dispatcher
 from loraloom.lora.routing import BASE, leading
 
 
@@ -67,14 +67,14 @@ class Biases(nn.Module):
                 owner["bias"] = self._waiting(slot).pop(key)
                 self._held[name] = slot
 
-    def hook(self, router: Router, wrappers: Mapping[str, nn.Module]) -> None:
+    def hook(self, dispatcher: Dispatcher, wrappers: Mapping[str, nn.Module]) -> None:
         """Add a ``ByRow`` hook to every module whose bias some slot trains. To be called when slots or wrappers change.
 
         ``wrappers``: name of a module → the wrapper that is called in its place.
         """
         self.unhook()
         self._hooks = [
-            wrappers.get(name[: -len(".bias")], owner).register_forward_hook(ByRow(self, router, name))
+            wrappers.get(name[: -len(".bias")], owner).register_forward_hook(ByRow(self, dispatcher, name))
             for name, owner in self._owners.items()
         ]
 
@@ -121,14 +121,14 @@ def _key(name: str) -> str:
 class ByRow:
     """Forward hook of a module whose bias slots train. An object and not a closure: copies of a model get their own."""
 
-    def __init__(self, biases: Biases, router: Router, name: str) -> None:
-        self._biases, self._router, self._name = biases, router, name
+    def __init__(self, biases: Biases, dispatcher: Dispatcher, name: str) -> None:
+        self._biases, self._dispatcher, self._name = biases, dispatcher, name
 
     def __call__(self, module: nn.Module, inputs: Any, out: Any) -> Any:
         biases, name = self._biases, self._name
-        if torch.compiler.is_compiling() and not self._router.compiled.blocks:
+        if torch.compiler.is_compiling() and not self._dispatcher.compiled.blocks:
             return None  # the right bias is installed
-        plan = self._router.frame.plan
+        plan = self._dispatcher.frame.plan
         if not isinstance(out, Tensor):
             if plan.route.blocks:
                 raise AdapterError(
@@ -137,11 +137,11 @@ class ByRow:
             return None
         first = out.shape[:1] if biases.channels_first(name) else leading(out)
         if plan.probe is not None:
-            plan.probe.look(name, out)
+            plan.probe.observe(name, out)
         if plan.route.blocks:
             if biases.holds(name) != BASE:
                 raise _changed(name)
-            times = self._router.places(name, out, first)
+            times = self._dispatcher.places(name, out, first)
             return plan.route.apply(out, times, lambda slot, rows, where: biases.add_difference(name, slot, rows))
         wanted, held = biases.chosen(name, plan.route.active), biases.holds(name)
         if held == wanted:

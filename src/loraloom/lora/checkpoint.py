@@ -23,7 +23,7 @@ from loraloom.lora import embeddings
 from loraloom.lora.adapters import LoraModel
 from loraloom.lora.embeddings import dtype_name, overflows
 from loraloom.lora.injection import base_modules
-from loraloom.lora.keys import PREFIX, LoadReport, file_key, follow_renamings, normalise
+from loraloom.lora.keys import LoadReport, file_key, follow_renamings, normalise
 from loraloom.lora.targets import Plan
 from loraloom.lora.unstacked import restack
 
@@ -183,9 +183,10 @@ def load(
     report = LoadReport(notes=list(config.notes))
     config = config.copy(inference_mode=not is_trainable)
     renamed = normalise(tensors, report, key_mapping or {})
+    modules = dict(base_modules(model.model))
     if key_mapping is None:
-        follow_renamings(model.model, renamed, [name for name, _ in base_modules(model.model)], report)
-    renamed, config = _stacked(model, renamed, config, report, f"{folder}: ")
+        follow_renamings(model.model, renamed, modules, report)
+    renamed, config = restack(renamed, config, modules, report, f"{folder}: ")
     if config.target_parameters and not config.lora_dropout:
         config = config.copy(lora_dropout=_noted_dropout(folder))
     base = embeddings.in_file(model.model, renamed, config)
@@ -209,21 +210,6 @@ def load(
             fill=fill_slot,
         )
     return report
-
-
-def _stacked(
-    model: LoraModel, tensors: dict[str, Tensor], config: LoraConfig, report: LoadReport, source: str
-) -> tuple[dict[str, Tensor], LoraConfig]:
-    """An adapter of experts that were modules of their own, for a model that stacks them."""
-    if not any(".experts." in key for key in tensors):
-        return tensors, config
-    modules = dict(base_modules(model.model))
-    bare, changed = restack({key.removeprefix(PREFIX): t for key, t in tensors.items()}, config, modules, source)
-    if changed is config:
-        return tensors, config
-    out = {PREFIX + key: tensor for key, tensor in bare.items()}
-    report.renamed.update(dict.fromkeys(tensors.keys() - out.keys(), "stacked"))
-    return out, changed
 
 
 def _noted_dropout(folder: str | Path) -> float:

@@ -1,9 +1,9 @@
 """What belongs to one forward: its route, which layers are computed together, which input its layers read.
 
-A layer asks its model's ``Router`` for the ``Frame`` that it runs in. The thread does not determine it: in a backward,
-activation checkpointing recomputes a part of a forward, possibly in another thread (autograd has one per CUDA device).
-A recomputation uses the ``Plan`` of the forward that it recomputes: the one that created the autograd node which
-triggers it, found by the node's sequence number.
+A layer asks its model's ``Dispatcher`` for the ``Frame`` that it runs in. The thread does not determine it: in a
+backward, activation checkpointing recomputes a part of a forward, possibly in another thread (autograd has one per CUDA
+device). A recomputation uses the ``Plan`` of the forward that it recomputes: the one that created the autograd node
+which triggers it, found by the node's sequence number.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Frame:
 _entered: ContextVar[tuple[Frame, ...]] = ContextVar("entered", default=())
 
 
-class Router:
+class Dispatcher:
     """Gives the layers of one model the frame they run in, and remembers which layers share inputs."""
 
     def __init__(self, default: Route | None = None) -> None:
@@ -123,7 +123,7 @@ class Router:
         self._local = threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Router, (self.default,)  # a copied model learns its groups again
+        return Dispatcher, (self.default,)  # a copied model learns its groups again
 
     # -- what layers ask ------------------------------------------------------------------------------------------
 
@@ -183,7 +183,8 @@ class Router:
         if stack is None:
             with self.lock:  # not while another thread changes the layers
                 stack = self._stacks[thread] = []
-            self._update_from_ambient()
+            if (ambient := self._local.__dict__.pop("ambient", None)) is not None:
+                self.update_groups(ambient.inputs)
         frame = Frame(plan, _task())
         self.compiled = plan.route
         stack.append(frame)
@@ -198,8 +199,9 @@ class Router:
                 self._interrupted.add(thread)
             else:
                 self._stacks.pop(thread, None)
-            self.compiled = self._running_route()
-            self._own_history.note(self._top(stack))
+            self.compiled = next((one[-1].plan.route for one in (stack, *self._stacks.values()) if one), self.default)
+            outer = self._innermost(stack) or getattr(self._local, "ambient", None)
+            self._own_history.note(None if outer is None else outer.plan)
             self.update_groups(frame.inputs)
 
     def _innermost(self, stack: list[Frame] | None) -> Frame | None:
@@ -213,11 +215,6 @@ class Router:
         if len(stack) > 1 or found is None:  # another task may have run since
             self._interrupted.add(threading.get_ident())
         return found
-
-    def _running_route(self) -> Route:
-        """The route of a running forward, of this thread if it runs one; else the default."""
-        stacks = [self._stacks.get(threading.get_ident()), *tuple(self._stacks.values())]
-        return next((stack[-1].plan.route for stack in stacks if stack), self.default)
 
     @contextmanager
     def with_route(self, route: Route) -> Iterator[None]:
@@ -237,12 +234,6 @@ class Router:
         if pending := inputs.pending_updates():
             with self.lock:
                 self.layer_groups = self.layer_groups.updated(pending)
-
-    def _update_from_ambient(self) -> None:
-        ambient: Frame | None = getattr(self._local, "ambient", None)
-        if ambient is not None:
-            self.update_groups(ambient.inputs)
-            self._local.ambient = None
 
     def reset(self) -> None:
         """Forget which layers share an input: the model's layers have changed."""
@@ -298,13 +289,6 @@ class Router:
             history = self._local.history = PlanHistory()
             self._history = [*self._history[-1023:], history]
         return history
-
-    def _top(self, stack: list[Frame]) -> Plan | None:
-        top = self._innermost(stack)
-        if top is not None:
-            return top.plan
-        ambient = getattr(self._local, "ambient", None)
-        return None if ambient is None else ambient.plan
 
     def _resume(self, thread: int, frame: Frame) -> None:
         """After a backward: the thread's nodes belong to ``frame`` again."""

@@ -1,7 +1,7 @@
 """A frozen module and the slots that adapt it: what all kinds of layers share. ``layers`` has the kinds.
 
 A layer holds numbers (rank, scale, dropout) and tensors for each slot, never a config. It reads the route from the
-model's router and adds the updates of the route's slots. The names of children are PEFT's (``base_layer``,
+model's dispatcher and adds the updates of the route's slots. The names of children are PEFT's (``base_layer``,
 ``lora_A.<slot>.weight``, ...), so state dicts are the same.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraloom.lora import functional
-from loraloom.lora.dispatch import Frame, Router
+from loraloom.lora.dispatch import Dispatcher, Frame
 from loraloom.lora.dropout import DropoutMask, dropout
 from loraloom.lora.injection import Wrapper
 from loraloom.lora.kinds import forward_of
@@ -45,7 +45,7 @@ class LoraLayer(Wrapper):
     #: The base module's name in the model.
     name: str
     base_layer: nn.Module
-    router: Router
+    dispatcher: Dispatcher
     r: dict[str, int]
     scaling: dict[str, float]
     #: slot → its variant, where that is not plain LoRA
@@ -57,11 +57,11 @@ class LoraLayer(Wrapper):
     merged: tuple[str, ...]
     _frozen: tuple[Tensor, ...]
 
-    def __init__(self, base_layer: nn.Module, router: Router, name: str = "") -> None:
+    def __init__(self, base_layer: nn.Module, dispatcher: Dispatcher, name: str = "") -> None:
         super().__init__()
         self.training = base_layer.training
         self.base_layer, self.lora_dropout = base_layer, self._in_my_mode(nn.ModuleDict())
-        self.router, self.name, self.merged, self._frozen = router, name, (), ()
+        self.dispatcher, self.name, self.merged, self._frozen = dispatcher, name, (), ()
         self.r, self.scaling, self.variants = {}, {}, {}
 
     # -- shapes and slots ---------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class LoraLayer(Wrapper):
             if slot in table:  # not where adding it was cut off
                 del table[slot]
 
-    def follow(self, active: tuple[str, ...]) -> None:
+    def cache_active(self, active: tuple[str, ...]) -> None:
         """Store the active slot's tensors for compiled code, in layers that support it."""
 
     # -- forward ------------------------------------------------------------------------------------------------
@@ -139,12 +139,12 @@ class LoraLayer(Wrapper):
         if self.merged:
             return y
         if torch.compiler.is_compiling():
-            route = self.router.compiled
+            route = self.dispatcher.compiled
         else:
-            frame = self.router.frame
+            frame = self.dispatcher.frame
             route = frame.plan.route
             if frame.plan.probe is not None:
-                frame.plan.probe.look(self.name, x)
+                frame.plan.probe.observe(self.name, x)
             frame.inputs.read(self, x)
         if not route.blocks:
             for slot in route.active:
@@ -153,7 +153,7 @@ class LoraLayer(Wrapper):
             return y
         if not self.adapts(route):
             return y
-        times = self.router.places(self.name, x, self.leading(x))
+        times = self.dispatcher.places(self.name, x, self.leading(x))
 
         def one(slot: str, rows: Tensor, where: slice | Tensor) -> Tensor:
             return rows if slot not in self.r else self._with_update(slot, rows, x[where], times)
@@ -203,7 +203,7 @@ class LoraLayer(Wrapper):
         p = self.dropout_p(slot)
         if not p:
             return None
-        return DropoutMask(p, (frame or self.router.frame).dropout_seed(slot, self.input_name, self.name), times)
+        return DropoutMask(p, (frame or self.dispatcher.frame).dropout_seed(slot, self.input_name, self.name), times)
 
     def apply_dropout(self, slot: str, x: Tensor, times: int) -> Tensor:
         if torch.compiler.is_compiling():

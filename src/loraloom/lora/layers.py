@@ -32,7 +32,7 @@ class LoraLinear(LoraLayer):
         out, inside = frozen_linear(base).shape
         return {"lora_A": (r, inside), "lora_B": (out, r)}
 
-    def follow(self, active: tuple[str, ...]) -> None:
+    def cache_active(self, active: tuple[str, ...]) -> None:
         mine, current = [slot for slot in active if slot in self.r], None
         if len(mine) == 1 and not self.merged and not self.variants:
             current = (*self.factors(mine[0]), self.scaling[mine[0]], self.lora_dropout._modules[mine[0]])
@@ -47,9 +47,9 @@ class LoraLinear(LoraLayer):
             seen = F.dropout(input, drop.p) if drop.training else input
             y: Tensor = self.base_layer(input, *args, **kwargs)
             return y + functional.lora_linear(seen, a, b, scale).to(y.dtype)
-        if torch.compiler.is_compiling() or (linear := self.fusable(input, frame := self.router.frame)) is None:
+        if torch.compiler.is_compiling() or (linear := self.fusable(input, frame := self.dispatcher.frame)) is None:
             return super().forward(input, *args, **kwargs)
-        return frame.inputs.project(self, linear, input, frame, self.router.slot_groups)
+        return frame.inputs.project(self, linear, input, frame, self.dispatcher.slot_groups)
 
     def fusable(self, x: Tensor, frame: Frame) -> FrozenLinear | None:
         """The frozen layer, if ``functional.lora_projections`` can compute this layer for ``x``; else None.
@@ -83,7 +83,7 @@ class LoraLinear(LoraLayer):
         if route.order is not None or x.dim() < 2:
             return False
         if self.adapts(route):
-            self.router.places(self.name, x, self.leading(x))
+            self.dispatcher.places(self.name, x, self.leading(x))
         return True
 
     @property

@@ -23,6 +23,8 @@ from loraloom.lora.routing import Batch, Route, RowProbe, Unproven, rows_of, ten
 
 T = TypeVar("T")
 Run = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
 _INSTEAD = "call it with one adapter at a time"
 #: Arguments and outputs that hold the state of generation, which cannot be joined from parts.
 _CACHES = ("past_key_values", "cache_params", "state", "mems")
@@ -32,12 +34,12 @@ def call(
     lora: LoraModel,
     run: Run,
     names: Sequence[str],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    look: Run | None = None,
+    args: Args,
+    kwargs: Kwargs,
+    plain: Run | None = None,
 ) -> Any:
-    """``run(*args, **kwargs)``, row ``i`` through ``names[i]``. ``look``: a plain forward with the same arguments."""
-    names = list(names)
+    """``run(*args, **kwargs)``, row ``i`` through ``names[i]``. ``plain``: a single forward with the same arguments."""
+    names, plain = list(names), plain or run
     given = [*args, *kwargs.values()]
     check_rows(len(names), tensors(given))
 
@@ -45,8 +47,8 @@ def call(
         with lora.lora_routed(names, inputs=given):
             return run(*args, **kwargs)
 
-    found = in_one_forward(lora, names, together, lambda site: prove(lora, look or run, args, kwargs, len(names), site))
-    return found[0] if found is not None else _one_by_one(lora, run, names, args, kwargs)
+    found = in_one_forward(lora, names, together, lambda site: prove(lora, plain, args, kwargs, len(names), site))
+    return found[0] if found is not None else _adapter_by_adapter(lora, run, names, args, kwargs)
 
 
 def in_one_forward(
@@ -56,7 +58,7 @@ def in_one_forward(
 
     ``prove(site)`` probes the model, and returns whether the rows at ``site`` are known afterwards.
     """
-    rows = lora.lora_router.rows
+    rows = lora.lora_dispatcher.rows
     for attempt in range(2 if rows.may_share_forward(slots) else 0):
         try:
             return (run(),)
@@ -67,23 +69,23 @@ def in_one_forward(
     return None
 
 
-def generate(lora: LoraModel, run: Run, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def generate(lora: LoraModel, run: Run, names: Sequence[str], args: Args, kwargs: Kwargs) -> Any:
     """The model's ``generate`` in place of its forward."""
 
-    def look(*args: Any, **kwargs: Any) -> Any:
+    def plain(*args: Any, **kwargs: Any) -> Any:
         known = inspect.signature(lora.model.forward).parameters
         given = {key: value for key, value in kwargs.items() if isinstance(value, Tensor) and key in known}
         return lora.model(*args[:1], **given)
 
-    return call(lora, run, names, args, kwargs, look)
+    return call(lora, run, names, args, kwargs, plain)
 
 
-def prove(lora: LoraModel, look: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: int, site: str) -> bool:
+def prove(lora: LoraModel, forward: Run, args: Args, kwargs: Kwargs, names: int, site: str) -> bool:
     """Probe which rows layers see, with forwards of the frozen model; whether ``site`` is proven now."""
     given = [*args, *kwargs.values()]
     rows = _rows_in(given, names)
     other = _unlike_the_first(given, rows)
-    if other is None or site in lora.lora_router.rows.indivisible or lora.lora_router.other_plans():
+    if other is None or site in lora.lora_dispatcher.rows.indivisible or lora.lora_dispatcher.other_plans():
         return False
     probe = RowProbe(rows, other)
     kwargs = {key: value for key, value in kwargs.items() if key not in _CACHES}
@@ -92,14 +94,14 @@ def prove(lora: LoraModel, look: Run, args: tuple[Any, ...], kwargs: Mapping[str
     try:
         with lora.following(Plan(Route(), probe=probe, disabled=True)), _as_in_use(lora):
             for turn, row in enumerate((0, other)):
-                probe.turn(turn)
-                look(*rows_of(args, slice(row, row + 1), rows), **rows_of(kwargs, slice(row, row + 1), rows))
-            probe.turn(2)
-            look(*args, **kwargs)
+                probe.begin(turn)
+                forward(*rows_of(args, slice(row, row + 1), rows), **rows_of(kwargs, slice(row, row + 1), rows))
+            probe.begin(2)
+            forward(*args, **kwargs)
     except Exception:  # a model that cannot be run with a row alone shows nothing
         return False
     probe.finish()
-    lora.lora_router.rows.record(probe.proven, probe.failed)
+    lora.lora_dispatcher.rows.record(probe.proven, probe.failed)
     return site in probe.proven
 
 
@@ -143,7 +145,7 @@ def _as_in_use(lora: LoraModel) -> Iterator[None]:
 # -- adapter by adapter -------------------------------------------------------------------------------------------
 
 
-def _one_by_one(lora: LoraModel, run: Run, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _adapter_by_adapter(lora: LoraModel, run: Run, names: list[str], args: Args, kwargs: Kwargs) -> Any:
     given = [*args, *kwargs.values()]
     rows = _rows_in(given, len(names))
     times = rows // len(names)
@@ -167,7 +169,7 @@ def _one_by_one(lora: LoraModel, run: Run, names: list[str], args: tuple[Any, ..
         order += mine
         counts.append(len(mine))
     pad = getattr(getattr(lora.model, "generation_config", None), "pad_token_id", None)
-    return _together(parts, counts, torch.tensor(order).argsort(), pad)
+    return _join(parts, counts, torch.tensor(order).argsort(), pad)
 
 
 def _undivided(lora: LoraModel, why: str) -> AdapterError:
@@ -177,7 +179,7 @@ def _undivided(lora: LoraModel, why: str) -> AdapterError:
     )
 
 
-def _together(parts: list[Any], counts: list[int], inverse: Tensor, pad: int | None) -> Any:
+def _join(parts: list[Any], counts: list[int], inverse: Tensor, pad: int | None) -> Any:
     """Join the parts, which have ``counts`` rows, in the batch's order."""
     first = parts[0]
     if first is None:
@@ -193,7 +195,7 @@ def _together(parts: list[Any], counts: list[int], inverse: Tensor, pad: int | N
             parts = [nn.functional.pad(part, (0, longest - part.shape[1]), value=pad or 0) for part in parts]
         return torch.cat(parts).index_select(0, inverse.to(first.device))
     if isinstance(first, Mapping):
-        kept = {k: _together([p[k] for p in parts], counts, inverse, pad) for k in first if k not in _CACHES}
+        kept = {k: _join([p[k] for p in parts], counts, inverse, pad) for k in first if k not in _CACHES}
         return type(first)(**kept)
     if isinstance(first, list | tuple):
         if len({len(part) for part in parts}) > 1:
@@ -201,5 +203,5 @@ def _together(parts: list[Any], counts: list[int], inverse: Tensor, pad: int | N
                 "adapter_names: adapters had to be run one by one, and came to answers of unlike length "
                 f"({', '.join(str(len(part)) for part in parts)}); call the model with one adapter at a time"
             )
-        return type(first)(_together(list(each), counts, inverse, pad) for each in zip(*parts, strict=True))
+        return type(first)(_join(list(each), counts, inverse, pad) for each in zip(*parts, strict=True))
     raise AdapterError(f"adapter_names: an answer of type {type(first).__name__} cannot be put together by rows")

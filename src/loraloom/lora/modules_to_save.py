@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
-from loraloom.lora.dispatch import Router
+from loraloom.lora.dispatch import Dispatcher
 from loraloom.lora.injection import Wrapper, strip, unwrap, unwrapped_state
 from loraloom.lora.routing import leading
 
@@ -25,12 +25,12 @@ class ModulesToSaveWrapper(Wrapper):
     inside, outermost = "original_module", True
     peft_class = ("peft.utils.other", "ModulesToSaveWrapper")
 
-    def __init__(self, original: nn.Module, router: Router, name: str = "") -> None:
+    def __init__(self, original: nn.Module, dispatcher: Dispatcher, name: str = "") -> None:
         super().__init__()
         self.lora_name = name
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
-        self.lora_router = router
+        self.lora_dispatcher = dispatcher
         self.training = self.modules_to_save.training = original.training
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ class ModulesToSaveWrapper(Wrapper):
         return module
 
     def current(self) -> nn.Module:
-        copies = [slot for slot in self.lora_router.route.active if slot in self.modules_to_save]
+        copies = [slot for slot in self.lora_dispatcher.route.active if slot in self.modules_to_save]
         if len(copies) > 1:
             raise AdapterError(
                 f"set_adapter: {' and '.join(map(repr, copies))} each train their own copy of this module, "
@@ -80,10 +80,10 @@ class ModulesToSaveWrapper(Wrapper):
         return self.modules_to_save[copies[0]] if copies else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self.lora_router.frame.plan
+        plan = self.lora_dispatcher.frame.plan
         route = plan.route
         if plan.probe is not None and (args or kwargs):
-            plan.probe.look(self.lora_name, args[0] if args else next(iter(kwargs.values())))
+            plan.probe.observe(self.lora_name, args[0] if args else next(iter(kwargs.values())))
         if not route.blocks:
             return self._call(self.current(), *args, **kwargs)
         if not any(block.slot in self.modules_to_save for block in route.blocks):
@@ -94,11 +94,11 @@ class ModulesToSaveWrapper(Wrapper):
         def one(slot: str, rows: Tensor, where: slice | Tensor) -> Tensor:
             module = self.modules_to_save[slot] if slot in self.modules_to_save else self.original_module  # noqa: SIM401
             placed, named = ((rows, *args[1:]), kwargs) if args else ((), {**kwargs, key: rows})
-            with self.lora_router.with_route(route.alone(slot)):  # for the layers inside
+            with self.lora_dispatcher.with_route(route.alone(slot)):  # for the layers inside
                 out: Tensor = self._call(module, *placed, **named)
             return out
 
-        return route.apply(x, self.lora_router.places(self.lora_name, x, leading(x)), one)
+        return route.apply(x, self.lora_dispatcher.places(self.lora_name, x, leading(x)), one)
 
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inside, outside = _dtypes(module), _dtypes(self.original_module)

@@ -71,11 +71,11 @@ class LoraParameter(LoraLayer):
 
     def slots_of_forward(self) -> tuple[str, ...]:
         """The slots whose updates the parameter gets in this forward, for all rows."""
-        route = self.router.route
+        route = self.dispatcher.route
         if self.merged:
             return ()
         if any(block.slot in self.r for block in route.blocks):
-            raise self.router.indivisible(self.name, self.frozen_weight.shape)
+            raise self.dispatcher.indivisible(self.name, self.frozen_weight.shape)
         return tuple(slot for slot in route.active if slot in self.r)
 
     def updated(self, slots: tuple[str, ...]) -> Tensor:

@@ -49,7 +49,7 @@ TYPES: dict[str, Mapping[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Read:
+class PeftTarget:
     """A target as PEFT resolves it. ``name``: of a module, or of a parameter below its module."""
 
     name: str
@@ -58,12 +58,14 @@ class Read:
     alpha: float
 
 
-def refused(model_type: str | None, name: str) -> bool:
+def refused_by_peft(model_type: str | None, name: str) -> bool:
     """Whether PEFT raises on a module of this name."""
     return model_type in MAMBA_TYPES and name.rpartition(".")[2] in MAMBA_NAMES
 
 
-def peft_reads(config: LoraConfig, model_type: str | None, modules: Mapping[str, nn.Module]) -> set[Read] | None:
+def targets_in_peft(
+    config: LoraConfig, model_type: str | None, modules: Mapping[str, nn.Module]
+) -> set[PeftTarget] | None:
     """What PEFT would adapt by ``config``, or None where it would raise."""
     try:
         config = translate(config, model_type, modules).config
@@ -77,12 +79,12 @@ def peft_reads(config: LoraConfig, model_type: str | None, modules: Mapping[str,
     names = [(name, False) for name in modules if _is_target(config, name)]
     wanted = config.target_parameters or ()
     names += [(name, True) for name in parameter_names(modules) if matches_any(wanted, name)]
-    if any(refused(model_type, name) for name, _ in names) or (config.fan_in_fan_out and wanted):
+    if any(refused_by_peft(model_type, name) for name, _ in names) or (config.fan_in_fan_out and wanted):
         return None
-    return {Read(name, parameter, *rank_and_alpha(config, name)) for name, parameter in names}
+    return {PeftTarget(name, parameter, *rank_and_alpha(config, name)) for name, parameter in names}
 
 
-def misread(model: nn.Module, names: Iterable[str]) -> list[str]:
+def renamed_by_peft(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Those of ``names`` whose tensors PEFT looks for under other keys.
 
     PEFT renames the keys of every adapter as transformers renames those of old checkpoints, old or not. The renamings
@@ -112,18 +114,18 @@ def _is_target(config: LoraConfig, name: str) -> bool:
     return matches_any(wanted, name) and (not config.layers_to_transform or in_layers(name, config))
 
 
-def as_peft_reads(
-    config: LoraConfig, model_type: str | None, modules: Mapping[str, nn.Module], wanted: Sequence[Read]
+def config_for_peft(
+    config: LoraConfig, model_type: str | None, modules: Mapping[str, nn.Module], wanted: Sequence[PeftTarget]
 ) -> tuple[LoraConfig, tuple[str, ...]]:
     """A config by which PEFT adapts exactly ``wanted``, and the names for which no config does.
 
     ``config`` itself if PEFT reads it so. A Linear's weight may be wanted as a parameter or as a module.
     """
-    if peft_reads(config, model_type, modules) == set(wanted):
+    if targets_in_peft(config, model_type, modules) == set(wanted):
         return config, ()
     table = TYPES.get(model_type or "", {})
     exact = [
-        Read(f"{one.name}.weight", True, one.r, one.alpha)
+        PeftTarget(f"{one.name}.weight", True, one.r, one.alpha)
         if not one.parameter and one.name.rpartition(".")[2] in table and isinstance(modules[one.name], nn.Linear)
         else one
         for one in wanted
@@ -142,12 +144,12 @@ def as_peft_reads(
         alpha_pattern={one.name: one.alpha for one in exact if one.alpha != config.lora_alpha},
         **changes,
     )
-    reads = peft_reads(changed, model_type, modules)
+    reads = targets_in_peft(changed, model_type, modules)
     if reads == set(exact):
         return changed, ()
     other = {one.name for one in exact} if reads is None else {one.name for one in set(exact) ^ reads}
     if reads is None:
-        other = {name for name in other if refused(model_type, name)} or other
+        other = {name for name in other if refused_by_peft(model_type, name)} or other
     return config, tuple(sorted(other))
 
 

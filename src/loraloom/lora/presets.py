@@ -2,7 +2,7 @@
 
 For types that PEFT (0.21) knows the values are PEFT's, so that a config without targets means the same in both. Others
 follow the same rule: the query and value projections of every attention, or the fused projection that holds them.
-``found`` applies the rule to types that are not in the table.
+``find_targets`` applies the rule to types that are not in the table.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _READS_INPUT = re.compile("in_proj|linear_x")
 _MIXER = re.compile(r".*(mixer|mamba|ssm|recurren|rwkv).*")
 
 
-def found(
+def find_targets(
     model: nn.Module, modules: dict[str, nn.Module], linear: Iterable[str], pointwise: Iterable[str], heads: set[str]
 ) -> list[str]:
     """The usual targets of a model whose type is not in the table: names among ``modules``, empty if there are none.

@@ -17,14 +17,17 @@ from torch import nn
 
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import AdapterError, nearest
-from loraloom.lora.dispatch import Plan, Router
+from loraloom.lora.dispatch import Dispatcher, Plan
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper
 from loraloom.lora.routing import BASE, Batch, Route
 from loraloom.lora.slots import Slots
 
-#: Names without ``lora_`` that this class had before; they hid attributes of models.
-EARLIER = ("layers", "router", "enabled", "saved_modules", "routed")
+#: Names that this class had before, when they hid attributes of models → names of today.
+EARLIER = {
+    **{name: f"lora_{name}" for name in ("layers", "enabled", "saved_modules", "routed")},
+    "router": "lora_dispatcher",
+}
 
 
 class RoutedModel(nn.Module):
@@ -34,9 +37,9 @@ class RoutedModel(nn.Module):
         super().__init__()
         self.model = model
         self.peft_config: dict[str, LoraConfig] = {}
-        self.lora_router = Router()
+        self.lora_dispatcher = Dispatcher()
         self.training = model.training
-        self._slots = Slots(model, self.lora_router)
+        self._slots = Slots(model, self.lora_dispatcher)
         self._active: tuple[str, ...] = ()
         self._merged: tuple[str, ...] = ()
         self._enabled = True
@@ -54,7 +57,7 @@ class RoutedModel(nn.Module):
     @property
     def lora_enabled(self) -> bool:
         """Whether the active adapters apply: not inside ``disable_adapter``, which each thread enters for itself."""
-        return self._enabled and not self.lora_router.current_plan().disabled
+        return self._enabled and not self.lora_dispatcher.current_plan().disabled
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -79,9 +82,9 @@ class RoutedModel(nn.Module):
     def _follow(self, by_hand: bool = False) -> None:
         """Set the default route. If adapters are merged, exactly these apply, active or not."""
         route = Route(active=self._merged or (self._active if self._enabled else ()))
-        if by_hand or route.active != self.lora_router.default.active:
-            self.lora_router.set_default(route)
-        self._install(self.lora_router.default)
+        if by_hand or route.active != self.lora_dispatcher.default.active:
+            self.lora_dispatcher.set_default(route)
+        self._install(self.lora_dispatcher.default)
         if self._slots.biases.slots:
             self._modules["biases"] = self._slots.biases
         else:
@@ -98,7 +101,7 @@ class RoutedModel(nn.Module):
         biases = self._slots.biases
         if not (biases.slots or self._compiled):
             return
-        if any(plan.route.active != route.active or plan.route.blocks for plan in self.lora_router.other_plans()):
+        if any(plan.route.active != route.active or plan.route.blocks for plan in self.lora_dispatcher.other_plans()):
             if what is None:
                 return
             raise AdapterError(
@@ -109,7 +112,7 @@ class RoutedModel(nn.Module):
         biases.install(route.active)
         if self._compiled:
             for layer in self.lora_layers.values():
-                layer.follow(route.active)
+                layer.cache_active(route.active)
 
     def enable_adapter_layers(self) -> None:
         self._enabled = True
@@ -141,7 +144,7 @@ class RoutedModel(nn.Module):
             if torch.compiler.is_compiling():
                 yield
                 return
-            with self.following(self.lora_router.current_plan()):
+            with self.following(self.lora_dispatcher.current_plan()):
                 yield
             return
         names = list(adapter_names)
@@ -151,22 +154,23 @@ class RoutedModel(nn.Module):
             return
         self._check_unmerged("adapter_names")
         route = Route.of_rows(names, dropout_seeds or {})
-        plan = replace(self.lora_router.current_plan(), route=route, batch=Batch(route.rows) if route.blocks else None)
-        with self.following(plan, "adapter_names"), self._noting(plan.batch, inputs):
+        batch = Batch(route.rows) if route.blocks else None
+        plan = replace(self.lora_dispatcher.current_plan(), route=route, batch=batch)
+        with self.following(plan, "adapter_names"), self._noting(batch, inputs):
             yield
 
     @contextmanager
     def following(self, plan: Plan, what: str = "forward") -> Iterator[None]:
         """Run forwards of this thread under ``plan`` within the block."""
         with ExitStack() as stack:
-            with self.lora_router.lock:
+            with self.lora_dispatcher.lock:
                 self._install(plan.route, what)
-                stack.enter_context(self.lora_router.running(plan))
+                stack.enter_context(self.lora_dispatcher.running(plan))
             try:
                 yield
             finally:
                 stack.close()
-                self._install(self.lora_router.enclosing_route)
+                self._install(self.lora_dispatcher.enclosing_route)
 
     @contextmanager
     def _noting(self, batch: Batch | None, inputs: Iterable[Any]) -> Iterator[None]:
@@ -179,7 +183,7 @@ class RoutedModel(nn.Module):
 
         # Another thread that runs the model while this hook is removed may call it without kwargs.
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
-            if self.lora_router.frame.plan.batch is batch:  # not of another thread
+            if self.lora_dispatcher.frame.plan.batch is batch:  # not of another thread
                 batch.note((*args, *kwargs.values()), tokens)
 
         handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
@@ -201,7 +205,7 @@ class RoutedModel(nn.Module):
             return getattr(self.model, name)
         except AttributeError:
             if name in EARLIER:  # unless the model has something of that name
-                return getattr(self, f"lora_{name}")
+                return getattr(self, EARLIER[name])
             raise
 
     # -- checks -------------------------------------------------------------------------------------------------

@@ -232,8 +232,8 @@ def _media_by_row(given: list[Tensor], token: int) -> bool:
 class RowProbe:
     """Three forwards of the frozen model: the first row alone, row ``other`` alone, and the batch of ``rows``.
 
-    Every site calls ``look`` in each of them. Afterwards ``proven`` maps each site whose input in the batch holds the
-    two rows' values at the expected places to the number of places of a row.
+    Every site calls ``observe`` in each of them. Afterwards ``proven`` maps each site whose input in the batch holds
+    the two rows' values at the expected places to the number of places of a row.
     """
 
     #: A row in the batch must be this much nearer to itself alone than the two rows are to each other.
@@ -247,11 +247,11 @@ class RowProbe:
         self.proven: dict[str, int] = {}
         self.failed: set[str] = set()
 
-    def turn(self, number: int) -> RowProbe:
+    def begin(self, number: int) -> RowProbe:
         self._turn = number
         return self
 
-    def look(self, site: str, x: Tensor) -> None:
+    def observe(self, site: str, x: Tensor) -> None:
         if self._turn < 2:
             self._seen[self._turn].setdefault(site, []).append(x.detach().clone())
             return

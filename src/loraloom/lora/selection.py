@@ -15,8 +15,8 @@ from loraloom.lora.layer import LoraLayer
 from loraloom.lora.layers import LoraLinear, is_never_called, layer_class
 from loraloom.lora.matching import each, in_layers, layer_number, lies_in, matches_any, matches_name, suffixes
 from loraloom.lora.parameters import LoraParameter, parameter_obstacle
-from loraloom.lora.peft_targets import TYPES, Translation, old_names, parameter_names, refused, translate
-from loraloom.lora.presets import found, weight_is_read
+from loraloom.lora.peft_targets import TYPES, Translation, old_names, parameter_names, refused_by_peft, translate
+from loraloom.lora.presets import find_targets, weight_is_read
 
 ALL_LINEAR = "all-linear"
 
@@ -80,7 +80,7 @@ def _resolved(base: Base, config: LoraConfig, inside_saved: set[str]) -> list[st
     if is_all_linear(wanted):
         experts, table = old_names(base.type, modules), TYPES.get(base.type or "", {})
         left_out = base.output_heads(config) | inside_saved
-        left_out |= {n for n in base.linear if refused(base.type, n) or n.rpartition(".")[2] in table}
+        left_out |= {n for n in base.linear if refused_by_peft(base.type, n) or n.rpartition(".")[2] in table}
         left_out |= {name for name in base.linear if weight_is_read(model, modules, name)}
         chosen = suffixes([name for name in base.linear if name not in left_out], modules)
         return chosen if isinstance(chosen, str) else [*chosen, *experts]
@@ -93,7 +93,7 @@ def _resolved(base: Base, config: LoraConfig, inside_saved: set[str]) -> list[st
         return usual
     heads = base.output_heads(config) | {name for name in modules if name in task_heads(config)}
     pointwise = [name for name, module in modules.items() if _is_pointwise(module)]
-    names = found(model, modules, base.linear, pointwise, heads | inside_saved)
+    names = find_targets(model, modules, base.linear, pointwise, heads | inside_saved)
     if not names:
         raise TargetError(
             f"target_modules: not given, {base.no_default}, and no attention or repeated linear layer was found in it; "
@@ -170,7 +170,7 @@ def _adaptable(base: Base, names: list[str], literal: bool) -> list[str]:
     out = [name for name in names if not is_never_called(base.modules[name])]
     for name in out or names:
         module = base.modules[name]
-        if not literal and refused(base.type, name):
+        if not literal and refused_by_peft(base.type, name):
             raise TargetError(
                 f"target_modules: {name} cannot be adapted, because the fused kernels of {base.type!r} read its "
                 f"weight without calling it, and PEFT refuses it too; {base.offer}"

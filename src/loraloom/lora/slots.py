@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.lora.biases import Biases
-from loraloom.lora.dispatch import Router
+from loraloom.lora.dispatch import Dispatcher
 from loraloom.lora.frozen import HALF, adapter_dtype
 from loraloom.lora.initialize import seed_of
 from loraloom.lora.injection import ModuleLocator, strip
@@ -28,8 +28,8 @@ from loraloom.lora.variants import variant_of
 class Slots:
     """The slots of all adapters in ``model``, whose modules are wrapped in place."""
 
-    def __init__(self, model: nn.Module, router: Router) -> None:
-        self._model, self._router = model, router
+    def __init__(self, model: nn.Module, dispatcher: Dispatcher) -> None:
+        self._model, self._dispatcher = model, dispatcher
         #: by the names of the modules that they wrap, or of the parameters that they adapt
         self.layers: dict[str, LoraLayer] = {}
         self.saved: dict[str, ModulesToSaveWrapper] = {}
@@ -51,7 +51,7 @@ class Slots:
             autocast: keep a slot's tensors in float32 where the layer computes in half precision.
             tensors: a file's. The slot's tensors of the same key and shape start uninitialised: the caller fills them.
         """
-        self._router.reset()
+        self._dispatcher.reset()
         locator, variant = ModuleLocator(self._model), variant_of(made.config)
         there = places([(target.name, target.kind) for target in made.targets])
         for target in made.targets:
@@ -69,7 +69,7 @@ class Slots:
         self.biases.install(())  # a copy starts from the base's biases
         self._add_copies(slot, [extra.name for extra in made.saved], modules, locator, autocast)
         self.biases.add(slot, {extra.name: modules[extra.name[: -len(".bias")]] for extra in made.biases})
-        self.biases.hook(self._router, self.layers)
+        self.biases.hook(self._dispatcher, self.layers)
 
     def _layer(self, target: Target, modules: Mapping[str, nn.Module], locator: ModuleLocator) -> LoraLayer:
         layer = self.layers.get(target.name)
@@ -78,7 +78,7 @@ class Slots:
             module = modules[target.name.rpartition(".")[0] if parameter else target.name]
             cls = LoraParameter if parameter else layer_class(module)
             assert cls is not None
-            layer = cls(module, self._router, target.name)
+            layer = cls(module, self._dispatcher, target.name)
             locator.wrap(module, layer)
             self.layers[target.name] = layer
         return layer
@@ -90,7 +90,7 @@ class Slots:
         for name in names:
             wrapper = self.saved.get(name)
             if wrapper is None:
-                wrapper = self.saved[name] = ModulesToSaveWrapper(modules[name], self._router, name)
+                wrapper = self.saved[name] = ModulesToSaveWrapper(modules[name], self._dispatcher, name)
                 locator.wrap(modules[name], wrapper)
             half = any(p.dtype in HALF for p in modules[name].parameters())
             module = wrapper.new_copy(torch.float32 if autocast and half else None)
@@ -113,18 +113,18 @@ class Slots:
         strip(self._model, only_empty=True)
         self.layers = {name: layer for name, layer in self.layers.items() if layer.slots}
         self.saved = {name: wrapper for name, wrapper in self.saved.items() if len(wrapper.modules_to_save)}
-        self.biases.hook(self._router, self.layers)
-        self._router.reset()
+        self.biases.hook(self._dispatcher, self.layers)
+        self._dispatcher.reset()
 
     def clear(self) -> None:
         """Forget all slots, after their wrappers were removed from the model."""
         self.biases.unhook()
         self.layers, self.saved, self.biases = {}, {}, Biases()
-        self._router.reset()
+        self._dispatcher.reset()
 
     def exclusive(self, what: str, made: Plan) -> AbstractContextManager[None]:
         """A lock for adding ``made``. Other threads may run the model meanwhile, unless biases of it change."""
-        return self._router.exclusive(what) if self.biases.slots or made.biases else nullcontext()
+        return self._dispatcher.exclusive(what) if self.biases.slots or made.biases else nullcontext()
 
     def tensors_of(self, slot: str) -> dict[str, Tensor]:
         """Every tensor of one slot, live, under PEFT's key for it in a file (with ``base_model.model.``)."""

@@ -19,7 +19,7 @@ from loraloom.lora.frozen import adapter_dtype, frozen_linear
 from loraloom.lora.layers import LoraConv, LoraConv1D, LoraLinear, layer_class
 from loraloom.lora.matching import check_expressions, ends_as, lies_in, pattern_key, rank_and_alpha
 from loraloom.lora.parameters import LoraParameter
-from loraloom.lora.peft_targets import Experts, Read, as_peft_reads, misread, unadapted
+from loraloom.lora.peft_targets import Experts, PeftTarget, config_for_peft, renamed_by_peft, unadapted
 from loraloom.lora.selection import Chosen, select
 from loraloom.lora.variants import variant_of
 
@@ -84,11 +84,8 @@ class Plan:
 
     def __str__(self) -> str:
         head = ("module", "kind", "r", "alpha", "scale", "parameters", "bytes")
-        rows = [
-            (t.name, t.kind, str(t.r), f"{t.alpha:g}", f"{t.scale:g}", f"{t.parameters:,}", f"{t.bytes:,}")
-            for t in self.targets
-        ]
-        rows += [(e.name, e.kind, "", "", "", f"{e.parameters:,}", f"{e.bytes:,}") for e in (*self.saved, *self.biases)]
+        ranks = [(str(t.r), f"{t.alpha:g}", f"{t.scale:g}") for t in self.targets] + [("",) * 3] * len(self.rows)
+        rows = [(x.name, x.kind, *r, f"{x.parameters:,}", f"{x.bytes:,}") for x, r in zip(self.rows, ranks)]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = [
             "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
@@ -140,11 +137,7 @@ def plan_on(base: Base, config: LoraConfig, strict: bool, autocast_adapter_dtype
     saved = _saved_modules(base, config, strict, follow_ties)
     config = config.copy(modules_to_save=_names_of_saved(config, saved))
     config, chosen, idle, left_out = select(base, config, saved, strict, literal=not follow_ties)
-    targets, reads = [], []
-    for one in chosen:
-        r, alpha = rank_and_alpha(config, one.pattern_name)
-        targets.append(_target(one, modules[one.module], r, alpha, config, autocast_adapter_dtype))
-        reads.append(Read(one.pattern_name, one.pattern_name != one.module, r, alpha))
+    targets = [_target(one, modules[one.module], config, autocast_adapter_dtype) for one in chosen]
     patterned = [one.pattern_name for one in chosen]
     if strict:
         _check_pattern_keys(base, config, patterned)
@@ -153,8 +146,10 @@ def plan_on(base: Base, config: LoraConfig, strict: bool, autocast_adapter_dtype
         alpha_pattern=_order_free(config.alpha_pattern, patterned),
         fan_in_fan_out=any(target.kind == LoraConv1D.kind for target in targets),
     )
-    config, lost = as_peft_reads(config, base.type, modules, reads)
-    unreadable = tuple(dict.fromkeys([*lost, *misread(base.model, [one.module for one in chosen])]))
+    pairs = zip(chosen, targets, strict=True)
+    reads = [PeftTarget(one.pattern_name, one.pattern_name != one.module, made.r, made.alpha) for one, made in pairs]
+    config, lost = config_for_peft(config, base.type, modules, reads)
+    unreadable = tuple(dict.fromkeys([*lost, *renamed_by_peft(base.model, [one.module for one in chosen])]))
     extras = tuple(_extras(modules, saved, autocast_adapter_dtype))
     biases = tuple(_biases(modules, config, {target.name for target in targets}, saved))
     if not (targets or extras or biases):
@@ -187,9 +182,8 @@ def _note(base: Base, wanted: object, targets: list[str] | str | None) -> str:
     )
 
 
-def _target(
-    one: Chosen, module: nn.Module, r: int, alpha: float, config: LoraConfig, autocast_adapter_dtype: bool
-) -> Target:
+def _target(one: Chosen, module: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> Target:
+    r, alpha = rank_and_alpha(config, one.pattern_name)
     variant, conv = variant_of(config), issubclass(one.cls, LoraConv)
     kind = type(module).__name__ if conv else one.cls.kind
     if conv and r % module.groups:  # type: ignore[operator]

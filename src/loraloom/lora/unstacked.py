@@ -7,6 +7,7 @@ concatenated: A along the rank, B block-diagonally. That is the same update, wit
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import AdapterError
+from loraloom.lora.keys import PREFIX, LoadReport
 from loraloom.lora.matching import rank_and_alpha
 
 _KEY = re.compile(r"(?P<owner>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.lora_(?P<factor>[AB])\.weight")
@@ -42,9 +44,9 @@ class Stack:
 
 
 def restack(
-    tensors: Mapping[str, Tensor], config: LoraConfig, modules: Mapping[str, nn.Module], source: str = ""
+    tensors: dict[str, Tensor], config: LoraConfig, modules: Mapping[str, nn.Module], report: LoadReport, source: str
 ) -> tuple[dict[str, Tensor], LoraConfig]:
-    """``tensors`` (keys without PEFT's prefix) and ``config`` as if the adapter had been made on stacked experts.
+    """``tensors`` by their keys and ``config`` as if the adapter had been made on stacked experts.
 
     Both are returned unchanged if no tensor belongs to an expert that was a module.
 
@@ -53,30 +55,31 @@ def restack(
     """
     out: dict[str, Tensor] = {}
     stacks: dict[str, Stack] = {}
-    for key, tensor in tensors.items():
-        found = _KEY.fullmatch(key)
+    for key, tensor in tensors.items() if any(".experts." in key for key in tensors) else ():
+        name = key.removeprefix(PREFIX)
+        found = _KEY.fullmatch(name)
         if found is None or f"{found['owner']}.{found['expert']}.{found['part']}" in modules:
-            out[_renamed(key, modules)] = tensor
+            out[_renamed(name, modules)] = tensor
             continue
-        stack = _stack(stacks, found["owner"], found["part"], modules, f"{source}{key}")
+        stack = _stack(stacks, found["owner"], found["part"], modules, f"{source}{name}")
         table = stack.a if found["factor"] == "A" else stack.b
         table[int(found["expert"]), found["part"]] = tensor
     if not stacks:
-        return dict(tensors), config
+        return tensors, config
     ranks, alphas = {}, {}
     names = [key.rpartition(".lora_")[0] for key in out if ".lora_" in key]
     parameters = [f"{n}.weight" for n in dict.fromkeys(names) if n in modules and not _is_layer(modules[n])]
     parameters += [stack.name for stack in stacks.values()]
-    together = {
-        module: sum(s.module == module for s in stacks.values()) for module in {s.module for s in stacks.values()}
-    }
+    stacked = Counter(stack.module for stack in stacks.values())
     for stack in stacks.values():
         a, b, r, alpha = _joined(stack, config, modules[stack.module], source)
         ranks[stack.name], alphas[stack.name] = r, alpha
-        inner = ".base_layer" if stack.parameter == "gate_up_proj" and together[stack.module] > 1 else ""
+        inner = ".base_layer" if stack.parameter == "gate_up_proj" and stacked[stack.module] > 1 else ""
         out[f"{stack.module}{inner}.lora_A.weight"], out[f"{stack.module}{inner}.lora_B.weight"] = a, b
     kept = [name for name in dict.fromkeys(names) if f"{name}.weight" not in parameters]
-    return out, config.copy(
+    keyed = {PREFIX + name: tensor for name, tensor in out.items()}
+    report.renamed.update(dict.fromkeys(tensors.keys() - keyed.keys(), "stacked"))
+    return keyed, config.copy(
         target_modules=kept,
         target_parameters=[*(config.target_parameters or ()), *parameters],
         rank_pattern={**ranks, **config.rank_pattern},

@@ -117,12 +117,12 @@ class Objective:
 
     def _through_head(self, name: str, out: Tensor, labels: Tensor) -> Tensor:
         """[labelled tokens] of one slot, whose head is its own or carries its adapter."""
-        router, route = self._lora.lora_router, self._lora.lora_router.route
+        dispatcher, route = self._lora.lora_dispatcher, self._lora.lora_dispatcher.route
         alone = route.alone(name) if route.blocks else route
         module: Any = self._head
 
         def head(hidden: Tensor) -> Tensor:  # also called in the backward
-            with router.with_route(alone):
+            with dispatcher.with_route(alone):
                 found: Tensor = module(hidden)
             return self._logits(found)
 

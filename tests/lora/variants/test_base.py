@@ -92,7 +92,7 @@ def test_forward_and_gradients_are_those_of_the_formula(fused: bool) -> None:
     if not fused:  # a hook sends the layer the plain way
         layer.base_layer.register_forward_hook(lambda *_: None)
     x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
-    assert (layer.fusable(x, layer.router.frame) is not None) == fused
+    assert (layer.fusable(x, layer.dispatcher.frame) is not None) == fused
     a, b, gain = (p.detach().clone().requires_grad_() for p in layer.tensors("default").values())
     weight, bias = layer.weight.detach(), layer.bias.detach()
     wanted = gain * (x @ (weight + layer.scaling["default"] * b @ a).T) + bias
