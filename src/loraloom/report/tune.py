@@ -19,6 +19,7 @@ from loraloom.messages import Message
 from loraloom.report.format import count, duration, figure, label, params, shown
 from loraloom.report.screen import Text
 from loraloom.report.sentences import line, sentence
+from loraloom.tuning.bar import Gain
 from loraloom.tuning.executor import SearchStatus
 from loraloom.tuning.ranking import Score, originals, ranking, scores, varying
 from loraloom.tuning.selection import difference
@@ -120,7 +121,7 @@ def state(trial: Trial, score: Score) -> str:
 def conclusion(found: Verdict) -> RenderableType:
     """What to use, the runner-up, which hyperparameters mattered, and what to try next."""
     best, reached = found.best, _reached(found.metric, found.scores[found.best.number])
-    above = [] if found.gain is None else [_above(found)]
+    above = [] if found.gain is None else [_above(found.gain)]
     notes = [Text(f"note: {sentence(note)}", "yellow") for note in found.notes]
     if not found.learned:
         them = sentence(Message("best_of_them", trial=best.number, params=_settings(found, best), **reached))
@@ -150,11 +151,9 @@ def _with_advice(lines: Sequence[Text], found: Verdict, title: str) -> Renderabl
     return Padding(Group(*parts), (1, 0, 0, 0))
 
 
-def _above(found: Verdict) -> str:
-    gain = found.gain
-    assert gain is not None
-    figures = {"metric": gain.metric, "gain": gain.gain, "error": gain.error}
-    return sentence(Message("above", **figures, bar=gain.bar, bar_words=gain.bar_words))
+def _above(gain: Gain) -> str:
+    names = ("metric", "gain", "error", "bar", "bar_words")
+    return sentence(Message("above", **{name: getattr(gain, name) for name in names}))
 
 
 def _settings(found: Verdict, trial: Trial) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from loraloom.errors import ConfigError, nearest
 
@@ -71,6 +71,8 @@ class Range:
     high: float
     log: bool = False
     step: float | None = None
+    #: its values are numbers, whose order is known
+    order: ClassVar[tuple[Any, ...]] = ()
 
     @property
     def whole(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraloom.messages import Message, OnEvent
@@ -29,20 +30,18 @@ if TYPE_CHECKING:
 PROPOSALS, FIRST = 16, 8
 
 
+@dataclass
 class Scheduler:
     """Decides for the search in ``state``, and changes it."""
 
-    def __init__(
-        self,
-        options: TuneConfig,
-        setup: Setup,
-        factory: TrialFactory,
-        state: State,
-        on_event: OnEvent,
-        sampler: BaseSampler | None = None,
-    ) -> None:
-        self.options, self.setup, self.factory, self.state = options, setup, factory, state
-        self._on_event, self._sampler, self._exhausted = on_event, sampler, False
+    options: TuneConfig
+    setup: Setup
+    factory: TrialFactory
+    state: State
+    on_event: OnEvent
+    sampler: BaseSampler | None = None
+    #: the space has no further configuration
+    exhausted: bool = False
 
     @property
     def trials(self) -> list[Trial]:
@@ -67,7 +66,7 @@ class Scheduler:
     def _decided(self) -> bool:
         """Take one decision, if what is known allows it."""
         originals, halving = self.originals, self.state.halving
-        if not self._exhausted and len(originals) < self.options.trials:
+        if not self.exhausted and len(originals) < self.options.trials:
             return all(self._stands(trial, 0) for trial in originals) and self._propose()
         if halving.open < halving.rungs:
             return self._decide_rung(halving.open)
@@ -94,12 +93,12 @@ class Scheduler:
         """The next proposals, all from the same knowledge: they do not depend on which trial came to a rung first."""
         before, trials = len(self.originals), self.options.trials
         count = trials
-        if self._sampler is not None or self.options.sampler == "tpe":
+        if self.sampler is not None or self.options.sampler == "tpe":
             count = max(PROPOSALS, trials // 4) if before else max((trials + 1) // 2, FIRST)
         for _ in range(min(count, trials - before)):
-            values = propose(self.options, self.trials, self._sampler)
+            values = propose(self.options, self.trials, self.sampler)
             if values is None:
-                self._exhausted = True
+                self.exhausted = True
                 break
             trial = self._add(values, self.options.train.seed)
             trial.goal = self._rung_step(trial, 0) if self.options.rungs else trial.steps
@@ -128,7 +127,7 @@ class Scheduler:
         for further in range(1, self.options.seeds + 1):
             for trial in finalists:
                 self._add(trial.values, self.options.train.seed + further, repeats=trial.number)
-        self._on_event(Message("finalists", trials=[t.number for t in finalists], seeds=self.options.seeds))
+        self.on_event(Message("finalists", trials=[t.number for t in finalists], seeds=self.options.seeds))
         return True
 
     # -- rungs ------------------------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ class Scheduler:
         off = {trial.number: self._off(trial, rung) for trial in here}
         share, constant = options.rungs[rung], self.bar.base is not None
         if not any(off.values()):
-            self._on_event(Message("none_taken_off", share=share, trials=len(here), constant=constant))
+            self.on_event(Message("none_taken_off", share=share, trials=len(here), constant=constant))
             return self._promote_all(numbers)
         if late := [trial for trial in here if not trial.measured and trial.state == "waiting"]:
             for trial in late:
@@ -155,7 +154,7 @@ class Scheduler:
         promoted = halving.decide({trial.number: self._standing(trial, off[trial.number]) for trial in here})
         paused = [n for n in numbers if n not in promoted and self.trials[n].state == "waiting"]
         figures = {"trials": len(here), "reduction": options.reduction, "promoted": promoted, "paused": paused}
-        self._on_event(Message("rung", share=share, taken_off=sum(off.values()), **figures))
+        self.on_event(Message("rung", share=share, taken_off=sum(off.values()), **figures))
         return self._promote(promoted)
 
     def _off(self, trial: Trial, rung: int) -> bool:
@@ -191,7 +190,7 @@ class Scheduler:
             return bool(self.state.halving.suspended(originals))
         for number in chosen:
             self.trials[number].goal = self.trials[number].steps
-        self._on_event(Message("paused_resume", trials=chosen, **self.bar.figures(self.options.metric)))
+        self.on_event(Message("paused_resume", trials=chosen, **self.bar.figures(self.options.metric)))
         return True
 
     def _learned(self, trial: Trial) -> bool:

@@ -140,9 +140,7 @@ class Search:
             self.on_event(Message("resumed", folder=str(self.folder), ended=ended, trials=len(found.trials)))
         if self.state.finished:
             return
-        self.scheduler = Scheduler(
-            self.options, self.setup, self.factory, self.state, self.on_event, sampler=self.sampler
-        )
+        self.scheduler = Scheduler(self.options, self.setup, self.factory, self.state, self.on_event, self.sampler)
         with contextlib.closing(self._executor()) as executor:
             self._plan(executor, fresh=found is None)
             self.state.bar = executor.set_bar(self.state.bar)

@@ -159,11 +159,8 @@ class Space:
 
     def order(self) -> dict[str, list[Any]]:
         """Labels from low to high of hyperparameters whose values are ordered but no numbers: multiples of the rank."""
-        return {
-            key: list(param.order)
-            for key, param in self.params.items()
-            if isinstance(param, Categorical) and any(isinstance(entry, str) for entry in param.order)
-        }
+        ordered = {key: list(param.order) for key, param in self.params.items()}
+        return {key: labels for key, labels in ordered.items() if any(isinstance(entry, str) for entry in labels)}
 
     def prior(self, count: int) -> list[dict[str, Any]]:
         """The first configurations to try: the best known one, then such as spread over the space around it.
