@@ -14,9 +14,10 @@ from loraloom.engine.pack import Pack
 from loraloom.errors import ConfigError
 from loraloom.messages import Message
 from loraloom.report.sentences import sentence
+from loraloom.training.preflight.estimate import step_memory
 from loraloom.training.setup import Setup, load
 from loraloom.tuning import concurrency
-from loraloom.tuning.concurrency import measured, one_slot, plan_slots
+from loraloom.tuning.concurrency import measured, plan_slots
 
 ONE = LoraConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS")
 
@@ -123,7 +124,7 @@ def test_what_is_measured_is_real_and_leaves_nothing_in_the_pack(pack: Pack, set
 
 
 def test_no_more_slots_than_fit_into_the_memory(pack: Pack, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    need = one_slot(setup, ONE)
+    need = step_memory(setup, ONE, setup.options.batch_size)
     each = int(concurrency.MARGIN * (need.total - need.base))
     monkeypatch.setattr(concurrency, "_rate", lambda pack, setup, config, count: float(count))
     slots = plan_slots(pack, setup, ONE, 16, need.base + 3 * each + 5, None)
@@ -134,7 +135,7 @@ def test_no_more_slots_than_fit_into_the_memory(pack: Pack, setup: Setup, monkey
 
 
 def test_one_slot_that_does_not_fit_is_refused_with_what_to_lower(pack: Pack, setup: Setup) -> None:
-    need = one_slot(setup, ONE)
+    need = step_memory(setup, ONE, setup.options.batch_size)
     for memory in (1000, need.base, need.total):
         with pytest.raises(ConfigError, match="^memory: a trial needs .* beside the model of .*lower batch_size, max"):
             plan_slots(pack, setup, ONE, 4, memory, None)
@@ -147,7 +148,7 @@ def test_a_number_that_is_given_is_not_measured_but_clipped_and_that_is_said(
         raise AssertionError("measured")
 
     monkeypatch.setattr(concurrency, "_rate", never)
-    need = one_slot(setup, ONE)
+    need = step_memory(setup, ONE, setup.options.batch_size)
     each = int(concurrency.MARGIN * (need.total - need.base))
     given = plan_slots(pack, setup, ONE, 16, None, 3)
     assert (given.count, said(given)) == (3, "3 as given")
@@ -160,8 +161,7 @@ def test_a_number_that_is_given_is_not_measured_but_clipped_and_that_is_said(
 
 
 def test_a_larger_adapter_and_more_rows_need_more(setup: Setup) -> None:
-    from dataclasses import replace
 
-    one = one_slot(setup, ONE).total
-    assert one_slot(setup, ONE.copy(r=32)).total > one
-    assert one_slot(replace(setup, options=replace(setup.options, batch_size=32)), ONE).total > one
+    one = step_memory(setup, ONE, setup.options.batch_size).total
+    assert step_memory(setup, ONE.copy(r=32), setup.options.batch_size).total > one
+    assert step_memory(setup, ONE, 32).total > one

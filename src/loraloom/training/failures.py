@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from loraloom.config.train import TrainConfig
 from loraloom.data.example import Example
@@ -12,6 +12,7 @@ from loraloom.errors import FailureError, brief
 from loraloom.files.sizes import size
 from loraloom.inference.evaluation import Evaluator
 from loraloom.inference.session import Session
+from loraloom.training.preflight.memory import Memory
 
 #: What to do about a loss that is not finite.
 CALMER = "lower the learning rate or lora_alpha, or use dtype bfloat16 or float32 instead of float16"
@@ -32,11 +33,11 @@ def explain(
     options: TrainConfig | None = None,
     *,
     evaluating: bool = False,
-    needs: Callable[[list[int]], Mapping[int, int]] | None = None,
+    needs: Callable[[int], Memory] | None = None,
 ) -> str:
     """One line on an error that is not loraloom's own, and what to do if memory was not enough.
 
-    ``needs`` gives the bytes of a step by its batch size.
+    ``needs`` gives the memory of a step by its batch size.
     """
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return f"out of memory; {_less(options, evaluating)}{_counted(options, needs)}"
@@ -64,15 +65,16 @@ def _less(options: TrainConfig | None, evaluating: bool) -> str:
     return f"set gradient_checkpointing, with which it can resume, or {ways}"
 
 
-def _counted(options: TrainConfig | None, needs: Callable[[list[int]], Mapping[int, int]] | None) -> str:
+def _counted(options: TrainConfig | None, needs: Callable[[int], Memory] | None) -> str:
     if options is None or needs is None or options.batch_size == 1:
         return ""
     sizes = [options.batch_size >> shift for shift in range(4) if options.batch_size >> shift]
     try:
-        found = needs(sizes)
+        found = {rows: needs(rows) for rows in sizes}
     except Exception:  # the message is useful without it
         return ""
-    listed = ", ".join(f"{size(count)} with batch_size {rows}" for rows, count in found.items())
+    counted = {rows: memory.total - memory.base for rows, memory in found.items() if memory.activations is not None}
+    listed = ", ".join(f"{size(count)} with batch_size {rows}" for rows, count in counted.items())
     return f" (beside the model a step takes {listed})" if listed else ""
 
 

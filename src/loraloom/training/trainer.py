@@ -24,7 +24,8 @@ from loraloom.training.checkpointing.folders import Checkpoint
 from loraloom.training.checkpointing.identity import identity
 from loraloom.training.checkpointing.resume import Resume
 from loraloom.training.failures import Interrupted, explain, nonfinite_examples, not_finite
-from loraloom.training.preflight import estimate
+from loraloom.training.preflight.estimate import step_memory
+from loraloom.training.preflight.memory import Memory
 from loraloom.training.run_record import record
 from loraloom.training.setup import ADAPTER, TrainJob
 from loraloom.training.signals import Stop, asked_to_stop
@@ -380,9 +381,8 @@ class Trainer:
         if isinstance(error, LoraloomError):
             return str(error)
 
-        def needs(batch_sizes: list[int]) -> dict[int, int]:
-            widest, again = job.task.widest(job.data.train.examples), options.gradient_checkpointing
-            return estimate.needs(job.empty, job.config(options), widest, options.dtype, batch_sizes, again)
+        def needs(batch_size: int) -> Memory:
+            return step_memory(job, job.config(options), batch_size)
 
         if self._evaluating:
             return f"evaluation at step {slot.step}: {explain(error, options, evaluating=True)}"

@@ -19,8 +19,7 @@ from loraloom.engine.pack import Pack
 from loraloom.errors import ConfigError
 from loraloom.files.sizes import size
 from loraloom.training.failures import explain
-from loraloom.training.preflight.estimate import free_memory
-from loraloom.training.preflight.memory import Memory, estimate
+from loraloom.training.preflight.estimate import free_memory, step_memory
 from loraloom.training.setup import Setup
 
 #: More slots are taken as long as they train at least this share of the most tokens in a second: who stays and who
@@ -63,7 +62,7 @@ def plan_slots(
     Raises:
         ConfigError: not even one fits.
     """
-    need = one_slot(setup, config)
+    need = step_memory(setup, config, setup.options.batch_size)
     sharing = 1 if torch.cuda.is_available() else neighbours  # each has its own GPU
     room = memory - need.base if memory else int(SHARE * free_memory() / sharing)
     each = int(MARGIN * (need.total - need.base))
@@ -109,21 +108,6 @@ def measured(rate: Callable[[int], float], most: int) -> dict[int, list[float]]:
 
 def _slower(rates: Mapping[int, Sequence[float]], count: int) -> bool:
     return max(rates[count]) < AS_FAST * max(map(max, rates.values()))
-
-
-def one_slot(setup: Setup, config: LoraConfig) -> Memory:
-    """What a step of a single adapter needs, for the longest rows there are."""
-    options = setup.options
-    texts, length = setup.task.widest(setup.data.train.examples)
-    _, need = estimate(
-        setup.empty(),
-        config,
-        rows=options.batch_size * texts,
-        length=length,
-        dtype=options.dtype,
-        recompute=options.gradient_checkpointing,
-    )
-    return need
 
 
 def _rate(pack: Pack, setup: Setup, config: LoraConfig, count: int) -> float:

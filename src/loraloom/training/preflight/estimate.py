@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from loraloom.config.lora import LoraConfig
 from loraloom.data.table.store import lengths_of
 from loraloom.engine.pack import Pack
 from loraloom.files.resources import memory_free
 from loraloom.training.preflight.memory import Memory, estimate
-from loraloom.training.setup import ADAPTER, TrainJob
+from loraloom.training.setup import ADAPTER, Setup, TrainJob
 
 #: Timed forwards and backwards, after one that is not timed.
 TIMED = 2
@@ -44,15 +42,7 @@ def outlook(job: TrainJob) -> ResourceEstimate:
     """
     options, train, processes = job.options, job.data.train.examples, job.world.size
     batch_size, lengths = -(-options.batch_size // processes), list(map(int, lengths_of(train)))
-    texts, longest = job.task.widest(train)
-    _, memory = estimate(
-        job.empty(),
-        job.config(options),
-        rows=batch_size * texts,
-        length=longest,
-        dtype=options.dtype,
-        recompute=options.gradient_checkpointing,
-    )
+    memory = step_memory(job, job.config(options), batch_size)
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     middle = max(0, (len(order) - batch_size) // 2)
     rows = order[middle : middle + batch_size]
@@ -74,24 +64,11 @@ def outlook(job: TrainJob) -> ResourceEstimate:
     return ResourceEstimate(memory, free_memory(), seconds, str(pack.objective.way or ""))
 
 
-def needs(
-    empty: Callable[[], nn.Module],
-    config: LoraConfig,
-    widest: tuple[int, int],
-    dtype: str,
-    batch_sizes: Iterable[int],
-    again: bool,
-) -> dict[int, int]:
-    """Rows of a forward → bytes that a step takes beside the frozen model, if they can be counted.
-
-    ``widest`` is ``Task.widest`` of the examples; ``again``: with gradient checkpointing.
-    """
-    found = {}
-    for rows in batch_sizes:
-        _, memory = estimate(empty(), config, rows=rows * widest[0], length=widest[1], dtype=dtype, recompute=again)
-        if memory.activations is not None:
-            found[rows] = memory.total - memory.base
-    return found
+def step_memory(setup: Setup, config: LoraConfig, batch_size: int) -> Memory:
+    """The memory of a step of one adapter with ``batch_size`` rows, all as long as the longest."""
+    options, (texts, length) = setup.options, setup.task.widest(setup.data.train.examples)
+    rows, recompute = batch_size * texts, options.gradient_checkpointing
+    return estimate(setup.empty(), config, rows=rows, length=length, dtype=options.dtype, recompute=recompute)[1]
 
 
 def free_memory() -> int:
