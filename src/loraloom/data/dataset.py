@@ -105,6 +105,7 @@ class Data:
     hashes: dict[str, str]
     #: rows that decide nothing, for a final measurement
     test: Part | None = None
+    test_rows: HeldOut | None = None
     problem: str | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -269,6 +270,7 @@ def tokenise(rows: Rows, options: TrainConfig, task: RowTask, tokenizer: Any, on
         padding_share(lengths, bucketed(lengths, options.batch_size, options.seed, 0)),
         rows.hashes,
         parts.get("test"),
+        HeldOut(rows.scan_of("test"), parts["test"].examples, skip) if "test" in parts else None,
         train.problem,
         notes,
         warnings,

@@ -162,6 +162,32 @@ def _runner_up(
     return f"runner-up, trial {trial} ({settings(params)}): {_reached(**reached)}; {extent}, {where}{end}"
 
 
+def _tested(metric: str, rows: int, seeds: int, value: float, low: float, high: float) -> str:
+    over = f" over {seeds} seeds" if seeds > 1 else ""
+    return f"on {counted(rows, 'test row')} that chose nothing: {metric} {_interval(value, low, high)}{over}"
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{figure(value)} ({figure(low)} to {figure(high)}, 95 %)"
+
+
+def _against(
+    what: str, figures: Sequence[float], better: Sequence[float], rows: int, seeds: int, needed: int | None
+) -> str:
+    """``"better than trial 3 (0.700) by 0.030 (0.002 to 0.058, 95 %, paired on 800 rows, 2 seeds)"``."""
+    value, low, high = better
+    paired = f"paired on {counted(rows, 'row')}" + (f", {seeds} seeds" if seeds > 1 else "")
+    if low > 0 or high < 0:
+        side = "better" if value > 0 else "worse"
+        low, high = sorted((abs(low), abs(high)))
+        by = f"{gap(abs(value))} ({gap(low)} to {gap(high)}, 95 %, {paired})"
+        return f"{side} than {what} ({figure(figures[0])}) by {by}"
+    way = "its seeds differ too much for any number of rows"
+    if needed is not None:
+        way = f"about {float(f'{needed:.1g}'):,.0f} would do"
+    return f"cannot be told apart from {what} ({figure(figures[0])}) on {counted(rows, 'row')}; {way}"
+
+
 def _mattered(mattered: Mapping[str, float], rest: Mapping[str, float]) -> str:
     def listed(shares: Mapping[str, float]) -> str:
         return ", ".join(f"{label(name)} {share:.0%}" for name, share in shares.items())
@@ -186,6 +212,12 @@ VERDICT: Table = {
     "best": _best,
     "tie": _tie,
     "none_finished": "no trial finished: the {compared} that came furthest are compared, at {share:.0%} of their steps",
+    "tested": _tested,
+    "against": _against,
+    "no_test": (
+        "its figures are of the {rows:row} that chose it, so they are too good by an unknown amount; data.test keeps "
+        "rows for a figure that is not (--test-split 0.1)"
+    ),
     "one_seed": "each configuration was trained with one seed: how much of a difference is noise is unknown",
     "adapter_damaged": "the adapter of trial {trial} is not used: {damage}",
     "mattered": _mattered,

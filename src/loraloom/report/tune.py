@@ -21,6 +21,7 @@ from loraloom.report.screen import Text
 from loraloom.report.sentences import line, sentence
 from loraloom.tuning.bar import Gain
 from loraloom.tuning.executor import SearchStatus
+from loraloom.tuning.final_test import FinalTest
 from loraloom.tuning.ranking import Score, originals, ranking, scores, varying
 from loraloom.tuning.selection import difference
 from loraloom.tuning.trial import Trial
@@ -135,6 +136,8 @@ def conclusion(found: Verdict) -> RenderableType:
     ]
     if found.runner_up is not None:
         lines.append(Text(_runner_up(found, found.runner_up)))
+    if found.test is not None:
+        lines += [Text(sentence(message)) for message in test_messages(found.test)]
     if found.tie or found.runner_up is None:
         lines.append(Text(f"why: {sentence(found.why)}"))
     return _with_advice([*lines, *notes, Text(_mattered(found))], found, "what to try next")
@@ -154,6 +157,30 @@ def _with_advice(lines: Sequence[Text], found: Verdict, title: str) -> Renderabl
 def _above(gain: Gain) -> str:
     names = ("metric", "gain", "error", "bar", "bar_words")
     return sentence(Message("above", **{name: getattr(gain, name) for name in names}))
+
+
+def test_messages(test: FinalTest) -> list[Message]:
+    """The winner on rows that chose nothing, and beside each of the others."""
+    one = test.figure
+    messages = [
+        Message(
+            "tested", metric=test.metric, rows=test.rows, seeds=test.seeds, value=one.value, low=one.low, high=one.high
+        )
+    ]
+    for other in test.against:
+        better = other.better
+        messages.append(
+            Message(
+                "against",
+                what=other.words or f"the runner-up, trial {other.trial}",
+                figures=[other.figure.value, other.figure.low, other.figure.high],
+                better=[better.value, better.low, better.high],
+                rows=better.rows,
+                seeds=better.seeds,
+                needed=better.rows_needed,
+            )
+        )
+    return messages
 
 
 def _settings(found: Verdict, trial: Trial) -> dict[str, Any]:

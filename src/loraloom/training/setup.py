@@ -14,7 +14,8 @@ from loraloom import tasks
 from loraloom.config import objects
 from loraloom.config.lora import LoraConfig
 from loraloom.config.train import TrainConfig
-from loraloom.data.dataset import Data, read_rows, tokenise, with_date
+from loraloom.data.dataset import Data, Part, read_rows, tokenise, with_date
+from loraloom.data.dataset import HeldOut as HeldOutRows
 from loraloom.data.table.scan import OnProgress, silent
 from loraloom.distributed import launch
 from loraloom.distributed.launch import Placement
@@ -90,18 +91,26 @@ class Setup(Session):
 
     def evaluator(self, rows: Sequence[int] | None = None) -> Evaluator:
         """Adapters on the held-out examples, or on those at ``rows``."""
-        data, options = self.data, self.options
+        found = self._evaluator(self.data.validation, self.data.validation_rows)
+        return found if rows is None else found.on(rows)
+
+    def test_evaluator(self) -> Evaluator | None:
+        """Adapters on the examples of the test; None if no rows were kept for one."""
+        data = self.data
+        return None if data.test is None or data.test_rows is None else self._evaluator(data.test, data.test_rows)
+
+    def _evaluator(self, part: Part, records: HeldOutRows) -> Evaluator:
+        options = self.options
         held_out = HeldOut(
             metrics=self.metrics,
-            records=data.validation_rows,
-            rows=data.validation_rows.of.tolist(),
+            records=records,
+            rows=records.of.tolist(),
             max_length=options.max_length or 0,
             stride=options.stride,
             max_new_tokens=options.max_new_tokens,
             block=options.batch_size,
         )
-        found = Evaluator(self, data.validation.examples, held_out, options.eval_batch_size)
-        return found if rows is None else found.on(rows)
+        return Evaluator(self, part.examples, held_out, options.eval_batch_size)
 
     @property
     def parts(self) -> list[list[int]]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from statistics import NormalDist, fmean
 from typing import Any
 
-from loraloom.inference.jackknife import Figures, error, figures
+from loraloom.inference.evaluation import Evaluator
+from loraloom.inference.jackknife import Figures, divide, error, figures
 from loraloom.lora.routing import BASE
 from loraloom.tasks.baseline import Constant, Known
 from loraloom.tasks.metrics.kinds import total
@@ -34,7 +35,8 @@ COUNTED = 5000
 #: Training losses that say where a trial began, where no constant answer does.
 FIRST = 4
 #: Metrics that no constant answer has: it goes along with nothing.
-_CORRELATIONS = ("pearson", "spearman")
+CORRELATIONS = ("pearson", "spearman")
+FROZEN = "the frozen model"
 
 
 @dataclass
@@ -97,23 +99,31 @@ class Gain:
 
 def set_bar(setup: Setup) -> Bar:
     """Measure the bar on the held-out rows of ``setup``."""
-    bar, data = Bar(len(setup.data.validation_rows)), setup.data
+    return measure_bar(setup, setup.evaluator())
+
+
+def measure_bar(setup: Setup, evaluator: Evaluator) -> Bar:
+    """Measure it on the rows of ``evaluator``."""
+    data, rows = setup.data, evaluator.held_out.rows or range(len(evaluator.examples))
+    bar, parts = Bar(len(set(rows))), divide(rows)
     if setup.task.own_loss is None:  # the losses of a constant answer are not those of a user's own function
         count = len(data.train.examples)
         counted = [data.train.examples[i * count // min(count, COUNTED)] for i in range(min(count, COUNTED))]
-        block = min(setup.options.batch_size, len(data.validation.examples))
+        block = min(setup.options.batch_size, len(evaluator.examples))
         known = Known(data.names, data.problem, setup.tokenizer, data.train.largest + 1, block)
         if (found := setup.task.constant(counted, known)) is not None:
-            bar.base, bar.answers = found.loss(counted), _constant_figures(found, setup)
+            bar.base, bar.answers = found.loss(counted), _constant_figures(found, setup, evaluator, parts)
     bar.begins = not (setup.new_modules and setup.task.class_word)  # a new head for classes is of no use untrained
     if bar.begins:
-        (bar.answers["the frozen model"],) = setup.evaluator().figures([BASE], setup.parts)
+        (bar.answers[FROZEN],) = evaluator.figures([BASE], parts)
     return bar
 
 
-def _constant_figures(found: Constant, setup: Setup) -> dict[str, Figures]:
-    """Answer in words → its figures on the held-out rows."""
-    examples, parts = setup.data.validation.examples, setup.parts
+def _constant_figures(
+    found: Constant, setup: Setup, evaluator: Evaluator, parts: Sequence[Sequence[int]]
+) -> dict[str, Figures]:
+    """Answer in words → its figures on the rows of ``evaluator``."""
+    examples = evaluator.examples
     scores = [total(found.score(examples[number]) for number in part) for part in parts]
     if found.texts:
         texts = found.texts if setup.metrics.needs_predictions else found.texts[:1]
@@ -122,7 +132,7 @@ def _constant_figures(found: Constant, setup: Setup) -> dict[str, Figures]:
         numbers = list(range(len(examples)))
         saying = {f"always {text!r}": Predictions([text] * len(numbers), references, numbers) for text in texts}
         return {words: figures(setup.metrics, scores, one, parts) for words, one in saying.items()}
-    held_out, needed = setup.evaluator().rows, setup.metrics.needs_predictions
+    held_out, needed = evaluator.rows, setup.metrics.needs_predictions
     out: dict[str, Figures] = {}
     for words, answer in found.answers if needed else found.answers[:1]:
         outputs = [answer(example) for example in examples] if needed else []
@@ -136,7 +146,7 @@ def gain(bar: Bar, trials: Sequence[Trial], metric: str, tried: int) -> Gain | N
     seeds = [trial.parts[metric] for trial in trials if trial.parts.get(metric)]
     best = bar.best(metric)
     words, values = best if best is not None else ("no correlation", [])
-    if best is None and metric in _CORRELATIONS and seeds:
+    if best is None and metric in CORRELATIONS and seeds:
         values = [0.0] * len(seeds[0])
     if not seeds or not values or any(len(seed) != len(values) for seed in seeds):
         return None

@@ -16,6 +16,7 @@ from loraloom.training.run_record import machine, versions
 from loraloom.training.setup import Setup
 from loraloom.training.usage import usage
 from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.final_test import final_test
 from loraloom.tuning.ranking import originals
 from loraloom.tuning.record import record
 from loraloom.tuning.state import TRIALS, State, damaged
@@ -45,6 +46,8 @@ def conclude(options: TuneConfig, setup: Setup, state: State, describe: Describe
     folder = Path(options.train.output)
     best = folder / BEST_NAME
     found, source = _judge(options, state)
+    if source is not None:
+        found = _tested(setup, found, state, folder)
     made = record(
         found,
         state.trials,
@@ -95,6 +98,17 @@ def _judge(options: TuneConfig, state: State) -> tuple[Verdict, Path | None]:
                 lost.append(number)
                 continue
         return replace(found, notes=[*found.notes, *notes]), source
+
+
+def _tested(setup: Setup, found: Verdict, state: State, folder: Path) -> Verdict:
+    """The verdict with the test, or with a note that there was none."""
+    if setup.data.test is None:
+        rows = len(setup.data.validation_rows)
+        return replace(found, notes=[*found.notes, Message("no_test", rows=rows)])
+    groups = originals(state.trials)
+    wanted = [groups[one.number] for one in (found.best, found.runner_up) if one is not None]
+    able = {number: found.scores[number] for number in found.able}
+    return replace(found, test=final_test(setup, found.metric, wanted, able, folder))
 
 
 def _adapter(folder: Path, group: Sequence[Trial]) -> tuple[Path | None, list[Message]]:

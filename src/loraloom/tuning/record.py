@@ -11,6 +11,7 @@ from loraloom.files.jsonio import plain
 from loraloom.inference.jackknife import error
 from loraloom.messages import Describe, Message
 from loraloom.tuning.bar import Gain
+from loraloom.tuning.final_test import FinalTest
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.verdict import Verdict
 
@@ -25,6 +26,8 @@ class SearchRecord:
     learned: bool
     best: Mapping[str, Any] | None
     to_beat: Gain | None
+    #: the best on rows that chose nothing; None if there are no such rows
+    test: FinalTest | None
     trials: Sequence[Mapping[str, Any]]
     pareto: list[int]
     importance: dict[str, float]
@@ -61,6 +64,7 @@ def record(
         learned=found.learned,
         best=_best(found, str(adapter)) if found.learned else None,
         to_beat=found.gain,
+        test=found.test,
         trials=[_trial(trial, found) for trial in sorted(trials, key=lambda trial: trial.number)],
         pareto=found.pareto,
         importance=found.importance,

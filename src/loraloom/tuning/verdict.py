@@ -12,6 +12,7 @@ from loraloom.tuning.bar import Bar, Gain, gain, learned
 from loraloom.tuning.diagnostics import advise
 from loraloom.tuning.diagnostics.inputs import DiagnosticInputs
 from loraloom.tuning.diagnostics.nothing_learned import nothing
+from loraloom.tuning.final_test import FinalTest
 from loraloom.tuning.importance import importances
 from loraloom.tuning.ranking import Score, compare, goodness, originals, ranking, scores, varying
 from loraloom.tuning.selection import candidates, choose, pareto, tied
@@ -47,6 +48,10 @@ class Verdict:
     learned: bool = True
     #: how far ``best`` lies above what it has to beat, if that was measured
     gain: Gain | None = None
+    #: configurations that finished and learned something
+    able: list[int] = field(default_factory=list)
+    #: ``best`` on rows that chose nothing, if there are such
+    test: FinalTest | None = None
     trials: Sequence[Trial] = ()
 
     @property
@@ -114,6 +119,7 @@ def verdict(
         mattered=mattered,
         ranking=[number, *(other for other in ranked if other != number)],
         learned=bool(able),
+        able=[n for n in able if known[n].finished],
         gain=None if bar is None else gain(bar, ended[number], metric, len(groups)),
         trials=list(trials),
     )

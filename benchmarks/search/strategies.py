@@ -1,0 +1,232 @@
+"""What a search may do with its trials: each strategy trains and measures on an ``Env`` and returns the trial it picks.
+
+The rules that others use are run by their own code (Optuna's samplers and pruners), or written down from their source
+(Ray Tune's asynchronous halving). ``None`` stands for "nothing was learned".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from environment import Env
+
+from loraloom.files.quiet import quiet
+from loraloom.tuning.asha import Standing, SuccessiveHalving, taken_off
+
+#: Where the others measure: a ninth, two ninths, a third, a half, two thirds and the end; more often costs more.
+REPORTS = (2, 3, 4, 5, 6, 8)
+Strategy = Callable[[Env, np.random.Generator], int | None]
+
+
+def mean(env: Env, values: np.ndarray) -> float:
+    return float(np.average(np.nan_to_num(values, nan=-30.0), weights=env.weights[: len(values)]))
+
+
+def good(env: Env, trial: int) -> float:
+    return mean(env, env.measure(trial)[1])
+
+
+def best_of(env: Env, trials: Sequence[int]) -> int:
+    """By goodness; of equals the one with the lower loss."""
+    seen = {trial: env.measure(trial) for trial in trials}
+    return max(trials, key=lambda one: (mean(env, seen[one][1]), mean(env, -seen[one][0]), -one))
+
+
+def everything(env: Env, source: np.random.Generator) -> int:
+    """All trials to their end."""
+    for trial in range(len(env.trials)):
+        env.train(trial, len(env.points) - 1)
+    return best_of(env, range(len(env.trials)))
+
+
+def optuna_(sampler: str, pruner: str) -> Strategy:
+    """Optuna's own samplers and pruners: one trial after another, measured at each point."""
+
+    def strategy(env: Env, source: np.random.Generator) -> int:
+        import optuna
+
+        number = int(source.integers(2**31))
+        last = len(env.points) - 1
+        samplers = {
+            "random": lambda: optuna.samplers.RandomSampler(seed=number),
+            "tpe": lambda: optuna.samplers.TPESampler(seed=number, multivariate=True),
+        }
+        pruners: dict[str, Any] = {
+            "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
+            "asha4": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=4),
+            "hyperband": lambda: optuna.pruners.HyperbandPruner(1, len(REPORTS), reduction_factor=2),
+            "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
+        }
+        left, found = list(range(len(env.trials))), dict[int, float]()
+        places = {trial: position(env.config(trial)["values"]) for trial in left}
+        with quiet("optuna"):
+            study = optuna.create_study(direction="maximize", sampler=samplers[sampler](), pruner=pruners[pruner]())
+            while left:
+                asked = study.ask()
+                wanted = suggest(asked, env)
+                chosen = min(left, key=lambda one: (sum((places[one][key] - wanted[key]) ** 2 for key in wanted), one))
+                left.remove(chosen)
+                for step, point in enumerate(REPORTS, 1):
+                    env.train(chosen, point)
+                    value = good(env, chosen)
+                    asked.report(value, step)
+                    found[chosen] = value
+                    if point < last and asked.should_prune():
+                        study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+                        found[chosen] = -math.inf
+                        break
+                else:
+                    study.tell(asked, value)
+        return max(found, key=lambda one: (found[one], -one))
+
+    return strategy
+
+
+_ALPHAS = {"r": 0.0, "2r": 0.5, "4r": 1.0}
+_TARGETS = {"q-v": 0.0, "attention": 0.5, "all-linear": 1.0}
+
+
+def position(values: dict[str, Any]) -> dict[str, float]:
+    """A configuration as numbers of like size."""
+    return {
+        "r": math.log2(values["lora.r"]) / 5,
+        "alpha": _ALPHAS[values["lora.lora_alpha"]],
+        "targets": _TARGETS[values["lora.target_modules"]],
+        "dropout": 0.5 * (values["lora.lora_dropout"] > 0),
+        "rate": math.log(values["train.learning_rate"] / 1e-3),
+    }
+
+
+def suggest(asked: Any, env: Env) -> dict[str, float]:
+    configs = [one["values"] for one in env.table.meta["configurations"]]
+    rates = [one["train.learning_rate"] for one in configs]
+    return position(
+        {
+            "lora.r": asked.suggest_categorical("r", sorted({one["lora.r"] for one in configs})),
+            "lora.lora_alpha": asked.suggest_categorical("alpha", sorted(_ALPHAS)),
+            "lora.target_modules": asked.suggest_categorical("targets", sorted(_TARGETS)),
+            "lora.lora_dropout": asked.suggest_categorical("dropout", [0.0, 0.1]),
+            "train.learning_rate": asked.suggest_float("rate", min(rates), max(rates), log=True),
+        }
+    )
+
+
+def ray_asha(env: Env, source: np.random.Generator) -> int:
+    """Ray Tune's ASHA, reduction 4, one bracket: at a rung a trial stops below the best quarter of those seen there."""
+    last, seen = len(env.points) - 1, dict[int, list[float]]()
+    found = {}
+    for trial in range(len(env.trials)):
+        for point in (2, 5, last):
+            env.train(trial, point)
+            value = good(env, trial)
+            rung = seen.setdefault(point, [])
+            stop = point < last and bool(rung) and value < np.quantile(rung, 1 - 1 / 4)
+            rung.append(value)
+            if stop:
+                break
+        else:
+            found[trial] = value
+    return max(found, key=lambda one: (found[one], -one)) if found else 0
+
+
+def starting_loss(env: Env, trial: int) -> float:
+    """What a trial has to leave behind: the best constant answer's loss, or its own first losses."""
+    constant = env.table.meta["constant"]
+    return float(constant["loss"] if constant else np.mean(env.losses(trial)[:4]))
+
+
+def off(env: Env, trial: int) -> bool:
+    return taken_off(env.losses(trial).tolist(), starting_loss(env, trial), env.steps)
+
+
+def today(env: Env, source: np.random.Generator) -> int | None:
+    """The rule of version 0.2: gated halving at a ninth, two ninths, a third, a half and two thirds."""
+    rungs = [2, 3, 4, 5, 6]
+    halving = SuccessiveHalving(len(rungs), 2, least=3)
+    here = list(range(len(env.trials)))
+    for point in rungs:
+        for trial in here:
+            env.train(trial, point)
+        flown = {trial: off(env, trial) for trial in here}
+        if len(here) <= halving.quota(len(here)) or not any(flown.values()):
+            halving.pass_all(here)
+            continue
+        standings = {}
+        for trial in here:
+            loss, hits = env.measure(trial)
+            standings[trial] = Standing(flown[trial], -mean(env, -loss), mean(env, hits))
+        here = halving.decide(standings)
+    for trial in here:
+        env.train(trial, len(env.points) - 1)
+    return best_of(env, here)
+
+
+def gated(
+    rungs: tuple[int, ...] = (2, 3, 4, 5, 6),
+    *,
+    half: int = 2,
+    quarter: int = 4,
+    smooth: float = 0.75,
+    least: int = 3,
+    z: float = 1.0,
+    budget: float = 1 / 3,
+    figure: str = "loss",
+) -> Strategy:
+    """Halving behind a gate, harder where most have taken off; what cannot be told apart trains on in the budget."""
+
+    def strategy(env: Env, source: np.random.Generator) -> int | None:
+        here, last, count = list(range(len(env.trials))), len(env.points) - 1, len(env.trials)
+        for place, point in enumerate(rungs):
+            for trial in here:
+                env.train(trial, point)
+            flown = {trial: off(env, trial) for trial in here}
+            share = sum(flown.values()) / len(here)
+            quota = max(math.ceil(len(here) / (quarter if share >= smooth else half)), least)
+            if len(here) <= quota or not any(flown.values()):
+                continue
+            seen = {trial: env.measure(trial) for trial in here}
+            value = {trial: mean(env, -seen[trial][0] if figure == "loss" else seen[trial][1]) for trial in here}
+            order = sorted(here, key=lambda one: (not flown[one], -value[one], one))
+            best = max(here, key=lambda one: (mean(env, seen[one][1]), value[one], -one))
+            keep = list(dict.fromkeys([*order[:quota], best]))
+            ahead = env.points[rungs[place + 1] if place + 1 < len(rungs) else last] - env.points[point]
+            for trial in order[quota:]:
+                # The rest of the way of those that are kept: each rung halves them, so about one rung's steps twice.
+                spent = (env.steps_paid + 2 * ahead * (len(keep) + 1)) / (count * env.steps)
+                if (
+                    trial not in keep
+                    and flown[trial]
+                    and spent < budget
+                    and apart(env, seen, trial, order[quota - 1], figure) < z
+                ):
+                    keep.append(trial)
+            here = keep
+        for trial in here:
+            env.train(trial, last)
+        return best_of(env, here)
+
+    return strategy
+
+
+def apart(env: Env, seen: dict[int, Any], one: int, other: int, figure: str) -> float:
+    """By how many standard errors ``other`` is better than ``one``, row by row."""
+    column, sign = (0, 1) if figure == "loss" else (1, -1)
+    rows = sign * (seen[one][column] - seen[other][column]) * env.weights / env.weights.mean()
+    return float(np.mean(rows) / (np.std(rows) / math.sqrt(len(rows)) + 1e-12))
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "all in full": everything,
+    "random + Optuna's halving": optuna_("random", "asha"),
+    "random + Optuna's halving by 4": optuna_("random", "asha4"),
+    "random + Optuna's Hyperband": optuna_("random", "hyperband"),
+    "TPE + Optuna's halving": optuna_("tpe", "asha"),
+    "TPE + Optuna's Hyperband": optuna_("tpe", "hyperband"),
+    "TPE + Optuna's median": optuna_("tpe", "median"),
+    "Ray Tune's ASHA": ray_asha,
+    "loraloom 0.2": today,
+    "gated": gated(),
+}

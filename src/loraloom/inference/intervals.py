@@ -1,0 +1,185 @@
+"""How sure a figure is: intervals of shares of rows, and of differences between adapters on the same rows.
+
+A difference has two sources of noise: the held-out rows are a sample, and so are the seeds of a training. An interval
+that claims something of configurations has both; with one seed each, it is about these very adapters alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """``value``, and the range that holds the true one in ``level`` of all cases."""
+
+    value: float
+    low: float
+    high: float
+    level: float = LEVEL
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """How much better one is than another, on ``rows`` that both answered.
+
+    ``seeds`` is how many trainings of each the claim rests on: 1 where it is about these very adapters alone.
+    ``rows_needed`` is how many rows would tell the two apart, were the difference what it seems; 0 where these do, None
+    where no number of rows would, because the seeds differ too much.
+    """
+
+    rows: int = 0
+    seeds: int = 1
+    rows_needed: int | None = 0
+
+    @property
+    def clear(self) -> bool:
+        """Whether the two can be told apart."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class SeedNoise:
+    """The variance of a figure between seeds of one configuration, and the degrees of freedom it was estimated with."""
+
+    variance: float
+    degrees: float
+
+    @classmethod
+    def pooled(cls, figures: Sequence[Sequence[float]], spread: float | None = None) -> SeedNoise | None:
+        """From the figures of several configurations, each with its seeds. None where none has two.
+
+        ``spread``, the variance between configurations that were picked among, adds one degree of freedom: seeds of
+        the best are picked for being good, and differ less than they should.
+        """
+        several = [list(one) for one in figures if len(one) > 1]
+        degrees = float(sum(len(one) - 1 for one in several))
+        if not degrees:
+            return None
+        squares = math.fsum(float(np.var(one, ddof=1)) * (len(one) - 1) for one in several)
+        if spread is not None:
+            squares, degrees = squares + spread, degrees + 1
+        return cls(squares / degrees, degrees)
+
+
+def share(hits: int, rows: int, level: float = LEVEL) -> Interval:
+    """Of a share of rows: exact, also near 0 and 1 (Clopper and Pearson 1934)."""
+    tail = (1 - level) / 2
+    low = 0.0 if hits == 0 else _root(lambda p: beta_cdf(p, hits, rows - hits + 1) - tail, 0, 1)
+    high = 1.0 if hits == rows else _root(lambda p: beta_cdf(p, hits + 1, rows - hits) - (1 - tail), 0, 1)
+    return Interval(hits / rows, low, high, level)
+
+
+def difference(
+    one: NDArray[np.float64],
+    other: NDArray[np.float64],
+    *,
+    weights: NDArray[np.float64] | None = None,
+    noise: SeedNoise | None = None,
+    level: float = LEVEL,
+) -> Difference:
+    """How much better ``one`` is than ``other``: [seeds, rows], how good each row is, the same rows in both.
+
+    Args:
+        weights: of the rows in a mean, such as their tokens.
+        noise: between seeds; without it the claim is about these adapters.
+    """
+    rows = one.shape[-1]
+    weight = np.ones(rows) if weights is None else weights / weights.mean()
+    by_row = one.mean(0) - other.mean(0)
+    value = float((by_row * weight).mean())
+    of_rows = float(((by_row - value) * weight).var(ddof=1)) / rows if rows > 1 else math.inf
+    # One more row might have gone the other way: no difference is surer than that.
+    of_rows = max(of_rows, (value / rows) ** 2)
+    of_seeds = None if noise is None else (noise.variance * (1 / len(one) + 1 / len(other)), noise.degrees)
+    return of_errors(
+        value, (of_rows, rows - 1), of_seeds, rows=rows, seeds=1 if noise is None else min(len(one), len(other)),
+        level=level,
+    )  # fmt: skip
+
+
+#: A variance, and the degrees of freedom that it was estimated with.
+Variance = tuple[float, float]
+
+
+def of_errors(
+    value: float,
+    of_rows: Variance,
+    of_seeds: Variance | None = None,
+    *,
+    rows: int,
+    seeds: int = 1,
+    level: float = LEVEL,
+) -> Difference:
+    """A difference from the variance that the rows give it, and the one of the seeds."""
+    variances = [of_rows, *([of_seeds] if of_seeds else [])]
+    variance = math.fsum(one for one, _ in variances)
+    # Welch 1947 and Satterthwaite 1946: degrees of freedom of a sum of variances.
+    parts = math.fsum(one**2 / max(degrees, 1) for one, degrees in variances)
+    degrees = variance**2 / parts if parts and math.isfinite(variance) else max(of_rows[1], 1.0)
+    margin = t_quantile(1 - (1 - level) / 2, degrees) * math.sqrt(variance)
+    needed: int | None = 0
+    if abs(value) <= margin:
+        left = (abs(value) * math.sqrt(variance) / margin) ** 2 - (variance - of_rows[0]) if margin else 0.0
+        needed = math.ceil(rows * of_rows[0] / left) if left > 0 else None
+    return Difference(value, value - margin, value + margin, level, rows, seeds, needed)
+
+
+def t_quantile(probability: float, degrees: float) -> float:
+    """Of Student's t."""
+    if probability < 0.5:
+        return -t_quantile(1 - probability, degrees)
+
+    def below(t: float) -> float:
+        return 1 - beta_cdf(degrees / (degrees + t * t), degrees / 2, 0.5) / 2 - probability
+
+    high = 2.0
+    while below(high) < 0:
+        high *= 2
+    return _root(below, 0, high)
+
+
+def beta_cdf(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function, by its continued fraction (Press et al. 2007, section 6.4)."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - beta_cdf(1 - x, b, a)
+    front = math.exp(
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    ) / a  # fmt: skip
+    tiny = 1e-300
+    found, c, d = 1.0, 1.0, 0.0
+    for step in range(1000):
+        half = step // 2
+        if step == 0:
+            term = 1.0
+        elif step % 2:
+            term = -(a + half) * (a + b + half) * x / ((a + 2 * half) * (a + 2 * half + 1))
+        else:
+            term = half * (b - half) * x / ((a + 2 * half - 1) * (a + 2 * half))
+        d = 1 / (1 + term * d or tiny)
+        c = 1 + term / c or tiny
+        found *= c * d
+        if step and abs(c * d - 1) < 1e-14:
+            break
+    return front * (found - 1)
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a rising or falling ``function`` is zero, by bisection."""
+    falling = function(low) > 0
+    for _ in range(80):
+        middle = (low + high) / 2
+        if (function(middle) > 0) != falling:
+            high = middle
+        else:
+            low = middle
+    return (low + high) / 2
