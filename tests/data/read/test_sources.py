@@ -20,7 +20,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from loraloom.data.read import arrays, readers, tables
+from loraloom.data.read import jsonfiles, readers, tables
 from loraloom.data.read.jsonfiles import other_form
 from loraloom.data.read.source import Source
 from loraloom.data.read.sources import resolve
@@ -92,7 +92,7 @@ def test_an_array_is_the_same_wherever_its_pieces_are_cut(
         tmp_path_factory.mktemp("rows"), "a.json", "\ufeff \n" + json.dumps(objects, ensure_ascii=False) + "\n "
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrays, "STEP", step)
+        patch.setattr(jsonfiles, "STEP", step)
         assert fields(path) == objects
 
 
@@ -323,9 +323,9 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_a_huge_row_is_refused_and_the_rows_beside_it_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    for module in (readers, tables, arrays):
+    for module in (readers, tables, jsonfiles):
         monkeypatch.setattr(module, "ROW_LIMIT", 1000)
-    monkeypatch.setattr(arrays, "STEP", 100)
+    monkeypatch.setattr(jsonfiles, "STEP", 100)
     rows = [json.dumps({"text": text}) for text in ("a", "b" * 2000, "c")]
     content = {
         "a.jsonl": "\n".join(rows),

@@ -13,7 +13,7 @@ from loraloom.data.records import Asked
 from loraloom.data.rows import Row
 from loraloom.data.tokenize.answers import AnswerEncoder
 from loraloom.data.tokenize.encode import encoder
-from loraloom.data.tokenize.pairs import NOTE
+from loraloom.data.tokenize.labels import NOTE
 from loraloom.tasks import TASKS
 
 CALM = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

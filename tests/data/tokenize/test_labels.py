@@ -10,8 +10,7 @@ from loraloom.data.example import EncodedRow
 from loraloom.data.records import Labelled
 from loraloom.data.rows import Row
 from loraloom.data.tokenize.encode import encoder
-from loraloom.data.tokenize.labels import NUMBER, SEVERAL, SINGLE
-from loraloom.data.tokenize.pairs import NOTE
+from loraloom.data.tokenize.labels import NOTE, NUMBER, SEVERAL, SINGLE
 from loraloom.errors import ConfigError
 from loraloom.tasks import TASKS
 

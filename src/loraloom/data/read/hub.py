@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraloom.data.read.source import Source
-from loraloom.data.read.tables import CHUNK, class_names, named, records
+from loraloom.data.read.tables import CHUNK, arrow_rows, class_names
 from loraloom.data.rows import OnBad, Row
 from loraloom.errors import ConfigError, DataError, first_line, nearest
 from loraloom.files import network
@@ -125,13 +125,7 @@ class DatasetSource(Source):
         dataset = self._dataset()
         features = dataset.features.to_dict()
         classes = {name: names for name, feature in features.items() if (names := class_names(feature))}
-        number = 0
-        for table in dataset.with_format("arrow").iter(batch_size=CHUNK):
-            for fields in records(table):
-                number += 1
-                for name, names in classes.items():
-                    fields[name] = named(fields[name], names)
-                yield Row(fields, number, self.name, "row")
+        yield from arrow_rows(dataset.with_format("arrow").iter(batch_size=CHUNK), classes, self.name)
 
     def hashes(self) -> dict[str, str]:
         """The SHA-256 of the name, the revision and the dataset's own fingerprint, by the name."""

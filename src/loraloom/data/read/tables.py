@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,21 +143,21 @@ def read_parquet(path: Path, bad: OnBad | None = None) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
     try:
         with open_file(path) as handle, pq.ParquetFile(handle) as file:
-            classes = _classes_in(file.schema_arrow)
-            for batch in file.iter_batches(batch_size=CHUNK):
-                for fields in records(batch):
-                    number += 1
-                    for name, names in classes.items():
-                        fields[name] = named(fields[name], names)
-                    yield Row(fields, number, str(path), "row")
+            yield from arrow_rows(file.iter_batches(batch_size=CHUNK), _classes_in(file.schema_arrow), str(path))
     except (pa.ArrowException, OSError) as exc:
         raise DataError(f"{path}: not a Parquet file that can be read: {exc}") from exc
 
 
-def records(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+def arrow_rows(batches: Iterable[pa.RecordBatch | pa.Table], classes: dict[str, Names], name: str) -> Iterator[Row]:
+    """The rows of Arrow batches, numbered from 1. ``classes``: column → names for its numbers."""
+    for number, fields in enumerate(chain.from_iterable(map(_records, batches)), start=1):
+        fields |= {column: named(fields[column], names) for column, names in classes.items()}
+        yield Row(fields, number, name, "row")
+
+
+def _records(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
     """The rows of an Arrow batch as Python values.
 
     Arrow gives all structs of a column the same keys, with null for those that a row did not have. Such keys are

@@ -39,7 +39,7 @@ DTYPES: dict[str, str] = {
 }
 #: ``labels`` of an example: a whole number, a number, or a list of them.
 KINDS = {"class": "<i4", "number": "<f8", "classes": "<i4", "numbers": "<f8"}
-LISTS = ("classes", "numbers")
+SINGLE, LISTS = ("class", "number"), ("classes", "numbers")
 
 
 @dataclass
@@ -87,20 +87,14 @@ def pack(rows: Sequence[Row], examples: Sequence[Sequence[Example]], flags: Sequ
 
 def _kind(examples: Sequence[Example]) -> str:
     """The kind of the labels, a key of ``KINDS``. Empty lists are of any kind."""
-    kinds = {_kind_of(e.labels) for e in examples} - {""}
-    if kinds == {"classes", "numbers"}:
+    # All items of a list are of one type.
+    samples = [(e.labels[:1], LISTS) if isinstance(e.labels, list) else ([e.labels], SINGLE) for e in examples]
+    kinds = {names[isinstance(first[0], float)] for first, names in samples if first}
+    if kinds == {*LISTS}:
         return "numbers"
     if len(kinds) > 1:
         raise TypeError(f"labels of several kinds in one set of examples: {', '.join(sorted(kinds))}")
     return kinds.pop() if kinds else ("classes" if examples else "")
-
-
-def _kind_of(labels: Any) -> str:
-    if isinstance(labels, list):
-        if not labels:
-            return ""
-        return "numbers" if isinstance(labels[0], float) else "classes"  # all items of a list are of one type
-    return "number" if isinstance(labels, float) else "class"
 
 
 def _digests(ids: Array, lengths: Array) -> Array:

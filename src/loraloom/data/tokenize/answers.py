@@ -12,7 +12,7 @@ from typing import Any
 
 from loraloom.data.example import EncodedRow, Encoder, Example, Settings, refused, tokenize
 from loraloom.data.records import Asked
-from loraloom.data.tokenize import pairs
+from loraloom.data.tokenize.labels import NOTE, gap
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class AnswerEncoder(Encoder):
 
     def __init__(self, tokenizer: Any, settings: Settings) -> None:
         super().__init__(tokenizer, settings)
-        self._gap = pairs.gap(tokenizer)
-        self.notes = [pairs.NOTE] if self._gap else []
+        self._gap = gap(tokenizer)
+        self.notes = [NOTE] if self._gap else []
 
     def windows(self, records: Sequence[Asked]) -> list[list[Window]]:
         """The windows of each record, in the order of its examples."""

@@ -17,11 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from loraloom.data.example import IGNORE, EncodedRow, Encoder, Settings, tokenize
+from loraloom.data.example import IGNORE, EncodedRow, Encoder, Settings, fitted, tokenize, windows
 from loraloom.data.records import Chat, Pair, Record, Text
 from loraloom.data.tokenize.chat import ChatEncoder
 from loraloom.data.tokenize.templates import find_template
-from loraloom.data.tokenize.windows import fitted, windows
 
 
 class CausalEncoder(Encoder):

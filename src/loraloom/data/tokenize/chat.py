@@ -20,12 +20,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from loraloom.data.example import IGNORE, EncodedRow, Settings, tokenize
+from loraloom.data.example import IGNORE, EncodedRow, Settings, fitted, tokenize
 from loraloom.data.records import Chat, Message
 from loraloom.data.tokenize.assistant_spans import Spans, Turns
 from loraloom.data.tokenize.placeholders import silent
 from loraloom.data.tokenize.templates import find_template
-from loraloom.data.tokenize.windows import fitted
 from loraloom.errors import InputError
 
 #: The word for the trained part, in messages.

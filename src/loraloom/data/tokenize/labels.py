@@ -13,7 +13,22 @@ from loraloom.data.example import EncodedRow, Encoder, Example, Settings, refuse
 from loraloom.data.records import Labelled
 from loraloom.data.rows import unseen
 from loraloom.data.shape.labels import NUMBER, SEVERAL, SINGLE
-from loraloom.data.tokenize import pairs
+
+NOTE = (
+    "the tokenizer puts nothing between two texts of one row: a line break is put there, which whoever uses the "
+    "adapter must do as well"
+)
+
+
+def gap(tokenizer: Any) -> str:
+    """The separator to append to the first of two texts.
+
+    Empty if the tokenizer separates them by special tokens, as those of encoders do. Those of decoders mostly do not:
+    "It rains." and "It is dry." would become "It rains.It is dry."
+    """
+    which = tokenizer("a", "b").encodings[0].sequence_ids
+    last = max((i for i, part in enumerate(which) if part == 0), default=-1)
+    return "" if None in which[last + 1 : which.index(1) if 1 in which else None] else "\n"
 
 
 def class_names(label: str | int | float | list[str | int]) -> list[str]:
@@ -62,8 +77,8 @@ class LabelEncoder(Encoder):
         if record.second is None:
             return record.text
         if self._between is None:
-            self._between = pairs.gap(self.tokenizer)
-            self.notes += [pairs.NOTE] if self._between else []
+            self._between = gap(self.tokenizer)
+            self.notes += [NOTE] if self._between else []
         return record.text + self._between
 
     def _label(self, label: str | int | float | list[str | int]) -> tuple[int | float | list[float], str]:
