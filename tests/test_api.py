@@ -124,6 +124,7 @@ def test_a_search_gives_its_table_and_what_to_use(
         ({"tokenizer": object()}, ConfigError, "tokenizer: belongs to a loaded model"),
         ({"output": None}, ConfigError, "output: "),
         ({"epochs": -1}, ConfigError, "epochs: "),
+        ({"revision": " "}, ConfigError, "revision: must be text"),  # the model's, not the note in the adapter's config
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_written(

@@ -238,7 +238,7 @@ def _key(name: str, searching: bool) -> str:
     Raises:
         ConfigError: there is no such keyword; names the nearest one.
     """
-    known = {**keys.KEYS, **keys.LORA_KEYS, "validation": "data.validation", "test": "data.test"}
+    known = {**keys.FIELD_KEYS, "validation": "data.validation", "test": "data.test"}
     if searching:
         known |= keys.TUNE_KEYS
     if name not in known:

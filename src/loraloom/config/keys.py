@@ -20,6 +20,8 @@ OPTIONS: dict[str, Option] = {one.key: one for group in (TRAIN, ADAPTER, _TUNE) 
 #: A field → its key, such as ``"learning_rate"`` → ``"train.learning_rate"``; ``lora`` is a section.
 KEYS = {name: one.key for name, one in TRAIN.items()}
 LORA_KEYS = {name: one.key for name, one in ADAPTER.items()}
+#: Both; of a name that both have (``revision``) the run's option is meant.
+FIELD_KEYS = {**LORA_KEYS, **KEYS}
 TUNE_KEYS = {name: one.key for name, one in _TUNE.items()}
 #: Sections, each with a key as an example.
 EXAMPLES = {
@@ -78,7 +80,7 @@ def check_key(key: str, place: str = "") -> None:
 
 
 def _hint(section: str, name: str) -> str:
-    home = KEYS.get(name) or LORA_KEYS.get(name) or HABITS.get(name)
+    home = FIELD_KEYS.get(name) or HABITS.get(name)
     if home:
         return f"; did you mean {home!r}?"
     mates = [key for key in OPTIONS if key.rpartition(".")[0] == section]

@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from loraloom.config import yamltext
-from loraloom.config.keys import ADAPTER, EXAMPLES, KEYS, LORA_KEYS, OPTIONS, SECTIONS, TRAIN, check_key, split
+from loraloom.config.keys import ADAPTER, EXAMPLES, FIELD_KEYS, KEYS, OPTIONS, SECTIONS, TRAIN, check_key, split
 from loraloom.config.lora import LoraConfig
 from loraloom.config.lora_checks import MODULES, MODULES_OR_PATTERN, split_names
 from loraloom.config.options import NEEDED, Option
@@ -273,7 +273,7 @@ def _name(error: ConfigError) -> str:
 def _placed(error: ConfigError, places: Mapping[str, str]) -> ConfigError:
     """The error with the key of the field that it begins with, and where that was given."""
     name = _name(error)
-    key = KEYS.get(name) or LORA_KEYS.get(name, name)
+    key = FIELD_KEYS.get(name, name)
     return type(error)(f"{places[key]}{key}{str(error)[len(name) :]}") if key in places else error
 
 
