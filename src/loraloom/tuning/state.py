@@ -1,7 +1,7 @@
-"""Where a search stands, on disk: whole after any crash, and all that is needed to resume.
+"""The state of a search on disk, whole after any crash.
 
-``search.json`` is the one file that counts. It names the files with the numbers of trials under way, which are written
-before it and deleted once it names others.
+``search.json`` is the commit point. It names the files with the slots of trials in progress, which are written before
+it and deleted once it names others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ STATE_NAME = "search.json"
 #: Of that file. Files without a number are of loraloom 0.1.
 FORMAT = 1
 UNDER_WAY = "under-way"
-#: Folder of the adapters of trials that came to their end.
+#: Folder of the adapters of finished trials.
 TRIALS = "trials"
 
 Build = Callable[[Mapping[str, Any], int], TrainConfig]
@@ -39,29 +39,29 @@ Build = Callable[[Mapping[str, Any], int], TrainConfig]
 
 @dataclass
 class State:
-    """A search at a moment at which it could be taken up."""
+    """A search as it can be resumed."""
 
     fingerprint: str
     slots: int
     halving: SuccessiveHalving
-    #: the slots and the memory that the user gave when they were planned
+    #: the user's options ``slots`` and ``memory`` when the slots were planned
     asked: tuple[int | None, int | None] = (None, None)
     trials: list[Trial] = field(default_factory=list)
-    #: trial → the file with its numbers, and file → its sha256
+    #: trial → the file with its slot, and file → its sha256
     files: dict[int, str] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     finished: bool = False
-    #: what trials have to beat, once it was measured
+    #: what trials have to beat, once measured
     bar: Bar | None = None
-    #: the day that the rows were written with, where a chat template writes one
+    #: the date that a chat template wrote into the rows
     date: str | None = None
-    #: trial → what it was when last written, and as which text: only what changed is written out again
+    #: trial → its ``_version`` when last written, and its text: only trials that changed are serialised again
     written: dict[int, tuple[Any, str]] = field(default_factory=dict, repr=False, compare=False)
 
 
 def date_of(folder: Path) -> str | None:
-    """The day of the search in ``folder``; None where there is no search, or nothing writes the date."""
+    """The date of the search in ``folder``; None without a search, or if no template writes a date."""
     try:
         found = json.loads((folder / STATE_NAME).read_text())["date"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -73,7 +73,7 @@ def save_state(folder: Path, state: State, slots: Mapping[int, SlotState]) -> No
     """Write ``state`` together with the ``slots`` of trials that changed, and delete files that it no longer names.
 
     Raises:
-        SaveError: the folder cannot be written. What was there is as it was.
+        SaveError: the folder cannot be written; the old files are unchanged.
     """
     files: dict[str, bytes] = {}
     trials = {trial.number: trial for trial in state.trials}
@@ -96,39 +96,40 @@ def save_state(folder: Path, state: State, slots: Mapping[int, SlotState]) -> No
 
 
 def _text(state: State) -> bytes:
-    """The file: first all but the trials, then a trial a line, and in the end the hash of what is before."""
+    """``search.json``: first all but the trials, then one trial a line, then the hash of everything before it."""
     kept = {spec.name: getattr(state, spec.name) for spec in fields(state) if spec.name not in ("trials", "written")}
-    kept |= {"halving": asdict(state.halving), "bar": None if state.bar is None else asdict(state.bar)}
-    kept = {"format": FORMAT} | kept
+    nested = {"halving": asdict(state.halving), "bar": None if state.bar is None else asdict(state.bar)}
+    kept = {"format": FORMAT} | kept | nested
     head = json.dumps(exact(kept), indent=1).removesuffix("\n}")
     lines = []
     for trial in state.trials:
-        mark = _mark(trial)
-        if state.written.get(trial.number, (None, ""))[0] != mark:
-            # Knobs stay in the order of the space.
-            state.written[trial.number] = mark, json.dumps(exact(_trial(trial)))
+        version = _version(trial)
+        if state.written.get(trial.number, (None, ""))[0] != version:
+            # Not sorted: hyperparameters stay in the order of the space.
+            state.written[trial.number] = version, json.dumps(exact(_trial(trial)))
         lines.append(state.written[trial.number][1])
     body = f'{head},\n "trials": [\n' + ",\n".join(lines) + "\n ]"
     return f'{body},\n "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'.encode()
 
 
-def _mark(trial: Trial) -> tuple[Any, ...]:
-    """By which a trial that changed is known, without a look at its curve: losses come with steps."""
+def _version(trial: Trial) -> tuple[Any, ...]:
+    """Differs once the trial changed. Lengths stand for its lists, which only grow."""
     counts = len(trial.curve.loss), len(trial.curve.evaluations), len(trial.used), len(trial.parts), len(trial.files)
     return id(trial.curve), trial.step, trial.state, trial.reason, trial.goal, trial.measure, trial.seconds, counts
 
 
 def _whole(text: str) -> bool:
-    """Whether the file is as it was written."""
-    body, mark, digest = text.rpartition(',\n "sha256": "')
-    return bool(mark) and digest.removesuffix('"\n}\n') == hashlib.sha256(body.encode()).hexdigest()
+    """Whether the hash at the end is that of the rest."""
+    body, separator, digest = text.rpartition(',\n "sha256": "')
+    return bool(separator) and digest.removesuffix('"\n}\n') == hashlib.sha256(body.encode()).hexdigest()
 
 
 def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
-    """The search in ``folder``, or None where there is none. ``build(values, seed)`` are the options of a trial.
+    """The search in ``folder``, or None. ``build(values, seed)`` are the options of a trial.
 
     Raises:
-        ConfigError: it is that of another search, or no longer whole.
+        ConfigError: it is another search, or damaged.
+        FormatError: a later version of loraloom wrote it.
     """
     recover(folder)
     path = folder / STATE_NAME
@@ -138,6 +139,8 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
         text = path.read_text(encoding="utf-8")
         found = restored(json.loads(text))
         check_format(found.get("format", 0), FORMAT, f"{path}:")
+        if "format" not in found:
+            found = _with_numbers(found)
         other = found["fingerprint"] != fingerprint
         if not other and not _whole(text):
             raise ValueError("its hash is another one")
@@ -161,7 +164,7 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
             hashes=dict(found["hashes"]),
             seconds=found["seconds"],
             finished=found["finished"],
-            bar=_read_bar(found["bar"]),
+            bar=found["bar"] and Bar(**found["bar"]),
             date=found.get("date"),
         )
     except MALFORMED as error:
@@ -203,7 +206,7 @@ def hashes_of(folder: Path) -> dict[str, str]:
 
 
 def damaged(folder: Path, files: Mapping[str, str]) -> str:
-    """What is wrong with the ``files`` (name → sha256) that were written to ``folder``; empty where all are whole."""
+    """What is wrong with the ``files`` (name → sha256) of a trial in ``folder``; empty if all are whole."""
     if not files:
         return f"{folder} was written by no trial"
     found = first_changed(folder, files)
@@ -218,7 +221,7 @@ def damaged(folder: Path, files: Mapping[str, str]) -> str:
 
 
 def clear(folder: Path, *results: str) -> None:
-    """Forget the search in ``folder``, if there is one: where it stands, its journal, its adapters, its ``results``.
+    """Delete the search in ``folder``, if there is one: its state, its journal, its adapters, its ``results``.
 
     Raises:
         SaveError: the folder cannot be written.
@@ -245,29 +248,15 @@ def _trial(trial: Trial) -> dict[str, Any]:
 
 
 def _read_trial(entry: dict[str, Any], build: Build) -> Trial:
-    curve, seed, used, parts = (entry.pop(key) for key in ("curve", "seed", "used", "parts"))
-    evaluations = [{key: _number(value) for key, value in one.items()} for one in curve["evaluations"]]
-    return Trial(
-        **entry,
-        options=build(entry["values"], seed),
-        curve=Curve(_numbers(curve["loss"]), _numbers(curve["learning_rate"]), evaluations),
-        used={name: (r, directions, _number(norm)) for name, (r, directions, norm) in used.items()},
-        parts={name: _numbers(values) for name, values in parts.items()},
-    )
+    curve, seed, used = (entry.pop(key) for key in ("curve", "seed", "used"))
+    options, used = build(entry["values"], seed), {name: tuple(figures) for name, figures in used.items()}
+    return Trial(**entry, options=options, curve=Curve(**curve), used=used)
 
 
-def _read_bar(entry: dict[str, Any] | None) -> Bar | None:
-    if entry is None:
-        return None
-    answers = entry["answers"]
-    read = {words: {name: _numbers(values) for name, values in one.items()} for words, one in answers.items()}
-    return Bar(entry["rows"], _number(entry["base"]), entry["begins"], read)
-
-
-def _numbers(values: Sequence[Any]) -> list[float]:
-    return [_number(value) for value in values]
-
-
-def _number(value: Any) -> Any:
-    """Earlier versions wrote what is not finite as text."""
-    return float(value) if isinstance(value, str) else value
+def _with_numbers(value: Any) -> Any:
+    """``value`` of a file of format 0, in which numbers that are not finite are text."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
