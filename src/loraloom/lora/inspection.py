@@ -116,10 +116,15 @@ def _update(name: str, pattern_name: str, experts: int, a: Tensor, b: Tensor, co
     r = a.shape[0] // experts
     scale = config.scale(r, rank_and_alpha(config, pattern_name)[1])
     values = singular_values(a, b, experts) * abs(scale)
+    norm = float(values.square().sum().sqrt())
+    return ModuleUpdate(name, r, scale, norm, used_rank(values), tuple(values.tolist()))
+
+
+def used_rank(values: Tensor) -> int:
+    """The fewest singular directions that hold ``ENERGY`` of the squared norm; ``values`` fall."""
     energy = values.square()
     total = float(energy.sum())
-    used = 0 if total == 0 else int((energy.cumsum(0) < ENERGY * total).sum()) + 1
-    return ModuleUpdate(name, r, scale, total**0.5, used, tuple(values.tolist()))
+    return 0 if total == 0 else int((energy.cumsum(0) < ENERGY * total).sum()) + 1
 
 
 def _fit(a: Tensor, b: Tensor) -> bool:

@@ -1,6 +1,6 @@
-"""One pack and the trials in it: lets them in and out, trains, measures. Decides nothing, and writes adapters alone.
+"""A worker trains and evaluates trials in one pack. It decides nothing, and writes nothing but adapters.
 
-A search has one in its own process, or several in others.
+A search has one worker in its own process, or several in others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loraloom.engine.slot import Slot
 from loraloom.engine.slot_state import SlotState
 from loraloom.errors import AdapterError, SaveError
 from loraloom.files.atomic import write_files
-from loraloom.lora.inspection import ENERGY, singular_values
+from loraloom.lora.inspection import singular_values, used_rank
 from loraloom.lora.model import PeftModel
 from loraloom.lora.parameters import LoraParameter
 from loraloom.lora.targets import Plan, plan
@@ -38,40 +38,40 @@ from loraloom.tuning.state import TRIALS
 from loraloom.tuning.trial import Trial
 
 BATCH = "train.batch_size"
-#: An adapter in every layer that some trial may adapt. It is never used: it keeps the layers as they are while trials
-#: come and go, so that what is computed together does not depend on which ones there are.
+#: An adapter in every layer that any trial may adapt. No batch uses it: it keeps the layers wrapped while trials come
+#: and go, so that what is computed together does not depend on the trials present.
 SPAN = "span"
-#: Rows are filled up to a multiple of so many tokens, so that a trial's bits do not depend on who trains beside it.
+#: Rows are padded to a multiple of this many tokens, so that a trial's bits do not depend on the others in the pack.
 WIDTH = 16
-#: Numbers are handed over at least so often.
+#: A report comes at least this often.
 SECONDS = 60.0
 #: A trial diverges if its mean loss over ``WINDOW`` steps is ``BLOWN_UP`` times its starting loss. At a very high rate
 #: the first losses are high already, so the starting loss is at most that of the best constant answer, or ``EASY``
 #: times the loss of the first step, which is measured before any update. (One batch may be easy.)
 WINDOW, BLOWN_UP, EASY = 10, 2.0, 3.0
-#: At a rung a trial is measured on as many rows as a training comes to see by then, on these at least, and on all where
-#: there are no more: measuring many that have hardly begun would take longer than training them.
+#: At a rung a trial is evaluated on as many rows as it has seen in training, but at least on this many, if there are as
+#: many: evaluating many trials on all rows early would take longer than training them.
 RUNG_ROWS = 256
-#: Between the last rung and the end there is one more evaluation: curves of two points say nothing.
+#: The share of the steps at which there is an evaluation between the last rung and the end, for the curve.
 BETWEEN = 2 / 3
 
 
 @dataclass
 class Report:
-    """What a worker hands over: its trials as they are now, and the states of their slots."""
+    """A worker's trials as they are now, with the states of their slots."""
 
     trials: list[Trial]
-    #: of these something is to be decided: they came to where they are held, were measured there, or failed
+    #: trials that reached the step where they are held, were evaluated there, or failed
     events: list[int]
     states: dict[int, SlotState] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
-    #: memory was not enough: the worker let go of all its trials
+    #: out of memory: the worker removed all its trials
     out_of_memory: bool = False
 
 
 class TrialFactory:
-    """What trials are on one model, without its weights: their options, sizes and steps."""
+    """Options and sizes of trials, computed on the model without its weights."""
 
     def __init__(self, options: TuneConfig, setup: Setup) -> None:
         self.options, self.setup = options, setup
@@ -84,7 +84,7 @@ class TrialFactory:
         return plan(self._blueprint, config)
 
     def largest(self) -> list[LoraConfig]:
-        """The adapters of every set of targets in the space, of the greatest rank."""
+        """For each set of targets in the space, the adapter of the largest rank."""
         params, values = self.options.space.params, self.options.space.prior(1)[0]
         if RANK in params:
             ranks = params[RANK]
@@ -94,7 +94,7 @@ class TrialFactory:
         return [self.setup.config(self.trial_options(one, self.options.train.seed)) for one in chosen]
 
     def widest(self) -> Setup:
-        """Rows and model, with as many rows in a forward as any trial may have."""
+        """The setup with the largest batch size of the space."""
         param = self.options.space.params.get(BATCH)
         fixed = self.options.space.fixed.get(BATCH, self.options.train.batch_size)
         most = fixed if param is None else param.high if isinstance(param, Range) else max(param.grid(BATCH))
@@ -117,23 +117,24 @@ class Worker:
         self.pack = Pack(self.model, task=setup.task, pad_id=setup.tokenizer.pad_token_id, pad_to_multiple_of=WIDTH)
         self.slots: dict[int, Slot] = {}
         self.trials: dict[int, Trial] = {}
-        #: what trials have to beat; its owner sets it
+        #: what trials have to beat; set by the executor
         self.bar = Bar(len(setup.data.validation_rows))
 
     def run(
         self,
         enter: Sequence[tuple[Trial, SlotState | None]],
         leave: Sequence[int],
-        tell: Callable[[list[Trial], float], None] = lambda trials, tokens_per_second: None,
+        on_trials: Callable[[list[Trial], float], None] = lambda trials, tokens_per_second: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Report:
-        """Let trials out and in, and train until there is something to decide, or to write down.
+        """Remove and add trials, then train until there is something to decide or to save.
 
         Args:
-            enter: trials with the states of their slots; None for one that begins, or is in the pack already: that one
-                only learns how far it trains.
-            tell: called after each step with the running trials and the tokens of a second.
-            stop: asked after each step.
+            enter: trials with the states of their slots. None for a trial that begins, or that is in the pack already
+                and only gets another goal.
+            leave: numbers of trials to remove.
+            on_trials: called after each step with the trials in the pack and the tokens per second.
+            stop: called after each step; True ends the run.
         """
         started = last = time.monotonic()
         tokens, events = 0, list[int]()
@@ -153,7 +154,7 @@ class Worker:
                 now = time.monotonic()
                 passed, last, tokens = now - last, now, tokens + seen
                 events = [number for number in self.slots if self._follow(number, passed / len(self.slots))]
-                tell(list(self.trials.values()), seen / max(passed, 1e-9))
+                on_trials(list(self.trials.values()), seen / max(passed, 1e-9))
                 if stop() or now - started > SECONDS:
                     break
         except (RuntimeError, MemoryError) as error:
@@ -167,7 +168,7 @@ class Worker:
         return Report(list(self.trials.values()), events, states, tokens, time.monotonic() - started)
 
     def _follow(self, number: int, seconds: float) -> bool:
-        """Bring a trial up to its slot. Whether something is to be decided of it."""
+        """Update a trial after its slot's forward. True if something is to be decided about it."""
         trial, slot = self.trials[number], self.slots[number]
         moved, trial.step = slot.step > trial.step, slot.step
         trial.seconds += seconds
@@ -176,7 +177,7 @@ class Worker:
             trial.state, trial.reason = "failed", failure
             return True
         held = trial.step == (trial.goal or trial.steps)
-        # One that has taken off will be compared where it is held: it is measured while it is here.
+        # A trial that has taken off will be compared at this rung: evaluate it while it is in the pack.
         off = held and self.bar.has_taken_off(trial.curve.loss, trial.steps)
         if moved and (off or trial.step in (between(trial), trial.steps)):
             self._measure(trial)
@@ -192,7 +193,7 @@ class Worker:
             rows = self._rows(trial)
             (found,) = self.setup.evaluator(rows).metrics([name])
         trial.curve.evaluations.append({"step": trial.step, **found} | ({} if rows is None else {"rows": len(rows)}))
-        # Of logits that are NaN some class is still the likeliest: the accuracy alone does not tell.
+        # An argmax over NaN still gives a class, so accuracy alone does not reveal them.
         if broken := [name for name in (metric, "loss") if not math.isfinite(found[name])]:
             trial.state, trial.reason = "failed", f"step {trial.step}: the held-out {broken[0]} is {found[broken[0]]}"
         elif trial.step >= trial.steps:
@@ -202,7 +203,7 @@ class Worker:
             write_files(folder / name, usage_files(self.setup))
 
     def _rows(self, trial: Trial) -> list[int] | None:
-        """The held-out rows to measure ``trial`` on, the same for all at a rung; None for all there are."""
+        """The held-out rows to evaluate ``trial`` on, the same for all trials at a rung; None for all rows."""
         if trial.repeats is not None or trial.step == between(trial):
             return None
         rungs = [rung for rung in range(len(self.options.rungs)) if rung_step(self.options, trial, rung) == trial.step]
@@ -235,7 +236,7 @@ def name_of(number: int) -> str:
 
 
 def rung_step(options: TuneConfig, trial: Trial, rung: int) -> int:
-    """The step at which ``trial`` comes to ``rung``."""
+    """The step at which ``trial`` reaches ``rung``."""
     return min(max(1, math.ceil(options.rungs[rung] * trial.steps - 1e-9)), trial.steps)
 
 
@@ -244,7 +245,7 @@ def between(trial: Trial) -> int:
 
 
 def blown_up(trial: Trial, base: float | None = None) -> str:
-    """What there is to say of a loss that grew, or nothing. ``base`` is the loss of the best constant answer."""
+    """Why the trial counts as diverged, or an empty string. ``base`` is the loss of the best constant answer."""
     losses = trial.curve.loss
     if len(losses) < 2 * WINDOW:
         return ""
@@ -254,15 +255,14 @@ def blown_up(trial: Trial, base: float | None = None) -> str:
 
 
 def _used(model: PeftModel, name: str) -> dict[str, tuple[int, int, float]]:
-    """Module → its rank, how many directions its update uses, and how large that is beside the frozen weight."""
+    """Module → its rank, the rank its update uses, and the norm of the update over that of the frozen weight."""
     found = {}
     for module, layer in model.base_model.lora_layers.items():
         if name not in layer.slots:
             continue
         a, b = layer.factors(name)
         experts = layer.experts if isinstance(layer, LoraParameter) else 1
-        energy = (singular_values(a.detach(), b.detach(), experts) * layer.scaling[name]).square()
-        used = int((energy.cumsum(0) < ENERGY * energy.sum()).sum()) + 1 if float(energy.sum()) else 0
+        values = singular_values(a.detach(), b.detach(), experts) * layer.scaling[name]
         weight = float(layer.rows().float().norm())
-        found[module] = (layer.r[name], used, float(energy.sum().sqrt()) / (weight or 1.0))
+        found[module] = (layer.r[name], used_rank(values), float(values.square().sum().sqrt()) / (weight or 1.0))
     return found

@@ -1,12 +1,12 @@
-"""Checkpoints on disk: ``OUTPUT/checkpoint-STEP`` is whole or absent, and says by hashes that it is whole.
+"""Checkpoint folders: ``OUTPUT/checkpoint-STEP`` is whole or absent, and its manifest proves it whole.
 
     checkpoint-40/
       adapter_model.safetensors, adapter_config.json   the adapter, as PEFT writes it
-      state.safetensors                                 the optimizer's state, and what else are tensors
-      state.json                                        where the run stands
+      state.safetensors                                 optimizer state, gradients within a step, random generators
+      state.json                                        the slot's other values, and the run's identity
       manifest.json                                     size and sha256 of each file above
 
-This file knows folders and hashes. What the tensors and the state mean is ``resume``'s business. No pickle.
+This file knows folders and hashes; ``restore`` knows what the tensors and the state mean. No pickle.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ FORMAT = 2
 
 _FILES = (WEIGHTS_NAME, CONFIG_NAME, TENSORS_NAME, STATE_NAME)
 _NAME = re.compile(r"checkpoint-(\d+)")
-#: What a run that was killed leaves behind: a checkpoint half written, or half deleted.
+#: Left by a killed run: a checkpoint half written or half deleted.
 _ASIDE = re.compile(r"\.checkpoint-\d+\.[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole one: every file is there and has its hash."""
+    """A whole checkpoint: every file is there and has its hash."""
 
     path: Path
     step: int
@@ -59,7 +59,7 @@ class Checkpoint:
         return _tensors(self.path / WEIGHTS_NAME)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What ``write`` was given."""
+        """The tensors that ``write`` got."""
         return _tensors(self.path / TENSORS_NAME)
 
 
@@ -70,25 +70,25 @@ def write(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Path:
-    """Write ``folder/checkpoint-STEP`` and return it. One that is there already is replaced.
+    """Write ``folder/checkpoint-STEP``, replacing an older one, and return its path.
 
-    All is written aside in ``folder``, synced to the disk and renamed. Killed at any moment, or out of space, it leaves
-    nothing under that name but what is whole.
+    Everything is written to a temporary folder in ``folder``, synced to the disk and renamed. If the process is killed
+    or the disk is full, nothing but a whole checkpoint has that name.
 
     Args:
-        adapter: writes the adapter's files into the folder that it is given.
-        tensors: anything; they come back as they are.
-        state: plain JSON, in which numbers that are not finite come back as they are.
+        adapter: writes the adapter's files into the folder that it gets.
+        tensors: any tensors, to the bit.
+        state: JSON values; numbers that are not finite are allowed.
 
     Raises:
-        SaveError: the disk is full or the folder cannot be written. Checkpoints that were there are as they were.
+        SaveError: the disk is full or the folder cannot be written; existing checkpoints are unchanged.
     """
     folder = Path(folder)
     place, aside = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.{secrets.token_hex(4)}"
     try:
         make_folder(aside)
         adapter(aside)
-        # Not sorted: the first metric of an evaluation is the one that is watched.
+        # Not sorted: the first metric of an evaluation decides by default.
         text = json.dumps({"format": FORMAT, "step": step} | exact(state), indent=1)
         write_files(aside, {TENSORS_NAME: partial(write_tensors, tensors), STATE_NAME: text.encode()})
         manifest = {
@@ -106,7 +106,7 @@ def write(
             f"{place}: the checkpoint cannot be written ({said}); those that were there are unchanged"
         ) from error
     finally:
-        remove_tree(aside)  # it was renamed, unless something went wrong
+        remove_tree(aside)  # after an error; else it was renamed
     return place
 
 
@@ -159,7 +159,7 @@ def newest(
     on_event: OnEvent = ignore,
     fits: Callable[[Checkpoint], str] = lambda checkpoint: "",
 ) -> Checkpoint | None:
-    """The whole checkpoint in ``folder`` with the most steps; None where there is none.
+    """The whole checkpoint in ``folder`` with the most steps, or None.
 
     Args:
         on_event: called for each one that is skipped.
@@ -191,16 +191,16 @@ def is_whole(path: str | Path) -> bool:
 
 
 def listed(folder: str | Path) -> list[Path]:
-    """The checkpoints in ``folder`` by name, whole or not, the most steps first."""
+    """The paths of all checkpoints in ``folder``, whole or not, the most steps first."""
     with contextlib.suppress(OSError):
         return sorted((p for p in Path(folder).iterdir() if p.is_dir() and _NAME.fullmatch(p.name)), key=_step)[::-1]
     return []
 
 
 def rotate(folder: str | Path, limit: int, keep: Collection[int] = ()) -> None:
-    """Delete old checkpoints, so that at most ``limit`` remain; those of the steps ``keep`` and the newest stay anyway.
+    """Delete old checkpoints until ``limit`` are left. The newest one, and those of the steps ``keep``, always stay.
 
-    One that cannot be deleted stays: that is no reason to stop a training.
+    A checkpoint that cannot be deleted stays: training continues.
     """
     paths = listed(folder)
     stay = {path for path in paths if _step(path) in keep} | set(paths[:1])
@@ -214,7 +214,7 @@ def rotate(folder: str | Path, limit: int, keep: Collection[int] = ()) -> None:
 
 
 def clean(folder: str | Path) -> None:
-    """Delete what runs that were killed left in ``folder``, half written or half deleted."""
+    """Delete half written and half deleted checkpoints of killed runs."""
     with contextlib.suppress(OSError):
         for path in list(Path(folder).iterdir()):
             if _ASIDE.fullmatch(path.name):
@@ -235,7 +235,7 @@ def forget(folder: str | Path) -> None:
 
 
 def copy(checkpoint: Checkpoint, folder: str | Path) -> Path:
-    """The same checkpoint in another folder, whole or absent there too."""
+    """Copy a checkpoint to another folder, where it is whole or absent too."""
     names = (WEIGHTS_NAME, CONFIG_NAME)
 
     def adapter(to: Path) -> None:
@@ -251,7 +251,7 @@ def _step(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Under another name first: half a checkpoint is never to be seen under its own."""
+    """Rename, then delete: half a checkpoint must never have the name of one."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     os.rename(path, aside)
     remove_tree(aside)
