@@ -108,12 +108,9 @@ def _acquire(folder: Path) -> BaseFileLock | None:
         ) from None
     if lock is not None:
         with contextlib.suppress(OSError):  # a full disk: the lock is held nevertheless
-            path.write_text(json.dumps(_note()))
+            since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
     return lock
-
-
-def _note() -> dict[str, object]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
 
 
 def _who(path: Path) -> str:

@@ -60,23 +60,21 @@ def mapped(
             idle.put(worker)
 
     under_way: deque[Future[B]] = deque()
+    futures = (pool.submit(ask, item) for item in items)
     try:
         for _ in range(workers):
             crew.append(_Worker(opening))
             idle.put(crew[-1])
-        waiting = iter(items)
-        for item in itertools.islice(waiting, AHEAD * workers):
-            under_way.append(pool.submit(ask, item))
+        under_way.extend(itertools.islice(futures, AHEAD * workers))
         while under_way:
             result = under_way.popleft().result()
-            for item in itertools.islice(waiting, 1):
-                under_way.append(pool.submit(ask, item))
+            under_way.extend(itertools.islice(futures, 1))
             yield result
     finally:
         for future in under_way:
             future.cancel()
         for worker in crew:
-            worker.end()  # threads that wait for one see its pipe end
+            worker.end()  # threads that wait for a worker see the end of its pipe
         pool.shutdown()
 
 
@@ -84,7 +82,7 @@ class _Worker:
     """One process, which handles one request at a time."""
 
     def __init__(self, opening: bytes) -> None:
-        # The path as it is here: the package may have been found in a way that the environment does not tell.
+        # The path of this process: the environment alone may not be enough to find the package.
         code = f"import sys; sys.path[:] = {sys.path!r}; from loraloom.data.table.workers import serve; serve()"
         quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
@@ -104,7 +102,7 @@ class _Worker:
             questions.flush()
             self._opening = b""
             right, value = pickle.load(answers)
-        except (OSError, EOFError, pickle.UnpicklingError):  # its end of the pipe is gone
+        except (OSError, EOFError, pickle.UnpicklingError):  # the worker's end of the pipe is closed
             raise FailureError(
                 f"a process that tokenises died (exit status {self._process.wait()}); if memory ran out, lower "
                 "data_workers"
@@ -114,7 +112,7 @@ class _Worker:
         return value
 
     def end(self) -> None:
-        # It holds nothing that it must put away, and may be in the midst of a long text.
+        # It has nothing to save, and may be busy with a long text.
         self._process.kill()
         with contextlib.suppress(OSError):
             self._process.communicate()
@@ -122,13 +120,13 @@ class _Worker:
 
 def serve() -> None:
     """Main loop of a worker: create the function, and handle requests until the pipe closes."""
-    # A Ctrl-C reaches all processes of a terminal; the one that started us ends us.
+    # Ctrl-C reaches all processes of a terminal; the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     questions: Any = sys.stdin.buffer
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not come between the answers
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries must not mix with the answers
     work: Callable[[Any], Any] | None = None
-    while questions.peek(1):  # nothing: nobody asks any more
+    while questions.peek(1):  # empty: the pipe is closed
         try:
             if work is None:
                 make, arguments = pickle.load(questions)
@@ -141,7 +139,7 @@ def serve() -> None:
         try:
             answers.write(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
             answers.flush()
-        except OSError:  # nobody listens any more
+        except OSError:  # the parent is gone
             return
 
 
