@@ -118,11 +118,6 @@ class Slot:
     def running(self) -> bool:
         return not self.done and not self.failure
 
-    @property
-    def example(self) -> Example:
-        """One of its rows."""
-        return self._examples[0]
-
     def next_examples(self) -> tuple[list[Example], float]:
         """The rows of the next forward, and the weight of their mean loss.
 

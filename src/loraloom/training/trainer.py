@@ -278,8 +278,9 @@ class Trainer:
         if not self.options.load_best_model_at_end or top is None or top[0] == self.slot.step:
             return self.slot.step
         try:
-            restore.fill(folders.read(self.folder / f"checkpoint-{top[0]}"), ADAPTER, self.model)
-        except ConfigError as error:
+            best = folders.read(self.folder / f"checkpoint-{top[0]}").adapter()
+            adapters.fill(self.model.base_model, ADAPTER, best)
+        except InputError as error:
             raise TrainingError(f"the adapter of step {top[0]}, the best one, is lost: {error}") from None
         self._on_event(Message("best_taken", step=top[0], metric=top[1], value=top[2]))
         return top[0]

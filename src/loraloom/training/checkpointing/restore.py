@@ -11,7 +11,7 @@ import torch
 
 from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Slot
-from loraloom.engine.slot_state import SlotState, check_names, values_of_format_1
+from loraloom.engine.slot_state import SlotState, values_of_format_1
 from loraloom.errors import AdapterError, ConfigError, LoraloomError
 from loraloom.files.jsonio import MALFORMED
 from loraloom.lora import checkpoint as adapters
@@ -49,7 +49,7 @@ def restore(checkpoint: Checkpoint, slot: Slot, model: PeftModel) -> None:
         ConfigError: the adapter or the state do not fit this model.
     """
     with reading(checkpoint):
-        fill(checkpoint, slot.name, model)
+        adapters.fill(model.base_model, slot.name, checkpoint.adapter())
         state, tensors = checkpoint.state, checkpoint.tensors()
         random = {key: tensors.pop(key) for key in list(tensors) if key.startswith("random/")}
         # Of the adapter's tensors, buffers are not the slot's.
@@ -62,22 +62,6 @@ def restore(checkpoint: Checkpoint, slot: Slot, model: PeftModel) -> None:
         torch.set_rng_state(random["random/cpu"])
         if "random/cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["random/cuda"])
-
-
-def fill(checkpoint: Checkpoint, name: str, model: PeftModel) -> None:
-    """Copy the checkpoint's adapter to the bit into the adapter ``name`` of ``model``.
-
-    Raises:
-        ConfigError: names or shapes differ.
-    """
-    live, saved = model.base_model.tensors_of(name), checkpoint.adapter()
-    try:
-        check_names(saved, live, "adapter tensor")
-    except AdapterError as error:
-        raise ConfigError(f"{checkpoint.path}: {error}") from None
-    with torch.no_grad():
-        for key, tensor in live.items():
-            tensor.copy_(saved[key])
 
 
 @contextlib.contextmanager
