@@ -92,7 +92,7 @@ def stepper(name: str, shape: Shape, device: str) -> Callable[[], Any]:
 
         def ours() -> None:
             with adapted.base_model.lora_routed(["default"] * len(ids)):
-                objective.losses(objective.forward({"input_ids": ids}), ids, {"": slice(None)})[""].backward()
+                objective.loss(objective.forward({"input_ids": ids}), ids).backward()
             flat.step(1e-4, math.inf)
 
         return ours

@@ -1,7 +1,7 @@
-"""``loraloom.train`` and ``loraloom.tune``: all that the commands do, as functions of a program.
+"""``loraloom.train`` and ``loraloom.tune``: the commands as Python functions.
 
-Keywords are the names of the command's options, which are the last parts of a run file's keys. The model, rows and
-functions may be given as objects. Progress shows in a terminal or a notebook; ``quiet=True`` shows nothing.
+Keywords are the commands' options, which are the last parts of a run file's keys. The model, rows and functions may be
+given as objects. Progress is shown in a terminal or a notebook; ``quiet=True`` shows nothing.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from loraloom.training.setup import ADAPTER, TrainJob
 from loraloom.tuning.conclusion import BEST_NAME, SearchResult
 from loraloom.tuning.config import TuneConfig
 
-#: The folder below the output in which rows are kept that were given as objects.
+#: The folder below the output for rows that were given as objects.
 ROWS = "rows"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that came to its end."""
+    """A finished run."""
 
     #: the adapter's folder: PEFT's format, ``run.json``, ``run.yaml``
     adapter: Path
@@ -48,11 +48,11 @@ class Run:
     def predict(
         self, rows: Sequence[str | Mapping[str, Any]], *, batch_size: int = 64, max_new_tokens: int | None = None
     ) -> list[Any]:
-        """What the adapter answers: a class, a number, tags, an answer, a text or an embedding for each row, in order.
+        """The adapter's answers: a class, a number, tags, an answer, a text or an embedding for each row, in order.
 
         Args:
-            rows: texts, or dicts with the columns of the training rows, the answer left out.
-            max_new_tokens: of a text that is written; by default as in training.
+            rows: texts, or dicts with the columns of the training rows without the answer.
+            max_new_tokens: of generated texts; by default as in training.
 
         Raises:
             DataError: a row lacks a column, or holds something else.
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The adapter's figures on the held-out rows, the loss among them."""
+        """The adapter's metrics on the held-out rows, with the loss."""
         found: dict[str, float] = self.record["result"]
         return found
 
@@ -85,7 +85,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Search:
-    """A search that came to its end."""
+    """A finished search."""
 
     #: its folder: ``best/``, ``best.yaml``, ``result.json``, two pictures
     folder: Path
@@ -128,13 +128,13 @@ def train(
         config: a run file, over which the other arguments win.
         tokenizer: of a loaded ``model``.
         resume: True for the newest checkpoint of the output folder, or the path of one. Options that are not given are
-            then those of the run that is resumed.
+            then those of the resumed run.
         on_step: called with a ``StepEvent`` after each step.
         options: any option of ``loraloom train``: ``task``, ``output``, ``r``, ``epochs``, ``learning_rate`` ... The
             held-out rows (``eval_split``, or ``validation``) may be rows too, and ``metrics`` may hold functions.
 
     Raises:
-        InputError: what was given is wrong; nothing was trained.
+        InputError: an argument is wrong; nothing was trained.
         TrainingError: the training failed; what it reached is saved.
     """
     from loraloom.report.session import train_run
@@ -163,8 +163,8 @@ def tune(
             ``space`` (keys of a run file and what they may be) ...
 
     Raises:
-        InputError: what was given is wrong; nothing was trained.
-        TrainingError: no trial came to a figure.
+        InputError: an argument is wrong; nothing was trained.
+        TrainingError: no trial could be measured.
     """
     from loraloom.report.session import tune_run
 
@@ -218,7 +218,7 @@ def _given(
     *,
     searching: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Keys and values; objects among them have names, under which they are held meanwhile."""
+    """Context with the arguments as keys and values of a run file; objects are registered under names."""
     given = {_key(name, searching): value for name, value in options.items()}
     given |= {key: value for key, value in (("model.name", model), ("data.train", data)) if value is not None}
     with contextlib.ExitStack() as stack:
@@ -228,7 +228,7 @@ def _given(
         try:
             yield given
         except InputError:
-            _remove(written)  # nothing was trained on them
+            _remove(written)  # no run refers to them
             raise
 
 
@@ -272,7 +272,7 @@ def _name_functions(given: dict[str, Any], stack: contextlib.ExitStack) -> None:
 
 
 def _write_rows(given: dict[str, Any], config: str | Path | None) -> list[Path]:
-    """Rows that were given as objects, in files; the keys then hold their paths."""
+    """Write rows that were given as objects into files, whose paths the keys then hold. Returns the new files."""
     output = given.get("output")
     written = []
     for key, name in (("data.train", "data"), ("data.validation", "validation"), ("data.test", "test")):

@@ -34,11 +34,6 @@ TARGETS = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"]}
 ALL = {"": slice(None)}
 
 
-def mean(objective: Objective, out: Any, labels: torch.Tensor) -> torch.Tensor:
-    """The loss of all rows together."""
-    return objective.losses(out, labels, ALL)[""]
-
-
 def adapted(family: str, **fields: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,7 +63,7 @@ def test_the_loss_is_the_models_own_on_every_family(family: str) -> None:
     assert str(objective.way.logits) == FAMILIES[family][1]
     with model.base_model.lora_routed(["default"] * 3):
         out = objective.forward(inputs)
-        found = mean(objective, out, labels)
+        found = objective.loss(out, labels)
         by_row = objective.row_losses(out, labels, ALL)
     logits = model(**inputs).logits
     wanted = F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten())
@@ -91,7 +86,7 @@ def test_a_head_with_an_adapter_or_a_copy_of_its_own_trains(fields: dict[str, An
     objective = Objective(model, tasks.get("causal-lm"))
     parameters = model.adapter_parameters("default")
     with model.base_model.lora_routed(["default"] * 3):
-        found = torch.autograd.grad(mean(objective, objective.forward(inputs), labels), list(parameters.values()))
+        found = torch.autograd.grad(objective.loss(objective.forward(inputs), labels), list(parameters.values()))
     logits = model(**inputs).logits
     wanted = torch.autograd.grad(
         F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), list(parameters.values())
@@ -124,7 +119,7 @@ def test_a_model_that_is_none_of_transformers_is_taken_whole() -> None:
     assert isinstance(split(model), Whole)
     objective = Objective(model, tasks.get("causal-lm"))
     ids = torch.tensor([[1, 2, 3]])
-    assert float(mean(objective, objective.forward({"input_ids": ids}), ids)) > 0
+    assert float(objective.loss(objective.forward({"input_ids": ids}), ids)) > 0
 
 
 # Other tasks ----------------------------------------------------------------------------------------------
@@ -189,7 +184,7 @@ def test_the_loss_of_every_task_is_transformers_own(name: str) -> None:
     objective = Objective(model, tasks.get(task))
     with model.base_model.lora_routed(["default"] * len(labels)):
         out = objective.forward(inputs, labels)
-        found = mean(objective, out, labels)
+        found = objective.loss(out, labels)
         by_row = objective.row_losses(out, labels, ALL)
     told = {"start_positions": labels[:, 0], "end_positions": labels[:, 1]} if task is ANSWERS else {"labels": labels}
     if labels.is_floating_point():
@@ -216,7 +211,7 @@ def test_padding_is_no_answer_so_a_rows_loss_does_not_depend_on_its_neighbours()
         "attention_mask": F.pad(inputs["attention_mask"], (0, 5)),
     }
     with model.base_model.lora_routed(["default"] * 3):
-        short, long = (mean(objective, objective.forward(x, labels), labels) for x in (inputs, wide))
+        short, long = (objective.loss(objective.forward(x, labels), labels) for x in (inputs, wide))
         unmasked = objective.forward({"input_ids": inputs["input_ids"]})
     torch.testing.assert_close(short, long, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(unmasked, objective.forward(inputs))

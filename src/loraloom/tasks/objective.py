@@ -75,6 +75,10 @@ class Objective:
         """Context for attention on ``ids`` [rows, length]; a backward that recomputes a layer needs it too."""
         return _attention(ids.shape[-1], self._dtype, ids.device)
 
+    def loss(self, out: Any, labels: Tensor) -> Tensor:
+        """The mean over all rows, or all labelled tokens, if all rows go through the same adapters."""
+        return self.losses(out, labels, {"": slice(None)})[""]
+
     def losses(self, out: Any, labels: Tensor, rows: Mapping[str, slice]) -> dict[str, Tensor]:
         """Each slot's mean over its rows or, if tokens are labelled, over its labelled tokens.
 

@@ -1,4 +1,4 @@
-"""A run file to begin with, for a model and data: what can be known of them is filled in, comments say the rest."""
+"""A commented run file for a model and data, with the values that follow from them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from loraloom.models.load import build_empty, length_within, load_config
 from loraloom.tasks import TASKS
 from loraloom.training.preflight.rates import start
 
-#: More rows than this are many.
+#: More rows are not counted.
 _MANY = 30_000
-#: Rows by which the shape is recognised.
+#: Rows from which the shape is recognised.
 _LOOK = 100
 
 
@@ -35,10 +35,10 @@ def guess(
     columns: Mapping[str, str] | None = None,
     skip: bool = False,
 ) -> tuple[str, Shape]:
-    """The task that the rows of ``data`` are for, and their shape. With ``skip``, bad rows are passed over.
+    """The task of the rows of ``data``, and their shape. With ``skip``, bad rows are ignored.
 
     Raises:
-        DataError: they fit no task, or not the one that is given.
+        DataError: the rows fit no task, or not the given one.
     """
     source = resolve(data, format=format)[0]
     rows = source.first(_LOOK, (lambda bad: None) if skip else None)
@@ -54,7 +54,7 @@ def guess(
             continue
         except ConfigError as error:
             wrong.append(error)
-    if len(wrong) == len(TASKS):  # a format or columns that no task knows
+    if len(wrong) == len(TASKS):  # a format or columns of no task
         raise next((error for error in wrong if "did you mean" in str(error)), wrong[-1])
     there = ", ".join(map(repr, rows[0].fields))
     seem = [f"--task {name} {option}" for name in TASKS for option in proposals(rows[0], TASKS[name])[:1]]
@@ -82,12 +82,12 @@ def begin(
     """Write a commented run file to ``path`` for ``model`` and ``data``. Returns the task.
 
     Args:
-        rows: options of the data that are given, by their names in ``TrainConfig``: ``columns``, ``format``, ...
+        rows: given options of the data, by their names in ``TrainConfig``: ``columns``, ``format``, ...
 
     Raises:
-        ConfigError: there is a file already.
+        ConfigError: the file exists.
         DataError: the rows fit no task.
-        ModelError: no such model, or one that is for other tasks.
+        ModelError: no such model, or one for other tasks.
         SaveError: the file cannot be written.
     """
     path = Path(path)
@@ -97,13 +97,13 @@ def begin(
     length = length_within(tokens_at_most(config), rows.pop("max_length", None), model)
     given = {key: rows.get(key) for key in ("format", "columns")}
     found, shape = guess(data, task, **given, skip=rows.get("on_bad_row") == "skip")
-    build_empty(model, TASKS[found])  # one that is for another task is said now
+    build_empty(model, TASKS[found])  # raises for a model of another task
     name = output or f"runs/{path.stem}"
     count = _count(data, rows.get("format"))
     rate, epochs = start(width(config), TASKS[found], count, TrainConfig.batch_size)
     rows |= {"learning_rate": rate, "epochs": epochs, "max_length": length}
     lora = LoraConfig(**{one.name: one.starter for one in options_of(LoraConfig).values() if one.starter is not None})
-    # Checked as a whole: what is written can be read.
+    # Checked as a whole, so that the written file can be read.
     options = TrainConfig(model=model, data=data, task=found, output=name, lora=lora, **rows)
     tasks.check(options)
     many = "many" if count == _MANY else f"{count:,}"
@@ -112,25 +112,25 @@ def begin(
         "train.learning_rate": "For a model of this width: about ten times that of full fine-tuning",
         "train.epochs": f"Passes over the training rows; chosen for {many} rows",
     }
-    text = runfile.render(options, _said, _COULD_SAY, comments)
+    text = runfile.render(options, _is_written, _COMMENTED, comments)
     write_files(path.parent, {path.name: f"{_HEAD.format(name=path.name)}\n{text}".encode()})
     return found
 
 
 def _count(data: Any, format: str | None) -> int:
-    """Rows of all sources, or more than anything depends on."""
+    """Rows of all sources, at most ``_MANY``."""
     readers = (source.read(lambda bad: None) for source in resolve(data, format=format))
     return sum(1 for _ in itertools.islice(itertools.chain.from_iterable(readers), _MANY))
 
 
-#: What every starter file says, and, as comments, what it could say.
-_SAID = {
+#: Keys in every starter file, and keys in it as comments.
+_WRITTEN = {
     *("model.dtype", "data.validation", "data.max_length", "data.overlong", "data.on_bad_row"),
     *("train.learning_rate", "train.epochs", "train.batch_size", "train.gradient_accumulation_steps"),
     *("train.lr_scheduler_type", "train.warmup_ratio", "train.weight_decay", "train.max_grad_norm"),
     *("train.save_total_limit", "train.seed", "eval.batch_size"),
 }
-_COULD_SAY: dict[str, Any] = {
+_COMMENTED: dict[str, Any] = {
     "model.device": "cuda",
     "model.attn_implementation": "sdpa",
     "data.columns": {"text": "body"},
@@ -154,5 +154,5 @@ _HEAD = """\
 """
 
 
-def _said(option: Option, value: Any) -> bool:
-    return bool(option.help) and (option.key in _SAID or option.starter is not None or value != option.default)
+def _is_written(option: Option, value: Any) -> bool:
+    return bool(option.help) and (option.key in _WRITTEN or option.starter is not None or value != option.default)

@@ -77,10 +77,10 @@ def examine(job: TrainJob) -> list[Message]:
 
 
 def _probed(job: TrainJob) -> list[Warn]:
-    """Modules that would not train, by one forward and backward of the first row.
+    """Modules that would not train, found by one forward and backward of a row.
 
     Raises:
-        TargetError: what would train would not be what is used, or nothing would train.
+        TargetError: the adapter would train something else than is used later, or nothing.
     """
     pack = Pack(job.model, task=job.task, pad_id=job.pad_id)
     train = job.data.train.examples

@@ -1,4 +1,4 @@
-"""Whether torch's threads fit the cores that this process may use, and the work that others do on them."""
+"""Whether torch's threads fit the cores that this process may use, beside the load of other processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loraloom.messages import Warn
 
 
 def examine(device: torch.device) -> list[Warn]:
-    """What there is to say of the processor, before the first step on it."""
+    """Warnings on the processor before the first step."""
     if device.type != "cpu":
         return []
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -21,10 +21,10 @@ def examine(device: torch.device) -> list[Warn]:
 
 
 def threads(count: int, allowed: int, quota: float | None, load: float) -> Warn | None:
-    """The warning about ``count`` threads, where ``allowed`` cores may be used, of which a container gets ``quota``.
+    """The warning on ``count`` threads with ``allowed`` cores, of which a container may use ``quota``; or None.
 
-    ``load`` counts runnable threads of the machine over the last minute, our own among them. Threads that wait for a
-    core hold up all others at every product: two cores at load 15 train 20 times slower with two threads than with one.
+    ``load`` is the machine's load average, our own threads included. A thread that waits for a core delays all others
+    at every product: two cores at load 15 train 20 times slower with two threads than with one.
     """
     share = max(1, math.ceil(quota)) if quota is not None else allowed
     most = min(allowed, share)

@@ -1,7 +1,7 @@
-"""What a training step will need, before it starts: counted from shapes, nothing computed.
+"""The memory of a training step, counted from shapes before it runs.
 
-The activations are what autograd would keep, found by running the real model on the meta device with a hook on every
-saved tensor. So the figure follows the model's own code, not a formula for its family.
+Activations are the tensors that autograd would keep, found by running the real model on the meta device with a hook on
+saved tensors. So the count follows the model's own code, not a formula for its family.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from loraloom.tasks.base import Task
 from loraloom.tasks.head_split import Split, Whole, split
 from loraloom.tasks.linear_cross_entropy import AT_A_TIME
 
-#: Classes of a head that may be planned.
+#: Maximum number of classes of a planned head.
 MOST_LABELS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. ``activations`` is None where the model's forward cannot run without numbers."""
+    """Bytes. ``activations`` is None if the model's forward cannot run on the meta device."""
 
     base: int
     adapter: int
     gradients: int
     optimizer: int
     activations: int | None
-    #: how the logits of a causal language model come about, in a sentence
+    #: a sentence on how the logits of a causal language model are computed
     logits: str = ""
 
     @property
@@ -50,10 +50,10 @@ class Memory:
 def estimate(
     model: nn.Module, config: LoraConfig, *, rows: int, length: int, dtype: str, recompute: bool = False
 ) -> tuple[Plan, Memory]:
-    """Plan ``config`` on ``model`` (which lies on the meta device and is changed) and count a step's memory.
+    """Plan ``config`` on ``model`` (on the meta device; it is changed) and count the memory of a step.
 
-    ``rows`` × ``length`` tokens go through at once; the base is held in ``dtype``; AdamW keeps two numbers for each
-    trained one. With ``recompute``, layers keep their inputs, and what one of them needs exists at a time.
+    A forward has ``rows`` × ``length`` tokens; the base is in ``dtype``; AdamW keeps two numbers for each trained one.
+    With ``recompute``, layers keep only their inputs, and the activations of one layer exist at a time.
     """
     model = model.to(getattr(torch, dtype))
     task = tasks.get(config.task_type or "seq-cls")
@@ -82,11 +82,11 @@ def forecast(
     dtype: str = "float32",
     gradient_checkpointing: bool = False,
 ) -> tuple[Plan, Memory, int]:
-    """``estimate`` for a model's folder or name, which needs its config alone; and the tokens of a row that it is for.
+    """``estimate`` for a model's folder or name, from its config alone; and the row length that it assumes.
 
     Raises:
         ConfigError: an option out of range.
-        ModelError: no such model, or none for this task.
+        ModelError: no such model, or one for other tasks.
     """
     for name, value, known in (("task", task, TASKS), ("dtype", dtype, DTYPES)):
         if value not in known:
@@ -94,7 +94,7 @@ def forecast(
     for name, number in (("batch_size", batch_size), ("max_length", max_length), ("labels", labels)):
         if number is not None and number < 1:
             raise ConfigError(f"{name}: must be a whole number of at least 1, found {number}")
-    if labels > MOST_LABELS:  # the config names each of them
+    if labels > MOST_LABELS:  # the config holds a name for each
         raise ConfigError(f"labels: must be at most {MOST_LABELS:,}, found {labels:,}")
     if labels != 2 and not tasks.get(task).class_word:
         raise ConfigError(f"labels: does nothing with task={task}, which has no classes; leave it out")
@@ -118,7 +118,7 @@ def _saved_bytes(
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        # Held until the end: a freed storage's address could come back and be taken for the same one.
+        # Held until the end, because the address of a freed storage could be reused.
         if tensor.untyped_storage()._cdata not in weights:
             kept.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
@@ -128,26 +128,26 @@ def _saved_bytes(
     inputs: list[int] = []
     for layer in repeated(model) if recompute else ():
         layer.register_forward_hook(lambda module, args, out: inputs.append(args[0].numel() * args[0].element_size()))
-    model.eval()  # the frozen model runs as it does in use, and the adapters' dropout keeps nothing
+    model.eval()  # as in training, where only adapters have dropout, which keeps nothing
     try:
         found = (way.trunk, way.head) if isinstance(way, Split) else None
         part = model.get_base_model() if found is None else found[0]
         with torch.no_grad(), model.base_model.lora_routed(None):
-            part(**given)  # the layers learn what they share, as before the loop's first step
+            part(**given)  # the layers learn which inputs they share, as before the first step
         with (
             _FusedAttention(),
             model.base_model.lora_routed(None),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
-            # Not by ``Objective``: without a cache, transformers looks at the numbers of a mask.
+            # Not through ``Objective``: without a cache, transformers reads the values of a mask.
             inputs.clear()
             result = part(**given)
         out: Tensor = task.output(result, {}, model.config) if found is None else result[0]
-    except Exception:  # models that look at values in their forward cannot be counted this way
+    except Exception:  # models that read values in their forward cannot run on the meta device
         return None
-    if found is None:  # the loss works on a float32 copy of the logits and its gradient
+    if found is None:  # the loss makes a float32 copy of the logits, and its gradient
         extra = 2 * out.numel() * 4
-    else:  # it keeps the gradient of the hidden states, and works on some of the logits at a time
+    else:  # the loss keeps the gradient of the hidden states, and computes a chunk of logits at a time
         vocabulary = next(found[1].parameters()).shape[0]
         logits = min(rows * length, max(1, AT_A_TIME["cpu"] // vocabulary)) * vocabulary
         extra = out.numel() * out.element_size() + logits * (4 + out.element_size())
@@ -158,7 +158,7 @@ def _saved_bytes(
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch takes attention apart and keeps its matrix; real devices run it in one piece."""
+    """Attention as on a real device, in one kernel; on the meta device torch would decompose it and keep its matrix."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -178,7 +178,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if dropout_p or query.dim() != 4 or query.shape[-1] != value.shape[-1]:  # the CPU takes these apart too
+    if dropout_p or query.dim() != 4 or query.shape[-1] != value.shape[-1]:  # also decomposed on a CPU
         out: Tensor = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         return out
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -1,6 +1,6 @@
-"""A learning rate and a number of epochs to begin with, and whether a run should have gone further.
+"""A starting learning rate and number of epochs, and whether a run ended too early.
 
-The rules are of others, and a start: a search finds better values.
+These are published rules of thumb; a search finds better values.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from loraloom.tasks.base import Task
 #: Without Regret", on Llama); half as much again for runs under 100 steps.
 RATE, WIDTH, POWER, SHORT = 5e-4, 2000, 0.775, 1.5
 LOWEST, HIGHEST = 5e-5, 5e-3
-#: Steps that a new head and an adapter want at least, and those after which a generating model repeats its rows.
+#: By whether the task has a new head: minimum steps, and maximum epochs, after which a generating model memorises rows.
 STEPS = {True: 300, False: 100}
 MOST = {True: 15, False: 5}
-#: A loss that fell by this share in the last part of a run would fall further.
+#: If the loss fell by more than this share between the last evaluations, it was still falling.
 FALLS = 0.02
 
 
@@ -33,7 +33,7 @@ def start(hidden: int | None, task: Task, rows: int, batch_size: int) -> tuple[f
 
 
 def falls(evaluations: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """The last two held-out losses of a run whose loss was still falling at its end; None where it was not."""
+    """The last two held-out losses if the loss was still falling at the end of a run; otherwise None."""
     losses = [float(entry["loss"]) for entry in evaluations if entry.get("loss") is not None]
     if len(losses) < 2 or not all(map(math.isfinite, losses[-2:])) or losses[-1] != min(losses):
         return None
