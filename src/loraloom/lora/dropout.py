@@ -55,7 +55,7 @@ def masks(x: Tensor, parts: Sequence[DropoutMask | None]) -> Tensor:
     words = _hash(rows, -(-size // 2), [0 if part is None else part.seed for part in parts], x.device)
     # Two draws of 15 bits a word. Draws below the threshold become negative: all ones after the shift, which keeps. The
     # threshold that keeps all is 2¹⁵, which wraps to -2¹⁵ in 16 bits; subtracting it makes every draw negative.
-    kept = [_signed16(_LEVELS if part is None else part._kept) for part in parts]
+    kept = [_signed(_LEVELS if part is None else part._kept, 16) for part in parts]
     threshold: int | Tensor = kept[0]
     if len(set(kept)) > 1:
         threshold = _column(kept, torch.int16, x.device)
@@ -95,12 +95,8 @@ def _mix(z: Tensor, key: int | Tensor) -> Tensor:
     return z.bitwise_xor_(torch.bitwise_right_shift(z, 16, out=shifted))
 
 
-def _signed(word: int) -> int:
-    return word - 2**32 if word >= 2**31 else word
-
-
-def _signed16(word: int) -> int:
-    return word - 2**16 if word >= 2**15 else word
+def _signed(word: int, bits: int = 32) -> int:
+    return word - 2**bits if word >= 2 ** (bits - 1) else word
 
 
 def dropout(x: Tensor, dropped: DropoutMask) -> Tensor:

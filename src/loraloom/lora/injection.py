@@ -5,7 +5,7 @@ Knows nothing of what a wrapper computes: ``layer`` and ``modules_to_save`` have
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -24,6 +24,14 @@ class Wrapper(SeenAsPeft, nn.Module):
 
     @property
     def slots(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def tensors(self, slot: str) -> Mapping[str, Tensor]:
+        """The tensors of a slot by name; parameters are those that train."""
+        raise NotImplementedError
+
+    def remove_slot(self, slot: str) -> None:
+        """Remove a slot, if it is here, even in part."""
         raise NotImplementedError
 
     @property

@@ -52,13 +52,20 @@ class ModulesToSaveWrapper(Wrapper):
     def own_dtypes(self, slot: str) -> Iterator[tuple[Tensor, torch.dtype]]:
         """Every floating tensor of the slot's copy with the dtype that it has in the original."""
         original = unwrapped_state(self.original_module)
-        for key, tensor in self.modules_to_save[slot].state_dict(keep_vars=True).items():
+        for key, tensor in self.tensors(slot).items():
             if tensor.is_floating_point() and key in original:
                 yield tensor, original[key].dtype
 
     @property
     def slots(self) -> tuple[str, ...]:
         return tuple(self.modules_to_save)
+
+    def tensors(self, slot: str) -> dict[str, Tensor]:
+        return self.modules_to_save[slot].state_dict(keep_vars=True)
+
+    def remove_slot(self, slot: str) -> None:
+        if slot in self.modules_to_save:
+            del self.modules_to_save[slot]
 
     def removed(self, keep_copies: bool = False) -> nn.Module:
         # A copy gets the dtypes of the original, which callers expect. Its tensors stay the same objects, so copies

@@ -103,16 +103,12 @@ class Slots:
 
     def remove(self, slot: str) -> None:
         """Remove an inactive slot, also one that was added only in part, and the wrappers that have no slot left."""
-        for layer in self.layers.values():
-            if slot in layer.slots:
-                layer.remove_slot(slot)
-        for wrapper in self.saved.values():
-            if slot in wrapper.modules_to_save:
-                del wrapper.modules_to_save[slot]
+        for wrapper in (*self.layers.values(), *self.saved.values()):
+            wrapper.remove_slot(slot)
         self.biases.remove(slot)
         strip(self._model, only_empty=True)
         self.layers = {name: layer for name, layer in self.layers.items() if layer.slots}
-        self.saved = {name: wrapper for name, wrapper in self.saved.items() if len(wrapper.modules_to_save)}
+        self.saved = {name: wrapper for name, wrapper in self.saved.items() if wrapper.slots}
         self.biases.hook(self._dispatcher, self.layers)
         self._dispatcher.reset()
 
@@ -134,9 +130,8 @@ class Slots:
         for name, layer in mine.items():
             out.update({tensor_key(there[name], key): tensor for key, tensor in layer.tensors(slot).items()})
         for name, wrapper in self.saved.items():
-            if slot in wrapper.modules_to_save:
-                state = wrapper.modules_to_save[slot].state_dict(keep_vars=True)
-                out.update({file_key(f"{name}.{key}"): value for key, value in state.items()})
+            if slot in wrapper.slots:
+                out.update({file_key(f"{name}.{key}"): tensor for key, tensor in wrapper.tensors(slot).items()})
         for name, bias in self.biases.of(slot).items():
             owner = name[: -len(".bias")]
             out[file_key(f"{owner}{'.base_layer' if owner in mine else ''}.bias")] = bias
@@ -144,5 +139,5 @@ class Slots:
 
     def owners(self) -> dict[str, set[str]]:
         """What slots have own copies of → these slots. Two with copies of the same thing cannot be active together."""
-        copies = {name: set(wrapper.modules_to_save) for name, wrapper in self.saved.items()}
+        copies = {name: set(wrapper.slots) for name, wrapper in self.saved.items()}
         return {"biases": set(self.biases.slots), **copies}

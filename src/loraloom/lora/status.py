@@ -10,6 +10,7 @@ from torch import nn
 
 from loraloom.errors import ConfigError
 from loraloom.lora.adapters import LoraModel
+from loraloom.lora.injection import Wrapper
 from loraloom.lora.layer import LoraLayer
 from loraloom.lora.layers import LoraConv, LoraConv1D, LoraLinear
 from loraloom.lora.modules_to_save import ModulesToSaveWrapper
@@ -63,12 +64,10 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
     owner, lora = adapted(model)
     out = []
     for name, module in (owner if _is_injected(owner) else lora).named_modules():
-        if isinstance(module, LoraLayer):
-            slots = {slot: list(module.tensors(slot).values()) for slot in module.slots}
-        elif isinstance(module, ModulesToSaveWrapper):
-            slots = {slot: list(copy.parameters()) for slot, copy in module.modules_to_save.items()}
-        else:
+        if not isinstance(module, Wrapper):
             continue
+        tensors = {slot: module.tensors(slot).values() for slot in module.slots}
+        slots = {slot: [t for t in each if isinstance(t, nn.Parameter)] for slot, each in tensors.items()}
         out.append(
             TunerLayerStatus(
                 name,
