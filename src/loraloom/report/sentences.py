@@ -162,6 +162,14 @@ def _runner_up(
     return f"runner-up, trial {trial} ({settings(params)}): {_reached(**reached)}; {extent}, {where}{end}"
 
 
+def _smaller(
+    r: int, parameters: int, bytes: int, metric: str, value: float, worse: float, error: float, adapter: str
+) -> str:
+    lost = f"{gap(worse)} worse" if worse > 0 else f"{gap(-worse)} better" if worse < 0 else "no different"
+    extent = f"{parameters:,} parameters, {size(bytes)}"
+    return f"cut to r={r} it is as good ({metric} {figure(value)}, {lost} ± {gap(error)}), with {extent}: {adapter}"
+
+
 def _tested(metric: str, rows: int, seeds: int, value: float, low: float, high: float) -> str:
     over = f" over {seeds} seeds" if seeds > 1 else ""
     return f"on {counted(rows, 'test row')} that chose nothing: {metric} {_interval(value, low, high)}{over}"
@@ -212,6 +220,7 @@ VERDICT: Table = {
     "best": _best,
     "tie": _tie,
     "none_finished": "no trial finished: the {compared} that came furthest are compared, at {share:.0%} of their steps",
+    "smaller": _smaller,
     "tested": _tested,
     "against": _against,
     "no_test": (

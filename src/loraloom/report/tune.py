@@ -136,6 +136,10 @@ def conclusion(found: Verdict) -> RenderableType:
     ]
     if found.runner_up is not None:
         lines.append(Text(_runner_up(found, found.runner_up)))
+    if found.cuts is not None and (cut := found.cuts.offered) is not None:
+        figures = {"r": cut.r, "parameters": cut.parameters, "bytes": cut.bytes, "value": cut.metric}
+        where = {"adapter": found.cuts.adapter, "metric": found.metric, "worse": cut.worse, "error": cut.error}
+        lines.append(Text(sentence(Message("smaller", **figures, **where))))
     if found.test is not None:
         lines += [Text(sentence(message)) for message in test_messages(found.test)]
     if found.tie or found.runner_up is None:

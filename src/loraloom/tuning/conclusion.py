@@ -19,6 +19,7 @@ from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.final_test import final_test
 from loraloom.tuning.ranking import originals
 from loraloom.tuning.record import record
+from loraloom.tuning.smaller import cut
 from loraloom.tuning.state import TRIALS, State, damaged
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.verdict import Verdict, verdict
@@ -48,6 +49,7 @@ def conclude(options: TuneConfig, setup: Setup, state: State, describe: Describe
     found, source = _judge(options, state)
     if source is not None:
         found = _tested(setup, found, state, folder)
+        found = replace(found, cuts=cut(setup, found.metric, source, folder))
     made = record(
         found,
         state.trials,

@@ -12,6 +12,7 @@ from loraloom.inference.jackknife import error
 from loraloom.messages import Describe, Message
 from loraloom.tuning.bar import Gain
 from loraloom.tuning.final_test import FinalTest
+from loraloom.tuning.smaller import Cuts
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.verdict import Verdict
 
@@ -28,6 +29,8 @@ class SearchRecord:
     to_beat: Gain | None
     #: the best on rows that chose nothing; None if there are no such rows
     test: FinalTest | None
+    #: the best cut to lower ranks, the largest first; None without a best one
+    cuts: Cuts | None
     trials: Sequence[Mapping[str, Any]]
     pareto: list[int]
     importance: dict[str, float]
@@ -65,6 +68,7 @@ def record(
         best=_best(found, str(adapter)) if found.learned else None,
         to_beat=found.gain,
         test=found.test,
+        cuts=found.cuts,
         trials=[_trial(trial, found) for trial in sorted(trials, key=lambda trial: trial.number)],
         pareto=found.pareto,
         importance=found.importance,

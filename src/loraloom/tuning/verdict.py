@@ -16,6 +16,7 @@ from loraloom.tuning.final_test import FinalTest
 from loraloom.tuning.importance import importances
 from loraloom.tuning.ranking import Score, compare, goodness, originals, ranking, scores, varying
 from loraloom.tuning.selection import candidates, choose, pareto, tied
+from loraloom.tuning.smaller import Cuts
 from loraloom.tuning.trial import Trial
 
 
@@ -52,6 +53,8 @@ class Verdict:
     able: list[int] = field(default_factory=list)
     #: ``best`` on rows that chose nothing, if there are such
     test: FinalTest | None = None
+    #: ``best`` cut to lower ranks, if it finished
+    cuts: Cuts | None = None
     trials: Sequence[Trial] = ()
 
     @property
