@@ -89,14 +89,11 @@ def _parts(record: Record) -> tuple[str, str, str]:
 
 def _targets(tokens: Any, boundary: int) -> tuple[list[int], list[int], int]:
     """Ids; ids with ``IGNORE`` on each token before ``boundary`` and on the special tokens in front; their number."""
-    ids: list[int] = list(tokens.ids)
-    targets: list[int] = []
-    front = 0
-    in_front = True
-    for token, (start, _), special in zip(ids, tokens.offsets, tokens.special_tokens_mask, strict=True):
-        # Special tokens have no position in the text: they are before the prompt or at the end of the row.
-        in_front = in_front and bool(special)
-        front += in_front
-        masked = in_front if special else start < boundary
-        targets.append(IGNORE if masked else token)
-    return ids, targets, front
+    special = tokens.special_tokens_mask
+    front = special.index(0) if 0 in special else len(special)
+    # Special tokens have no position in the text: they are before the prompt or at the end of the row.
+    targets = [
+        IGNORE if (place < front if mark else start < boundary) else token
+        for place, (token, (start, _), mark) in enumerate(zip(tokens.ids, tokens.offsets, special, strict=True))
+    ]
+    return list(tokens.ids), targets, front

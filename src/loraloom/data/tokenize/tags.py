@@ -76,17 +76,15 @@ def _parts(special: Sequence[int], firsts: Sequence[int], limit: int) -> list[li
 
     A word that is too long for a part continues in the next one.
     """
-    size = len(special)
-    body = [i for i in range(size) if not special[i]]
-    front, back = list(range(body[0])), list(range(body[-1] + 1, size))
+    body = [place for place, mark in enumerate(special) if not mark]
+    start, end = body[0], body[-1] + 1
+    front, back = range(start), range(end, len(special))
     room = limit - len(front) - len(back)
-    begins = set(firsts)
-    parts, start = [], body[0]
-    while start <= body[-1]:
-        stop = min(start + room, body[-1] + 1)
-        while stop <= body[-1] and stop not in begins and stop > start:
-            stop -= 1
-        stop = stop if stop > start else min(start + room, body[-1] + 1)
+    parts = []
+    while start < end:
+        stop = min(start + room, end)
+        if stop < end:
+            stop = max((first for first in firsts if start < first <= stop), default=stop)
         parts.append([*front, *range(start, stop), *back])
         start = stop
     return parts
