@@ -380,11 +380,11 @@ def test_the_page_on_the_command_line_names_every_metric_and_schedule() -> None:
 
 def test_the_page_on_data_names_every_shape_in_order_and_shows_the_default_template() -> None:
     from loraloom.config.names import TASKS as NAMES
-    from loraloom.data.tokenize.templates import PLAIN_TEXT
+    from loraloom.data.tokenize.templates import PLAIN_FILE
     from loraloom.tasks import TASKS
 
     page = text_of("docs/data.md")
-    assert PLAIN_TEXT in {block.text.removesuffix("\n") for block in blocks("docs/data.md")}
+    assert PLAIN_FILE.read_text(encoding="utf-8") in {block.text for block in blocks("docs/data.md")}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
     head = rows.index(["task", "`format`", "columns", "optional columns"])
     wanted = []
