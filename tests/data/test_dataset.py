@@ -494,7 +494,7 @@ def test_a_group_column_must_be_there_and_is_offered_where_it_is_not_read(encode
                for note in rows_of(options(encoder_folder, path, "seq-cls")).notes)  # fmt: skip
 
 
-@pytest.mark.parametrize("file", ["data/tokenize/causal.py", "tasks/causal_lm.py"])
+@pytest.mark.parametrize("file", ["data/tokenize/causal.py", "tasks/causal_lm.py", "data/tokenize/plain.jinja"])
 def test_another_code_in_a_package_that_decides_tokens_is_another_key(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

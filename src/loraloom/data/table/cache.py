@@ -104,13 +104,16 @@ class Draft:
             self._files[name] = Growing(io.FileIO(self.folder / name, "w"))
         return self._files[name]
 
-    def close(self) -> None:
+    def drop(self) -> None:
+        """Close all files, also those that cannot be written."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(SaveError):
+                file.close()
 
     def finish(self, key: str, info: Mapping[str, Any]) -> None:
         """Write the manifest, last: a folder without a manifest is no entry."""
-        self.close()
+        for file in self._files.values():
+            file.close()
         paths = {name: self.folder / name for name in self._files}
         files = {name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for name, path in paths.items()}
         manifest = {"format": FORMAT, "key": key, "info": info, "files": files}
@@ -238,8 +241,7 @@ def _make(folder: Path, key: str, build: Callable[[Draft], Mapping[str, Any]]) -
         draft.finish(key, info)
         return info  # type: ignore[no-any-return]
     finally:
-        with contextlib.suppress(SaveError):
-            draft.close()
+        draft.drop()
 
 
 def _read(folder: Path, key: str, log: Log) -> Entry | None:
