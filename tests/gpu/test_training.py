@@ -140,9 +140,9 @@ def test_a_whole_run_is_stopped_and_resumed(encoder_folder: Path, reviews: Path,
     with pytest.raises(Interrupted):
         Trainer(prepare(options("again")), stop).fit()
     again = Trainer(prepare(options("again"), resume=True)).fit(True)
-    assert next(again.model.parameters()).device.type == torch.device(device).type
-    for key, tensor in numbers(whole.model).items():  # fused attention adds up in any order there
-        torch.testing.assert_close(numbers(again.model)[key], tensor, rtol=1e-3, atol=1e-4)
+    assert next(again.job.model.parameters()).device.type == torch.device(device).type
+    for key, tensor in numbers(whole.job.model).items():  # fused attention adds up in any order there
+        torch.testing.assert_close(numbers(again.job.model)[key], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_its_slot_alone(llama: Make) -> None:
