@@ -3,17 +3,20 @@
 Usage: ``python examples/quickstart.py [OUT]`` (by default ``runs/quickstart``). Everything is real and nothing is
 downloaded: a pretrained encoder of 22M parameters from the ``demo`` extra, and the docstrings of the Python that
 runs this. Eight configurations train side by side on the one frozen encoder; it ends with the leaderboard, the
-recommendation, and the best of them beside two answers without LoRA: always the most common area, and a new head on
-the frozen encoder. ``--rows`` and ``--max-steps`` make it shorter, and the answers worse; where no configuration is
-clearly better than always the most common area, none is recommended, as in every search.
+recommendation, and the best of them beside two answers without LoRA, always the most common area and a new head on
+the frozen encoder, on docstrings that chose nothing. ``--rows`` and ``--max-steps`` make it shorter, and the answers
+worse; where no configuration is clearly better than always the most common area, none is recommended, as in every
+search.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +38,9 @@ SPACE = {
     "lora.lora_dropout": [0.0, 0.1],
     "train.learning_rate": {"log": [1e-3, 8e-3]},
 }
-#: Rows to learn from, and to compare by: what fits into a few minutes. Fewer, or fewer steps, make LoRA no better than
-#: a new head.
-ROWS, HELD_OUT = 4000, 400
+#: Rows to learn from, to choose by, and to judge the choice by: what fits into a few minutes. Fewer, or fewer steps,
+#: make LoRA no better than a new head.
+ROWS, HELD_OUT, TEST = 4000, 400, 400
 LENGTH = 48
 
 Rows = list[dict[str, str]]
@@ -46,19 +49,20 @@ Rows = list[dict[str, str]]
 def main(out: Path, rows: int | None = None, max_steps: int | None = None, overwrite: bool = False) -> None:
     console = Console()
     started = time.perf_counter()
-    paths = docstrings.write(out / "data")
-    train, held_out = (thin(path, min(rows or most, most)) for path, most in zip(paths, (ROWS, HELD_OUT), strict=True))
+    paths = prepare(out / "data", rows)
+    train, held_out, test = ([json.loads(line) for line in path.open(encoding="utf-8")] for path in paths)
     areas = sorted({row["label"] for row in train})
     console.print(
-        f"{len(train):,} docstrings to learn from, {len(held_out)} to compare by, {len(areas)} areas\n"
-        "training a new head on the frozen encoder, to compare with",
+        f"{len(train):,} docstrings to learn from, {len(held_out)} to choose by, {len(test)} to judge the choice by, "
+        f"{len(areas)} areas\ntraining a new head on the frozen encoder, to compare with",
         highlight=False,
     )
-    head, head_seconds, head_parameters = head_alone(train, held_out, areas)
+    (head, head_test), head_seconds, head_parameters = head_alone(train, (held_out, test), areas)
     search = loraloom.tune(
         model=MODEL_DIR,
         data=paths[0],
         validation=paths[1],
+        test=paths[2],
         task="seq-cls",
         output=out / "search",
         space=SPACE,
@@ -75,21 +79,30 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None, overw
         overwrite=overwrite,  # otherwise a stopped search resumes
     )
     if search.adapter is not None:
-        console.print(answers(search.adapter, held_out[:3]))
+        console.print(answers(search.adapter, test[:3]))
     common = Counter(row["label"] for row in train).most_common(1)[0][0]
-    share = sum(row["label"] == common for row in held_out) / len(held_out)
-    best = search.table[0]
-    table = Table(title=f"which of {len(areas)} areas? accuracy on {len(held_out)} docstrings that chose the best")
-    for name in ("", "accuracy", "trained parameters", "seconds"):
-        table.add_column(name, justify="left" if not name else "right")
-    table.add_row("always the most common area", f"{share:.3f}", "0", "0")
-    table.add_row("a new head on the frozen encoder", f"{head:.3f}", f"{head_parameters:,}", f"{head_seconds:.0f}")
-    what = "the best LoRA of 8 searched" if search.best else "the best of 8 searched, not recommended"
-    seconds = search.record["seconds"]
-    table.add_row(what, f"[bold]{best['metric']:.3f}[/]", f"{best['parameters']:,}", f"{seconds:.0f} (all 8)")
+    share, share_test = (sum(row["label"] == common for row in rows) / len(rows) for rows in (held_out, test))
+    best, tested = search.table[0], search.record["test"]
+    table = Table(title=f"which of {len(areas)} areas? {len(test)} docstrings that chose nothing", box=None)
+    for name in ("", "accuracy (95 %)", "parameters", "seconds"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    table.add_row("always the most common area", figure(share_test, test), "0", "0")
+    table.add_row(
+        "a new head on the frozen encoder", figure(head_test, test), f"{head_parameters:,}", f"{head_seconds:.0f}"
+    )
+    if tested is not None:
+        accuracy = "[bold]{value:.3f}[/] ({low:.3f} to {high:.3f})".format(**tested["figure"])
+        seconds = f"{search.record['seconds']:.0f}"
+        table.add_row("the best LoRA of 8 searched", accuracy, f"{best['parameters']:,}", seconds)
     console.print(table)
     total = time.perf_counter() - started
-    compared = {"common": share, "head": head, "head_parameters": head_parameters, "held_out": len(held_out)}
+    compared = {
+        "common": share,
+        "head": head,
+        "head_parameters": head_parameters,
+        "held_out": len(held_out),
+        "tested": {"rows": len(test), "common": share_test, "head": head_test, "lora": tested and tested["figure"]},
+    }
     write_record(out / "result.json", search, compared, total)
     print(f"{total:.0f} s in all\n")
     print("try next:")
@@ -107,23 +120,30 @@ def has_bfloat16() -> bool:
     return any(supported is not None and supported() for supported in found)
 
 
-def thin(path: Path, count: int) -> Rows:
-    """Leave at most ``count`` lines, spread over the whole file, so that every area keeps some. Returns the rows."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    if count < len(lines):
-        lines = [lines[i * len(lines) // count] for i in range(count)]
-        path.write_bytes(b"".join(lines))
-    return [json.loads(line) for line in lines]
+def prepare(folder: Path, most: int | None) -> list[Path]:
+    """The files to learn from, to choose by and to judge by, each of at most ``most`` rows, spread over all."""
+    train, held_out = (path.read_bytes().splitlines(keepends=True) for path in docstrings.write(folder))
+    parts = {"train": (train, ROWS), "eval": (held_out[::2], HELD_OUT), "test": (held_out[1::2], TEST)}
+    for name, (lines, usual) in parts.items():
+        count = min(most or usual, usual, len(lines))
+        (folder / f"{name}.jsonl").write_bytes(b"".join(lines[i * len(lines) // count] for i in range(count)))
+    return [folder / f"{name}.jsonl" for name in parts]
 
 
-def head_alone(train: Rows, held_out: Rows, areas: list[str]) -> tuple[float, float, int]:
-    """A linear head on the frozen encoder's mean-pooled output: (held-out accuracy, seconds, parameters).
+def figure(share: float, rows: Rows) -> str:
+    """A share of rows and its 95 % interval."""
+    margin = 1.96 * math.sqrt(share * (1 - share) / len(rows))
+    return f"{share:.3f} ({share - margin:.3f} to {share + margin:.3f})"
+
+
+def head_alone(train: Rows, parts: Sequence[Rows], areas: list[str]) -> tuple[list[float], float, int]:
+    """A linear head on the frozen encoder's mean-pooled output: (accuracy on each of ``parts``, seconds, parameters).
 
     The encoder does not change, so each text goes through it once; the head then trains on what came out.
     """
     started = time.perf_counter()
     torch.manual_seed(0)
-    (x, y), (held_x, held_y) = features(train, areas), features(held_out, areas)
+    x, y = features(train, areas)
     mean, deviation = x.mean(0), x.std(0)
     head = torch.nn.Linear(x.shape[1], len(areas))
     # Full-batch AdamW with weight decay, long enough for the loss to settle.
@@ -133,8 +153,11 @@ def head_alone(train: Rows, held_out: Rows, areas: list[str]) -> tuple[float, fl
         torch.nn.functional.cross_entropy(head((x - mean) / deviation), y).backward()
         optimizer.step()
     with torch.no_grad():
-        right = (head((held_x - mean) / deviation).argmax(-1) == held_y).float().mean()
-    return float(right), time.perf_counter() - started, sum(p.numel() for p in head.parameters())
+        answers = [(head((features(rows, areas)[0] - mean) / deviation).argmax(-1), rows) for rows in parts]
+    right = [
+        sum(areas[a] == row["label"] for a, row in zip(said, rows, strict=True)) / len(rows) for said, rows in answers
+    ]
+    return right, time.perf_counter() - started, sum(p.numel() for p in head.parameters())
 
 
 def features(rows: Rows, areas: list[str]) -> tuple[Tensor, Tensor]:

@@ -285,6 +285,7 @@ def test_the_quickstarts_search_is_shown_with_what_it_recommends(page: str, tmp_
         "held_out": 400,
         "seconds": 300.0,
         "search_seconds": 250.0,
+        "tested": {"rows": 300, "common": 0.15, "head": 0.72, "lora": {"value": 0.771, "low": 0.72, "high": 0.82}},
         "leaderboard": [{**one, "steps": 293} for one in (entry, poor)],
         "recommendation": "\nuse r=8, alpha=16   \nwhy: it is the best",
     }
@@ -304,6 +305,7 @@ def test_the_quickstarts_search_is_shown_with_what_it_recommends(page: str, tmp_
         chosen = "400 条用于挑选配置的" if "zh" in page else "400 docstrings, used to choose"
         assert any(chosen in row for row in rows)
         assert "293" in text
+        assert all(figure in text for figure in ("300", "**0.771**", "0.720", "0.820", "0.150"))
 
 
 def _figures() -> ModuleType:
