@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,38 @@ def test_a_floor_imports_only_from_floors_below_or_its_own_package(name: str) ->
         other = module.split(".")[1]
         allowed = other == package or floor(module) < mine
         assert allowed, f"{name} (floor {mine}) imports {module} (floor {floor(module)})"
+
+
+def layout() -> list[str]:
+    """The files that docs/design.md lists under "Layout", from top to bottom, as modules below ``loraloom``."""
+    page = (Path(__file__).parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+    lines = page.partition("## Layout")[2].partition("```text\n")[2].partition("```")[0].splitlines()
+    found: list[str] = []
+    folders: list[tuple[int, str]] = []
+    for line in lines[1:]:
+        indent, first = len(line) - len(line.lstrip()), line.split()[0]
+        folders = [(depth, name) for depth, name in folders if depth < indent]
+        inside = folders[-1][1] if folders else ""
+        found += [inside + file for file in re.findall(r"([\w/]+)\.py\b", line)]
+        if first.endswith("/"):
+            folders.append((indent, inside + first))
+    return [file.replace("/", ".") for file in found]
+
+
+def test_the_layout_lists_every_file_once() -> None:
+    packages = {name for name, file in FILES.items() if file.name in ("__init__.py", "__main__.py")}
+    assert sorted(layout()) == sorted(["__init__", *(FILES.keys() - packages)])
+
+
+def test_a_file_imports_only_from_files_below_it_in_the_layout() -> None:
+    place = {name: number for number, name in enumerate(layout())}
+    up = [
+        f"{name} imports {other}, which docs/design.md lists above it"
+        for name in layout()[1:]
+        for other in {module.removeprefix("loraloom.") for module in imports(FILES[name])}
+        if place.get(other, len(place)) < place[name]
+    ]
+    assert not up
 
 
 def test_no_imports_go_in_a_circle() -> None:
