@@ -7,7 +7,8 @@ from pathlib import Path
 
 import loraloom
 from loraloom.messages import Message
-from loraloom.report.sentences import ADVICE, ENGLISH, RUN, SEARCH, VERDICT, sentence
+from loraloom.report.sentences import ENGLISH, RUN, SEARCH, sentence
+from loraloom.report.verdict_sentences import ADVICE, VERDICT
 
 
 def kinds() -> set[str]:
