@@ -79,7 +79,7 @@ def main(out: Path, rows: int | None = None, max_steps: int | None = None, overw
         overwrite=overwrite,  # otherwise a stopped search resumes
     )
     if search.adapter is not None:
-        console.print(answers(search.adapter, test[:3]))
+        console.print(answers(search.adapter, test[:: max(1, len(test) // 3)][:3]))
     common = Counter(row["label"] for row in train).most_common(1)[0][0]
     share, share_test = (sum(row["label"] == common for row in rows) / len(rows) for rows in (held_out, test))
     best, tested = search.table[0], search.record["test"]
