@@ -56,6 +56,17 @@ class Wrapper(SeenAsPeft, nn.Module):
             return getattr(self.current(), name)
 
 
+def register(module: nn.Module, training: bool, tables: Mapping[str, Mapping[str, Any]]) -> None:
+    """``setattr`` without the checks of ``nn.Module.__setattr__``: ``_modules`` or ``_parameters`` → new entries.
+
+    With them, adding an adapter to 168 layers takes a quarter longer (42 ms in place of 33).
+    """
+    state = vars(module)
+    for table, new in tables.items():
+        state[table].update(new)
+    state["training"] = training
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """The module under its wrappers, itself if it has none."""
     while isinstance(module, Wrapper):

@@ -8,7 +8,7 @@ model's dispatcher and adds the updates of the route's slots. The names of child
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from loraloom.lora import functional
 from loraloom.lora.dispatch import Dispatcher, Frame
 from loraloom.lora.dropout import DropoutMask, dropout
-from loraloom.lora.injection import Wrapper
+from loraloom.lora.injection import Wrapper, register
 from loraloom.lora.kinds import forward_of
 from loraloom.lora.routing import Route
 from loraloom.lora.variants.base import PLAIN, Shapes, Variant
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Factor(nn.Module):
     """A tensor of one slot under PEFT's name for it, ``lora_A.<slot>.weight`` or ``lora_B.<slot>.weight``."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    weight: nn.Parameter
+
+    def __init__(self, weight: nn.Parameter, training: bool) -> None:
         super().__init__()
-        self.weight = weight
+        register(self, training, {"_parameters": {"weight": weight}})
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}"
@@ -59,10 +59,10 @@ class LoraLayer(Wrapper):
 
     def __init__(self, base_layer: nn.Module, dispatcher: Dispatcher, name: str = "") -> None:
         super().__init__()
-        self.training = base_layer.training
-        self.base_layer, self.lora_dropout = base_layer, self._in_my_mode(nn.ModuleDict())
-        self.dispatcher, self.name, self.merged, self._frozen = dispatcher, name, (), ()
-        self.r, self.scaling, self.variants = {}, {}, {}
+        dropouts = nn.ModuleDict()
+        register(dropouts, base_layer.training, {})
+        register(self, base_layer.training, {"_modules": {"base_layer": base_layer, "lora_dropout": dropouts}})
+        vars(self).update(dispatcher=dispatcher, name=name, merged=(), _frozen=(), r={}, scaling={}, variants={})
 
     # -- shapes and slots ---------------------------------------------------------------------------------------
 
@@ -103,18 +103,19 @@ class LoraLayer(Wrapper):
         self.r[slot], self.scaling[slot] = r, scale
         if variant is not PLAIN:
             self.variants[slot] = variant
-        self.lora_dropout[slot] = self._in_my_mode(nn.Dropout(dropout))
+        part = nn.Dropout(dropout)
+        register(part, self.training, {})
+        register(self.lora_dropout, self.training, {"_modules": {slot: part}})
         for name, tensor in tensors.items():
-            table = nn.ModuleDict if name in ("lora_A", "lora_B") else nn.ParameterDict
             if name not in self._modules:
-                setattr(self, name, self._in_my_mode(table()))
-            held: Any = self._modules[name]
-            held[slot] = self._in_my_mode(Factor(tensor)) if table is nn.ModuleDict else tensor
-
-    def _in_my_mode(self, module: M) -> M:
-        """A new part of this layer in its train or eval mode."""
-        module.training = self.training
-        return module
+                new = nn.ModuleDict() if name in ("lora_A", "lora_B") else nn.ParameterDict()
+                register(new, self.training, {})
+                register(self, self.training, {"_modules": {name: new}})
+            table: Any = self._modules[name]
+            if isinstance(table, nn.ModuleDict):
+                register(table, self.training, {"_modules": {slot: Factor(tensor, self.training)}})
+            else:
+                table[slot] = tensor
 
     def remove_slot(self, slot: str) -> None:
         tables: list[Any] = [table for name, table in self._modules.items() if name.startswith("lora_")]

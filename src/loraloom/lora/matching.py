@@ -46,7 +46,7 @@ def matches_any(patterns: Iterable[str] | str | None, name: str) -> bool:
         return False
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
-    return any(matches_name(pattern, name) for pattern in patterns)
+    return f".{name}".endswith(tuple([f".{pattern}" for pattern in patterns]))  # ``matches_name`` of any, in one call
 
 
 def each(patterns: list[str] | str | None) -> list[tuple[str, list[str] | str]]:
@@ -57,17 +57,20 @@ def each(patterns: list[str] | str | None) -> list[tuple[str, list[str] | str]]:
 def suffixes(names: Iterable[str], modules: Iterable[str]) -> list[str] | str:
     """The shortest list of suffixes that matches exactly ``names`` among ``modules``; an expression where none does."""
     modules, chosen = list(modules), set(names)
-    others = [name for name in modules if name not in chosen]
+    others = {tail for name in modules if name not in chosen for tail in _tails(name)}
     out: set[str] = set()
     for name in chosen:
-        parts = name.split(".")
-        tails = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
         # A number is a place in a list, which says nothing by itself.
-        fitting = (t for t in tails if not t[0].isdigit() and not any(matches_name(t, other) for other in others))
-        out.add(next(fitting, name))
-        if name in out and any(matches_name(name, other) for other in others):  # a whole name that is another's end
+        out.add(next((tail for tail in _tails(name) if not tail[0].isdigit() and tail not in others), name))
+        if name in out and name in others:  # a whole name that is another's end
             return "|".join(re.escape(name) for name in modules if name in chosen)
     return sorted(out)
+
+
+def _tails(name: str) -> list[str]:
+    """What ``matches_name`` finds it by, the shortest first."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
 
 
 def in_layers(name: str, config: LoraConfig) -> bool:

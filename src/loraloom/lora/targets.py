@@ -15,7 +15,7 @@ from torch import nn
 from loraloom.config.lora import LoraConfig
 from loraloom.errors import TargetError, some
 from loraloom.lora.base import Base, task_heads
-from loraloom.lora.frozen import adapter_dtype, frozen_linear
+from loraloom.lora.frozen import adapter_dtype, frozen_linear, registered
 from loraloom.lora.layers import LoraConv, LoraConv1D, LoraLinear, layer_class
 from loraloom.lora.matching import check_expressions, ends_as, lies_in, pattern_key, rank_and_alpha
 from loraloom.lora.parameters import LoraParameter
@@ -233,7 +233,9 @@ def _base_size(modules: dict[str, nn.Module]) -> tuple[int, int]:
     """Parameters and bytes of the base: tied weights count once, quantised ones as stored."""
     sizes = {id(p): (p.numel(), p.nbytes) for m in modules.values() for p in m._parameters.values() if p is not None}
     for module in modules.values():
-        if layer_class(module) in (LoraLinear, LoraConv1D):
+        own: Any = type(module)
+        dense = type(module._parameters.get("weight")) is nn.Parameter and registered(own) is None
+        if not dense and layer_class(module) in (LoraLinear, LoraConv1D):
             linear = frozen_linear(module)
             sizes[id(module._parameters.get("weight", module))] = (math.prod(linear.shape), linear.nbytes)
     return sum(count for count, _ in sizes.values()), sum(size for _, size in sizes.values())
