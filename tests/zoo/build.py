@@ -45,6 +45,9 @@ def build(model_type: str, kind: str, dtype: torch.dtype = torch.float64) -> nn.
         parts = [one for one in _all_configs(config) if type(one) is cls.config_class]
         if parts:  # the text part of a model of several, as AutoModel does it
             config = parts[0]
+        for name in ("is_decoder", "causal"):  # otherwise it sees the tokens that it predicts, and a pack refuses it
+            if kind == "causal" and getattr(config, name, None) is False and not config.is_encoder_decoder:
+                setattr(config, name, True)
         if dtype is torch.float64:  # the grouped product has no float64
             for one in _all_configs(config):
                 one._experts_implementation = "eager"
