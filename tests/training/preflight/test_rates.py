@@ -34,6 +34,7 @@ def test_rate_and_epochs_follow_width_task_and_rows(
         ([1.0, 0.8, 0.799], None),
         ([1.0, 0.5, 0.6], None),
         ([0.4, 0.9, 0.5], None),  # falls, from a rise
+        ([0.0004, 0.0002], None),  # there is nothing left to fall
         ([0.5], None),
         ([1.0, float("nan")], None),
     ],

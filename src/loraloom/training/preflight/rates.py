@@ -18,8 +18,8 @@ LOWEST, HIGHEST = 5e-5, 5e-3
 #: By whether the task has a new head: minimum steps, and maximum epochs, after which a generating model memorises rows.
 STEPS = {True: 300, False: 100}
 MOST = {True: 15, False: 5}
-#: If the loss fell by more than this share between the last evaluations, it was still falling.
-FALLS = 0.02
+#: If the loss fell by more than this share between the last evaluations, and by more than so much, it was still falling.
+FALLS, LEAST = 0.02, 1e-3
 
 
 def start(hidden: int | None, task: Task, rows: int, batch_size: int) -> tuple[float, int]:
@@ -38,4 +38,4 @@ def falls(evaluations: Sequence[Mapping[str, Any]]) -> tuple[float, float] | Non
     if len(losses) < 2 or not all(map(math.isfinite, losses[-2:])) or losses[-1] != min(losses):
         return None
     before, last = losses[-2:]
-    return (before, last) if before - last > FALLS * abs(before) else None
+    return (before, last) if before - last > max(FALLS * abs(before), LEAST) else None
