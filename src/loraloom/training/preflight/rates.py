@@ -18,7 +18,7 @@ LOWEST, HIGHEST = 5e-5, 5e-3
 #: By whether the task has a new head: minimum steps, and maximum epochs, after which a generating model memorises rows.
 STEPS = {True: 300, False: 100}
 MOST = {True: 15, False: 5}
-#: If the loss fell by more than this share between the last evaluations, and by more than so much, it was still falling.
+#: The loss was still falling if it fell by more than this share, and this much, between the last two evaluations.
 FALLS, LEAST = 0.02, 1e-3
 
 
