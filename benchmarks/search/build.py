@@ -91,7 +91,7 @@ def build(what: DataSet, count: int, seeds: int, work: Path) -> None:
         "name": what.name,
         "task": what.task,
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip(),
-        "machine": common.machine() if hasattr(common, "machine") else {},
+        "machine": common.machine(),
         "seeds": list(range(seeds)),
         "steps": int(join["train_loss"].shape[-1]),
         "points": points(int(join["train_loss"].shape[-1])),

@@ -147,9 +147,6 @@ def docstrings_by_module() -> Iterator[tuple[str, str]]:
 
 def english(folder: Path, train: int = 2000, pool: int = 1000, steps: int = 1500) -> None:
     """A Llama shape of 3 million parameters, pretrained on the code alone: no docstring and no comment."""
-    import io
-    import tokenize
-
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -164,8 +161,7 @@ def english(folder: Path, train: int = 2000, pool: int = 1000, steps: int = 1500
                     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                         node.body[0] = ast.Pass()
             code.append(ast.unparse(tree))
-            list(tokenize.generate_tokens(io.StringIO(code[-1]).readline))
-        except (SyntaxError, RecursionError, tokenize.TokenError):
+        except (SyntaxError, RecursionError):
             continue
     texts = spread(sorted({text for _, text in docstrings_by_module()}), train + pool, "english")
     raw = Tokenizer(models.BPE())

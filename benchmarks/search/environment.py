@@ -65,13 +65,12 @@ class Env:
         done = self.points[self.at.get((trial, seed), 0)]
         return self.table.train_loss[self.trials[trial], self.seeds[seed], :done]
 
-    def measure(self, trial: int, rows: slice | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def measure(self, trial: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Loss and goodness of each validation row at the point of ``trial``; goodness is a hit, or minus the loss."""
-        chosen = self.rows if rows is None else self.rows[rows]
-        self.steps_paid += FORWARD * len(chosen) / BATCH
+        self.steps_paid += FORWARD * len(self.rows) / BATCH
         where = self.trials[trial], self.seeds[seed], self.at.get((trial, seed), 0)
-        loss = self.table.loss[where][chosen]
-        good = -loss if self.table.hit is None else self.table.hit[where][chosen].astype(float)
+        loss = self.table.loss[where][self.rows]
+        good = -loss if self.table.hit is None else self.table.hit[where][self.rows].astype(float)
         return loss, good
 
     @cached_property

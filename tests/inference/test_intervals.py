@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from loraloom.inference.intervals import SeedNoise, beta_cdf, difference, share, t_quantile
+from loraloom.inference.intervals import Difference, SeedNoise, beta_cdf, of_errors, share, t_quantile
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,20 @@ def test_a_share_of_rows_is_held_at_least_as_often_as_said(rows: int, truth: flo
         if share(hits, rows).low <= truth <= share(hits, rows).high
     ]
     assert math.fsum(held) >= 0.95
+
+
+def difference(
+    one: np.ndarray, other: np.ndarray, *, weights: np.ndarray | None = None, noise: SeedNoise | None = None
+) -> Difference:
+    """How much better ``one`` is than ``other``: goodness [seeds, rows] of the same rows, paired."""
+    rows = one.shape[-1]
+    weight = np.ones(rows) if weights is None else weights / weights.mean()
+    by_row = one.mean(0) - other.mean(0)
+    value = float((by_row * weight).mean())
+    of_rows = max(float(((by_row - value) * weight).var(ddof=1)) / rows, (value / rows) ** 2)
+    of_seeds = None if noise is None else (noise.variance * (1 / len(one) + 1 / len(other)), noise.degrees)
+    seeds = 1 if noise is None else min(len(one), len(other))
+    return of_errors(value, (of_rows, rows - 1), of_seeds, rows=rows, seeds=seeds)
 
 
 def drawn(source: np.random.Generator, seeds: int, rows: int, gap: float, seed_noise: float) -> list[np.ndarray]:

@@ -61,7 +61,7 @@ def test_it_stands_beside_the_runner_up_and_the_commonest_class(tested_search: A
     assert common["better"]["value"] == pytest.approx(
         result.record["test"]["figure"]["value"] - common["figure"]["value"]
     )
-    said = [sentence(message) for message in report.test_messages(result.verdict.test)]
+    said = [sentence(message) for message in report.final_test_messages(result.verdict.test)]
     assert said[0].startswith("on 40 test rows that chose nothing: accuracy ")
     assert "95 %" in said[0]
     assert all("40 rows" in line for line in said[1:])

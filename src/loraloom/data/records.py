@@ -1,6 +1,6 @@
 """The contents of a checked row, by kind: the interface between the shapes of data and the encoders.
 
-Records are normalised: whatever the shape of a file, encoders get only these. Their texts can be encoded as UTF-8.
+Records are normalised: from files of any shape, encoders get only these. Their texts can be encoded as UTF-8.
 Nothing here knows files, columns, tokenizers or tensors.
 """
 

@@ -9,7 +9,7 @@ from loraloom.data.example import Encoder, Settings
 from loraloom.data.records import Record
 from loraloom.data.shape.forms import Form
 
-#: What labels belong to: the row; each of its tokens; or a target of its own length.
+#: What labels belong to: the row; each of its tokens; or a target of another length.
 Layout = Literal["row", "token", "target"]
 
 

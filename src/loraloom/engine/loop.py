@@ -1,7 +1,7 @@
 """One step of a pack of slots, of which a single run is a pack of one.
 
 A step takes each slot's next rows, runs them through the frozen model together, and lets each slot update itself from
-the gradients of its own loss. ``training.trainer`` and ``tuning.worker`` have the loops around it.
+the gradients of its loss. ``training.trainer`` and ``tuning.worker`` have the loops around it.
 """
 
 from __future__ import annotations

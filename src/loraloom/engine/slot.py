@@ -138,7 +138,7 @@ class Slot:
         return sum(self._task.count(self._examples[row]) for row in rows)
 
     def _batch(self, number: int) -> list[int]:
-        """Micro-batch ``number`` from the start of training. Each epoch has an order of its own."""
+        """Micro-batch ``number`` from the start of training. Each epoch has another order."""
         epoch, place = divmod(number, -(-len(self._lengths) // self._batch_size))
         if self._epoch[0] != epoch:
             self._epoch = epoch, bucketed(self._lengths, self._batch_size, self.seed, epoch)
@@ -148,7 +148,7 @@ class Slot:
     def dropout_seed(self) -> int:
         """The seed of the next forward's dropout masks, from the slot's own seed, step and micro-step alone.
 
-        Each process draws masks of its own for its rows.
+        Each process draws other masks, for its rows.
         """
         more = [self.micro_step, self.world.rank] if self.world.rank else [self.micro_step] if self.micro_step else []
         return seed_of("dropout", self.seed, self.step, *more)

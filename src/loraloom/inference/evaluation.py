@@ -119,6 +119,20 @@ class Evaluator:
         return replace(self, examples=examples, held_out=replace(self.held_out, rows=rows))
 
     @cached_property
+    def parts(self) -> list[list[int]]:
+        """The examples in parts, for the error of figures; those of one row stay together."""
+        return jackknife.divide(self._row_numbers)
+
+    @property
+    def row_count(self) -> int:
+        """Rows that the examples are from."""
+        return len(set(self._row_numbers))
+
+    @property
+    def _row_numbers(self) -> Sequence[int]:
+        return self.held_out.rows or range(len(self.examples))
+
+    @cached_property
     def rows(self) -> HeldOut:
         """What is known of the rows, with the session's tokenizer, and its labels unless others are given."""
         session, given = self.session, self.held_out

@@ -33,7 +33,7 @@ def generate(
     """What ``adapters[i]`` writes after ``prompts[i]``, special tokens left out, in the order of the prompts.
 
     A prompt that leaves no room within the model's limit gives ``""``. With a sharded model (FSDP2) all processes call
-    this together, each with prompts of its own, of which there may be none.
+    this together, each with other prompts, perhaps none.
     """
     model, tokenizer, base = session.model, session.tokenizer, cast(Any, session.base)
     both = has_decoder_and_encoder(base.config)

@@ -7,11 +7,9 @@ that claims something of configurations has both; with one seed each, it is abou
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 LEVEL = 0.95
 
@@ -63,7 +61,7 @@ class SeedNoise:
         degrees = float(sum(len(one) - 1 for one in several))
         if not degrees:
             return None
-        squares = math.fsum(float(np.var(one, ddof=1)) * (len(one) - 1) for one in several)
+        squares = math.fsum(statistics.variance(one) * (len(one) - 1) for one in several)
         if spread is not None:
             squares, degrees = squares + spread, degrees + 1
         return cls(squares / degrees, degrees)
@@ -75,34 +73,6 @@ def share(hits: int, rows: int, level: float = LEVEL) -> Interval:
     low = 0.0 if hits == 0 else _root(lambda p: beta_cdf(p, hits, rows - hits + 1) - tail, 0, 1)
     high = 1.0 if hits == rows else _root(lambda p: beta_cdf(p, hits + 1, rows - hits) - (1 - tail), 0, 1)
     return Interval(hits / rows, low, high, level)
-
-
-def difference(
-    one: NDArray[np.float64],
-    other: NDArray[np.float64],
-    *,
-    weights: NDArray[np.float64] | None = None,
-    noise: SeedNoise | None = None,
-    level: float = LEVEL,
-) -> Difference:
-    """How much better ``one`` is than ``other``: [seeds, rows], how good each row is, the same rows in both.
-
-    Args:
-        weights: of the rows in a mean, such as their tokens.
-        noise: between seeds; without it the claim is about these adapters.
-    """
-    rows = one.shape[-1]
-    weight = np.ones(rows) if weights is None else weights / weights.mean()
-    by_row = one.mean(0) - other.mean(0)
-    value = float((by_row * weight).mean())
-    of_rows = float(((by_row - value) * weight).var(ddof=1)) / rows if rows > 1 else math.inf
-    # One more row might have gone the other way: no difference is surer than that.
-    of_rows = max(of_rows, (value / rows) ** 2)
-    of_seeds = None if noise is None else (noise.variance * (1 / len(one) + 1 / len(other)), noise.degrees)
-    return of_errors(
-        value, (of_rows, rows - 1), of_seeds, rows=rows, seeds=1 if noise is None else min(len(one), len(other)),
-        level=level,
-    )  # fmt: skip
 
 
 #: A variance, and the degrees of freedom that it was estimated with.

@@ -50,6 +50,16 @@ class Session:
         with evaluating(self.model, torch.no_grad() if sharded(self.model) else torch.inference_mode()):
             yield
 
+    @contextmanager
+    def temporary_adapters(self) -> Iterator[PeftModel]:
+        """Context for adapters that go again: those that were added to the model in it are deleted at its end."""
+        before = set(self.model.peft_config)
+        try:
+            yield self.model
+        finally:
+            for name in set(self.model.peft_config) - before:
+                self.model.delete_adapter(name)
+
     def groups(self, adapters: Sequence[str], rows: int) -> list[list[str]]:
         """``adapters`` in groups that share a forward of at most ``rows`` rows; of a sharded model each by itself."""
         names = list(dict.fromkeys(adapters))

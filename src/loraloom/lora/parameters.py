@@ -139,7 +139,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def call_with(module: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-    """``module(*args, **kwargs)`` with ``parameters`` in place of its own, which calls in other threads still use."""
+    """``module(*args, **kwargs)`` with ``parameters`` replaced; calls in other threads still use the module's."""
     if torch.compiler.is_compiling():
         return functional_call(module, dict(parameters), args, kwargs)
     if "forward" in vars(module):  # another library's, bound to this object

@@ -77,7 +77,7 @@ def tracking(
     def guarded(tracker: Any, what: str, *, drop: bool = False) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a tracker's own, of whatever kind
+        except Exception as error:  # of any kind: trackers raise their own
             if drop:
                 trackers.remove(tracker)
             log(f"report_to: {tracker.name} {what} ({brief(error)}){'; training continues without it' * drop}")
@@ -116,7 +116,7 @@ def tracking(
 def _started(name: str, folder: Path) -> Any:
     try:
         return _start(name, folder)
-    except Exception as error:  # a tracker's own, of whatever kind
+    except Exception as error:  # of any kind: trackers raise their own
         hint = _HINTS.get(name, "set it up")
         raise ConfigError(f"report_to: {name} does not start ({brief(error)}); {hint}, or leave it out") from None
 

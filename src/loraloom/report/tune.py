@@ -141,7 +141,7 @@ def conclusion(found: Verdict) -> RenderableType:
         where = {"adapter": found.cuts.adapter, "metric": found.metric, "worse": cut.worse, "error": cut.error}
         lines.append(Text(sentence(Message("smaller", **figures, **where))))
     if found.test is not None:
-        lines += [Text(sentence(message)) for message in test_messages(found.test)]
+        lines += [Text(sentence(message)) for message in final_test_messages(found.test)]
     if found.tie or found.runner_up is None:
         lines.append(Text(f"why: {sentence(found.why)}"))
     return _with_advice([*lines, *notes, Text(_mattered(found))], found, "what to try next")
@@ -163,7 +163,7 @@ def _above(gain: Gain) -> str:
     return sentence(Message("above", **{name: getattr(gain, name) for name in names}))
 
 
-def test_messages(test: FinalTest) -> list[Message]:
+def final_test_messages(test: FinalTest) -> list[Message]:
     """The winner on rows that chose nothing, and beside each of the others."""
     one = test.figure
     messages = [
@@ -182,6 +182,7 @@ def test_messages(test: FinalTest) -> list[Message]:
                 rows=better.rows,
                 seeds=better.seeds,
                 needed=better.rows_needed,
+                clear=better.clear,
             )
         )
     return messages

@@ -68,12 +68,12 @@ def _interval(value: float, low: float, high: float) -> str:
 
 
 def _against(
-    what: str, figures: Sequence[float], better: Sequence[float], rows: int, seeds: int, needed: int | None
+    what: str, figures: Sequence[float], better: Sequence[float], rows: int, seeds: int, needed: int | None, clear: bool
 ) -> str:
     """``"better than trial 3 (0.700) by 0.030 (0.002 to 0.058, 95 %, paired on 800 rows, 2 seeds)"``."""
     value, low, high = better
     paired = f"paired on {counted(rows, 'row')}" + (f", {seeds} seeds" if seeds > 1 else "")
-    if low > 0 or high < 0:
+    if clear:
         side = "better" if value > 0 else "worse"
         low, high = sorted((abs(low), abs(high)))
         by = f"{gap(abs(value))} ({gap(low)} to {gap(high)}, 95 %, {paired})"

@@ -230,7 +230,7 @@ def _lengths(example: Example) -> list[int]:
 
 
 def _parts(example: Example) -> list[Example]:
-    """Each text as an example of its own, with its label of a batch."""
+    """Each text as a separate example, with its label of a batch."""
     lengths, score, made, start = _lengths(example), _score(example), list[Example](), 0
     for place, length in enumerate(lengths):
         label = [int(place == other) for other in range(len(lengths))] if score is None else [score]

@@ -23,7 +23,6 @@ from loraloom.engine import optimizers
 from loraloom.engine.slot import Slot
 from loraloom.errors import ConfigError, ModelError, some
 from loraloom.inference.evaluation import Evaluator, HeldOut
-from loraloom.inference.jackknife import divide
 from loraloom.inference.session import Session
 from loraloom.lora.matching import matches_name
 from loraloom.lora.model import class_for_task
@@ -111,11 +110,6 @@ class Setup(Session):
             block=options.batch_size,
         )
         return Evaluator(self, part.examples, held_out, options.eval_batch_size)
-
-    @property
-    def parts(self) -> list[list[int]]:
-        """The held-out examples in parts, for the error of figures."""
-        return divide(self.data.validation_rows.of.tolist())
 
     def shown(self, count: int, adapter: str) -> list[dict[str, str]]:
         """The first ``count`` held-out rows as ``{"input", "expected", "predicted"}``."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any
 
 from loraloom.inference.evaluation import Evaluator
-from loraloom.inference.jackknife import Figures, divide, error, figures
+from loraloom.inference.intervals import t_quantile
+from loraloom.inference.jackknife import Figures, error, figures
 from loraloom.lora.routing import BASE
 from loraloom.tasks.baseline import Constant, Known
 from loraloom.tasks.metrics.kinds import total
@@ -104,26 +105,23 @@ def set_bar(setup: Setup) -> Bar:
 
 def measure_bar(setup: Setup, evaluator: Evaluator) -> Bar:
     """Measure it on the rows of ``evaluator``."""
-    data, rows = setup.data, evaluator.held_out.rows or range(len(evaluator.examples))
-    bar, parts = Bar(len(set(rows))), divide(rows)
+    bar, data = Bar(evaluator.row_count), setup.data
     if setup.task.own_loss is None:  # the losses of a constant answer are not those of a user's own function
         count = len(data.train.examples)
         counted = [data.train.examples[i * count // min(count, COUNTED)] for i in range(min(count, COUNTED))]
         block = min(setup.options.batch_size, len(evaluator.examples))
         known = Known(data.names, data.problem, setup.tokenizer, data.train.largest + 1, block)
         if (found := setup.task.constant(counted, known)) is not None:
-            bar.base, bar.answers = found.loss(counted), _constant_figures(found, setup, evaluator, parts)
+            bar.base, bar.answers = found.loss(counted), _constant_figures(found, setup, evaluator)
     bar.begins = not (setup.new_modules and setup.task.class_word)  # a new head for classes is of no use untrained
     if bar.begins:
-        (bar.answers[FROZEN],) = evaluator.figures([BASE], parts)
+        (bar.answers[FROZEN],) = evaluator.figures([BASE], evaluator.parts)
     return bar
 
 
-def _constant_figures(
-    found: Constant, setup: Setup, evaluator: Evaluator, parts: Sequence[Sequence[int]]
-) -> dict[str, Figures]:
+def _constant_figures(found: Constant, setup: Setup, evaluator: Evaluator) -> dict[str, Figures]:
     """Answer in words → its figures on the rows of ``evaluator``."""
-    examples = evaluator.examples
+    examples, parts = evaluator.examples, evaluator.parts
     scores = [total(found.score(examples[number]) for number in part) for part in parts]
     if found.texts:
         texts = found.texts if setup.metrics.needs_predictions else found.texts[:1]
@@ -171,15 +169,6 @@ def learned(bar: Bar, trials: Sequence[Trial], metric: str, tried: int) -> bool:
 
 def needed(parts: int, tried: int) -> float:
     """Standard errors that the best of ``tried`` must lie above the bar: Student's t, with Bonferroni's correction."""
-    freedom = parts - 1
-    if freedom < 1:
+    if parts < 2:
         return math.inf
-    z = NormalDist().inv_cdf(1 - LUCK / max(tried, 1))
-    # Abramowitz and Stegun 1964, 26.7.5.
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + math.fsum(term / freedom**power for power, term in enumerate(terms, 1))
+    return t_quantile(1 - LUCK / max(tried, 1), parts - 1)

@@ -8,8 +8,7 @@ means over them and the intervals hold the noise of seeds too; otherwise they ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, variance
@@ -17,7 +16,7 @@ from statistics import fmean, variance
 from loraloom.inference import intervals
 from loraloom.inference.evaluation import Evaluator
 from loraloom.inference.intervals import Difference, Interval, SeedNoise, Variance
-from loraloom.inference.jackknife import Figures, divide, error
+from loraloom.inference.jackknife import error
 from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.training.setup import Setup
 from loraloom.tuning.bar import CORRELATIONS, FROZEN, measure_bar
@@ -64,7 +63,7 @@ def final_test(
     evaluator = setup.test_evaluator()
     if evaluator is None:
         return None
-    seen = {group[0].number: _figures(setup, evaluator, group, metric, folder) for group in configurations}
+    seen = _figures(setup, evaluator, configurations, metric, folder)
     winner, *others = seen
     if not (mine := seen[winner]):
         return None
@@ -77,12 +76,9 @@ def final_test(
     bar = measure_bar(setup, evaluator)
     frozen = bar.answers.pop(FROZEN, {})
     answers = [bar.best(metric), (FROZEN, frozen[metric]) if metric in frozen else None]
-    against += [_against_words(judge, mine, *answer) for answer in answers if answer is not None]
+    for words, answer in filter(None, answers):
+        against.append(Against(None, words, judge.figure([answer]), judge.better(mine, [answer], fixed=True)))
     return FinalTest(metric, judge.rows, len(mine), judge.figure(mine), against)
-
-
-def _against_words(judge: _Judge, mine: Seeds, words: str, answer: Sequence[float]) -> Against:
-    return Against(None, words, judge.figure([answer]), judge.better(mine, [answer], fixed=True))
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class _Judge:
 
     @property
     def rows(self) -> int:
-        return len(set(self.evaluator.held_out.rows or range(len(self.evaluator.examples))))
+        return self.evaluator.row_count
 
     def figure(self, seeds: Seeds) -> Interval:
         """The mean over seeds; of one adapter's accuracy the interval is exact."""
@@ -139,29 +135,21 @@ def _mean(seeds: Seeds) -> list[float]:
     return [fmean(column) for column in zip(*seeds, strict=True)]
 
 
-def _figures(setup: Setup, evaluator: Evaluator, group: Sequence[Trial], metric: str, folder: Path) -> Seeds:
-    """The metric of each seed's adapter on the test rows: all in one routed forward."""
-    places = {name_of(trial.number): folder / TRIALS / name_of(trial.number) for trial in group}
-    ended = {name_of(trial.number): trial.files for trial in group if trial.state == "finished"}
-    whole = {name: places[name] for name, files in ended.items() if not damaged(places[name], files)}
-    if not whole:
-        return []
-    parts = divide(evaluator.held_out.rows or range(len(evaluator.examples)))
-    with _loaded(setup, whole):
-        found: list[Figures] = evaluator.figures(list(whole), parts)
-    return [one[metric] for one in found if math.isfinite(one[metric][0])]
-
-
-@contextmanager
-def _loaded(setup: Setup, adapters: Mapping[str, Path]) -> Iterator[None]:
-    """The adapters, on the model of ``setup`` for as long as the context lasts."""
-    added = []
-    try:
-        for name, path in adapters.items():
-            if name not in setup.model.peft_config:
-                setup.model.load_adapter(path, name)
-                added.append(name)
-        yield
-    finally:
-        for name in added:
-            setup.model.delete_adapter(name)
+def _figures(
+    setup: Setup, evaluator: Evaluator, configurations: Sequence[Sequence[Trial]], metric: str, folder: Path
+) -> dict[int, Seeds]:
+    """First trial → the metric of each seed's adapter on the test rows, in one pass. Damaged adapters are left out."""
+    with setup.temporary_adapters() as model:
+        names: dict[int, list[str]] = {group[0].number: [] for group in configurations}
+        for group in configurations:
+            for trial in group:
+                name, path = name_of(trial.number), folder / TRIALS / name_of(trial.number)
+                if trial.state != "finished" or damaged(path, trial.files):
+                    continue
+                if name not in model.peft_config:
+                    model.load_adapter(path, name)
+                names[group[0].number].append(name)
+        every = [name for group in names.values() for name in group]
+        found = dict(zip(every, evaluator.figures(every, evaluator.parts), strict=True)) if every else {}
+    measured = {number: [found[name][metric] for name in group] for number, group in names.items()}
+    return {number: [one for one in seeds if math.isfinite(one[0])] for number, seeds in measured.items()}

@@ -51,32 +51,27 @@ def cut(setup: Setup, metric: str, adapter: Path, folder: Path) -> Cuts:
     """
     if setup.metrics.needs_generation and metric != "loss":
         return Cuts([])
-    model, added = setup.model, ["whole"]
-    model.load_adapter(adapter, "whole")
-    try:
+    with setup.temporary_adapters() as model:
+        model.load_adapter(adapter, "whole")
         highest = max(layer.r["whole"] for layer in model.base_model.lora_layers.values() if "whole" in layer.slots)
-        ranks = [highest >> power for power in range(1, highest.bit_length())]
-        for r in ranks:
-            cut_rank(model, "whole", f"whole-r{r}", r)
-            added.append(f"whole-r{r}")
-        whole, *cuts = (one[metric] for one in setup.evaluator().figures(added, setup.parts))
+        ranks = {f"whole-r{highest >> power}": highest >> power for power in range(1, highest.bit_length())}
+        try:
+            for name, r in ranks.items():
+                cut_rank(model, "whole", name, r)
+        except AdapterError:
+            return Cuts([])
+        evaluator = setup.evaluator()
+        whole, *cuts = (one[metric] for one in evaluator.figures(["whole", *ranks], evaluator.parts))
         measured = []
-        for r, name, values in zip(ranks, added[1:], cuts, strict=True):
+        for (name, r), values in zip(ranks.items(), cuts, strict=True):
             worse = [goodness(metric, a - b) for a, b in zip(whole, values, strict=True)]
-            parameters = list(model.adapter_parameters(name).values())
-            size = sum(one.numel() for one in parameters), sum(one.numel() * one.element_size() for one in parameters)
-            measured.append(Smaller(r, *size, values[0], worse[0], error(worse)))
+            tensors = model.adapter_parameters(name).values()
+            extent = sum(one.numel() for one in tensors), sum(one.nbytes for one in tensors)
+            measured.append(Smaller(r, *extent, values[0], worse[0], error(worse)))
         offered = next((one for one in reversed(measured) if one.worse <= one.error < math.inf), None)
         if offered is None:
             return Cuts(measured)
         cut_rank(model, "whole", SMALLER_NAME, offered.r)
-        added.append(SMALLER_NAME)
         model.save_pretrained(folder, selected_adapters=[SMALLER_NAME], peft=False)
-        write_files(folder / SMALLER_NAME, usage_files(setup))
-        return Cuts(measured, offered, str(folder / SMALLER_NAME))
-    except AdapterError:
-        return Cuts([])
-    finally:
-        for name in added:
-            if name in model.peft_config:
-                model.delete_adapter(name)
+    write_files(folder / SMALLER_NAME, usage_files(setup))
+    return Cuts(measured, offered, str(folder / SMALLER_NAME))

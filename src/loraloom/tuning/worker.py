@@ -187,7 +187,8 @@ class Worker:
         name, metric = name_of(trial.number), self.options.metric
         trial.measure = False
         if trial.step >= trial.steps:
-            (trial.parts,) = self.setup.evaluator().figures([name], self.setup.parts)
+            evaluator = self.setup.evaluator()
+            (trial.parts,) = evaluator.figures([name], evaluator.parts)
             rows, found = None, {key: values[0] for key, values in trial.parts.items()}
         else:
             rows = self._rows(trial)

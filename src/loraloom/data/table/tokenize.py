@@ -117,7 +117,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def _template_hash(given: str | None) -> str | None:
-    """The hash of a template's file, whatever its name; None if ``given`` is no file."""
+    """The hash of a template's file; None if ``given`` is no file."""
     return file_hash(Path(given)) if given and os.path.isfile(given) else None
 
 
