@@ -24,7 +24,7 @@ def test_a_search_says_which_to_use_and_its_file_trains_it(
         f"task: seq-cls\nmodel: {{name: {encoder_folder}}}\ndata: {{train: {reviews}, validation: 40}}\n"
         "lora: {target_modules: all-linear}\ntrain: {max_steps: 144, batch_size: 16}\n"
         f"output: {tmp_path / 'search'}\ntune:\n  slots: 2\n  seeds: 1\n"
-        "  finalists: 2\n  space: {lora.r: [2, 4], train.learning_rate: [1e-2, 1.5e-2]}\n"
+        "  finalists: 2\n  space: {lora.r: [2, 4], train.learning_rate: [5e-3, 7e-3]}\n"
     )
     arguments = ["tune", tmp_path / "run.yaml", "--set", "train.seed=3", "--trials", 4]
     ended = call(*arguments)
