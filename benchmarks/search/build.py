@@ -139,13 +139,13 @@ def constant(setup: Any) -> dict[str, float] | None:
 
 def train(setup: Any, options: TrainConfig, configurations: list[dict[str, Any]], seed: int) -> dict[str, np.ndarray]:
     """One pack to its end."""
-    model = PeftModel(setup.base)
+    model = setup.model
     pack = Pack(model, task=setup.task, pad_id=setup.tokenizer.pad_token_id, pad_to_multiple_of=16)
     slots: list[Slot] = []
     for number, values in enumerate(configurations):
         mine = trial_options(options, values, setup, seed)
         pack.add(f"trial-{number}", setup.config(mine), seed=seed)
-        slots.append(setup.slot(f"trial-{number}", model, mine, setup.steps(mine)[0]))
+        slots.append(setup.slot(f"trial-{number}", mine, setup.steps_of(mine)[0]))
     looks, kept = points(slots[0].steps), [Measured() for _ in slots]
     seconds = 0.0
     for step in range(slots[0].steps + 1):
