@@ -10,8 +10,14 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+
+from loraloom.inference.jackknife import error
 
 LEVEL = 0.95
+
+#: A configuration's figures of one metric, seed by seed: over all rows, then without each part (`inference.jackknife`).
+Seeds = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,48 @@ def share(hits: int, rows: int, level: float = LEVEL) -> Interval:
     low = 0.0 if hits == 0 else _root(lambda p: beta_cdf(p, hits, rows - hits + 1) - tail, 0, 1)
     high = 1.0 if hits == rows else _root(lambda p: beta_cdf(p, hits + 1, rows - hits) - (1 - tail), 0, 1)
     return Interval(hits / rows, low, high, level)
+
+
+def figure(seeds: Seeds, noise: SeedNoise | None = None, *, rows: int, unit: float = 0.0) -> Difference:
+    """The mean over ``seeds``. The arguments are those of ``compare``."""
+    return compare(seeds, [[0.0] * len(seeds[0])], noise, rows=rows, unit=unit, fixed=True)
+
+
+def compare(
+    mine: Seeds,
+    its: Seeds,
+    noise: SeedNoise | None = None,
+    *,
+    rows: int,
+    greater_is_better: bool = True,
+    fixed: bool = False,
+    unit: float = 0.0,
+) -> Difference:
+    """How much better the configuration ``mine`` is than ``its``, on the same rows: means over the seeds of each.
+
+    With two seeds of both and a ``noise``, the interval is about the configurations: the variances of rows, paired,
+    and of seeds add up. Otherwise it is about these very adapters.
+
+    Args:
+        noise: of one seed, in this metric.
+        rows: held-out rows that the figures are of.
+        fixed: ``its`` is one answer that no training made.
+        unit: how much one row can change the metric's sum over rows: 1 for shares, 0 if that is unknown.
+    """
+    sign = 1.0 if greater_is_better else -1.0
+    above = [sign * (a - b) for a, b in zip(_mean(mine), _mean(its), strict=True)]
+    counts = [len(mine)] if fixed else [len(mine), len(its)]
+    of_seeds = None
+    if noise is not None and min(counts) > 1:
+        of_seeds = noise.variance * math.fsum(1 / count for count in counts), noise.degrees
+    # One more row might have gone the other way: nothing is surer than that.
+    least = max(abs(above[0]), unit) / max(rows, 1)
+    of_rows = max(error(above), least) ** 2, max(len(above) - 2.0, 1.0)
+    return of_errors(above[0], of_rows, of_seeds, rows=rows, seeds=min(counts) if of_seeds else 1)
+
+
+def _mean(seeds: Seeds) -> list[float]:
+    return [fmean(column) for column in zip(*seeds, strict=True)]
 
 
 #: A variance, and the degrees of freedom that it was estimated with.

@@ -1,0 +1,75 @@
+"""How good a configuration is, and how much better than another, on the same held-out rows, each with its interval.
+
+The rows that chose the winner and those of the test are judged alike. Pure functions of figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import variance
+
+from loraloom.inference import intervals
+from loraloom.inference.intervals import Difference, Interval, SeedNoise, Seeds
+from loraloom.tasks.metrics.registry import greater_is_better
+from loraloom.tuning.bar import CORRELATIONS
+from loraloom.tuning.ranking import Score
+
+
+def seed_noise(scores: Iterable[Score]) -> SeedNoise | None:
+    """The noise of one seed, from configurations that learned something; None where none has two seeds.
+
+    Seeds of the best were picked for being good, so they differ too little: the spread of all has a share.
+    """
+    known = [score for score in scores if score.values]
+    means = [score.mean for score in known]
+    spread = variance(means) if len(means) > 1 else None
+    return SeedNoise.pooled([list(score.values.values()) for score in known], spread)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Of ``metric`` on ``rows`` held-out rows; seeds differ by ``noise``.
+
+    ``own``: the metric is a user's own, of unknown limits. ``exact``: each example is a row, so that an accuracy is a
+    share of rows.
+    """
+
+    metric: str
+    rows: int
+    noise: SeedNoise | None = None
+    own: bool = False
+    exact: bool = True
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the greatest value of the metric."""
+        if self.own:
+            return -math.inf, math.inf
+        least = -1.0 if self.metric in CORRELATIONS else 0.0
+        return least, 1.0 if greater_is_better(self.metric) else math.inf
+
+    def figure(self, seeds: Seeds) -> Interval:
+        """The mean over seeds; of one adapter's accuracy the interval is exact."""
+        if self.metric == "accuracy" and len(seeds) == 1 and self.exact:
+            return intervals.share(round(seeds[0][0] * self.rows), self.rows)
+        found = intervals.figure(seeds, self.noise, rows=self.rows, unit=self._unit)
+        low, high = self.limits
+        return Interval(found.value, max(found.low, low), min(found.high, high))
+
+    def better(self, mine: Seeds, its: Seeds, fixed: bool = False) -> Difference:
+        """How much better ``mine`` are than ``its``, which no training made if they are ``fixed``."""
+        return intervals.compare(
+            mine,
+            its,
+            self.noise,
+            rows=self.rows,
+            greater_is_better=greater_is_better(self.metric),
+            fixed=fixed,
+            unit=self._unit,
+        )
+
+    @property
+    def _unit(self) -> float:
+        return 1.0 if self.limits[1] == 1 else 0.0
