@@ -56,8 +56,9 @@ def state() -> State:
     halving = SuccessiveHalving(2, 3, least=1)
     halving.decide({0: Standing(True, 1 / 3, 0.1 + 0.2), 1: Standing(False, 1.0, math.nan)})
     halving.resume([0, 1])
+    measured = {4: {"loss": [1 / 3, math.nan]}, 10: {"loss": [0.1, 0.2], "accuracy": [0.5, 1 / 3]}}
     trials = [
-        trial(0, curve=odd, seconds=1 / 7, parameters=12, bytes=99, goal=20, measure=True),
+        trial(0, curve=odd, seconds=1 / 7, parameters=12, bytes=99, goal=20, measure=True, rows=512, rungs=measured),
         trial(1, "waiting"),
         trial(2, "failed", reason="step 3: the loss is nan"),
         trial(3, "finished", used={"a.b": (8, 3, 0.1 + 0.2), "c": (8, 1, math.inf)}, parts={"loss": [1 / 3, math.nan]}),

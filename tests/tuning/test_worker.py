@@ -153,6 +153,29 @@ def test_a_trial_stops_where_it_is_held_and_is_measured_when_asked_or_once_it_ha
     assert len(trials[1].parts["accuracy"]) == 21
 
 
+def test_a_trial_measured_on_more_rows_keeps_the_figures_of_the_last_measurement_alone(classify: Make) -> None:
+    worker, (trial,) = begin(classify(MIXED, train={"max_steps": 18}), [1])
+    trial.goal = 4
+    worker.run([(trial, None)], [])
+    seen = []
+    for rows in (10, 25, 0):
+        trial.measure, trial.rows = True, rows
+        worker.run([(trial, None)], [])
+        assert (trial.measure, trial.rows) == (False, 0)
+        seen.append(trial.measured_rows)
+        (last,) = trial.curve.evaluations
+        chosen = worker._examples(rows or 40)
+        (wanted,) = worker.setup.evaluator(chosen).metrics([name_of(1)])
+        assert {key: last[key] for key in wanted} == pytest.approx(wanted, rel=1e-6)
+        assert {key: len(values) for key, values in trial.rungs[4].items()} == {
+            "loss": 1 + min(20, len(chosen)),
+            "accuracy": 1 + min(20, len(chosen)),
+        }
+        assert trial.rungs[4]["accuracy"][0] == last["accuracy"]
+    assert seen == [10, 25, None]
+    assert set(worker._examples(10)) < set(worker._examples(25)) < set(worker._examples(40)) == set(range(40))
+
+
 def test_rungs_of_short_trials(classify: Make) -> None:
     options = classify(MIXED)
     _, (trial,) = begin(options, [0])
@@ -262,7 +285,7 @@ def test_another_error_is_raised(classify: Make, monkeypatch: pytest.MonkeyPatch
 def test_a_trial_whose_held_out_loss_is_not_finite_fails_though_its_accuracy_is(
     classify: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Evaluator, "metrics", lambda *_: [{"loss": math.nan, "accuracy": 0.5}])
+    monkeypatch.setattr(Evaluator, "figures", lambda *_: [{"loss": [math.nan], "accuracy": [0.5]}])
     worker, trials = begin(classify(MIXED), [1])
     worker.run([(trials[0], None)], [])
     assert (trials[0].state, trials[0].reason) == ("failed", "step 6: the held-out loss is nan")

@@ -292,7 +292,8 @@ class Search:
         except SaveError as error:
             self.on_event(Message("restarted", trial=trial.number, error=str(error)))
             self.state.files.pop(trial.number)
-            trial.step, trial.measure, trial.curve, numbers = 0, False, Curve(), None
+            trial.step, trial.measure, trial.rows, numbers = 0, False, 0, None
+            trial.curve, trial.rungs = Curve(), {}
         if numbers is None:
             self.on_event(Message("started", trial=trial.number, params=trial.values))
         return numbers

@@ -115,7 +115,8 @@ def _text(state: State) -> bytes:
 def _version(trial: Trial) -> tuple[Any, ...]:
     """Differs once the trial changed. Lengths stand for its lists, which only grow."""
     counts = len(trial.curve.loss), len(trial.curve.evaluations), len(trial.used), len(trial.parts), len(trial.files)
-    return id(trial.curve), trial.step, trial.state, trial.reason, trial.goal, trial.measure, trial.seconds, counts
+    now = trial.step, trial.state, trial.reason, trial.goal, trial.measure, trial.rows, trial.measured_rows
+    return id(trial.curve), *now, trial.seconds, counts
 
 
 def _whole(text: str) -> bool:
@@ -250,7 +251,8 @@ def _trial(trial: Trial) -> dict[str, Any]:
 def _read_trial(entry: dict[str, Any], build: Build) -> Trial:
     curve, seed, used = (entry.pop(key) for key in ("curve", "seed", "used"))
     options, used = build(entry["values"], seed), {name: tuple(figures) for name, figures in used.items()}
-    return Trial(**entry, options=options, curve=Curve(**curve), used=used)
+    rungs = {int(step): figures for step, figures in entry.pop("rungs", {}).items()}
+    return Trial(**entry, options=options, curve=Curve(**curve), used=used, rungs=rungs)
 
 
 def _with_numbers(value: Any) -> Any:

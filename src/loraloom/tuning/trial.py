@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from loraloom.config.train import TrainConfig
 from loraloom.engine.slot import Curve
+from loraloom.inference.jackknife import Figures
 
 #: waiting: not begun or held at a rung; running: in the pack; finished: trained to its last step; stopped: given up
 #: at a rung because others were better; failed: its loss was not finite or blew up.
@@ -43,13 +44,18 @@ class Trial:
     #: measured when it ends
     used: dict[str, tuple[int, int, float]] = field(default_factory=dict)
     #: metric → over all held-out rows, and over all but each part of them; measured when it ends
-    parts: dict[str, list[float]] = field(default_factory=dict)
+    parts: Figures = field(default_factory=dict)
+    #: step before the last → the same on the rows that it was measured on there, of the loss and the search's metric.
+    #: Trials that were measured on as many rows were measured on the same ones, in the same parts.
+    rungs: dict[int, Figures] = field(default_factory=dict)
     #: files of its adapter → sha256; once it is finished
     files: dict[str, str] = field(default_factory=dict)
     #: the step at which it is held next until others are there too; 0 is its last
     goal: int = 0
     #: to be measured at its present step, before it continues
     measure: bool = False
+    #: held-out rows that the next measurement before the last step takes; 0: as many as usual there
+    rows: int = 0
     #: expert weights that stay as they are, in words; "" where there are none
     unadapted: str = ""
 
@@ -57,6 +63,12 @@ class Trial:
     def measured(self) -> bool:
         """Whether it was measured at the step at which it stands."""
         return bool(self.curve.evaluations) and int(self.curve.evaluations[-1]["step"]) == self.step
+
+    @property
+    def measured_rows(self) -> int | None:
+        """Held-out rows of its last measurement; None: all, or it was never measured."""
+        rows = self.curve.evaluations[-1].get("rows") if self.curve.evaluations else None
+        return None if rows is None else int(rows)
 
     def points(self, metric: str, *, full: bool = False) -> list[tuple[int, float]]:
         """The step and the metric of each evaluation, NaN if missing; ``full``: of those on all held-out rows alone."""

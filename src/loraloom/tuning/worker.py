@@ -9,8 +9,10 @@ import math
 import random
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +147,8 @@ class Worker:
                 if (known := self.trials.get(trial.number)) is None:
                     self._enter(trial, saved)
                 else:
-                    known.state, known.goal, known.measure = trial.state, trial.goal, trial.measure
+                    known.state, known.goal = trial.state, trial.goal
+                    known.measure, known.rows = trial.measure, trial.rows
             last = time.monotonic()
             for number in (events := [number for number, trial in self.trials.items() if trial.measure]):
                 self._measure(self.trials[number])
@@ -185,35 +188,55 @@ class Worker:
 
     def _measure(self, trial: Trial) -> None:
         name, metric = name_of(trial.number), self.options.metric
-        trial.measure = False
-        if trial.step >= trial.steps:
-            evaluator = self.setup.evaluator()
-            (trial.parts,) = evaluator.figures([name], evaluator.parts)
-            rows, found = None, {key: values[0] for key, values in trial.parts.items()}
+        ends, rows = trial.step >= trial.steps, self._rows(trial)
+        evaluator = self.setup.evaluator(None if rows is None else self._examples(rows))
+        (figures,) = evaluator.figures([name], evaluator.parts)
+        if ends:
+            trial.parts = figures
         else:
-            rows = self._rows(trial)
-            (found,) = self.setup.evaluator(rows).metrics([name])
-        trial.curve.evaluations.append({"step": trial.step, **found} | ({} if rows is None else {"rows": len(rows)}))
+            trial.rungs[trial.step] = {key: figures[key] for key in dict.fromkeys(("loss", metric))}
+        if trial.measured:  # on fewer rows
+            trial.curve.evaluations.pop()
+        trial.measure, trial.rows = False, 0
+        found = {key: values[0] for key, values in figures.items()}
+        trial.curve.evaluations.append({"step": trial.step, **found} | ({} if rows is None else {"rows": rows}))
         # An argmax over NaN still gives a class, so accuracy alone does not reveal them.
         if broken := [name for name in (metric, "loss") if not math.isfinite(found[name])]:
             trial.state, trial.reason = "failed", f"step {trial.step}: the held-out {broken[0]} is {found[broken[0]]}"
-        elif trial.step >= trial.steps:
+        elif ends:
             trial.state, trial.used = "finished", _used(self.model, name)
             folder = Path(self.options.train.output) / TRIALS
             self.model.save_pretrained(folder, selected_adapters=[name], peft=False)
             write_files(folder / name, usage_files(self.setup))
 
-    def _rows(self, trial: Trial) -> list[int] | None:
-        """The held-out rows to evaluate ``trial`` on, the same for all trials at a rung; None for all rows."""
-        if trial.repeats is not None or trial.step == between(trial):
+    def _rows(self, trial: Trial) -> int | None:
+        """How many held-out rows ``trial`` is measured on at its step; None for all."""
+        if trial.step >= trial.steps:
             return None
+        count = trial.rows or self._usual_rows(trial)
+        return count if count < len(self._order) else None
+
+    def _usual_rows(self, trial: Trial) -> int:
+        """The same for all trials at a rung."""
         rungs = [rung for rung in range(len(self.options.rungs)) if rung_step(self.options, trial, rung) == trial.step]
-        there = len(self.setup.data.validation.examples)
+        if trial.repeats is not None or trial.step == between(trial) or not rungs:
+            return len(self._order)
         options = self.setup.options
         steps, _ = self.setup.steps_of(options)
         seen = steps * options.batch_size * options.gradient_accumulation_steps
-        count = max(RUNG_ROWS, *(math.ceil(self.options.rungs[rung] * seen) for rung in rungs)) if rungs else there
-        return sorted(random.Random("rung").sample(range(there), count)) if count < there else None
+        return max(RUNG_ROWS, *(math.ceil(self.options.rungs[rung] * seen) for rung in rungs))
+
+    def _examples(self, rows: int) -> list[int]:
+        """Numbers of the examples of the first ``rows`` held-out rows in random order."""
+        return sorted(number for row in self._order[:rows] for number in row)
+
+    @cached_property
+    def _order(self) -> list[list[int]]:
+        """Numbers of the examples of each held-out row, the rows in random but fixed order: few are a part of more."""
+        by_row = defaultdict[int, list[int]](list)
+        for number, row in enumerate(self.setup.data.validation_rows.of.tolist()):
+            by_row[row].append(number)
+        return random.Random("rung").sample(list(by_row.values()), len(by_row))
 
     def _enter(self, trial: Trial, saved: SlotState | None) -> None:
         name = name_of(trial.number)
