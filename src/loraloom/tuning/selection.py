@@ -8,10 +8,52 @@ fewest parameters wins.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from loraloom.messages import Message
-from loraloom.tuning.ranking import Score, goodness
+from loraloom.tuning.bar import Bar, learned
+from loraloom.tuning.ranking import Score, goodness, originals, ranking, scores
+from loraloom.tuning.trial import Trial
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a search comes to, as numbers of configurations. ``pool`` are those that ``winner`` was chosen from."""
+
+    scores: dict[int, Score]
+    ranked: list[int]
+    pool: list[int]
+    winner: int
+    why: Message
+    notes: list[Message]
+    #: of ``pool``, those that learned something; if none did, none is recommended
+    able: list[int]
+
+    @property
+    def runner_up(self) -> int | None:
+        return next((n for n in self.pool if n != self.winner), None)
+
+
+def select(trials: Sequence[Trial], metric: str, bar: Bar | None, lost: Collection[int] = ()) -> Selection | None:
+    """Choose a configuration; None where none was measured. The arguments are those of ``verdict``."""
+    known = scores(trials, metric)
+    ranked = ranking(trials, metric, known)
+    pool, notes = candidates(ranked, known)
+    if not pool:
+        return None
+    groups = originals(trials)
+    pool = [n for n in pool if n not in lost] or pool
+    able = pool
+    if bar is not None:
+        able = [n for n in pool if learned(bar, finished(groups[n]), metric, len(groups))]
+    pool = able or pool
+    winner, why = choose(pool, known, {n: group[0].parameters for n, group in groups.items()}, metric)
+    return Selection(known, ranked, pool, winner, why, notes, able)
+
+
+def finished(group: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in group if trial.state == "finished"]
 
 
 def candidates(ranked: Sequence[int], known: Mapping[int, Score]) -> tuple[list[int], list[Message]]:

@@ -8,14 +8,14 @@ from typing import Any
 
 from loraloom.errors import TrainingError
 from loraloom.messages import Message
-from loraloom.tuning.bar import Bar, Gain, gain, learned
+from loraloom.tuning.bar import Bar, Gain, gain
 from loraloom.tuning.diagnostics import advise
 from loraloom.tuning.diagnostics.inputs import DiagnosticInputs
 from loraloom.tuning.diagnostics.nothing_learned import nothing
 from loraloom.tuning.final_test import FinalTest
 from loraloom.tuning.importance import importances
-from loraloom.tuning.ranking import Score, compare, goodness, originals, ranking, scores, varying
-from loraloom.tuning.selection import candidates, choose, pareto, tied
+from loraloom.tuning.ranking import Score, compare, goodness, originals, varying
+from loraloom.tuning.selection import finished, pareto, select, tied
 from loraloom.tuning.smaller import Cuts
 from loraloom.tuning.trial import Trial
 
@@ -89,20 +89,12 @@ def verdict(
     Raises:
         TrainingError: no trial has a finite value of ``metric``.
     """
-    known = scores(trials, metric)
-    ranked = ranking(trials, metric, known)
-    pool, notes = candidates(ranked, known)
-    if not pool:
+    selected = select(trials, metric, bar, lost)
+    if selected is None:
         raise _nothing_measured(trials, metric)
-    by_number = {trial.number: trial for trial in trials}
-    groups = originals(trials)
-    ended = {n: [trial for trial in group if trial.state == "finished"] for n, group in groups.items()}
-    pool = [n for n in pool if n not in lost] or pool
-    able = pool if bar is None else [n for n in pool if learned(bar, ended[n], metric, len(groups))]
-    pool = able or pool
-    parameters = {n: by_number[n].parameters for n in groups}
-    number, why = choose(pool, known, parameters, metric)
-    best, second = by_number[number], next((n for n in pool if n != number), None)
+    known, number, second = selected.scores, selected.winner, selected.runner_up
+    groups, by_number = originals(trials), {trial.number: trial for trial in trials}
+    best, parameters = by_number[number], {n: by_number[n].parameters for n in groups}
     comparison = compare(trials, metric)
     importance, mattered, reason = importances(trials, comparison, distributions or {})
     firsts = [group[0] for group in groups.values()]
@@ -115,15 +107,15 @@ def verdict(
         tie=second is not None and tied(known[number], known[second]),
         pareto=pareto({n: (parameters[n], goodness(metric, known[n].mean)) for n in _level(known, number)}),
         importance=importance,
-        advice=advise(evidence) if able or bar is None else nothing(firsts, best, bar, metric),
-        why=why,
-        notes=notes,
+        advice=advise(evidence) if selected.able or bar is None else nothing(firsts, best, bar, metric),
+        why=selected.why,
+        notes=selected.notes,
         importance_reason=reason,
         mattered=mattered,
-        ranking=[number, *(other for other in ranked if other != number)],
-        learned=bool(able),
-        able=[n for n in able if known[n].finished],
-        gain=None if bar is None else gain(bar, ended[number], metric, len(groups)),
+        ranking=[number, *(other for other in selected.ranked if other != number)],
+        learned=bool(selected.able),
+        able=[n for n in selected.able if known[n].finished],
+        gain=None if bar is None else gain(bar, finished(groups[number]), metric, len(groups)),
         trials=list(trials),
     )
 
