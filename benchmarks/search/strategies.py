@@ -1,13 +1,13 @@
-"""What a search may do with its trials: each strategy trains and measures on an ``Env`` and returns the trial it picks.
+"""What a search may do with its trials: each strategy trains and measures on an ``Env`` and ranks what it trained.
 
 The rules that others use are run by their own code (Optuna's samplers and pruners), or written down from their source
-(Ray Tune's asynchronous halving). ``None`` stands for "nothing was learned".
+(Ray Tune's asynchronous halving). An empty ranking stands for "nothing was learned".
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -18,34 +18,27 @@ from loraloom.tuning.asha import Standing, SuccessiveHalving, taken_off
 
 #: Where the others measure: a ninth, two ninths, a third, a half, two thirds and the end; more often costs more.
 REPORTS = (2, 3, 4, 5, 6, 8)
-Strategy = Callable[[Env, np.random.Generator], int | None]
+#: Trials that finished, best first.
+Strategy = Callable[[Env, np.random.Generator], list[int]]
 
 
-def mean(env: Env, values: np.ndarray) -> float:
-    return float(np.average(np.nan_to_num(values, nan=-30.0), weights=env.weights[: len(values)]))
-
-
-def good(env: Env, trial: int) -> float:
-    return mean(env, env.measure(trial)[1])
-
-
-def best_of(env: Env, trials: Sequence[int]) -> int:
-    """By goodness; of equals the one with the lower loss."""
+def ranked(env: Env, trials: Iterable[int]) -> list[int]:
+    """Measured at their end: by goodness; of equals the one with the lower loss."""
     seen = {trial: env.measure(trial) for trial in trials}
-    return max(trials, key=lambda one: (mean(env, seen[one][1]), mean(env, -seen[one][0]), -one))
+    return sorted(seen, key=lambda one: (-seen[one][1][0], seen[one][0][0], one))
 
 
-def everything(env: Env, source: np.random.Generator) -> int:
+def everything(env: Env, source: np.random.Generator) -> list[int]:
     """All trials to their end."""
     for trial in range(len(env.trials)):
         env.train(trial, len(env.points) - 1)
-    return best_of(env, range(len(env.trials)))
+    return ranked(env, range(len(env.trials)))
 
 
 def optuna_(sampler: str, pruner: str) -> Strategy:
     """Optuna's own samplers and pruners: one trial after another, measured at each point."""
 
-    def strategy(env: Env, source: np.random.Generator) -> int:
+    def strategy(env: Env, source: np.random.Generator) -> list[int]:
         import optuna
 
         number = int(source.integers(2**31))
@@ -71,18 +64,22 @@ def optuna_(sampler: str, pruner: str) -> Strategy:
                 left.remove(chosen)
                 for step, point in enumerate(REPORTS, 1):
                     env.train(chosen, point)
-                    value = good(env, chosen)
+                    value = env.measure(chosen)[1][0]
                     asked.report(value, step)
                     found[chosen] = value
                     if point < last and asked.should_prune():
                         study.tell(asked, state=optuna.trial.TrialState.PRUNED)
-                        found[chosen] = -math.inf
+                        del found[chosen]
                         break
                 else:
                     study.tell(asked, value)
-        return max(found, key=lambda one: (found[one], -one))
+        return best_first(found)
 
     return strategy
+
+
+def best_first(found: dict[int, float]) -> list[int]:
+    return sorted(found, key=lambda one: (-found[one], one))
 
 
 _ALPHAS = {"r": 0.0, "2r": 0.5, "4r": 1.0}
@@ -114,14 +111,14 @@ def suggest(asked: Any, env: Env) -> dict[str, float]:
     )
 
 
-def ray_asha(env: Env, source: np.random.Generator) -> int:
+def ray_asha(env: Env, source: np.random.Generator) -> list[int]:
     """Ray Tune's ASHA, reduction 4, one bracket: at a rung a trial stops below the best quarter of those seen there."""
     last, seen = len(env.points) - 1, dict[int, list[float]]()
     found = {}
     for trial in range(len(env.trials)):
         for point in (2, 5, last):
             env.train(trial, point)
-            value = good(env, trial)
+            value = env.measure(trial)[1][0]
             rung = seen.setdefault(point, [])
             stop = point < last and bool(rung) and value < np.quantile(rung, 1 - 1 / 4)
             rung.append(value)
@@ -129,7 +126,7 @@ def ray_asha(env: Env, source: np.random.Generator) -> int:
                 break
         else:
             found[trial] = value
-    return max(found, key=lambda one: (found[one], -one)) if found else 0
+    return best_first(found)
 
 
 def starting_loss(env: Env, trial: int) -> float:
@@ -142,7 +139,7 @@ def off(env: Env, trial: int) -> bool:
     return taken_off(env.losses(trial).tolist(), starting_loss(env, trial), env.steps)
 
 
-def today(env: Env, source: np.random.Generator) -> int | None:
+def today(env: Env, source: np.random.Generator) -> list[int]:
     """The rule of version 0.2: gated halving at a ninth, two ninths, a third, a half and two thirds."""
     rungs = [2, 3, 4, 5, 6]
     halving = SuccessiveHalving(len(rungs), 2, least=3)
@@ -154,68 +151,11 @@ def today(env: Env, source: np.random.Generator) -> int | None:
         if len(here) <= halving.quota(len(here)) or not any(flown.values()):
             halving.pass_all(here)
             continue
-        standings = {}
-        for trial in here:
-            loss, hits = env.measure(trial)
-            standings[trial] = Standing(flown[trial], -mean(env, -loss), mean(env, hits))
-        here = halving.decide(standings)
+        seen = {trial: env.measure(trial) for trial in here}
+        here = halving.decide({one: Standing(flown[one], loss[0], good[0]) for one, (loss, good) in seen.items()})
     for trial in here:
         env.train(trial, len(env.points) - 1)
-    return best_of(env, here)
-
-
-def gated(
-    rungs: tuple[int, ...] = (2, 3, 4, 5, 6),
-    *,
-    half: int = 2,
-    quarter: int = 4,
-    smooth: float = 0.75,
-    least: int = 3,
-    z: float = 1.0,
-    budget: float = 1 / 3,
-    figure: str = "loss",
-) -> Strategy:
-    """Halving behind a gate, harder where most have taken off; what cannot be told apart trains on in the budget."""
-
-    def strategy(env: Env, source: np.random.Generator) -> int | None:
-        here, last, count = list(range(len(env.trials))), len(env.points) - 1, len(env.trials)
-        for place, point in enumerate(rungs):
-            for trial in here:
-                env.train(trial, point)
-            flown = {trial: off(env, trial) for trial in here}
-            share = sum(flown.values()) / len(here)
-            quota = max(math.ceil(len(here) / (quarter if share >= smooth else half)), least)
-            if len(here) <= quota or not any(flown.values()):
-                continue
-            seen = {trial: env.measure(trial) for trial in here}
-            value = {trial: mean(env, -seen[trial][0] if figure == "loss" else seen[trial][1]) for trial in here}
-            order = sorted(here, key=lambda one: (not flown[one], -value[one], one))
-            best = max(here, key=lambda one: (mean(env, seen[one][1]), value[one], -one))
-            keep = list(dict.fromkeys([*order[:quota], best]))
-            ahead = env.points[rungs[place + 1] if place + 1 < len(rungs) else last] - env.points[point]
-            for trial in order[quota:]:
-                # The rest of the way of those that are kept: each rung halves them, so about one rung's steps twice.
-                spent = (env.steps_paid + 2 * ahead * (len(keep) + 1)) / (count * env.steps)
-                if (
-                    trial not in keep
-                    and flown[trial]
-                    and spent < budget
-                    and apart(env, seen, trial, order[quota - 1], figure) < z
-                ):
-                    keep.append(trial)
-            here = keep
-        for trial in here:
-            env.train(trial, last)
-        return best_of(env, here)
-
-    return strategy
-
-
-def apart(env: Env, seen: dict[int, Any], one: int, other: int, figure: str) -> float:
-    """By how many standard errors ``other`` is better than ``one``, row by row."""
-    column, sign = (0, 1) if figure == "loss" else (1, -1)
-    rows = sign * (seen[one][column] - seen[other][column]) * env.weights / env.weights.mean()
-    return float(np.mean(rows) / (np.std(rows) / math.sqrt(len(rows)) + 1e-12))
+    return ranked(env, here)
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -228,5 +168,4 @@ STRATEGIES: dict[str, Strategy] = {
     "TPE + Optuna's median": optuna_("tpe", "median"),
     "Ray Tune's ASHA": ray_asha,
     "loraloom 0.2": today,
-    "gated": gated(),
 }

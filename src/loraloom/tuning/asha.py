@@ -1,16 +1,17 @@
-"""Successive halving with a gate: which trials continue from a rung, and which are suspended.
+"""Successive halving with a gate, the rule of searches that began under format 1 of their state.
 
 At the first rungs the trials that will learn often look worse than those that never move: a good rate disturbs a new
-head first. So no trial is suspended before the first one has taken off. A rung is decided once all that can reach it
-stand there, so that no decision depends on which came first. Knows trials by number only.
+head first. So no trial is suspended before the first one has taken off.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from statistics import fmean, stdev
+
+from loraloom.tuning.rungs import Rungs
 
 #: A trial has taken off when its last training losses lie below the best constant answer's by this many standard
 #: errors, and by this share of it. The last losses are those of a ninth of the steps, and of ``WINDOW`` steps at least.
@@ -38,36 +39,8 @@ class Standing:
 
 
 @dataclass
-class SuccessiveHalving:
-    """``rungs`` places from which the best ``1 / reduction`` continue, at least ``least``, and the best by metric."""
-
-    rungs: int
-    reduction: int
-    least: int = 1
-    #: rung → trials that continue from it; None before it is decided
-    sent: list[list[int] | None] = field(default_factory=list)
-    #: suspended trials that train to their end after all, because none of the others learned
-    resumed: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.sent = self.sent or [None] * self.rungs
-
-    @property
-    def open(self) -> int:
-        """The first rung that is not decided; ``rungs`` where none is."""
-        return next((rung for rung, sent in enumerate(self.sent) if sent is None), self.rungs)
-
-    def members(self, rung: int, trials: Iterable[int]) -> list[int]:
-        """Those that come to ``rung``, of all ``trials``."""
-        sent = self.sent[rung - 1] if rung else None
-        return sorted(trials) if rung == 0 else sorted(sent or [])
-
-    def quota(self, count: int) -> int:
-        return max(math.ceil(count / self.reduction), min(self.least, count))
-
-    def pass_all(self, trials: Iterable[int]) -> None:
-        """Let all trials pass the open rung."""
-        self.sent[self.open] = sorted(trials)
+class SuccessiveHalving(Rungs):
+    """The best ``1 / reduction`` by the held-out loss continue, and the best by metric."""
 
     def decide(self, standings: Mapping[int, Standing]) -> list[int]:
         """The trials at the open rung that continue; the others are suspended."""
@@ -82,19 +55,3 @@ class SuccessiveHalving:
             chosen.append(min(finite, key=lambda trial: (-standings[trial].good, *order(trial))))
         self.sent[self.open] = sorted(set(chosen))
         return sorted(set(chosen))
-
-    def suspended(self, trials: Iterable[int]) -> dict[int, int]:
-        """Trial → the rung at which it is suspended."""
-        found: dict[int, int] = {}
-        for rung in range(self.open):
-            on = self.sent[rung]
-            found |= {t: rung for t in self.members(rung, trials) if t not in (on or []) and t not in self.resumed}
-        return found
-
-    def resume(self, trials: Iterable[int]) -> list[int]:
-        """Those suspended at the furthest rung train to their end; empty if none is suspended."""
-        held = self.suspended(trials)
-        furthest = max(held.values(), default=0)
-        chosen = sorted(trial for trial, rung in held.items() if rung == furthest)
-        self.resumed += chosen
-        return chosen
