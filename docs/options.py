@@ -38,6 +38,7 @@ CHINESE = {
     "Best configurations to train again with other seeds": "多少组最好的配置换种子重新训练",
     "Other seeds for each finalist; 0 for none": "每组换几个种子；0 表示不换",
     "Metric to compare by": "用哪个指标比较",
+    "Search although held-out rows are among the training rows": "留出的行与训练行重复时也照样搜索",
     "Trials to train together": "多少个 trial 一起训练",
     "Memory limit, such as 8GiB": "内存上限，例如 8GiB",
     "Packs to train at once, each in its own process (Ray)": "同时训练的 pack 数，每个在自己的进程里（Ray）",

@@ -505,6 +505,29 @@ def test_held_out_rows_of_one_class_are_refused(classify: Make, tmp_path: Path) 
     assert not (tmp_path / "search").exists()
 
 
+def test_rows_that_two_parts_share_are_refused_unless_allowed(classify: Make, reviews: Path, tmp_path: Path) -> None:
+    same = tmp_path / "test.jsonl"
+    same.write_text("".join(reviews.read_text().splitlines(keepends=True)[:20]))
+    with pytest.raises(DataError) as error:
+        search(classify(RATES, train={"test_split": same, "eval_split": 40}))
+    text = str(error.value)
+    assert text.startswith(f"{same}: ")
+    assert f"of 20 test rows are among the training rows as well ({same}, line " in text
+    assert f"is the same as {reviews}, line " in text
+    assert "--allow-shared-rows" in text
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_search_says_of_its_rows_what_weakens_a_verdict(classify: Make, tmp_path: Path) -> None:
+    rows = tmp_path / "test.jsonl"
+    rows.write_text('{"text": "never seen before", "label": "praise"}\n')
+    said: list[Message] = []
+    module.search(classify(RATES, trials=1, train={"test_split": rows, "max_steps": 1}), said.append)
+    assert [m.figures["part"] for m in said if m.kind == "few_rows"] == ["validation", "test"]
+    (one,) = [m for m in said if m.kind == "one_class_test"]
+    assert sentence(one).startswith("all 1 test rows are labelled 'praise'")
+
+
 # -- killed -----------------------------------------------------------------------------------------------------------
 
 
@@ -606,8 +629,9 @@ def test_every_task_can_be_searched_by_its_own_metric(
         max_steps=4, batch_size=4, eval_split=6, lora=LoraConfig(r=4, target_modules="all-linear"),
     )  # fmt: skip
     options = TuneConfig(
-        train=train, space=Space.parse(RATES, train), trials=4, finalists=1, seeds=0, slots=4, sampler="random"
-    )
+        train=train, space=Space.parse(RATES, train), trials=4, finalists=1, seeds=0, slots=4, sampler="random",
+        allow_shared_rows=True,
+    )  # fmt: skip
     result = search(options)
     assert result.verdict.metric == metric
     assert all(metric in trial["curve"]["evaluations"][-1] for trial in result.record["trials"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from loraloom.config.checks import Check, as_it_is, choice, number, size, text, whole
+from loraloom.config.checks import Check, as_it_is, choice, flag, number, size, text, whole
 from loraloom.config.options import Option, Options, option
 
 PRESETS = ("quick", "standard", "thorough")
@@ -31,6 +31,9 @@ class SearchOptions(Options):
     finalists: int = _tune(3, whole(1), "Best configurations to train again with other seeds", unset=_PRESETS_OWN)
     seeds: int = _tune(2, whole(0), "Other seeds for each finalist; 0 for none", unset=_PRESETS_OWN)
     metric: str = _tune("", Check(as_it_is, {"type": "string"}), "Metric to compare by", unset="the task's first")
+    allow_shared_rows: bool = _run(
+        False, flag(), "Search although held-out rows are among the training rows", since="0.2"
+    )
     slots: int | None = _run(None, whole(1), "Trials to train together", unset="as many as pay")
     memory: int | None = _run(None, size(), "Memory limit, such as 8GiB", unset="what is free")
     workers: int = _run(1, whole(1), "Packs to train at once, each in its own process (Ray)")

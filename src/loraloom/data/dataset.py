@@ -39,6 +39,8 @@ BAD_ROWS = "bad-rows.jsonl"
 SHOWN = 16
 #: Parts that are not trained on → their options.
 HELD_OUT = {"validation": "eval_split", "test": "test_split"}
+#: Parts that must not have rows in common.
+COMPARED = (("validation", "train"), ("test", "train"), ("test", "validation"))
 
 Array = npt.NDArray[Any]
 
@@ -111,6 +113,8 @@ class Data:
     warnings: list[str] = field(default_factory=list)
     #: the chat template of the conversations, unless it is the tokenizer's own
     template: str | None = None
+    #: rows that two parts have in common
+    shared: list[summary.Shared] = field(default_factory=list)
 
     def messages(self) -> list[Message]:
         """The notes, the amounts, and the warnings."""
@@ -250,9 +254,11 @@ def tokenise(rows: Rows, options: TrainConfig, task: RowTask, tokenizer: Any, on
             what = summary.WHAT[part]
             reasons = summary.reasons(encoded, flags)
             raise DataError(f"{options.data}: no {what} row is left of {len(flags):,}: {reasons}")
-    for part in HELD_OUT:
-        if part in parts:
-            warnings += summary.repeated(part, parts["train"].examples, parts[part].examples)
+    warnings += summary.repeated(parts["train"].examples)
+    pairs = [(part, other) for part, other in COMPARED if part in parts]
+    found = [summary.shared(part, parts[part].examples, other, parts[other].examples) for part, other in pairs]
+    shared = [one for one in found if one is not None]
+    warnings += [one.warning for one in shared]
     if skip and (count := _write_bad_rows(rows, made, Path(options.output))):
         left = "is" if count == 1 else "are"
         place = Path(options.output) / BAD_ROWS
@@ -275,6 +281,7 @@ def tokenise(rows: Rows, options: TrainConfig, task: RowTask, tokenizer: Any, on
         notes,
         warnings,
         template,
+        shared,
     )
 
 

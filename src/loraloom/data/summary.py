@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,19 +55,50 @@ def reasons(encoded: Encoded, flags: Array) -> str:
     return "; ".join(found) or "none can be encoded"
 
 
-def repeated(part: str, train: Examples, others: Examples) -> list[str]:
-    """Warnings about rows with equal tokens: within training, and in both training and ``part``."""
-    found = []
-    table = train.table
-    chosen = np.isin(table.example_rows, np.unique(train.rows))
-    distinct, counts = np.unique(table.digests[chosen], return_counts=True)
-    twice = int(counts.sum()) - len(distinct)
-    if twice and part == "validation":
-        found.append(f"{rows(twice, 'training')} {'is' if twice == 1 else 'are'} the same as another one")
-    if shared := int(np.isin(others.digests, distinct).sum()):
-        share = shared / len(others)
-        found.append(
-            f"{rows(shared, WHAT[part])} ({share:.1%}) {'is' if shared == 1 else 'are'} among the training rows as "
-            "well, so the evaluation flatters; take them out of one of the two"
+@dataclass(frozen=True)
+class Shared:
+    """``count`` of the ``of`` examples of ``part`` have the tokens of one of ``other``; ``places`` are of the first."""
+
+    part: str
+    other: str
+    count: int
+    of: int
+    places: tuple[str, str]
+
+    @property
+    def share(self) -> float:
+        return self.count / self.of
+
+    @property
+    def warning(self) -> str:
+        """A sentence."""
+        among = f"{rows(self.count, WHAT[self.part])} ({self.share:.1%}) {'is' if self.count == 1 else 'are'} among the"
+        return (
+            f"{among} {WHAT[self.other]} rows as well, so the evaluation flatters; take them out of one of the two "
+            f"(the first is {self.places[0]}, the same as {self.places[1]})"
         )
+
+
+def shared(part: str, examples: Examples, other: str, others: Examples) -> Shared | None:
+    """Examples of ``part`` that the model cannot tell from examples of ``other``; None without any."""
+    both = np.isin(examples.digests, _digests(others))
+    if not both.any():
+        return None
+    first = int(np.argmax(both))
+    twin = int(np.argmax(others.digests == examples.digests[first]))
+    places = examples.where(first), others.where(twin)
+    return Shared(part, other, int(both.sum()), len(examples), places)
+
+
+def repeated(train: Examples) -> list[str]:
+    """A warning about training rows with equal tokens."""
+    digests = _digests(train)
+    twice = len(digests) - len(np.unique(digests))
+    return [f"{rows(twice, 'training')} {'is' if twice == 1 else 'are'} the same as another one"] if twice else []
+
+
+def _digests(examples: Examples) -> Array:
+    """Of the rows of ``examples``, each once."""
+    table = examples.table
+    found: Array = table.digests[np.isin(table.example_rows, np.unique(examples.rows))]
     return found

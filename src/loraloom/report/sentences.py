@@ -104,6 +104,13 @@ def _rung(
 SEARCH: Table = {
     "note": "{text}",
     "data": "{rows:,} rows to train on, {held_out:,} held out; {tokens:,} tokens an epoch, padding {padding:.1%}",
+    "few_rows": (
+        "{rows:row} for {part} are few: a share of them, such as accuracy, is known to within {margin:.2f} at best (95 "
+        "%), so only large differences can be shown; more rows show smaller ones"
+    ),
+    "one_class_test": (
+        "all {rows} test rows are labelled {label}, so the test says nothing of the others; keep more rows for it"
+    ),
     "left_for_full": "not used by the search, but when the best is trained in full ({file}): {keys}",
     "resumed": "resuming in {folder}: {ended} of {trials} trials have ended",
     "slots": _slots,

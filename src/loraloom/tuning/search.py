@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from loraloom.engine.slot import Curve
 from loraloom.engine.slot_state import SlotState
-from loraloom.errors import ConfigError, DataError, SaveError
+from loraloom.errors import ConfigError, SaveError
 from loraloom.files import lock
 from loraloom.files.atomic import replace_links
 from loraloom.messages import Describe, Message, OnEvent, ignore, logged
@@ -28,6 +28,7 @@ from loraloom.training.output import check_output
 from loraloom.training.preflight.doctor import amount
 from loraloom.training.setup import Setup, load
 from loraloom.training.signals import asked_to_stop
+from loraloom.tuning import held_out
 from loraloom.tuning.asha import SuccessiveHalving
 from loraloom.tuning.conclusion import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, conclude
 from loraloom.tuning.config import TuneConfig
@@ -96,7 +97,8 @@ def _prepare(options: TuneConfig) -> tuple[TuneConfig, Setup]:
 
         need_ray()
     setup = load(options.train, date=None if options.train.overwrite else date_of(folder))
-    _check_validation(setup)
+    begun = (folder / STATE_NAME).exists() and not options.train.overwrite
+    held_out.check(setup, allow_shared=options.allow_shared_rows or begun)
     metric, own = options.metric, setup.metrics
     if metric == setup.task.kind().unasked[0] and metric not in own.names and not own.own:
         metric = own.first  # labels turned out to be numbers or several classes, or tags to mark no entities
@@ -153,7 +155,7 @@ class Search:
         data, options = self.setup.data, self.options.train
         batch = options.batch_size * options.gradient_accumulation_steps
         few = amount(len(data.train.examples), batch, self.setup.steps_of(options)[0])
-        for message in [*data.messages(), *few]:
+        for message in [*data.messages(), *held_out.messages(self.setup), *few]:
             self.on_event(message)
         if later := self.options.left_for_later:
             self.on_event(Message("left_for_full", keys=later, file=BEST_FILE))
@@ -301,17 +303,6 @@ class Search:
     def _save(self, numbers: Mapping[int, SlotState]) -> None:
         save_state(self.folder, self.state, numbers)
         self.journal.keep(self.trials)
-
-
-def _check_validation(setup: Setup) -> None:
-    """Held-out rows of a single class rank no configuration above another."""
-    labels = {example.labels for example in setup.data.validation.examples if isinstance(example.labels, int)}
-    if len(labels) == 1:
-        raise DataError(
-            f"{setup.options.eval_split if isinstance(setup.options.eval_split, str) else setup.options.data}: all "
-            f"{len(setup.data.validation.examples)} held-out rows are labelled "
-            f"{setup.data.names[labels.pop()]!r}, so no configuration can be told from another; hold out more rows"
-        )
 
 
 def _fingerprint(options: TuneConfig, setup: Setup) -> str:
