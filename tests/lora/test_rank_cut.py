@@ -12,7 +12,7 @@ from torch import nn
 
 from loraloom import LoraConfig, PeftModel, get_peft_model
 from loraloom.errors import AdapterError
-from loraloom.lora.rank_cut import cut_rank, truncated
+from loraloom.lora.rank_cut import Directions, RankCuts, cut_rank, rescale
 
 
 @settings(max_examples=30, deadline=None)
@@ -20,7 +20,8 @@ from loraloom.lora.rank_cut import cut_rank, truncated
 def test_it_is_the_truncated_singular_value_decomposition(out: int, width: int, rank: int, r: int, seed: int) -> None:
     source = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(*shape, generator=source) for shape in ((rank, width), (out, rank)))
-    new_a, new_b = truncated(a, b, r)
+    r = min(r, rank)
+    new_a, new_b = Directions.of(a, b).cut(r)
     assert (new_a.shape, new_b.shape) == ((r, width), (out, r))
     u, values, v = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
     assert torch.allclose(new_b @ new_a, u[:, :r] @ torch.diag(values[:r]) @ v[:r], atol=1e-9)
@@ -70,6 +71,54 @@ def test_an_update_that_uses_fewer_directions_loses_nothing(tmp_path: Path) -> N
     model.save_pretrained(tmp_path, selected_adapters=["small"])
     again = PeftModel.from_pretrained(net(), tmp_path / "small")
     assert torch.equal(again(x), model(x))
+
+
+def test_ranks_by_energy_keep_more_of_the_update_at_no_more_parameters_and_peft_reads_them(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = trained(alpha_pattern={"3": 5}, use_rslora=True)
+    with torch.no_grad():  # the second needs all of its rank, the others hardly any
+        for name in ("0", "3"):
+            model.base_model.lora_layers[name].factors("default")[0][1:] *= 0.01
+    cuts = RankCuts(model, "default")
+    cuts.add("even", 2)
+    config = cuts.add("each", 2, by_energy=True)
+    layers = model.base_model.lora_layers
+    assert {name: layer.r["each"] for name, layer in layers.items()} == {"0": 1, "1": 4, "3": 1}
+    assert (config.r, config.rank_pattern) == (4, {"^0": 1, "^3": 1})
+    size = {name: sum(one.numel() for one in model.adapter_parameters(name).values()) for name in ("even", "each")}
+    assert size["each"] <= size["even"]
+
+    def lost(name: str) -> float:
+        return sum(
+            float((one.get_delta_weight("default") - one.get_delta_weight(name)).norm() ** 2) for one in layers.values()
+        )
+
+    assert lost("each") < 0.5 * lost("even")
+    assert all(layer.scaling["each"] == pytest.approx(layer.scaling["default"]) for layer in layers.values())
+    model.set_adapter("each")
+    x = torch.arange(11)
+    model.save_pretrained(tmp_path, selected_adapters=["each"])
+    for library in (PeftModel, peft.PeftModel):
+        again = library.from_pretrained(net(), str(tmp_path / "each"))
+        torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, PATTERNS])
+def test_another_scale_is_another_alpha_of_the_same_tensors_and_peft_reads_it(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = trained(**changes)
+    assert rescale(model, "default", "halved", 0.5).lora_alpha == 4
+    own, old = model.adapter_parameters("halved"), model.adapter_parameters("default")
+    assert all(torch.equal(own[key], old[key]) for key in old)
+    for layer in model.base_model.lora_layers.values():
+        assert layer.scaling["halved"] == 0.5 * layer.scaling["default"]
+    model.set_adapter("halved")
+    x = torch.arange(11)
+    model.save_pretrained(tmp_path, selected_adapters=["halved"])
+    again = peft.PeftModel.from_pretrained(net(), str(tmp_path / "halved"))
+    torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_heads_and_biases_are_copied() -> None:

@@ -418,7 +418,7 @@ def test_a_search_that_is_done_leaves_nothing_of_the_way(classify: Make, tmp_pat
 def test_a_search_that_learned_leaves_the_best_and_nothing_of_the_way(
     found: tuple[TuneConfig, SearchResult, Watch],
 ) -> None:
-    left = {path.name for path in Path(found[0].train.output).iterdir()} - {"full", "best-smaller"}
+    left = {path.name for path in Path(found[0].train.output).iterdir()} - {"full", "best-smaller", "best-scaled"}
     assert left == {"best", "best.yaml", "result.json", STATE_NAME, "study.log", "trials"}
 
 

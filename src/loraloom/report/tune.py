@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -24,6 +24,7 @@ from loraloom.tuning.executor import SearchStatus
 from loraloom.tuning.final_test import FinalTest
 from loraloom.tuning.ranking import Score, originals, ranking, scores, varying
 from loraloom.tuning.selection import difference
+from loraloom.tuning.smaller import Cuts
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.verdict import Verdict
 
@@ -136,10 +137,8 @@ def conclusion(found: Verdict) -> RenderableType:
     ]
     if found.runner_up is not None:
         lines.append(Text(_runner_up(found, found.runner_up)))
-    if found.cuts is not None and (cut := found.cuts.offered) is not None:
-        figures = {"r": cut.r, "parameters": cut.parameters, "bytes": cut.bytes, "value": cut.metric}
-        where = {"adapter": found.cuts.adapter, "metric": found.metric, "worse": cut.worse, "error": cut.error}
-        lines.append(Text(sentence(Message("smaller", **figures, **where))))
+    if found.cuts is not None:
+        lines += [Text(sentence(message)) for message in cut_messages(found.cuts, found.metric)]
     if found.test is not None:
         lines += [Text(sentence(message)) for message in final_test_messages(found.test)]
     if found.tie or found.runner_up is None:
@@ -156,6 +155,17 @@ def _with_advice(lines: Sequence[Text], found: Verdict, title: str) -> Renderabl
             bullet.add_row("•", Text(sentence(advice)))
             parts.append(bullet)
     return Padding(Group(*parts), (1, 0, 0, 0))
+
+
+def cut_messages(cuts: Cuts, metric: str) -> list[Message]:
+    """The lower rank and the other scale that are offered."""
+    messages = []
+    if cuts.offered is not None:
+        messages.append(Message("smaller", name=metric, adapter=cuts.adapter, **asdict(cuts.offered)))
+    if cuts.scaled is not None:
+        more = {"name": metric, "adapter": cuts.scaled_adapter, "scales": len(cuts.scales)}
+        messages.append(Message("scaled", **more, **asdict(cuts.scaled)))
+    return messages
 
 
 def _above(gain: Gain) -> str:

@@ -51,11 +51,20 @@ def _runner_up(
 
 
 def _smaller(
-    r: int, parameters: int, bytes: int, metric: str, value: float, worse: float, error: float, adapter: str
+    name: str,
+    r: int,
+    parameters: int,
+    bytes: int,
+    metric: float,
+    worse: float,
+    error: float,
+    by_energy: bool,
+    adapter: str,
 ) -> str:
     lost = f"{gap(worse)} worse" if worse > 0 else f"{gap(-worse)} better" if worse < 0 else "no different"
     extent = f"{parameters:,} parameters, {size(bytes)}"
-    return f"cut to r={r} it is as good ({metric} {figure(value)}, {lost} ± {gap(error)}), with {extent}: {adapter}"
+    way = f"the size of r={r}, with a rank for each module," if by_energy else f"r={r}"
+    return f"cut to {way} it is as good ({name} {figure(metric)}, {lost} ± {gap(error)}), with {extent}: {adapter}"
 
 
 def _tested(metric: str, rows: int, seeds: int, value: float, low: float, high: float) -> str:
@@ -109,6 +118,10 @@ VERDICT: Table = {
     "tie": _tie,
     "none_finished": "no trial finished: the {compared} that came furthest are compared, at {share:.0%} of their steps",
     "smaller": _smaller,
+    "scaled": lambda name, factor, lora_alpha, metric, better, error, scales, adapter: (
+        f"at {factor:g} times its scale (lora_alpha {lora_alpha:g}) it is better ({name} {figure(metric)}, "
+        f"{gap(better)} better ± {gap(error)}, the best of {scales} scales on the rows that chose it): {adapter}"
+    ),
     "tested": _tested,
     "against": _against,
     "no_test": (

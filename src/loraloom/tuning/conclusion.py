@@ -48,8 +48,8 @@ def conclude(options: TuneConfig, setup: Setup, state: State, describe: Describe
     best = folder / BEST_NAME
     found, source = _judge(options, state)
     if source is not None:
-        found = _tested(setup, found, state, folder)
         found = replace(found, cuts=cut(setup, found.metric, source, folder))
+        found = _tested(setup, found, state, folder)
     made = record(
         found,
         state.trials,

@@ -29,7 +29,7 @@ class SearchRecord:
     to_beat: Gain | None
     #: the best on rows that chose nothing; None if there are no such rows
     test: FinalTest | None
-    #: the best cut to lower ranks, the largest first; None without a best one
+    #: the best at lower ranks and other scales; None without a best one
     cuts: Cuts | None
     trials: Sequence[Mapping[str, Any]]
     pareto: list[int]

@@ -36,7 +36,7 @@ from loraloom.tuning.executor import Executor, LocalExecutor, SearchStatus
 from loraloom.tuning.journal import Journal
 from loraloom.tuning.sampler import JOURNAL_NAME
 from loraloom.tuning.scheduler import Scheduler
-from loraloom.tuning.smaller import SMALLER_NAME
+from loraloom.tuning.smaller import SCALED_NAME, SMALLER_NAME
 from loraloom.tuning.state import (
     STATE_NAME,
     TRIALS,
@@ -90,7 +90,7 @@ def _prepare(options: TuneConfig) -> tuple[TuneConfig, Setup]:
     """Read and check everything. Returns the options completed by what the rows showed."""
     check_output(options.train, files=(RESULT_NAME, BEST_FILE, STATE_NAME, JOURNAL_NAME, "search.png", "pareto.png"))
     folder = Path(options.train.output)
-    links = (BEST_NAME, SMALLER_NAME, TRIALS, JOURNAL_NAME)
+    links = (BEST_NAME, SMALLER_NAME, SCALED_NAME, TRIALS, JOURNAL_NAME)
     replace_links(*(folder / name for name in links), *(folder / TRIALS).glob("trial-*"))
     if options.over_ray:
         from loraloom.tuning.ray_executor import need_ray
@@ -134,7 +134,7 @@ class Search:
         """Train until everything is decided."""
         self._describe()
         if self.options.train.overwrite:
-            clear(self.folder, RESULT_NAME, BEST_FILE, BEST_NAME, SMALLER_NAME)
+            clear(self.folder, RESULT_NAME, BEST_FILE, BEST_NAME, SMALLER_NAME, SCALED_NAME)
         found = load_state(self.folder, self.fingerprint, self.factory.trial_options)
         halving = SuccessiveHalving(len(self.options.rungs), self.options.reduction, self.options.finalists)
         self.state = found or State(self.fingerprint, 0, halving, date=self.options.train.date)

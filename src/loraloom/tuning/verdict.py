@@ -53,7 +53,7 @@ class Verdict:
     able: list[int] = field(default_factory=list)
     #: ``best`` on rows that chose nothing, if there are such
     test: FinalTest | None = None
-    #: ``best`` cut to lower ranks, if it finished
+    #: ``best`` at lower ranks and other scales, if it finished
     cuts: Cuts | None = None
     trials: Sequence[Trial] = ()
 
