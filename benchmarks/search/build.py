@@ -200,7 +200,8 @@ def by_row(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, to
     if logits.dim() == 2:
         ones = torch.ones(len(labels))
         return F.cross_entropy(logits, labels, reduction="none"), (logits.argmax(-1) == labels).float(), ones
-    each = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
+    flat = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
+    each = flat.view(len(labels), -1)
     count = (labels[:, 1:] != -100).sum(1).float()
     return each.sum(1) / count.clamp(min=1), torch.zeros(len(labels)), count
 

@@ -149,7 +149,7 @@ def docstrings_by_module() -> Iterator[tuple[str, str]]:
                     yield module, words
 
 
-def english(folder: Path, train: int = 2000, pool: int = 1000, steps: int = 1500) -> None:
+def english(folder: Path, train: int = 2000, pool: int = 500, steps: int = 1500) -> None:
     """A Llama shape of 3 million parameters, pretrained on the code alone: no docstring and no comment."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -167,7 +167,7 @@ def english(folder: Path, train: int = 2000, pool: int = 1000, steps: int = 1500
             code.append(ast.unparse(tree))
         except (SyntaxError, RecursionError):
             continue
-    texts = spread(sorted({text for _, text in docstrings_by_module()}), train + pool, "english")
+    texts = spread(sorted({text for _, text in docstrings_by_module()}), train + 2 * pool, "english")
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False)
@@ -196,7 +196,7 @@ def english(folder: Path, train: int = 2000, pool: int = 1000, steps: int = 1500
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     write(folder / "train.jsonl", [{"text": text} for text in texts[:train]])
-    write(folder / "pool.jsonl", [{"text": text} for text in texts[train:]])
+    write(folder / "pool.jsonl", [{"text": text} for text in texts[train : train + pool]])
 
 
 def keyword(folder: Path, seed: int, train: int, classes: str, wrong: float = 0.0, pool: int = 1000) -> None:
