@@ -412,14 +412,14 @@ def test_a_search_is_gone_on_with_in_as_many_slots_as_are_given_now(classify: Ma
 def test_a_search_that_is_done_leaves_nothing_of_the_way(classify: Make, tmp_path: Path) -> None:
     search(classify(RATES))
     left = sorted(path.name for path in (tmp_path / "search").iterdir())
-    assert left == ["result.json", STATE_NAME, "study.log", "trials"]  # of nine steps nothing is learned
+    assert left == ["result.json", STATE_NAME, "search.yaml", "study.log", "trials"]  # of nine steps nothing is learned
 
 
 def test_a_search_that_learned_leaves_the_best_and_nothing_of_the_way(
     found: tuple[TuneConfig, SearchResult, Watch],
 ) -> None:
     left = {path.name for path in Path(found[0].train.output).iterdir()} - {"full", "best-smaller", "best-scaled"}
-    assert left == {"best", "best.yaml", "result.json", STATE_NAME, "study.log", "trials"}
+    assert left == {"best", "best.yaml", "result.json", STATE_NAME, "search.yaml", "study.log", "trials"}
 
 
 def test_another_search_in_the_folder_is_refused_before_it_is_touched_and_replaced_when_asked(

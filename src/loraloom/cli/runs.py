@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,25 @@ from loraloom.errors import ConfigError
 NEWEST = "newest"
 
 
-def tune(given: dict[str, Any], run_file: RunFile = None, settings: Settings = None) -> None:
+def tune(
+    given: dict[str, Any],
+    run_file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN.yaml|DIR",
+            help="Run file, or folder of a search to resume or extend; options that are given beside it win over it",
+        ),
+    ] = None,
+    settings: Settings = None,
+    add_trials: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Extend the search in the folder by N trials, also a finished one",
+            rich_help_panel="Search",
+        ),
+    ] = None,
+) -> None:
     """Train many configurations at once on one frozen model, and say which to use and why.
 
     Give a run file, or --model, --data, --task and --output. Key tune.space sets what varies, for example --set
@@ -23,8 +42,12 @@ def tune(given: dict[str, Any], run_file: RunFile = None, settings: Settings = N
     """
     from loraloom.report.session import tune_run
     from loraloom.tuning.config import TuneConfig
+    from loraloom.tuning.state import run_file as kept_in
 
-    tune_run(TuneConfig.read(run_file, settings or (), given))
+    if run_file is not None and Path(run_file).is_dir():
+        given = {"output": run_file, **given}
+        run_file = kept_in(run_file)
+    tune_run(TuneConfig.read(run_file, settings or (), given), add_trials=add_trials)
 
 
 def train(

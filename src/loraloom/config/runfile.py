@@ -291,12 +291,17 @@ def write(options: TrainConfig, path: str | Path, title: str = "") -> None:
     path = Path(path)
     lines = [f"# {line}" for line in title.splitlines()]
     lines += [f"# Train it with: loraloom train {path.name}; --set lora.r=8 changes one value.", ""]
+    write_files(path.parent, {path.name: "\n".join([*lines, text(options)]).encode()})
+
+
+def text(options: TrainConfig) -> str:
+    """The text of a run file that ``read`` gives back as equal ``options``."""
 
     def said(option: Option, value: Any) -> bool:
         needless = (option.section == "lora" and option.starter is None) or option.name == "overwrite"
         return value is not None and not (needless and value == option.default)
 
-    write_files(path.parent, {path.name: "\n".join([*lines, render(options, said)]).encode()})
+    return render(options, said)
 
 
 def render(

@@ -80,6 +80,11 @@ def _spread(rates: Sequence[float]) -> str:
     return f" ({min(rates):,.0f} to {max(rates):,.0f})" if len(rates) > 1 else ""
 
 
+def _extended(added: int, trials: int, changed: Sequence[str]) -> str:
+    more = f"{counted(added, 'more trial')}, {trials} in all" if added else "no more trials"
+    return f"the search is extended: {more}{f'; other {shown(changed)}' if changed else ''}"
+
+
 def _bar(metric: str, bar_words: str | None, bar: float | None) -> str:
     return "any answer that does not depend on the rows" if bar is None else f"{bar_words} ({bar:.3g})"
 
@@ -113,6 +118,7 @@ SEARCH: Table = {
     ),
     "left_for_full": "not used by the search, but when the best is trained in full ({file}): {keys}",
     "resumed": "resuming in {folder}: {ended} of {trials} trials have ended",
+    "extended": _extended,
     "slots": _slots,
     "to_beat": lambda metric, **bar: f"to beat: {_bar(metric, **bar)} in {metric}",
     "started": lambda trial, params: f"trial {trial} starts: {settings(params)}",

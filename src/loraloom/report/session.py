@@ -134,10 +134,13 @@ def data_run(options: TrainConfig, console: Console | None = None, *, rows: int 
         console.print(expectations([], outlook(job)), soft_wrap=True)
 
 
-def tune_run(options: TuneConfig, console: Console | None = None) -> SearchResult:
+def tune_run(options: TuneConfig, console: Console | None = None, *, add_trials: int | None = None) -> SearchResult:
     """Search by ``options``, or resume the search in their folder, with progress on ``console``.
 
     The output folder gets the best adapter, ``best.yaml``, ``result.json`` and two pictures.
+
+    Args:
+        add_trials: extend the search in the folder by that many trials.
 
     Raises:
         LoraloomError: as ``search``.
@@ -145,7 +148,7 @@ def tune_run(options: TuneConfig, console: Console | None = None) -> SearchResul
     console = console or Console()
     _print(options.notes, console)
     with TuneMeter(console) as meter:
-        result = search(options, meter.event, meter.update, describe=sentence)
+        result = search(options, meter.event, meter.update, describe=sentence, add_trials=add_trials)
     found, folder, metric = result.verdict, result.folder, result.verdict.metric
     console.print(leaderboard(found, metric, width=console.width))
     console.print(conclusion(found))

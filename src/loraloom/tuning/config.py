@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loraloom import tasks
-from loraloom.config import runfile
+from loraloom.config import runfile, yamltext
 from loraloom.config.lora import LoraConfig
 from loraloom.config.options import options_of
 from loraloom.config.train import TrainConfig
@@ -21,6 +21,9 @@ from loraloom.tuning.space import PRESETS, Space
 
 #: Shares of the steps at which trials are compared. Few are early: early losses say least about the end.
 RUNGS = (1 / 9, 2 / 9, 1 / 3, 1 / 2, 2 / 3)
+#: What an extension of a search may change.
+EXTENT = ("trials", "space", "finalists", "seeds")
+RUN_FILE_TITLE = "# The options of this search. To resume or extend it: loraloom tune and the name of this folder."
 
 
 @dataclass(kw_only=True)
@@ -117,6 +120,19 @@ class TuneConfig(SearchOptions):
 
     def fingerprint(self) -> str:
         """A hash of all that determines the result: not the folder, the machine, or how many trials train together."""
+        return _hash(self._determining())
+
+    def fixed(self) -> str:
+        """The same of what no extension may change, and without options that a search does not use."""
+        values = self._determining()
+        for name in EXTENT:
+            del values[name]
+        for name, option in options_of(TrainConfig).items():
+            if option.search == "unused" or option.resume == "nothing":
+                values["train"].pop(name, None)
+        return _hash(values)
+
+    def _determining(self) -> dict[str, Any]:
         values = self.to_dict()
         train, lora = values["train"], values["train"]["lora"]
         lora["peft_version"] = "0.21.2"  # part of the hash since 0.1; no version makes another search
@@ -127,7 +143,19 @@ class TuneConfig(SearchOptions):
                     section.pop(name, None)
         for name in ("output", "overwrite", *(["date"] if self.train.date is None else [])):
             del values["train"][name]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return values
+
+    def run_file(self) -> str:
+        """A run file that ``read`` gives back as equal options."""
+        values = ((one, getattr(self, name)) for name, one in options_of(SearchOptions).items())
+        lines = [f"  {one.leaf}: {yamltext.write(value)}" for one, value in values if value is not None]
+        space = [f"    {key}: {yamltext.write(value)}" for key, value in self.space.to_dict().items()]
+        head = [RUN_FILE_TITLE, ""]
+        return "\n".join([*head, runfile.text(self.train), "tune:", *lines, "  space:", *space, ""])
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _with_preset(tune: Mapping[str, Any], base: TrainConfig) -> dict[str, Any]:

@@ -44,6 +44,9 @@ class Categorical:
 
         return CategoricalDistribution(list(self.values))
 
+    def holds(self, label: Any) -> bool:
+        return label in self.values
+
     def grid(self, key: str) -> list[Any]:
         return list(self.values)
 
@@ -89,6 +92,9 @@ class Range:
         if self.whole:
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+
+    def holds(self, value: Any) -> bool:
+        return _is_number(value) and self.low <= value <= self.high and abs(self._number(value) - value) < 1e-9
 
     def grid(self, key: str) -> list[Any]:
         if self.size is None:

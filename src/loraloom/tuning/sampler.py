@@ -6,13 +6,13 @@ proposes the same.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraloom.files.quiet import quiet
 from loraloom.lora.initialize import seed_of
 from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.params import Categorical, Range
 from loraloom.tuning.ranking import goodness
 from loraloom.tuning.trial import Trial
 
@@ -25,14 +25,22 @@ JOURNAL_NAME = "study.log"
 _ASK_AGAIN = 50
 
 
-def propose(options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler | None = None) -> dict[str, Any] | None:
-    """The values of the next trial; None when the space has no other. ``sampler`` is the user's own."""
+def propose(
+    options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler | None = None, favoured: int | None = None
+) -> dict[str, Any] | None:
+    """The values of the next trial; None when the space has no other.
+
+    Args:
+        trials: those so far whose values lie in the space.
+        sampler: the user's own.
+        favoured: how many known good configurations come first; by default half of the trials.
+    """
     tried = [trial.values for trial in trials if trial.repeats is None]
     number = len(tried)
     if options.sampler == "grid" and sampler is None:
-        return next(itertools.islice(options.space.grid(), number, None), None)
-    known = (options.trials + 1) // 2 if options.sampler == "tpe" and sampler is None else 0
-    for values in options.space.prior(known):
+        return next((values for values in options.space.grid() if values not in tried), None)
+    favoured = (options.trials + 1) // 2 if favoured is None else favoured
+    for values in options.space.prior(favoured if options.sampler == "tpe" and sampler is None else 0):
         if values not in tried:
             return values
     for attempt in range(_ASK_AGAIN):
@@ -79,7 +87,20 @@ def frozen(options: TuneConfig, trial: Trial) -> FrozenTrial:
         state=state,
         value=list(measured.values())[-1] if state is states.COMPLETE else None,
         params=dict(trial.values),
-        distributions=options.space.distributions(),
+        distributions=_distributions(options, trial),
         intermediate_values=measured,
         user_attrs={"trial": trial.number, "parameters": trial.parameters, "reason": trial.reason},
     )
+
+
+def _distributions(options: TuneConfig, trial: Trial) -> dict[str, Any]:
+    """Of each value; a value of an earlier space has one of its own."""
+    from optuna.distributions import CategoricalDistribution
+
+    params = options.space.params
+    own = {key: params[key].distribution() for key, value in trial.values.items() if _holds(params.get(key), value)}
+    return {key: own.get(key) or CategoricalDistribution([value]) for key, value in trial.values.items()}
+
+
+def _holds(param: Categorical | Range | None, value: Any) -> bool:
+    return param is not None and param.holds(value)

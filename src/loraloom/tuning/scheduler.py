@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loraloom.messages import Message, OnEvent
 from loraloom.training.setup import Setup
-from loraloom.tuning.asha import Standing
+from loraloom.tuning.asha import Standing, SuccessiveHalving
 from loraloom.tuning.bar import Bar, learned
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.ranking import goodness
@@ -49,6 +49,12 @@ class Scheduler:
 
     @property
     def originals(self) -> list[Trial]:
+        """The configurations that compete: those of the last extension that began, else all."""
+        return [trial for trial in self.configurations if trial.number >= self.state.first]
+
+    @property
+    def configurations(self) -> list[Trial]:
+        """First seeds alone."""
         return [trial for trial in self.trials if trial.repeats is None]
 
     @property
@@ -65,38 +71,69 @@ class Scheduler:
 
     def _decided(self) -> bool:
         """Take one decision, if what is known allows it."""
+        return self._advanced() or self._begin_extension()
+
+    def _advanced(self) -> bool:
         originals, halving = self.originals, self.state.halving
-        if not self.exhausted and len(originals) < self.options.trials:
+        if not self.exhausted and len(originals) < self._wanted:
             return all(self._stands(trial, 0) for trial in originals) and self._propose()
         if halving.open < halving.rungs:
             return self._decide_rung(halving.open)
         paused = halving.suspended([trial.number for trial in originals])
         if any(trial.state in ("running", "waiting") and trial.number not in paused for trial in self.trials):
             return False
-        if any(trial.repeats is not None for trial in self.trials):
+        if any(trial.repeats is not None and trial.number >= self.state.first for trial in self.trials):
             return False
-        finished = [trial for trial in originals if self._learned(trial)]
+        finished = [trial for trial in self.configurations if self._learned(trial)]
         return self._add_repeats(finished) if finished else self._resume_paused()
 
     def _stands(self, trial: Trial, rung: int) -> bool:
         """True if it waits at ``rung`` or beyond, or has ended."""
-        if trial.state in ("finished", "failed"):
+        if trial.state in ("finished", "failed", "stopped"):
             return True
         return bool(self.options.rungs) and trial.state == "waiting" and trial.step >= self._rung_step(trial, rung)
 
     def _rung_step(self, trial: Trial, rung: int) -> int:
         return rung_step(self.options, trial, rung)
 
+    # -- extensions -------------------------------------------------------------------------------------------------
+
+    def _begin_extension(self) -> bool:
+        """Begin the next extension, once nothing is left to train of what was there before."""
+        event = next((event for event in self.state.of_kind("extend") if event["first"] is None), None)
+        if event is None:
+            return False
+        paused = self.state.halving.suspended([trial.number for trial in self.originals])
+        if any(trial.state in ("running", "waiting") and trial.number not in paused for trial in self.trials):
+            return False
+        self.give_up_waiting()
+        event["first"], self.exhausted = len(self.trials), False
+        self.state.halving = SuccessiveHalving(len(self.options.rungs), self.options.reduction, self.options.finalists)
+        return True
+
+    def give_up_waiting(self) -> None:
+        """Nothing is left to train: those that wait at a rung are stopped there."""
+        for trial in self.trials:
+            if trial.state == "waiting":
+                trial.state, trial.reason = "stopped", f"others were better at step {trial.step}"
+
+    @property
+    def _wanted(self) -> int:
+        """How many configurations compete when all are proposed."""
+        begun = self.state.begun
+        return self.options.trials if begun is None else int(begun["trials"])
+
     # -- proposals --------------------------------------------------------------------------------------------------
 
     def _propose(self) -> bool:
         """The next proposals, all from the same knowledge: they do not depend on which trial came to a rung first."""
-        before, trials = len(self.originals), self.options.trials
+        before, trials, there = len(self.originals), self._wanted, len(self.trials)
         count = trials
         if self.sampler is not None or self.options.sampler == "tpe":
             count = max(PROPOSALS, trials // 4) if before else max((trials + 1) // 2, FIRST)
+        known = self._in_space()
         for _ in range(min(count, trials - before)):
-            values = propose(self.options, self.trials, self.sampler)
+            values = propose(self.options, [*known, *self.trials[there:]], self.sampler, self._favoured)
             if values is None:
                 self.exhausted = True
                 break
@@ -104,8 +141,26 @@ class Scheduler:
             trial.goal = self._rung_step(trial, 0) if self.options.rungs else trial.steps
         return True
 
+    def _in_space(self) -> list[Trial]:
+        """The trials that lie in the space, which another one may have been before."""
+        if all(event["before"]["space"] == self.state.extent["space"] for event in self.state.of_kind("extend")):
+            return list(self.trials)
+        seen = [(trial, self.factory.in_space(trial)) for trial in self.trials]
+        return [replace(trial, values=values) for trial, values in seen if values is not None]
+
+    @property
+    def _favoured(self) -> int | None:
+        """How many known good configurations are proposed first: an extension has measured better ones already."""
+        begun = self.state.begun
+        if begun is None:
+            return None
+        return (self._wanted + 1) // 2 if begun["before"]["space"] != self.state.extent["space"] else 0
+
     def _add(self, values: Mapping[str, Any], seed: int, repeats: int | None = None) -> Trial:
-        options = self.factory.trial_options(values, seed)
+        if repeats is None:
+            options = self.factory.trial_options(values, seed)
+        else:  # which may be of an earlier space
+            options = replace(self.trials[repeats].options, seed=seed)
         steps, _ = self.setup.steps_of(options)
         made = self.factory.plan(self.setup.config(options))
         trial = Trial(len(self.trials), dict(values), options, steps, repeats=repeats)
@@ -124,9 +179,13 @@ class Scheduler:
         if not self.options.seeds:
             return False
         finalists = sorted(finished, key=order)[: self.options.finalists]
-        for further in range(1, self.options.seeds + 1):
-            for trial in finalists:
-                self._add(trial.values, self.options.train.seed + further, repeats=trial.number)
+        there = {(trial.repeats, trial.options.seed) for trial in self.trials}
+        seeds = [self.options.train.seed + further for further in range(1, self.options.seeds + 1)]
+        missing = [(trial, seed) for seed in seeds for trial in finalists if (trial.number, seed) not in there]
+        for trial, seed in missing:
+            self._add(trial.values, seed, repeats=trial.number)
+        if not missing:
+            return False
         self.on_event(Message("finalists", trials=[t.number for t in finalists], seeds=self.options.seeds))
         return True
 
@@ -135,7 +194,7 @@ class Scheduler:
     def _decide_rung(self, rung: int) -> bool:
         halving, options = self.state.halving, self.options
         here = [self.trials[n] for n in halving.members(rung, [trial.number for trial in self.originals])]
-        here = [trial for trial in here if trial.state != "failed"]
+        here = [trial for trial in here if trial.state not in ("failed", "stopped")]
         numbers = [trial.number for trial in here]
         warm = max((self._warmup(trial) for trial in here), default=0.0)
         if len(here) <= halving.quota(len(here)) or options.rungs[rung] < warm:
@@ -194,7 +253,7 @@ class Scheduler:
         return True
 
     def _learned(self, trial: Trial) -> bool:
-        return trial.state == "finished" and learned(self.bar, [trial], self.options.metric, len(self.originals))
+        return trial.state == "finished" and learned(self.bar, [trial], self.options.metric, len(self.configurations))
 
     # -- the time left ----------------------------------------------------------------------------------------------
 
@@ -204,7 +263,8 @@ class Scheduler:
         if not done or not self.state.seconds:
             return None
         steps, options = statistics.median(trial.steps for trial in self.trials), self.options
-        count, before, whole = float(options.trials), 0.0, 0.0
+        count, before = float(self._wanted), 0.0
+        whole = float(sum(trial.step for trial in self.trials if trial.number < self.state.first))
         for rung, share in enumerate([*options.rungs, 1.0]):
             whole, before = whole + count * (share - before) * steps, share
             if rung < self.state.halving.rungs:

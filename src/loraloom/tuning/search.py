@@ -8,8 +8,6 @@ resumed comes to the same verdict.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -28,16 +26,17 @@ from loraloom.training.output import check_output
 from loraloom.training.preflight.doctor import amount
 from loraloom.training.setup import Setup, load
 from loraloom.training.signals import asked_to_stop
-from loraloom.tuning import held_out
+from loraloom.tuning import extension, held_out
 from loraloom.tuning.asha import SuccessiveHalving
 from loraloom.tuning.conclusion import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, conclude
-from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.config import RUN_FILE_TITLE, TuneConfig
 from loraloom.tuning.executor import Executor, LocalExecutor, SearchStatus
 from loraloom.tuning.journal import Journal
 from loraloom.tuning.sampler import JOURNAL_NAME
 from loraloom.tuning.scheduler import Scheduler
 from loraloom.tuning.smaller import SCALED_NAME, SMALLER_NAME
 from loraloom.tuning.state import (
+    RUN_FILE,
     STATE_NAME,
     TRIALS,
     State,
@@ -63,6 +62,7 @@ def search(
     on_status: OnStatus = ignore,
     sampler: BaseSampler | None = None,
     describe: Describe = str,
+    add_trials: int | None = None,
 ) -> SearchResult:
     """Search, or resume the search in the folder.
 
@@ -72,6 +72,7 @@ def search(
         sampler: one of Optuna's in place of ``options.sampler``.
         describe: writes the sentences of ``result.json``: ``report.sentences.sentence``. By default they are kinds and
             figures.
+        add_trials: extend the search in the folder by that many trials; its space, seeds and finalists may change too.
 
     Raises:
         InputError: anything wrong with what the user gave, before any training.
@@ -81,9 +82,9 @@ def search(
     """
     with lock.held(options.train.output):
         options, setup = _prepare(options)
-        found = Search(options, setup, logged(on_event, describe), on_status, sampler)
+        found = Search(options, setup, logged(on_event, describe), on_status, sampler, add_trials)
         found.run()
-        return conclude(options, setup, found.state, describe)
+        return conclude(found.options, setup, found.state, describe)
 
 
 def _prepare(options: TuneConfig) -> tuple[TuneConfig, Setup]:
@@ -120,14 +121,17 @@ class Search:
         on_event: OnEvent,
         on_status: OnStatus,
         sampler: BaseSampler | None = None,
+        add_trials: int | None = None,
     ) -> None:
-        self.options, self.setup, self.on_event, self.on_status = options, setup, on_event, on_status
-        self.folder, self.sampler = Path(options.train.output), sampler
-        self.factory = TrialFactory(options, setup)
-        self.fingerprint = _fingerprint(options, setup)
+        self.setup, self.on_event, self.on_status = setup, on_event, on_status
+        self.folder, self.sampler, self.add_trials = Path(options.train.output), sampler, add_trials
+        self.options, self.identity = extension.known(options, setup, self.folder, add_trials is not None)
+        self.factory = TrialFactory(self.options, setup)
         #: worker → the trials that it holds
         self.members: dict[int, list[int]] = {}
-        self.journal = Journal(options, self.folder)
+        #: files that are written with the next state
+        self.beside: dict[str, bytes] = {}
+        self.journal = Journal(self.options, self.folder)
         self.pressed = threading.Event()
 
     def run(self) -> None:
@@ -135,12 +139,15 @@ class Search:
         self._describe()
         if self.options.train.overwrite:
             clear(self.folder, RESULT_NAME, BEST_FILE, BEST_NAME, SMALLER_NAME, SCALED_NAME)
-        found = load_state(self.folder, self.fingerprint, self.factory.trial_options)
+        found = load_state(self.folder, self.identity.fingerprint, self.factory.trial_options)
+        if found is None and self.add_trials is not None:
+            raise ConfigError(f"add_trials: {self.folder} holds no search to extend")
         halving = SuccessiveHalving(len(self.options.rungs), self.options.reduction, self.options.finalists)
-        self.state = found or State(self.fingerprint, 0, halving, date=self.options.train.date)
+        self.state = found or State(self.identity.fingerprint, 0, halving, date=self.options.train.date)
         if found is not None:
             ended = sum(trial.state not in ("running", "waiting") for trial in found.trials)
             self.on_event(Message("resumed", folder=str(self.folder), ended=ended, trials=len(found.trials)))
+        self._keep_options(fresh=found is None)
         if self.state.finished:
             return
         self.scheduler = Scheduler(self.options, self.setup, self.factory, self.state, self.on_event, self.sampler)
@@ -149,6 +156,19 @@ class Search:
             self.state.bar = executor.set_bar(self.state.bar)
             self.on_event(Message("to_beat", **self.state.bar.figures(self.options.metric)))
             self._train(executor)
+
+    def _keep_options(self, fresh: bool) -> None:
+        """Write down by which options the search is resumed, and that it is extended."""
+        state, before = self.state, (self.state.fixed, self.state.extent)
+        state.fixed, state.extent = self.identity.fixed, state.extent or extension.extent(self.options)
+        if self.add_trials is not None:
+            self.on_event(extension.extend(state, self.options, self.add_trials))
+        changed = (state.fixed, state.extent) != before or self.add_trials is not None
+        path = self.folder / RUN_FILE
+        if changed and (not path.exists() or path.read_text(errors="replace").startswith(RUN_FILE_TITLE)):
+            self.beside = {RUN_FILE: self.options.run_file().encode()}
+        if changed and not fresh:
+            self._save({})
 
     def _describe(self) -> None:
         """Report what was recognised, what was done to the rows, and what may well be a mistake."""
@@ -172,7 +192,7 @@ class Search:
 
     def _plan(self, executor: Executor, fresh: bool) -> None:
         """How many trials train together; planned again if the user gives other limits than before."""
-        most = math.ceil(self.options.trials / executor.count)
+        most = math.ceil(extension.wanted(self.state) / executor.count)
         asked = self.options.slots, self.options.memory
         if fresh or self.state.asked != asked:
             planned = executor.plan(most)
@@ -195,9 +215,7 @@ class Search:
                     raise Interrupted(f"stopped; the same command resumes the search in {self.folder}")
                 idle = [other for other in self.members if other not in busy]
                 busy |= self._assign(executor, idle, numbers)
-        for trial in self.trials:
-            if trial.state == "waiting":
-                trial.state, trial.reason = "stopped", f"others were better at step {trial.step}"
+        self.scheduler.give_up_waiting()
         self.state.finished = True
         self._save({})
 
@@ -233,7 +251,7 @@ class Search:
 
     def _back_to_disk(self) -> None:
         """Reset trials that no worker holds to their last saved state."""
-        there = load_state(self.folder, self.fingerprint, self.factory.trial_options)
+        there = load_state(self.folder, self.identity.fingerprint, self.factory.trial_options)
         held = self._held(self.members)
         for trial in there.trials if there else []:
             if trial.number not in held:
@@ -301,10 +319,6 @@ class Search:
         return numbers
 
     def _save(self, numbers: Mapping[int, SlotState]) -> None:
-        save_state(self.folder, self.state, numbers)
+        save_state(self.folder, self.state, numbers, self.beside)
+        self.beside = {}
         self.journal.keep(self.trials)
-
-
-def _fingerprint(options: TuneConfig, setup: Setup) -> str:
-    hashes = sorted(setup.data.hashes.values())
-    return hashlib.sha256(json.dumps([options.fingerprint(), hashes, setup.weights]).encode()).hexdigest()

@@ -10,9 +10,10 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from loraloom.config.train import TrainConfig
@@ -27,14 +28,18 @@ from loraloom.tuning.bar import Bar
 from loraloom.tuning.sampler import JOURNAL_NAME
 from loraloom.tuning.trial import Trial
 
+#: A search in its folder.
 STATE_NAME = "search.json"
-#: Of that file. Files without a number are of loraloom 0.1.
+#: Its options, as a run file.
+RUN_FILE = "search.yaml"
+#: Of ``search.json``. Files without a number are of loraloom 0.1.
 FORMAT = 1
 UNDER_WAY = "under-way"
 #: Folder of the adapters of finished trials.
 TRIALS = "trials"
 
-Build = Callable[[Mapping[str, Any], int], TrainConfig]
+#: ``build(values, seed, space)`` are the options of a trial. ``space`` is given if it was proposed in an earlier one.
+Build = Callable[..., TrainConfig]
 
 
 @dataclass
@@ -56,21 +61,70 @@ class State:
     bar: Bar | None = None
     #: the date that a chat template wrote into the rows
     date: str | None = None
+    #: a hash of all that no extension may change; empty in files of 0.2 and before
+    fixed: str = ""
+    #: what an extension may change, as it is now: ``tuning.extension.extent``
+    extent: dict[str, Any] = field(default_factory=dict)
+    #: What the clock or the user decided, in order; written before it acts. Each has its ``kind``. "extend": more
+    #: trials (how many), the ``extent`` before, and the ``first`` of them; None until they begin.
+    events: list[dict[str, Any]] = field(default_factory=list)
+    #: the figures on the test rows, which are measured once
+    tested: dict[str, Any] | None = None
     #: trial → its ``_version`` when last written, and its text: only trials that changed are serialised again
     written: dict[int, tuple[Any, str]] = field(default_factory=dict, repr=False, compare=False)
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["kind"] == kind]
+
+    @property
+    def begun(self) -> dict[str, Any] | None:
+        """The last extension that began."""
+        return next((event for event in self.of_kind("extend")[::-1] if event["first"] is not None), None)
+
+    @property
+    def first(self) -> int:
+        """The number of the first trial of the last extension that began; 0 before any."""
+        return 0 if self.begun is None else int(self.begun["first"])
+
+
+def run_file(folder: str | Path) -> str:
+    """The run file that the search in ``folder`` left there.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(folder) / RUN_FILE
+    if path.is_file():
+        return str(path)
+    if (Path(folder) / STATE_NAME).exists():
+        raise ConfigError(
+            f"{folder}: the search there kept no options (loraloom 0.2 and before); give the run file or the options "
+            f"that it was started with, and --output {folder}"
+        )
+    raise ConfigError(f"{folder}: a folder without a search; give a run file, or the folder of a search")
+
+
+def glance(folder: Path) -> dict[str, Any]:
+    """The values in the state of the search in ``folder``, unchecked; empty without one."""
+    try:
+        found = restored(json.loads((folder / STATE_NAME).read_text(encoding="utf-8")))
+    except (OSError, *MALFORMED):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def date_of(folder: Path) -> str | None:
     """The date of the search in ``folder``; None without a search, or if no template writes a date."""
-    try:
-        found = json.loads((folder / STATE_NAME).read_text())["date"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    found = glance(folder).get("date")
     return found if isinstance(found, str) else None
 
 
-def save_state(folder: Path, state: State, slots: Mapping[int, SlotState]) -> None:
+def save_state(
+    folder: Path, state: State, slots: Mapping[int, SlotState], beside: Mapping[str, bytes] = MappingProxyType({})
+) -> None:
     """Write ``state`` together with the ``slots`` of trials that changed, and delete files that it no longer names.
+
+    ``beside``: further files that are replaced with it.
 
     Raises:
         SaveError: the folder cannot be written; the old files are unchanged.
@@ -85,7 +139,7 @@ def save_state(folder: Path, state: State, slots: Mapping[int, SlotState]) -> No
     state.files = {number: name for number, name in state.files.items() if number in live}
     state.hashes = {name: state.hashes[name] for name in state.files.values()}
     text = _text(state)
-    write_files(folder, {**files, STATE_NAME: text})
+    write_files(folder, {**files, **beside, STATE_NAME: text})
     kept = set(state.files.values())
     for path in (folder / UNDER_WAY).glob("trial-*.safetensors"):
         if f"{UNDER_WAY}/{path.name}" not in kept:
@@ -126,7 +180,7 @@ def _whole(text: str) -> bool:
 
 
 def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
-    """The search in ``folder``, or None. ``build(values, seed)`` are the options of a trial.
+    """The search in ``folder``, or None.
 
     Raises:
         ConfigError: it is another search, or damaged.
@@ -160,13 +214,17 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
             slots=found["slots"],
             halving=SuccessiveHalving(**found["halving"]),
             asked=(found["asked"][0], found["asked"][1]),
-            trials=[_read_trial(entry, build) for entry in found["trials"]],
+            trials=[_read_trial(entry, build, found.get("events", ())) for entry in found["trials"]],
             files={int(number): name for number, name in found["files"].items()},
             hashes=dict(found["hashes"]),
             seconds=found["seconds"],
             finished=found["finished"],
             bar=found["bar"] and Bar(**found["bar"]),
             date=found.get("date"),
+            fixed=found.get("fixed", ""),
+            extent=found.get("extent", {}),
+            events=found.get("events", []),
+            tested=found.get("tested"),
         )
     except MALFORMED as error:
         raise _damaged(path, error) from None
@@ -248,9 +306,12 @@ def _trial(trial: Trial) -> dict[str, Any]:
     return {**entry, **own, "curve": asdict(trial.curve), "used": {k: list(v) for k, v in trial.used.items()}}
 
 
-def _read_trial(entry: dict[str, Any], build: Build) -> Trial:
+def _read_trial(entry: dict[str, Any], build: Build, events: Sequence[Mapping[str, Any]]) -> Trial:
     curve, seed, used = (entry.pop(key) for key in ("curve", "seed", "used"))
-    options, used = build(entry["values"], seed), {name: tuple(figures) for name, figures in used.items()}
+    own = entry["number"] if entry.get("repeats") is None else entry["repeats"]
+    space = next((e["before"]["space"] for e in events if e["kind"] == "extend" and own < (e["first"] or 0)), None)
+    options = build(entry["values"], seed, *([] if space is None else [space]))
+    used = {name: tuple(figures) for name, figures in used.items()}
     rungs = {int(step): figures for step, figures in entry.pop("rungs", {}).items()}
     return Trial(**entry, options=options, curve=Curve(**curve), used=used, rungs=rungs)
 

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from loraloom.config.keys import OPTIONS
 from loraloom.config.lora import LoraConfig
 from loraloom.config.train import TrainConfig
 from loraloom.engine.loop import advance
@@ -34,8 +35,8 @@ from loraloom.training.setup import Setup
 from loraloom.training.usage import usage_files
 from loraloom.tuning.bar import Bar
 from loraloom.tuning.config import TuneConfig
-from loraloom.tuning.params import Range
-from loraloom.tuning.space import RANK, TARGETS
+from loraloom.tuning.params import Range, label
+from loraloom.tuning.space import RANK, TARGETS, Space
 from loraloom.tuning.state import TRIALS
 from loraloom.tuning.trial import Trial
 
@@ -79,8 +80,23 @@ class TrialFactory:
         self.options, self.setup = options, setup
         self._blueprint = setup.empty()
 
-    def trial_options(self, values: Mapping[str, Any], seed: int) -> TrainConfig:
-        return replace(self.options.space.to_options(values, self.options.train, self._blueprint), seed=seed)
+    def trial_options(
+        self, values: Mapping[str, Any], seed: int, space: Mapping[str, Any] | None = None
+    ) -> TrainConfig:
+        """The options of ``values`` in the space of the search, or in an earlier ``space`` as it was given."""
+        found = self.options.space if space is None else Space.parse(space, self.options.train)
+        return replace(found.to_options(values, self.options.train, self._blueprint), seed=seed)
+
+    def in_space(self, trial: Trial) -> dict[str, Any] | None:
+        """The values with which ``trial`` lies in the space of the search, which may be another than its own."""
+        values = {}
+        for key, param in self.options.space.params.items():
+            section = trial.options.lora if key.startswith("lora.") else trial.options
+            value = trial.values[key] if key in trial.values else label(getattr(section, OPTIONS[key].name))
+            if not param.holds(value):
+                return None
+            values[key] = value
+        return values if self.trial_options(values, trial.options.seed) == trial.options else None
 
     def plan(self, config: LoraConfig) -> Plan:
         return plan(self._blueprint, config)

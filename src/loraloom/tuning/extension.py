@@ -1,0 +1,108 @@
+"""A search that is extended: more trials, another space, more seeds, after it ended or while it is stopped.
+
+What may change (``extent``) is told from what may not (``TuneConfig.fixed`` with the rows and the model). An extension
+is an event in the state. Its trials compete at the rungs among themselves; the sampler and the ranking know all trials.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loraloom.errors import ConfigError
+from loraloom.files.jsonio import MALFORMED
+from loraloom.messages import Message
+from loraloom.training.setup import Setup
+from loraloom.tuning.config import EXTENT, TuneConfig
+from loraloom.tuning.space import Space
+from loraloom.tuning.state import State, glance
+
+
+@dataclass(frozen=True)
+class Identity:
+    """By what a search is known: a hash of all that determines its result, and one of what no extension may change."""
+
+    fingerprint: str
+    fixed: str
+
+    @classmethod
+    def of(cls, options: TuneConfig, setup: Setup) -> Identity:
+        data = [sorted(setup.data.hashes.values()), setup.weights]
+
+        def with_data(mark: str) -> str:
+            return hashlib.sha256(json.dumps([mark, *data]).encode()).hexdigest()
+
+        return cls(with_data(options.fingerprint()), with_data(options.fixed()))
+
+
+def extent(options: TuneConfig) -> dict[str, Any]:
+    """What an extension may change, and the trials that the search began with."""
+    values = options.to_dict()
+    return {name: values[name] for name in EXTENT}
+
+
+def with_extent(options: TuneConfig, there: Mapping[str, Any]) -> TuneConfig:
+    return replace(options, **{**there, "space": Space.parse(there["space"], options.train)})
+
+
+def known(options: TuneConfig, setup: Setup, folder: Path, extend: bool) -> tuple[TuneConfig, Identity]:
+    """The options as extensions of the search in ``folder`` left them, and what that search is known by.
+
+    What ``options`` are known by, if the folder holds no search, or another one, or one that is overwritten.
+
+    Args:
+        extend: the search is extended now: ``options`` may have another extent, which is theirs.
+
+    Raises:
+        ConfigError: the search could be extended to ``options``, but that was not asked for.
+    """
+    mine, found = Identity.of(options, setup), {} if options.train.overwrite else glance(folder)
+    if found.get("fingerprint") != mine.fingerprint and found.get("fixed") != mine.fixed:
+        return options, mine
+    try:
+        theirs = Identity(str(found["fingerprint"]), mine.fixed)
+        there = found.get("extent") or extent(options)
+        before = [event["before"] for event in found.get("events", []) if event["kind"] == "extend"]
+        asked = replace(options, trials=there["trials"]) if extend else options
+    except MALFORMED:
+        return options, mine
+    if extent(asked) in [there, *before]:
+        return with_extent(options, there), theirs
+    if extend:
+        return asked, theirs
+    raise ConfigError(
+        f"output: {folder} holds another search, of another space or number of trials, finalists or seeds; to extend "
+        "that search give --add-trials and how many, else choose another folder, or give --overwrite to start over"
+    )
+
+
+def extend(state: State, options: TuneConfig, added: int) -> Message:
+    """Write the event of ``added`` further trials into ``state``. ``options`` are those of the search from now on.
+
+    Raises:
+        ConfigError: there would be nothing to train, or more than the limit; or the search has not ended, and more
+            changes than the number of its trials.
+    """
+    now = extent(options)
+    changed = [name for name in EXTENT if now[name] != state.extent[name]]
+    if changed and not state.finished:
+        raise ConfigError(
+            f"{changed[0]}: can change once the search has ended; resume it first, or give --add-trials alone"
+        )
+    more_seeds = now["seeds"] > state.extent["seeds"] or now["finalists"] > state.extent["finalists"]
+    if not added and not more_seeds:
+        raise ConfigError("add_trials: must be at least 1, or with more seeds or finalists, found 0")
+    state.events.append(
+        {"kind": "extend", "trials": added, "before": state.extent, "first": None, "seconds": state.seconds}
+    )
+    state.extent, state.finished = now, False
+    return Message("extended", added=added, trials=wanted(state), changed=changed)
+
+
+def wanted(state: State) -> int:
+    """Configurations of the search, with those of all extensions."""
+    return sum((int(event["trials"]) for event in state.of_kind("extend")), int(state.extent["trials"]))
