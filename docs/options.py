@@ -35,6 +35,7 @@ CHINESE = {
     "First rung, as a share of the steps; 1 trains all to the end": (
         "第一级所在的步数比例；1 表示每个 trial 都完整训练"
     ),
+    "What undecided trials may cost, over training all to the end": "未分胜负的 trial 最多花多少，相对于全部完整训练",
     "Best configurations to train again with other seeds": "多少组最好的配置换种子重新训练",
     "Other seeds for each finalist; 0 for none": "每组换几个种子；0 表示不换",
     "Metric to compare by": "用哪个指标比较",

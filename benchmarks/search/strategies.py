@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from environment import Env
+from environment import BATCH, FORWARD, Env, baseline
 
 from loraloom.files.quiet import quiet
-from loraloom.tuning.asha import Standing, SuccessiveHalving, taken_off
+from loraloom.inference.jackknife import error
+from loraloom.tuning.asha import SuccessiveHalving, taken_off, window
+from loraloom.tuning.bar import needed
+from loraloom.tuning.race import Race
+from loraloom.tuning.rungs import Standing
 
 #: Where the others measure: a ninth, two ninths, a third, a half, two thirds and the end; more often costs more.
 REPORTS = (2, 3, 4, 5, 6, 8)
@@ -152,10 +156,69 @@ def today(env: Env, source: np.random.Generator) -> list[int]:
             halving.pass_all(here)
             continue
         seen = {trial: env.measure(trial) for trial in here}
-        here = halving.decide({one: Standing(flown[one], loss[0], good[0]) for one, (loss, good) in seen.items()})
+        here = halving.decide({one: Standing(flown[one], *figures) for one, figures in seen.items()}).promoted
     for trial in here:
         env.train(trial, len(env.points) - 1)
     return ranked(env, here)
+
+
+#: Points of the table at which the rungs of a search lie by default.
+RUNGS = (2, 3, 4, 5, 6)
+
+
+def raced(env: Env, source: np.random.Generator) -> list[int]:
+    """loraloom's rule, by its own class; what a search does around it is in ``loraloom.tuning.promotion``."""
+    count, last, unit = len(env.trials), len(env.points) - 1, env.full_cost / len(env.trials)
+    race = Race(len(RUNGS), 2, 3, shares=[env.shares[point] for point in RUNGS])
+    here, past = list(range(count)), list[dict[int, Standing]]()
+
+    def left() -> float:
+        return race.budget * count - env.steps_paid / unit
+
+    for point in RUNGS:
+        for trial in here:
+            env.train(trial, point)
+        here = [trial for trial in here if np.isfinite(env.losses(trial)).all()]
+        flown = {trial: off(env, trial) for trial in here}
+        past.append({})
+        if len(here) <= race.quota(len(here), sum(flown.values())) or not any(flown.values()):
+            race.pass_all(here)
+            continue
+        past[-1] = {trial: standing(env, trial, flown[trial]) for trial in here}
+        while more := race.ask(past[-1], len(env.rows)):
+            past[-1] |= {trial: standing(env, trial, flown[trial], rows) for trial, rows in more.items()}
+        here = race.decide(past[-1], left()).promoted
+    for trial in here:
+        env.train(trial, last)
+    while not any(learned(env, trial) for trial in here) and (more := race.resume(range(count))):
+        for trial in more:
+            env.train(trial, last)
+        here += more
+    if not any(learned(env, trial) for trial in here):
+        return []
+    ends = {trial: standing(env, trial, True) for trial in here}
+    if (back := race.look_back(past, ends, left())) is not None:
+        for trial in back.resumed:
+            env.train(trial, last)
+        here += back.resumed
+    env.steps_paid -= len(ends) * FORWARD * len(env.rows) / BATCH  # measured again, to rank them
+    return ranked(env, here)
+
+
+def standing(env: Env, trial: int, flown: bool, rows: int | None = None) -> Standing:
+    loss, good = env.measure(trial, rows=rows)
+    losses = env.losses(trial)
+    count = min(window(env.steps), len(losses) // 2)
+    fall = float(losses[-2 * count : -count].mean() - losses[-count:].mean())
+    return Standing(flown, loss, good, rows or len(env.rows), env.config(trial)["parameters"], fall)
+
+
+def learned(env: Env, trial: int) -> bool:
+    """Whether a finished trial is better than the best constant answer, or than the untrained adapter."""
+    paid = env.steps_paid
+    _, good = env.measure(trial)
+    env.steps_paid = paid  # it was measured when it finished
+    return good[0] - baseline(env.table) > needed(len(good) - 1, len(env.trials)) * error(good)
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -168,4 +231,5 @@ STRATEGIES: dict[str, Strategy] = {
     "TPE + Optuna's median": optuna_("tpe", "median"),
     "Ray Tune's ASHA": ray_asha,
     "loraloom 0.2": today,
+    "loraloom": raced,
 }

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraloom.tuning.asha import Standing, SuccessiveHalving, taken_off
+from loraloom.tuning.asha import SuccessiveHalving, taken_off
+from loraloom.tuning.rungs import Standing
+
+
+def stand(off: bool, loss: float, good: float) -> Standing:
+    return Standing(off, [loss], [good])
+
 
 NOISE = [0.01 * math.sin(step * 1.7) for step in range(200)]
 
@@ -38,19 +44,19 @@ def test_half_train_on_and_at_least_as_many_as_there_are_finalists(count: int, l
 def test_those_that_have_taken_off_come_first_then_the_lower_loss_then_the_first() -> None:
     halving = SuccessiveHalving(1, 2)
     stands = {0: (False, 0.5), 1: (True, 0.9), 2: (True, 0.8), 3: (False, 0.4), 4: (True, 0.8), 5: (True, math.nan)}
-    assert halving.decide({n: Standing(off, loss, 0.0) for n, (off, loss) in stands.items()}) == [1, 2, 4]
+    assert halving.decide({n: stand(off, loss, 0.0) for n, (off, loss) in stands.items()}).promoted == [1, 2, 4]
 
 
 def test_the_best_by_the_metric_trains_on_as_well() -> None:
     halving = SuccessiveHalving(1, 2)
     goods = {0: 0.5, 1: 0.6, 2: 0.7, 3: math.nan}
-    assert halving.decide({n: Standing(True, float(n), good) for n, good in goods.items()}) == [0, 1, 2]
+    assert halving.decide({n: stand(True, float(n), good) for n, good in goods.items()}).promoted == [0, 1, 2]
 
 
 def test_suspended_trials_come_back_from_the_furthest_rung_first_and_once() -> None:
     halving = SuccessiveHalving(2, 2)
-    halving.decide({n: Standing(True, float(n), -n) for n in range(4)})
-    halving.decide({n: Standing(True, float(n), -n) for n in (0, 1)})
+    halving.decide({n: stand(True, float(n), -n) for n in range(4)})
+    halving.decide({n: stand(True, float(n), -n) for n in (0, 1)})
     assert halving.suspended(range(4)) == {1: 1, 2: 0, 3: 0}
     assert [halving.resume(range(4)) for _ in range(3)] == [[1], [2, 3], []]
     assert halving.suspended(range(4)) == {}
@@ -61,7 +67,7 @@ def test_decisions_are_the_same_in_whatever_order_trials_stand_there(
     rungs: int, reduction: int, least: int, count: int, seed: int
 ) -> None:
     source = random.Random(seed)
-    table = {(n, rung): Standing(source.random() < 0.5, source.random(), source.random()) for n in range(count)
+    table = {(n, rung): stand(source.random() < 0.5, source.random(), source.random()) for n in range(count)
              for rung in range(rungs)}  # fmt: skip
 
     def play(shuffled: bool) -> SuccessiveHalving:
@@ -71,7 +77,7 @@ def test_decisions_are_the_same_in_whatever_order_trials_stand_there(
             if shuffled:
                 source.shuffle(members)
             quota, rung = halving.quota(len(members)), halving.open
-            sent = halving.decide({n: table[n, rung] for n in members})
+            sent = halving.decide({n: table[n, rung] for n in members}).promoted
             assert quota <= len(sent) <= quota + 1
         return halving
 

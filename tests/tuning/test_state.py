@@ -20,8 +20,10 @@ from loraloom.engine.slot import Curve
 from loraloom.engine.slot_state import SlotState
 from loraloom.errors import ConfigError, SaveError
 from loraloom.tuning import state as module
-from loraloom.tuning.asha import Standing, SuccessiveHalving
+from loraloom.tuning.asha import SuccessiveHalving
 from loraloom.tuning.bar import Bar
+from loraloom.tuning.race import Race
+from loraloom.tuning.rungs import Standing
 from loraloom.tuning.sampler import JOURNAL_NAME
 from loraloom.tuning.state import (
     STATE_NAME,
@@ -54,7 +56,7 @@ def state() -> State:
         [1 / 3, math.nan, math.inf], [1e-3, 1e-4 / 3, 0.0], [{"step": 10, "loss": -math.inf, "accuracy": math.nan}]
     )
     halving = SuccessiveHalving(2, 3, least=1)
-    halving.decide({0: Standing(True, 1 / 3, 0.1 + 0.2), 1: Standing(False, 1.0, math.nan)})
+    halving.decide({0: Standing(True, [1 / 3], [0.1 + 0.2]), 1: Standing(False, [1.0], [math.nan])})
     halving.resume([0, 1])
     measured = {4: {"loss": [1 / 3, math.nan]}, 10: {"loss": [0.1, 0.2], "accuracy": [0.5, 1 / 3]}}
     trials = [
@@ -97,6 +99,16 @@ def test_a_search_comes_back_as_it_was_also_what_is_not_finite(tmp_path: Path, s
         for key, tensor in numbers(number).tensors.items():
             assert there.tensors[key].dtype == tensor.dtype
             assert torch.equal(there.tensors[key], tensor)
+
+
+def test_the_rule_of_the_search_comes_back(tmp_path: Path, state: State) -> None:
+    race = Race(2, 2, 1, shares=[1 / 9, 1 / 3], budget=0.25)
+    race.decide({n: Standing(True, [n / 3] * 3, [-n / 3] * 3, 9, n, n / 7) for n in range(5)}, 1.0)
+    for rule in (state.halving, race):
+        save_state(tmp_path, dataclasses.replace(state, halving=rule), {})
+        found = load_state(tmp_path, state.fingerprint, build)
+        assert found is not None
+        assert found.halving == rule
 
 
 def test_the_day_that_the_rows_were_written_with_is_kept(tmp_path: Path, state: State) -> None:

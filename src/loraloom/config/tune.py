@@ -15,6 +15,7 @@ _tune = partial(option, section="tune", group="Search")
 _run = partial(_tune, resume="nothing")  # how it runs
 _PRESETS_OWN = "the preset's"
 _SHARE = number(0, 1, above=True, what="a share of the steps")
+_BUDGET = number(0, 1, what="a share of training all")
 _ADDRESS = text("host:port or auto", "")
 
 
@@ -28,6 +29,9 @@ class SearchOptions(Options):
     sampler: str = _tune("tpe", choice(*SAMPLERS), "What proposes configurations")
     reduction: int = _tune(2, whole(2), "At each rung, one trial in N continues")
     min_share: float = _tune(1 / 9, _SHARE, "First rung, as a share of the steps; 1 trains all to the end", unset="1/9")
+    budget: float = _tune(
+        1 / 3, _BUDGET, "What undecided trials may cost, over training all to the end", unset="1/3", since="0.2"
+    )
     finalists: int = _tune(3, whole(1), "Best configurations to train again with other seeds", unset=_PRESETS_OWN)
     seeds: int = _tune(2, whole(0), "Other seeds for each finalist; 0 for none", unset=_PRESETS_OWN)
     metric: str = _tune("", Check(as_it_is, {"type": "string"}), "Metric to compare by", unset="the task's first")

@@ -97,13 +97,27 @@ def _none_taken_off(share: float, trials: int, constant: bool) -> str:
 
 
 def _rung(
-    share: float, taken_off: int, trials: int, reduction: int, promoted: Sequence[int], paused: Sequence[int]
+    share: float,
+    taken_off: int,
+    trials: int,
+    promoted: Sequence[int],
+    paused: Sequence[int],
+    undecided: Sequence[int] = (),
 ) -> str:
-    part = {2: "half", 3: "third", 4: "quarter"}.get(reduction, f"1/{reduction}")
-    rest = f"; {shown(paused)} paused: not (yet) in the top {part} of this rung" if paused else ""
-    return (
-        f"at {share:.0%} of the steps {taken_off} of {trials} trials have taken off: {shown(promoted)} continue{rest}"
-    )
+    on = f"{shown(promoted)} continue" if len(promoted) > 1 else f"{shown(promoted)} continues"
+    close = f" ({shown(undecided)}: too close to the best to stop)" if undecided else ""
+    rest = f"; {shown(paused)} paused: others are better so far" if paused else ""
+    return f"at {share:.0%} of the steps {taken_off} of {trials} trials have taken off: {on}{close}{rest}"
+
+
+def _overtaken(winner: int, leader: int, share: float, resumed: Sequence[int], paused: Sequence[int]) -> str:
+    told = f"looking back: at {share:.0%} of the steps trial {leader} was better than trial {winner}, which wins now"
+    if not paused:
+        return f"{told}; no paused trial was as close"
+    left = [number for number in paused if number not in resumed]
+    found = [f"{shown(resumed)} of those paused there train to their end as well"] if resumed else []
+    found += [f"{shown(left)} of those paused there stay so: the budget is spent"] if left else []
+    return f"{told}; {'; '.join(found)}"
 
 
 SEARCH: Table = {
@@ -127,6 +141,7 @@ SEARCH: Table = {
     "finished": "trial {trial} finished: {metric} {value:.4g}",
     "none_taken_off": _none_taken_off,
     "rung": _rung,
+    "overtaken": _overtaken,
     "finalists": "finalists {trials}: again with {seeds:more seed} each",
     "paused_resume": lambda trials, **bar: (
         f"no finished trial is above {_bar(**bar)}: {shown(trials)} resume and train to their end"

@@ -17,6 +17,8 @@ from loraloom.training.setup import Setup
 from loraloom.training.usage import usage
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.final_test import final_test
+from loraloom.tuning.promotion import overtaken
+from loraloom.tuning.race import LookBack, Race
 from loraloom.tuning.ranking import originals
 from loraloom.tuning.record import record
 from loraloom.tuning.smaller import cut
@@ -99,7 +101,7 @@ def _judge(options: TuneConfig, state: State) -> tuple[Verdict, Path | None]:
             if source is None:
                 lost.append(number)
                 continue
-        return replace(found, notes=[*found.notes, *notes]), source
+        return replace(found, notes=[*found.notes, *_look_back(options, state), *notes]), source
 
 
 def _tested(setup: Setup, found: Verdict, state: State, folder: Path) -> Verdict:
@@ -111,6 +113,12 @@ def _tested(setup: Setup, found: Verdict, state: State, folder: Path) -> Verdict
     wanted = [groups[one.number] for one in (found.best, found.runner_up) if one is not None]
     able = {number: found.scores[number] for number in found.able}
     return replace(found, test=final_test(setup, found.metric, wanted, able, folder))
+
+
+def _look_back(options: TuneConfig, state: State) -> list[Message]:
+    """A note if early figures paused trials, and the winner then came from behind."""
+    rule = state.halving
+    return [overtaken(options, LookBack(**rule.misled))] if isinstance(rule, Race) and rule.misled else []
 
 
 def _adapter(folder: Path, group: Sequence[Trial]) -> tuple[Path | None, list[Message]]:

@@ -10,6 +10,31 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True)
+class Standing:
+    """A trial at a rung.
+
+    ``loss`` and ``good`` (the metric, greater being better) are over the ``rows`` held-out rows that it was measured
+    on, then without each part of them; trials measured on as many were measured on the same. ``fall`` is how far the
+    training loss fell lately, ``parameters`` the trained numbers.
+    """
+
+    off: bool
+    loss: list[float]
+    good: list[float]
+    rows: int = 0
+    parameters: int = 0
+    fall: float = 0.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Trials that continue from a rung; ``undecided`` are those of them that are not among the best."""
+
+    promoted: list[int]
+    undecided: list[int] = field(default_factory=list)
+
+
 @dataclass
 class Rungs:
     """``rungs`` places from which the best ``1 / reduction`` continue, at least ``least``."""
@@ -35,7 +60,8 @@ class Rungs:
         sent = self.sent[rung - 1] if rung else None
         return sorted(trials) if rung == 0 else sorted(sent or [])
 
-    def quota(self, count: int) -> int:
+    def quota(self, count: int, off: int = 0) -> int:
+        """Of ``count`` trials at a rung, ``off`` of which have taken off, at least so many continue."""
         return max(math.ceil(count / self.reduction), min(self.least, count))
 
     def pass_all(self, trials: Iterable[int]) -> None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.messages import Message, OnEvent
 from loraloom.training.setup import Setup
-from loraloom.tuning.asha import Standing, SuccessiveHalving
 from loraloom.tuning.bar import Bar, learned
 from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.promotion import Promotion, new_rule, stands
 from loraloom.tuning.ranking import goodness
 from loraloom.tuning.sampler import propose
 from loraloom.tuning.state import State
@@ -76,25 +76,18 @@ class Scheduler:
     def _advanced(self) -> bool:
         originals, halving = self.originals, self.state.halving
         if not self.exhausted and len(originals) < self._wanted:
-            return all(self._stands(trial, 0) for trial in originals) and self._propose()
+            return all(stands(self.options, trial, 0) for trial in originals) and self._propose()
         if halving.open < halving.rungs:
-            return self._decide_rung(halving.open)
+            return self._promotion().decide()
         paused = halving.suspended([trial.number for trial in originals])
         if any(trial.state in ("running", "waiting") and trial.number not in paused for trial in self.trials):
             return False
         if any(trial.repeats is not None and trial.number >= self.state.first for trial in self.trials):
             return False
         finished = [trial for trial in self.configurations if self._learned(trial)]
-        return self._add_repeats(finished) if finished else self._resume_paused()
-
-    def _stands(self, trial: Trial, rung: int) -> bool:
-        """True if it waits at ``rung`` or beyond, or has ended."""
-        if trial.state in ("finished", "failed", "stopped"):
-            return True
-        return bool(self.options.rungs) and trial.state == "waiting" and trial.step >= self._rung_step(trial, rung)
-
-    def _rung_step(self, trial: Trial, rung: int) -> int:
-        return rung_step(self.options, trial, rung)
+        if not finished:
+            return self._promotion().resume_paused()
+        return self._promotion().look_back() or self._add_repeats(finished)
 
     # -- extensions -------------------------------------------------------------------------------------------------
 
@@ -108,7 +101,7 @@ class Scheduler:
             return False
         self.give_up_waiting()
         event["first"], self.exhausted = len(self.trials), False
-        self.state.halving = SuccessiveHalving(len(self.options.rungs), self.options.reduction, self.options.finalists)
+        self.state.halving = new_rule(self.options)
         return True
 
     def give_up_waiting(self) -> None:
@@ -138,7 +131,7 @@ class Scheduler:
                 self.exhausted = True
                 break
             trial = self._add(values, self.options.train.seed)
-            trial.goal = self._rung_step(trial, 0) if self.options.rungs else trial.steps
+            trial.goal = rung_step(self.options, trial, 0) if self.options.rungs else trial.steps
         return True
 
     def _in_space(self) -> list[Trial]:
@@ -191,66 +184,8 @@ class Scheduler:
 
     # -- rungs ------------------------------------------------------------------------------------------------------
 
-    def _decide_rung(self, rung: int) -> bool:
-        halving, options = self.state.halving, self.options
-        here = [self.trials[n] for n in halving.members(rung, [trial.number for trial in self.originals])]
-        here = [trial for trial in here if trial.state not in ("failed", "stopped")]
-        numbers = [trial.number for trial in here]
-        warm = max((self._warmup(trial) for trial in here), default=0.0)
-        if len(here) <= halving.quota(len(here)) or options.rungs[rung] < warm:
-            return self._promote_all(numbers)
-        if not all(self._stands(trial, rung) for trial in here):
-            return False
-        off = {trial.number: self._off(trial, rung) for trial in here}
-        share, constant = options.rungs[rung], self.bar.base is not None
-        if not any(off.values()):
-            self.on_event(Message("none_taken_off", share=share, trials=len(here), constant=constant))
-            return self._promote_all(numbers)
-        if late := [trial for trial in here if not trial.measured and trial.state == "waiting"]:
-            for trial in late:
-                trial.measure = True
-            return False
-        promoted = halving.decide({trial.number: self._standing(trial, off[trial.number]) for trial in here})
-        paused = [n for n in numbers if n not in promoted and self.trials[n].state == "waiting"]
-        figures = {"trials": len(here), "reduction": options.reduction, "promoted": promoted, "paused": paused}
-        self.on_event(Message("rung", share=share, taken_off=sum(off.values()), **figures))
-        return self._promote(promoted)
-
-    def _off(self, trial: Trial, rung: int) -> bool:
-        return self.bar.has_taken_off(trial.curve.loss[: self._rung_step(trial, rung)], trial.steps)
-
-    def _standing(self, trial: Trial, off: bool) -> Standing:
-        last = trial.curve.evaluations[-1]
-        return Standing(off, last["loss"], goodness(self.options.metric, last[self.options.metric]))
-
-    def _warmup(self, trial: Trial) -> float:
-        """The share of its steps in which the rate rises."""
-        given = trial.options.warmup_steps
-        return trial.options.warmup_ratio if given is None else given / trial.steps
-
-    def _promote_all(self, numbers: Sequence[int]) -> bool:
-        self.state.halving.pass_all(numbers)
-        return self._promote(numbers)
-
-    def _promote(self, numbers: Sequence[int]) -> bool:
-        """Let these train to the next rung at which a trial may be paused, or to their end."""
-        halving = self.state.halving
-        rung = halving.open
-        for number in numbers:
-            trial = self.trials[number]
-            trial.goal = trial.steps if rung == halving.rungs else self._rung_step(trial, rung)
-        return True
-
-    def _resume_paused(self) -> bool:
-        """If no finished trial has learned anything, those paused last train to their end as well."""
-        originals = [trial.number for trial in self.originals]
-        chosen = [n for n in self.state.halving.resume(originals) if self.trials[n].state == "waiting"]
-        if not chosen:
-            return bool(self.state.halving.suspended(originals))
-        for number in chosen:
-            self.trials[number].goal = self.trials[number].steps
-        self.on_event(Message("paused_resume", trials=chosen, **self.bar.figures(self.options.metric)))
-        return True
+    def _promotion(self) -> Promotion:
+        return Promotion(self.options, self.state.halving, self.bar, self.originals, self.on_event)
 
     def _learned(self, trial: Trial) -> bool:
         return trial.state == "finished" and learned(self.bar, [trial], self.options.metric, len(self.configurations))

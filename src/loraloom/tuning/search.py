@@ -27,11 +27,11 @@ from loraloom.training.preflight.doctor import amount
 from loraloom.training.setup import Setup, load
 from loraloom.training.signals import asked_to_stop
 from loraloom.tuning import extension, held_out
-from loraloom.tuning.asha import SuccessiveHalving
 from loraloom.tuning.conclusion import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, conclude
 from loraloom.tuning.config import RUN_FILE_TITLE, TuneConfig
 from loraloom.tuning.executor import Executor, LocalExecutor, SearchStatus
 from loraloom.tuning.journal import Journal
+from loraloom.tuning.promotion import new_rule
 from loraloom.tuning.sampler import JOURNAL_NAME
 from loraloom.tuning.scheduler import Scheduler
 from loraloom.tuning.smaller import SCALED_NAME, SMALLER_NAME
@@ -142,8 +142,7 @@ class Search:
         found = load_state(self.folder, self.identity.fingerprint, self.factory.trial_options)
         if found is None and self.add_trials is not None:
             raise ConfigError(f"add_trials: {self.folder} holds no search to extend")
-        halving = SuccessiveHalving(len(self.options.rungs), self.options.reduction, self.options.finalists)
-        self.state = found or State(self.identity.fingerprint, 0, halving, date=self.options.train.date)
+        self.state = found or State(self.identity.fingerprint, 0, new_rule(self.options), date=self.options.train.date)
         if found is not None:
             ended = sum(trial.state not in ("running", "waiting") for trial in found.trials)
             self.on_event(Message("resumed", folder=str(self.folder), ended=ended, trials=len(found.trials)))

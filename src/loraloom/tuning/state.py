@@ -25,6 +25,7 @@ from loraloom.files.hashing import file_hash, first_changed
 from loraloom.files.jsonio import MALFORMED, check_format, exact, restored
 from loraloom.tuning.asha import SuccessiveHalving
 from loraloom.tuning.bar import Bar
+from loraloom.tuning.race import Race
 from loraloom.tuning.sampler import JOURNAL_NAME
 from loraloom.tuning.trial import Trial
 
@@ -32,8 +33,9 @@ from loraloom.tuning.trial import Trial
 STATE_NAME = "search.json"
 #: Its options, as a run file.
 RUN_FILE = "search.yaml"
-#: Of ``search.json``. Files without a number are of loraloom 0.1.
-FORMAT = 1
+#: Of ``search.json``. Files without a number are of loraloom 0.1; a search that began before format 2 resumes under the
+#: rule of then.
+FORMAT = 2
 UNDER_WAY = "under-way"
 #: Folder of the adapters of finished trials.
 TRIALS = "trials"
@@ -48,7 +50,7 @@ class State:
 
     fingerprint: str
     slots: int
-    halving: SuccessiveHalving
+    halving: SuccessiveHalving | Race
     #: the user's options ``slots`` and ``memory`` when the slots were planned
     asked: tuple[int | None, int | None] = (None, None)
     trials: list[Trial] = field(default_factory=list)
@@ -212,7 +214,7 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
         return State(
             fingerprint=found["fingerprint"],
             slots=found["slots"],
-            halving=SuccessiveHalving(**found["halving"]),
+            halving=(Race if "shares" in found["halving"] else SuccessiveHalving)(**found["halving"]),
             asked=(found["asked"][0], found["asked"][1]),
             trials=[_read_trial(entry, build, found.get("events", ())) for entry in found["trials"]],
             files={int(number): name for number, name in found["files"].items()},
