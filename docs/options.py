@@ -40,6 +40,8 @@ CHINESE = {
     "Other seeds for each finalist; 0 for none": "每组换几个种子；0 表示不换",
     "Metric to compare by": "用哪个指标比较",
     "Search although held-out rows are among the training rows": "留出的行与训练行重复时也照样搜索",
+    "Most configurations, extensions included": "最多多少组配置，追加的也算在内",
+    "Time limit, such as 2h or 90m": "时间上限，例如 2h 或 90m",
     "Trials to train together": "多少个 trial 一起训练",
     "Memory limit, such as 8GiB": "内存上限，例如 8GiB",
     "Packs to train at once, each in its own process (Ray)": "同时训练的 pack 数，每个在自己的进程里（Ray）",
@@ -135,6 +137,7 @@ CHINESE = {
     # Defaults in words
     "required": "必填",
     "none": "无",
+    "no limit": "不限",
     "once an epoch": "每个 epoch 一次",
     "the model's": "由模型决定",
     "an accelerator, if any": "有加速器就用",

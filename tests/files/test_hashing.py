@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loraloom.files import hashing
-from loraloom.files.hashing import file_hash, first_changed
+from loraloom.files.hashing import file_hash, first_changed, known_hash
 
 
 def test_a_file_is_hashed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,6 +17,21 @@ def test_a_file_is_hashed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "a").write_bytes(data)
     monkeypatch.setattr(hashing, "BLOCK", 1000)
     assert file_hash(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    once = hashing.file_hash
+    monkeypatch.setattr(hashing, "file_hash", lambda path: reads.append(str(path)) or once(path))
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+    assert {known_hash(path) for _ in range(3)} == {once(path)}
+    assert len(reads) == 3, "it has changed a moment ago"
+    monkeypatch.setattr(hashing, "SETTLED", 0)
+    assert {known_hash(path) for _ in range(3)} == {once(path)}
+    assert len(reads) == 4
+    path.write_bytes(b"other")
+    assert known_hash(path) == once(path)
 
 
 def test_the_first_file_that_is_another_one_or_gone_is_named(tmp_path: Path) -> None:

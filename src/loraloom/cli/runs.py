@@ -34,19 +34,41 @@ def tune(
             rich_help_panel="Search",
         ),
     ] = None,
+    stop: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="TRIAL",
+            help="Ask the search that runs in DIR to stop a trial; repeatable",
+            rich_help_panel="Search",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="TRIAL",
+            help="Ask the search that runs in DIR to pause a trial at no rung; repeatable",
+            rich_help_panel="Search",
+        ),
+    ] = None,
 ) -> None:
     """Train many configurations at once on one frozen model, and say which to use and why.
 
     Give a run file, or --model, --data, --task and --output. Key tune.space sets what varies, for example --set
     'tune.space={lora.r: [8, 16]}'. After a stop the same command resumes the search.
     """
-    from loraloom.report.session import tune_run
+    folder = run_file if run_file is not None and Path(run_file).is_dir() else None
+    from loraloom.report.session import steer_run, tune_run
     from loraloom.tuning.config import TuneConfig
     from loraloom.tuning.state import run_file as kept_in
 
-    if run_file is not None and Path(run_file).is_dir():
-        given = {"output": run_file, **given}
-        run_file = kept_in(run_file)
+    if stop or keep:
+        if folder is None or given or settings or add_trials is not None:
+            option = "stop" if stop else "keep"
+            raise ConfigError(f"--{option}: stands alone with the folder of a search: loraloom tune DIR --{option} 3")
+        steer_run(folder, stop or (), keep or ())
+        return
+    if folder is not None:
+        run_file, given = kept_in(folder), {"output": folder, **given}
     tune_run(TuneConfig.read(run_file, settings or (), given), add_trials=add_trials)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loraloom.errors import ConfigError, nearest, short
-from loraloom.files import sizes
+from loraloom.files import durations, sizes
 
 
 def as_it_is(name: str, value: Any) -> Any:
@@ -183,3 +183,17 @@ def size() -> Check:
         return found
 
     return Check(test, {"type": ["integer", "string"], "minimum": 1})
+
+
+def duration() -> Check:
+    """Seconds, or text with units: ``"2h"``, ``"90m"``, ``"1h30m"``."""
+
+    def test(name: str, value: Any) -> float:
+        found = durations.read(str(value)) if not isinstance(value, bool) else None
+        if found is None:
+            refuse(name, "a time such as 2h, 90m or 30s", value)
+        if not found > 0:
+            raise ConfigError(f"{name}: must be above 0, found {value!r}")
+        return found
+
+    return Check(test, {"type": ["number", "string"], "exclusiveMinimum": 0})

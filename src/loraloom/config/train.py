@@ -125,7 +125,9 @@ class TrainConfig(Options):
     save_steps: int | None = _keep(None, _COUNT, "Save a checkpoint every N steps")
     save_minutes: float | None = _keep(None, _POSITIVE, "Save a checkpoint every N minutes")
     save_total_limit: int = _keep(2, _COUNT, "Checkpoints to keep; the newest and the best always stay")
-    report_to: list[str] = _keep(["tensorboard"], names(none=True), "Trackers such as tensorboard, wandb, or none")
+    report_to: list[str] = _keep(
+        ["tensorboard"], names(none=True), "Trackers such as tensorboard, wandb, or none", search="same"
+    )
 
     def __post_init__(self) -> None:
         self.check_fields()

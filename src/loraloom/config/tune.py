@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from loraloom.config.checks import Check, as_it_is, choice, flag, number, size, text, whole
+from loraloom.config.checks import Check, as_it_is, choice, duration, flag, number, size, text, whole
 from loraloom.config.options import Option, Options, option
 
 PRESETS = ("quick", "standard", "thorough")
@@ -38,6 +38,10 @@ class SearchOptions(Options):
     allow_shared_rows: bool = _run(
         False, flag(), "Search although held-out rows are among the training rows", since="0.2"
     )
+    max_trials: int | None = _run(
+        None, whole(1), "Most configurations, extensions included", unset="no limit", since="0.2"
+    )
+    max_time: float | None = _run(None, duration(), "Time limit, such as 2h or 90m", unset="no limit", since="0.2")
     slots: int | None = _run(None, whole(1), "Trials to train together", unset="as many as pay")
     memory: int | None = _run(None, size(), "Memory limit, such as 8GiB", unset="what is free")
     workers: int = _run(1, whole(1), "Packs to train at once, each in its own process (Ray)")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 BLOCK = 1 << 20
+#: Seconds after which a change to a file is sure to give it another time.
+SETTLED = 2.0
 
 
 def file_hash(path: str | Path) -> str:
@@ -20,6 +25,25 @@ def file_hash(path: str | Path) -> str:
         while count := file.readinto(block):
             digest.update(block[:count])
     return digest.hexdigest()
+
+
+def known_hash(path: str | Path) -> str:
+    """``file_hash``, but the file is read once as long as its size and its times are the same.
+
+    A file that changed a moment ago is read every time: it may change again without another time.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    found = os.stat(path)
+    if time.time() - max(found.st_mtime, found.st_ctime) < SETTLED:
+        return file_hash(path)
+    return _hash(os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@lru_cache(maxsize=64)
+def _hash(path: str, *stamp: int) -> str:
+    return file_hash(path)
 
 
 def first_changed(folder: Path, files: Mapping[str, str]) -> tuple[Path, OSError | None] | None:

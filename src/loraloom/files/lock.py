@@ -76,6 +76,15 @@ def check(folder: str | Path) -> None:
             pass
 
 
+def is_held(folder: str | Path) -> bool:
+    """Whether a run is under way in ``folder``."""
+    try:
+        check(folder)
+    except ConfigError:
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def held(folder: str | Path) -> Iterator[None]:
     """Context that holds ``folder`` for this run, creating it if needed. Leaves no trace of the lock.

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from loraloom.files.durations import short
 from loraloom.files.sizes import size
 from loraloom.messages import Message, Warn
 from loraloom.report.format import about, counted, shown
@@ -133,6 +134,26 @@ SEARCH: Table = {
     "left_for_full": "not used by the search, but when the best is trained in full ({file}): {keys}",
     "resumed": "resuming in {folder}: {ended} of {trials} trials have ended",
     "extended": _extended,
+    "time_over": lambda seconds, steps, finish, stopped: (
+        f"the time is nearly over ({short(seconds)}, {steps:,} steps): "
+        + (f"{shown(finish)} can still finish" if finish else "no trial can still finish")
+        + (f", {counted(stopped, 'other')} stop" if stopped else "")
+    ),
+    "asked": lambda request, trial: (
+        f"trial {trial} is stopped, as the user asked"
+        if request == "stop"
+        else f"trial {trial} is not paused at the rungs, as the user asked"
+    ),
+    "request_late": "--{request} {trial}: that trial has ended meanwhile",
+    "kept": "trial {trial}, paused at step {step}, continues to its end: the user keeps it",
+    "request_left": lambda requests, running: (
+        f"{', '.join(f'--{kind} {trial}' for kind, trial in requests)}: "
+        + (
+            "the search does it after the step under way"
+            if running
+            else "done when the search is resumed; none runs now"
+        )
+    ),
     "slots": _slots,
     "to_beat": lambda metric, **bar: f"to beat: {_bar(metric, **bar)} in {metric}",
     "started": lambda trial, params: f"trial {trial} starts: {settings(params)}",

@@ -17,12 +17,14 @@ from loraloom.data.dataset import BAD_ROWS
 from loraloom.distributed.launch import rank
 from loraloom.engine.loop import OnStep, StepEvent
 from loraloom.errors import ConfigError, SaveError
+from loraloom.files import lock
 from loraloom.files.log import Log
 from loraloom.messages import Message, ignore
 from loraloom.report import trackers
 from loraloom.report.data import picture
 from loraloom.report.plot import PLOT_NAME, plot_run
 from loraloom.report.screen import Text
+from loraloom.report.search_trackers import SearchTracks, tracking
 from loraloom.report.sentences import line, sentence
 from loraloom.report.terminal import Meter, expectations, outcome, overview, reading
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
@@ -36,7 +38,9 @@ from loraloom.training.setup import TrainJob
 from loraloom.training.trainer import RunResult, Trainer
 from loraloom.tuning.conclusion import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult
 from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.executor import SearchStatus
 from loraloom.tuning.search import search
+from loraloom.tuning.steering import ask
 
 
 def train_run(
@@ -147,8 +151,23 @@ def tune_run(options: TuneConfig, console: Console | None = None, *, add_trials:
     """
     console = console or Console()
     _print(options.notes, console)
-    with TuneMeter(console) as meter:
-        result = search(options, meter.event, meter.update, describe=sentence, add_trials=add_trials)
+    trackers.check(options.train.report_to)
+    tracks: list[SearchTracks] = []
+    with contextlib.ExitStack() as stack, TuneMeter(console) as meter:
+
+        def event(message: Message) -> None:
+            if message.kind == "to_beat":  # all is checked, and training begins
+                tracks.append(stack.enter_context(tracking(options, lambda text: _print([text], console))))
+            meter.event(message)
+
+        def update(status: SearchStatus) -> None:
+            meter.update(status)
+            for one in tracks:
+                one.update(status)
+
+        result = search(options, event, update, describe=sentence, add_trials=add_trials)
+        for one in tracks:
+            one.end(result.verdict)
     found, folder, metric = result.verdict, result.folder, result.verdict.metric
     console.print(leaderboard(found, metric, width=console.width))
     console.print(conclusion(found))
@@ -163,6 +182,18 @@ def tune_run(options: TuneConfig, console: Console | None = None, *, add_trials:
     lines |= {"record": folder / RESULT_NAME, "pictures": ", ".join(map(str, pictures))}
     console.print(Text("\n" + "\n".join(f"{what:9}{where}" for what, where in lines.items())), soft_wrap=True)
     return result
+
+
+def steer_run(folder: str | Path, stop: Sequence[int], keep: Sequence[int], console: Console | None = None) -> None:
+    """Ask the search in ``folder``, which another process runs or will resume, to stop trials or to keep them.
+
+    Raises:
+        InputError: there is no search there, it has ended, or a trial does not train.
+    """
+    wishes = [*(("stop", number) for number in stop), *(("keep", number) for number in keep)]
+    ask(Path(folder), wishes)
+    running = lock.is_held(folder)
+    (console or Console()).print(line(Message("request_left", requests=wishes, running=running)), soft_wrap=True)
 
 
 def _print(notes: Sequence[str], console: Console) -> None:

@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,6 @@ def tracking(
 ) -> Iterator[OnStep]:
     """The callback ``on_step`` of trackers ``names``, by accelerate's names, which end with the context.
 
-    A tracker that does not start is an error here. One that fails later is logged, and training continues without it.
     TensorBoard starts with the first step, because it has to know after which step a run resumes.
 
     Args:
@@ -70,47 +70,74 @@ def tracking(
     Raises:
         ConfigError: one does not start. Begins with ``report_to``.
     """
+    with running(names, folder, options, log) as trackers:
+
+        def on_step(event: StepEvent) -> None:
+            trackers.start_waiting(event.step - 1)
+            values = {"train/loss": event.loss, "train/learning_rate": event.learning_rate}
+            values["train/tokens_per_second"] = event.tokens / max(event.seconds, 1e-9)
+            trackers.write(
+                values | {f"eval/{key}": value for key, value in (event.evaluation or {}).items()}, event.step
+            )
+
+        yield on_step
+
+
+@contextlib.contextmanager
+def running(
+    names: Sequence[str], folder: str | Path, options: Mapping[str, Any] | None = None, log: Log = info
+) -> Iterator[Trackers]:
+    """Trackers, which end with the context. Arguments and errors as of ``tracking``."""
     check(names)
-    folder, trackers, waiting = Path(folder), list[Any](), _TENSORBOARD in names
-
-    @contextlib.contextmanager
-    def guarded(tracker: Any, what: str, *, drop: bool = False) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # of any kind: trackers raise their own
-            if drop:
-                trackers.remove(tracker)
-            log(f"report_to: {tracker.name} {what} ({brief(error)}){'; training continues without it' * drop}")
-
-    def on_step(event: StepEvent) -> None:
-        nonlocal waiting
-        if waiting:
-            waiting = False
-            try:
-                trackers.append(_start(_TENSORBOARD, folder, event.step - 1))
-            except Exception as error:
-                log(f"report_to: {_TENSORBOARD} does not start ({brief(error)}); training continues without it")
-        values = {"train/loss": event.loss, "train/learning_rate": event.learning_rate}
-        values["train/tokens_per_second"] = event.tokens / max(event.seconds, 1e-9)
-        values |= {f"eval/{key}": value for key, value in (event.evaluation or {}).items()}
-        for tracker in list(trackers):
-            with guarded(tracker, f"failed at step {event.step}", drop=True):
-                tracker.log(_named_for(tracker.name, values), step=event.step)
-
+    trackers = Trackers(Path(folder), log, _TENSORBOARD in names)
     failed = True
     try:
         for name in names:
             if name != _TENSORBOARD:
-                trackers.append(_started(name, folder))
-        for tracker in trackers:
-            with guarded(tracker, "did not take the options"):
+                trackers.there.append(_started(name, trackers.folder))
+        for tracker in trackers.there:
+            with trackers.guarded(tracker, "did not take the options"):
                 tracker.store_init_configuration(_flat(options or {}))
-        yield on_step
+        yield trackers
         failed = False
     finally:
-        for tracker in trackers:
-            with guarded(tracker, "did not end well"):
+        for tracker in trackers.there:
+            with trackers.guarded(tracker, "did not end well"):
                 _finish(tracker, failed)
+
+
+@dataclass
+class Trackers:
+    """Those that started. One that fails later is logged, and training continues without it."""
+
+    folder: Path
+    log: Log
+    #: TensorBoard is wanted and has not started
+    waiting: bool = False
+    there: list[Any] = field(default_factory=list)
+
+    def start_waiting(self, step: int = 0) -> None:
+        """Start TensorBoard, which drops what a killed run logged after ``step``."""
+        if self.waiting:
+            self.waiting = False
+            try:
+                self.there.append(_start(_TENSORBOARD, self.folder, step))
+            except Exception as error:
+                self.log(f"report_to: {_TENSORBOARD} does not start ({brief(error)}); training continues without it")
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        for tracker in list(self.there):
+            with self.guarded(tracker, f"failed at step {step}", drop=True):
+                tracker.log(named_for(tracker.name, values), step=step)
+
+    @contextlib.contextmanager
+    def guarded(self, tracker: Any, what: str, *, drop: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any kind: trackers raise their own
+            if drop:
+                self.there.remove(tracker)
+            self.log(f"report_to: {tracker.name} {what} ({brief(error)}){'; training continues without it' * drop}")
 
 
 def _started(name: str, folder: Path) -> Any:
@@ -151,7 +178,7 @@ def _finish(tracker: Any, failed: bool) -> None:
         tracker.finish()
 
 
-def _named_for(tracker: str, values: Mapping[str, float]) -> dict[str, float]:
+def named_for(tracker: str, values: Mapping[str, float]) -> dict[str, float]:
     """MLflow refuses other characters in names, and a user's metric may be called anything."""
     return {re.sub(r"[^\w./: -]", "_", key) if tracker == "mlflow" else key: value for key, value in values.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -232,6 +232,24 @@ def _mattered(found: Verdict) -> str:
 # -- while it runs ----------------------------------------------------------------------------------------------------
 
 
+class NewEvaluations:
+    """Which trials were evaluated since the last look. Evaluations from before a resume are not new."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, int] = {}
+
+    def of(self, trials: Iterable[Trial], running: Container[int]) -> list[Trial]:
+        """Those of ``trials``, some of which are ``running`` now."""
+        found = []
+        for trial in trials:
+            done = len(trial.curve.evaluations)
+            known = self._seen.get(trial.number, max(done - 1, 0) if trial.number in running else done)
+            self._seen[trial.number] = done
+            if done > known:
+                found.append(trial)
+        return found
+
+
 class TuneMeter:
     """The live view of a search: a picture that redraws itself in a terminal, a line for each evaluation elsewhere.
 
@@ -242,8 +260,7 @@ class TuneMeter:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self.clock = console, clock
         self.drawn = -math.inf
-        #: trial → evaluations that a line was printed for
-        self.seen: dict[int, int] = {}
+        self.new = NewEvaluations()
         self.live = (
             Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop")
             if console.is_terminal
@@ -272,14 +289,9 @@ class TuneMeter:
             self.live.update(self.picture(status), refresh=True)
 
     def _lines(self, status: SearchStatus) -> None:
-        active, names = {trial.number for trial in status.running}, varying(status.trials)
-        for trial in status.trials:
-            done = len(trial.curve.evaluations)
-            # Evaluations from before a resume are not printed again.
-            known = self.seen.get(trial.number, max(done - 1, 0) if trial.number in active else done)
-            self.seen[trial.number] = done
-            if done > known:
-                self.console.print(Text(_line(trial, names, status)), soft_wrap=True)
+        names = varying(status.trials)
+        for trial in self.new.of(status.trials, {trial.number for trial in status.running}):
+            self.console.print(Text(_line(trial, names, status)), soft_wrap=True)
 
     def picture(self, status: SearchStatus) -> RenderableType:
         """What the live view shows of ``status``."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from loraloom.files.durations import short
 from loraloom.files.sizes import size
 from loraloom.report.format import counted, figure, gap, label, shown
 from loraloom.report.format import params as settings
@@ -26,6 +27,11 @@ def _tie(top: int, winner: int, gap: float, noise: float, metric: str, parameter
 
 def _best(metric: str, tied: int) -> str:
     return f"the best {metric}" + (f" of {tied} that are tied within the noise, and the cheapest" if tied > 1 else "")
+
+
+def _steered(stopped: Sequence[int], kept: Sequence[int]) -> list[str]:
+    what = (("stopped", stopped), ("kept", kept))
+    return [f"{verb} trial{'s' * (len(numbers) > 1)} {shown(list(numbers))}" for verb, numbers in what if numbers]
 
 
 def _reached(metric: str, value: float, noise: float | None, seeds: int) -> str:
@@ -124,6 +130,14 @@ VERDICT: Table = {
     ),
     "tested": _tested,
     "against": _against,
+    "test_used_before": "these test rows were used before, for another verdict: they have chosen too",
+    "clock_ended": lambda seconds, steps: (
+        f"the time was over after {short(seconds)} ({steps:,} steps of all trials), so another run may come to another "
+        "verdict"
+    ),
+    "steered": lambda stopped, kept: (
+        f"the user {' and '.join(_steered(stopped, kept))}, so another run may come to another verdict"
+    ),
     "no_test": (
         "its figures are of the {rows:row} that chose it, so they are too good by an unknown amount; data.test keeps "
         "rows for a figure that is not (--test-split 0.1)"

@@ -15,8 +15,10 @@ from loraloom.messages import Describe, Message
 from loraloom.training.run_record import machine, versions
 from loraloom.training.setup import Setup
 from loraloom.training.usage import usage
+from loraloom.tuning import steering
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.final_test import final_test
+from loraloom.tuning.measured_once import measured_once
 from loraloom.tuning.promotion import overtaken
 from loraloom.tuning.race import LookBack, Race
 from loraloom.tuning.ranking import originals
@@ -50,8 +52,15 @@ def conclude(options: TuneConfig, setup: Setup, state: State, describe: Describe
     best = folder / BEST_NAME
     found, source = _judge(options, state)
     if source is not None:
-        found = replace(found, cuts=cut(setup, found.metric, source, folder))
-        found = _tested(setup, found, state, folder)
+        adapter, untested = source, found
+
+        def measure() -> Verdict:
+            return _tested(setup, replace(untested, cuts=cut(setup, found.metric, adapter, folder)), state, folder)
+
+        found = measured_once(found, setup, state, source, folder, measure)
+        if setup.data.test is None:
+            found = replace(found, notes=[*found.notes, Message("no_test", rows=len(setup.data.validation_rows))])
+    found = replace(found, notes=[*found.notes, *steering.notes(state)])
     made = record(
         found,
         state.trials,
@@ -66,7 +75,7 @@ def conclude(options: TuneConfig, setup: Setup, state: State, describe: Describe
     if found.learned:
         full = replace(found.best.options, output=str(folder / "full"), overwrite=False)
         score = found.scores[found.best.number].mean
-        title = f"The best of {options.trials} trials: {options.metric} {score:.4g}"
+        title = f"The best of {len(originals(state.trials))} trials: {options.metric} {score:.4g}"
         runfile.write(full, folder / BEST_FILE, title)
     return SearchResult(found, made, folder)
 
@@ -105,10 +114,9 @@ def _judge(options: TuneConfig, state: State) -> tuple[Verdict, Path | None]:
 
 
 def _tested(setup: Setup, found: Verdict, state: State, folder: Path) -> Verdict:
-    """The verdict with the test, or with a note that there was none."""
+    """The verdict with the test, if there are rows for one."""
     if setup.data.test is None:
-        rows = len(setup.data.validation_rows)
-        return replace(found, notes=[*found.notes, Message("no_test", rows=rows)])
+        return found
     groups = originals(state.trials)
     wanted = [groups[one.number] for one in (found.best, found.runner_up) if one is not None]
     able = {number: found.scores[number] for number in found.able}

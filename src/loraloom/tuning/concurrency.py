@@ -111,21 +111,32 @@ def _slower(rates: Mapping[int, Sequence[float]], count: int) -> bool:
 
 
 def _rate(pack: Pack, setup: Setup, config: LoraConfig, count: int) -> float:
-    """Tokens a second with ``count`` slots, which are gone afterwards."""
+    """Tokens a second with ``count`` slots."""
+    # The fastest step counts: the machine may be busy otherwise.
+    return max(tokens / seconds for tokens, seconds in _probe(pack, setup, config, count))
+
+
+def seconds_of_step(pack: Pack, setup: Setup, config: LoraConfig) -> float:
+    """Seconds of a step of one adapter like ``config``."""
+    return min(seconds for _, seconds in _probe(pack, setup, config, 1))
+
+
+def _probe(pack: Pack, setup: Setup, config: LoraConfig, count: int) -> list[tuple[int, float]]:
+    """Tokens and seconds of a few steps with ``count`` slots, which are gone afterwards."""
     names = [f"probe-{i}" for i in range(count)]
     try:
         for name in names:
             pack.add(name, config)
         slots = [setup.slot(name, setup.options, steps=STEPS + 1) for name in names]
         advance(pack, slots)
-        best, began = 0.0, time.perf_counter()
-        for step in range(STEPS):  # the fastest step counts: the machine may be busy otherwise
+        found, began = [], time.perf_counter()
+        for step in range(STEPS):
             started = time.perf_counter()
             tokens = advance(pack, slots)
-            best = max(best, tokens / (time.perf_counter() - started))
+            found.append((tokens, time.perf_counter() - started))
             if step >= 1 and time.perf_counter() - began > SECONDS:
                 break
-        return best
+        return found
     finally:
         for name in names:
             if name in pack.adapters:

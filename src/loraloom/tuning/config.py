@@ -51,6 +51,8 @@ class TuneConfig(SearchOptions):
             raise ConfigError(
                 f"trials: the space has {size} configurations, found {self.trials}; lower it or widen the space"
             )
+        if self.max_trials is not None and self.trials > self.max_trials:
+            raise ConfigError(f"trials: must be at most max_trials ({self.max_trials}), found {self.trials}")
         if self.finalists > self.trials:
             raise ConfigError(f"finalists: must be at most trials ({self.trials}), found {self.finalists}")
         self._check_metric()
@@ -166,6 +168,8 @@ def _with_preset(tune: Mapping[str, Any], base: TrainConfig) -> dict[str, Any]:
     space = Space.parse(values["space"], base) if "space" in values else Space.default(base, name)
     size = math.inf if space.size is None else space.size
     trials = int(size) if values.get("sampler") == "grid" and size < math.inf else int(min(preset.trials, size))
+    most = values.get("max_trials")
+    trials = max(1, min(trials, most)) if isinstance(most, int) else trials
     limit = values.get("trials", trials)
     usual = {"trials": trials, "finalists": preset.finalists, "seeds": preset.seeds}
     if isinstance(limit, int):

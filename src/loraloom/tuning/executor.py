@@ -8,7 +8,7 @@ from typing import Protocol
 
 from loraloom.engine.slot_state import SlotState
 from loraloom.tuning.bar import Bar, set_bar
-from loraloom.tuning.concurrency import Slots, plan_slots
+from loraloom.tuning.concurrency import Slots, plan_slots, seconds_of_step
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.worker import Report, Worker
 
@@ -40,6 +40,9 @@ class Executor(Protocol):
     def plan(self, most: int) -> Slots:
         """How many trials each worker trains together, ``most`` at most."""
 
+    def seconds_of_step(self) -> float:
+        """Seconds that one trial alone takes for a step."""
+
     def set_bar(self, known: Bar | None) -> Bar:
         """Give all workers the bar that trials have to beat, measured unless it is ``known``."""
 
@@ -59,6 +62,12 @@ def plan(worker: Worker, most: int, neighbours: int = 1) -> Slots:
     return plan_slots(worker.pack, factory.widest(), largest, most, memory, options.slots, neighbours)
 
 
+def measure_step(worker: Worker) -> float:
+    """Seconds of a step of the largest adapter of the search."""
+    largest = max(worker.factory.largest(), key=lambda one: worker.factory.plan(one).parameters)
+    return seconds_of_step(worker.pack, worker.factory.widest(), largest)
+
+
 def measure_bar(worker: Worker) -> Bar:
     """What trials have to beat."""
     return set_bar(worker.setup)
@@ -75,6 +84,9 @@ class LocalExecutor:
 
     def plan(self, most: int) -> Slots:
         return plan(self._worker, most)
+
+    def seconds_of_step(self) -> float:
+        return measure_step(self._worker)
 
     def set_bar(self, known: Bar | None) -> Bar:
         self._worker.bar = known or measure_bar(self._worker)

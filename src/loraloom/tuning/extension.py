@@ -96,6 +96,12 @@ def extend(state: State, options: TuneConfig, added: int) -> Message:
     more_seeds = now["seeds"] > state.extent["seeds"] or now["finalists"] > state.extent["finalists"]
     if not added and not more_seeds:
         raise ConfigError("add_trials: must be at least 1, or with more seeds or finalists, found 0")
+    most = options.max_trials
+    if most is not None and wanted(state) + added > most:
+        raise ConfigError(
+            f"max_trials: the search has {wanted(state)} trials, and with {added} more it would have more than {most}; "
+            "raise it, or add fewer"
+        )
     state.events.append(
         {"kind": "extend", "trials": added, "before": state.extent, "first": None, "seconds": state.seconds}
     )

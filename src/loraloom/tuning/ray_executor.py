@@ -26,7 +26,7 @@ from loraloom.files.atomic import write_files
 from loraloom.tuning.bar import Bar
 from loraloom.tuning.concurrency import Slots
 from loraloom.tuning.config import TuneConfig
-from loraloom.tuning.executor import Enter, OnTrials, measure_bar, plan
+from loraloom.tuning.executor import Enter, OnTrials, measure_bar, measure_step, plan
 from loraloom.tuning.state import TRIALS
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.worker import Report, TrialFactory, Worker, name_of
@@ -92,6 +92,7 @@ class RemoteWorker:
         """The report, and the files of the adapters that are finished: name → file → bytes."""
         worker = self._opened(neighbours)
         worker.bar = bar
+        self._stop.clear()
         with tempfile.TemporaryDirectory(prefix="loraloom-worker-") as folder:
             worker.options = replace(self._options, train=replace(self._options.train, output=folder))
             report = worker.run(enter, leave, self._on_trials, self._stop.is_set)
@@ -169,6 +170,11 @@ class RayExecutor:
         planned: Slots = self._first(plan, most, self._neighbours[0])
         return planned
 
+    def seconds_of_step(self) -> float:
+        """Measured by the first worker."""
+        measured: float = self._first(measure_step)
+        return measured
+
     def set_bar(self, known: Bar | None) -> Bar:
         """Measured by the first worker, unless it is known; all have it with their trials."""
         self._bar = known or self._first(measure_bar)
@@ -179,13 +185,11 @@ class RayExecutor:
         self._under_way[ref] = worker
 
     def wait(self) -> tuple[int, Report | None]:
-        asked = False
         while True:
             ready, _ = self._ray.wait(list(self._under_way), num_returns=1, timeout=LOOK)
             if ready:
                 break
-            if self._stop() and not asked:
-                asked = True
+            if self._stop():
                 for busy in self._under_way.values():
                     self._workers[busy].stop.remote()
             self._look()

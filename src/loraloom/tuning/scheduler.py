@@ -19,6 +19,7 @@ from loraloom.tuning.promotion import Promotion, new_rule, stands
 from loraloom.tuning.ranking import goodness
 from loraloom.tuning.sampler import propose
 from loraloom.tuning.state import State
+from loraloom.tuning.steering import kept
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.worker import TrialFactory, rung_step
 
@@ -64,14 +65,14 @@ class Scheduler:
 
     def next(self, held: Collection[int]) -> Trial | None:
         """A waiting trial that is to train or to be measured, preferably one that a worker holds already."""
-        while self._decided():
+        while self._begin_extension() if self.state.over else self._decided():
             pass
         ready = [t for t in self.trials if t.state == "waiting" and (t.measure or t.step < (t.goal or t.steps))]
         return min(ready, key=lambda trial: (trial.number not in held, trial.number), default=None)
 
     def _decided(self) -> bool:
         """Take one decision, if what is known allows it."""
-        return self._advanced() or self._begin_extension()
+        return self._keep() or self._advanced() or self._begin_extension()
 
     def _advanced(self) -> bool:
         originals, halving = self.originals, self.state.halving
@@ -89,20 +90,46 @@ class Scheduler:
             return self._promotion().resume_paused()
         return self._promotion().look_back() or self._add_repeats(finished)
 
-    # -- extensions -------------------------------------------------------------------------------------------------
+    # -- extensions, and what the user decides ------------------------------------------------------------------------
 
     def _begin_extension(self) -> bool:
         """Begin the next extension, once nothing is left to train of what was there before."""
         event = next((event for event in self.state.of_kind("extend") if event["first"] is None), None)
         if event is None:
             return False
-        paused = self.state.halving.suspended([trial.number for trial in self.originals])
-        if any(trial.state in ("running", "waiting") and trial.number not in paused for trial in self.trials):
+        if self.live():
             return False
         self.give_up_waiting()
-        event["first"], self.exhausted = len(self.trials), False
+        event["first"], event["seconds"], self.exhausted = len(self.trials), self.state.seconds, False
         self.state.halving = new_rule(self.options)
         return True
+
+    def _keep(self) -> bool:
+        """Let trials that the user keeps train to their end where they are paused."""
+        paused = self.state.halving.suspended([trial.number for trial in self.originals])
+        chosen = [self.trials[n] for n in sorted(kept(self.state)) if n in paused and self.trials[n].state == "waiting"]
+        for trial in chosen:
+            trial.goal = trial.steps
+            self.state.halving.resumed.append(trial.number)
+            self.on_event(Message("kept", trial=trial.number, step=trial.step))
+        return bool(chosen)
+
+    def live(self) -> list[Trial]:
+        """Trials that train or are going to, without those that are paused."""
+        paused = self.state.halving.suspended([trial.number for trial in self.originals])
+        live = [trial for trial in self.trials if trial.state in ("running", "waiting")]
+        return [trial for trial in live if trial.number not in paused or trial.step < trial.goal]
+
+    def obey_clock(self) -> None:
+        """Once the time is over: let those train to their end that can finish, and stop the others."""
+        if not self.state.over:
+            return
+        finish = self.state.of_kind("clock")[-1]["finish"]
+        for trial in self.live():
+            if trial.number in finish:
+                trial.goal = trial.steps
+            else:
+                trial.state, trial.reason = "stopped", f"the time was over at step {trial.step}"
 
     def give_up_waiting(self) -> None:
         """Nothing is left to train: those that wait at a rung are stopped there."""

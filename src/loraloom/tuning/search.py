@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,8 @@ from loraloom.training.output import check_output
 from loraloom.training.preflight.doctor import amount
 from loraloom.training.setup import Setup, load
 from loraloom.training.signals import asked_to_stop
-from loraloom.tuning import extension, held_out
+from loraloom.tuning import extension, held_out, steering
+from loraloom.tuning.clock import Clock, check_time
 from loraloom.tuning.conclusion import BEST_FILE, BEST_NAME, RESULT_NAME, SearchResult, conclude
 from loraloom.tuning.config import RUN_FILE_TITLE, TuneConfig
 from loraloom.tuning.executor import Executor, LocalExecutor, SearchStatus
@@ -131,6 +133,9 @@ class Search:
         self.members: dict[int, list[int]] = {}
         #: files that are written with the next state
         self.beside: dict[str, bytes] = {}
+        self.clock: Clock | None = None
+        #: files of the user's requests that became events which are not written yet
+        self.requests: list[Path] | None = None
         self.journal = Journal(self.options, self.folder)
         self.pressed = threading.Event()
 
@@ -146,28 +151,43 @@ class Search:
         if found is not None:
             ended = sum(trial.state not in ("running", "waiting") for trial in found.trials)
             self.on_event(Message("resumed", folder=str(self.folder), ended=ended, trials=len(found.trials)))
-        self._keep_options(fresh=found is None)
+        self._keep_options()
         if self.state.finished:
+            if self.beside:
+                self._save({})
             return
         self.scheduler = Scheduler(self.options, self.setup, self.factory, self.state, self.on_event, self.sampler)
         with contextlib.closing(self._executor()) as executor:
             self._plan(executor, fresh=found is None)
+            self._set_clock(executor)
             self.state.bar = executor.set_bar(self.state.bar)
             self.on_event(Message("to_beat", **self.state.bar.figures(self.options.metric)))
             self._train(executor)
 
-    def _keep_options(self, fresh: bool) -> None:
-        """Write down by which options the search is resumed, and that it is extended."""
+    def _keep_options(self) -> None:
+        """Note by which options the search is resumed, and that it is extended; written with the next state."""
         state, before = self.state, (self.state.fixed, self.state.extent)
         state.fixed, state.extent = self.identity.fixed, state.extent or extension.extent(self.options)
         if self.add_trials is not None:
             self.on_event(extension.extend(state, self.options, self.add_trials))
-        changed = (state.fixed, state.extent) != before or self.add_trials is not None
         path = self.folder / RUN_FILE
-        if changed and (not path.exists() or path.read_text(errors="replace").startswith(RUN_FILE_TITLE)):
+        own = not path.exists() or path.read_text(errors="replace").startswith(RUN_FILE_TITLE)
+        if own and ((state.fixed, state.extent) != before or self.add_trials is not None):
             self.beside = {RUN_FILE: self.options.run_file().encode()}
-        if changed and not fresh:
-            self._save({})
+
+    def _set_clock(self, executor: Executor) -> None:
+        """
+        Raises:
+            ConfigError: the time is too short for one trial.
+        """
+        limit, train = self.options.max_time, self.options.train
+        if limit is None:
+            return
+        step = executor.seconds_of_step()
+        if len(self.trials) <= self.state.first or self.add_trials:  # nothing has begun
+            rows = len(self.setup.data.validation.examples) / train.batch_size
+            check_time(limit, self.setup.steps_of(train)[0], step, rows)
+        self.clock = Clock(limit, step, self.state, self.options.finalists, self.options.metric)
 
     def _describe(self) -> None:
         """Report what was recognised, what was done to the rows, and what may well be a mistake."""
@@ -181,7 +201,8 @@ class Search:
 
     def _executor(self) -> Executor:
         def stop() -> bool:
-            return self.pressed.is_set()
+            due = self.clock is not None and self.clock.due()
+            return due or self.pressed.is_set() or steering.pending(self.folder)
 
         if self.options.over_ray:
             from loraloom.tuning.ray_executor import RayExecutor
@@ -202,6 +223,7 @@ class Search:
     def _train(self, executor: Executor) -> None:
         with asked_to_stop() as self.pressed:
             self.members = {worker: [] for worker in range(executor.count)}
+            self._take_up_requests()
             busy = self._assign(executor, list(self.members), {})
             while busy:
                 worker, report = executor.wait()
@@ -211,7 +233,9 @@ class Search:
                     self._save(numbers)
                     if busy:  # they hand over as well
                         continue
-                    raise Interrupted(f"stopped; the same command resumes the search in {self.folder}")
+                    raise Interrupted(f"stopped; {self._resume_hint} resumes the search in {self.folder}")
+                self._take_up_requests()
+                self._look_at_clock()
                 idle = [other for other in self.members if other not in busy]
                 busy |= self._assign(executor, idle, numbers)
         self.scheduler.give_up_waiting()
@@ -219,11 +243,33 @@ class Search:
         self._save({})
 
     @property
+    def _resume_hint(self) -> str:
+        """What to say that resumes; the command that extended the search would extend it again."""
+        return "the same command" if self.add_trials is None else f"loraloom tune {shlex.quote(str(self.folder))}"
+
+    def _look_at_clock(self) -> None:
+        event = None if self.clock is None else self.clock.look(self.scheduler.live())
+        if event is not None:
+            live = len(self.scheduler.live())
+            self.state.events.append(event)
+            figures = {key: event[key] for key in ("seconds", "steps", "finish")}
+            self.on_event(Message("time_over", stopped=live - len(event["finish"]), **figures))
+        self.scheduler.obey_clock()
+
+    def _take_up_requests(self) -> None:
+        if steering.pending(self.folder):
+            self.requests, messages = steering.take_up(self.folder, self.state)
+            for message in messages:
+                self.on_event(message)
+
+    @property
     def trials(self) -> list[Trial]:
         return self.state.trials
 
     def _tell(self, running: Sequence[Trial], tokens_per_second: float) -> None:
         slots, left = self.state.slots * len(self.members), self.scheduler.seconds_left()
+        if self.clock is not None and left is not None:
+            left = min(left, self.clock.left)
         self.on_status(SearchStatus(running, self.trials, self.options.metric, slots, tokens_per_second, left))
 
     # -- what workers report ----------------------------------------------------------------------------------------
@@ -246,6 +292,7 @@ class Search:
         self.state.seconds += report.seconds / len(self.members)
         for number in report.events:
             self._take_note(self.trials[number])
+        steering.obey(self.state)
         return report.states
 
     def _back_to_disk(self) -> None:
@@ -320,4 +367,7 @@ class Search:
     def _save(self, numbers: Mapping[int, SlotState]) -> None:
         save_state(self.folder, self.state, numbers, self.beside)
         self.beside = {}
+        if self.requests is not None:
+            steering.forget(self.folder, self.requests)
+            self.requests = None
         self.journal.keep(self.trials)

@@ -69,6 +69,7 @@ class State:
     extent: dict[str, Any] = field(default_factory=dict)
     #: What the clock or the user decided, in order; written before it acts. Each has its ``kind``. "extend": more
     #: trials (how many), the ``extent`` before, and the ``first`` of them; None until they begin.
+    #: "stop" and "keep": a ``trial``. "clock": the time is over for all trials but those that ``finish``.
     events: list[dict[str, Any]] = field(default_factory=list)
     #: the figures on the test rows, which are measured once
     tested: dict[str, Any] | None = None
@@ -77,6 +78,11 @@ class State:
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["kind"] == kind]
+
+    @property
+    def over(self) -> bool:
+        """Whether the time ran out for the trials that train."""
+        return any(event["first"] == self.first for event in self.of_kind("clock"))
 
     @property
     def begun(self) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from loraloom.config.lora import CONFIG_NAME
 from loraloom.errors import ConfigError, FormatError, SaveError
 from loraloom.files.atomic import make_folder, remove_tree, sync, write_files
-from loraloom.files.hashing import file_hash
+from loraloom.files.hashing import file_hash, known_hash
 from loraloom.files.jsonio import MALFORMED, check_format, exact, restored
 from loraloom.lora.checkpoint import WEIGHTS_NAME, write_tensors
 from loraloom.messages import Message, OnEvent, ignore
@@ -146,7 +146,7 @@ def _read(path: Path) -> Checkpoint:
         size, wanted = manifest[name]["bytes"], manifest[name]["sha256"]
         if (found := (path / name).stat().st_size) != size:
             raise _Damaged(f"{name} has {found:,} bytes and had {size:,} when it was written")
-        if file_hash(path / name) != wanted:
+        if known_hash(path / name) != wanted:
             raise _Damaged(f"{name} is damaged (its sha256 is not the one in {MANIFEST_NAME})")
     state = restored(json.loads((path / STATE_NAME).read_bytes()))
     if not isinstance(state["step"], int) or not isinstance(state["format"], int):
