@@ -150,7 +150,7 @@ def docstrings_by_module() -> Iterator[tuple[str, str]]:
 
 
 def english(folder: Path, train: int = 2000, pool: int = 500, steps: int = 1500) -> None:
-    """A Llama shape of 3 million parameters, pretrained on the code alone: no docstring and no comment."""
+    """A Llama shape of half a million parameters, pretrained on the code alone: no docstring and no comment."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -167,17 +167,17 @@ def english(folder: Path, train: int = 2000, pool: int = 500, steps: int = 1500)
             code.append(ast.unparse(tree))
         except (SyntaxError, RecursionError):
             continue
-    texts = spread(sorted({text for _, text in docstrings_by_module()}), train + 2 * pool, "english")
+    texts = spread(sorted({text for _, text in docstrings_by_module()}), train + pool, "english")
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False)
     raw.train_from_iterator([*code, *texts[:train]], trainer)
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **names)
     torch.manual_seed(0)
-    shape = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    shape = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, max_position_embeddings=256, **shape, **special))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=1024, max_position_embeddings=256, **shape, **special))
     ids = torch.tensor([token for one in tokenizer(code)["input_ids"] for token in [1, *one, 2]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
     for step in range(steps):
@@ -196,7 +196,7 @@ def english(folder: Path, train: int = 2000, pool: int = 500, steps: int = 1500)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     write(folder / "train.jsonl", [{"text": text} for text in texts[:train]])
-    write(folder / "pool.jsonl", [{"text": text} for text in texts[train : train + pool]])
+    write(folder / "pool.jsonl", [{"text": text} for text in texts[train:]])
 
 
 def keyword(folder: Path, seed: int, train: int, classes: str, wrong: float = 0.0, pool: int = 1000) -> None:
@@ -235,7 +235,7 @@ DATA_SETS = {
         DataSet("noisy", "seq-cls", lambda f: keyword(f, 2, 1500, "abcd", 0.15), [2, 4, 8, 32], (3e-4, 1e-2), SMALL),
         DataSet(
             "english", "causal-lm", english, [4, 8, 16, 32], (1e-4, 1e-2),
-            {"batch_size": 16, "epochs": 1, "max_length": 64},
+            {"batch_size": 16, "epochs": 1, "max_length": 48},
         ),
         DataSet(
             "docstrings", "seq-cls", docstrings, [4, 8, 16, 32], (2e-4, 8e-3),
