@@ -164,6 +164,8 @@ SEARCH: Table = {
     "rung": _rung,
     "overtaken": _overtaken,
     "finalists": "finalists {trials}: again with {seeds:more seed} each",
+    "leaders": "{trials} train to their end, and {seeds:more seed} of each beside them",
+    "repeats_dropped": "not among the finalists: {trials}; their further seeds do not count",
     "paused_resume": lambda trials, **bar: (
         f"no finished trial is above {_bar(**bar)}: {shown(trials)} resume and train to their end"
     ),

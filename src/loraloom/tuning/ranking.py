@@ -87,6 +87,7 @@ def scores(trials: Iterable[Trial], metric: str) -> dict[int, Score]:
 
 
 def _score(group: Sequence[Trial], metric: str) -> Score:
+    group = [trial for trial in group if not trial.dropped]
     alive = [trial for trial in group if trial.state != "failed"]
     finished = [trial for trial in alive if trial.state == "finished"]
     reached = [(*points[-1], t.options.seed) for t in finished or alive if (points := t.points(metric))]

@@ -17,6 +17,7 @@ from loraloom.tuning.bar import Bar, learned
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.promotion import Promotion, new_rule, stands
 from loraloom.tuning.ranking import goodness
+from loraloom.tuning.repeats import Repeats
 from loraloom.tuning.sampler import propose
 from loraloom.tuning.state import State
 from loraloom.tuning.steering import kept
@@ -64,11 +65,23 @@ class Scheduler:
         return self.state.bar
 
     def next(self, held: Collection[int]) -> Trial | None:
-        """A waiting trial that is to train or to be measured, preferably one that a worker holds already."""
+        """A waiting trial that is to train or to be measured.
+
+        The one with the most steps before it comes first, so that none trains alone at the end; of those with as many
+        one that a worker holds already.
+        """
+        self.decide()
+
+        def order(trial: Trial) -> tuple[bool, int, bool, int]:
+            return not trial.measure, trial.step - (trial.goal or trial.steps), trial.number not in held, trial.number
+
+        ready = [t for t in self.trials if t.state == "waiting" and (t.measure or t.step < (t.goal or t.steps))]
+        return min(ready, key=order, default=None)
+
+    def decide(self) -> None:
+        """Take every decision that what is known allows."""
         while self._begin_extension() if self.state.over else self._decided():
             pass
-        ready = [t for t in self.trials if t.state == "waiting" and (t.measure or t.step < (t.goal or t.steps))]
-        return min(ready, key=lambda trial: (trial.number not in held, trial.number), default=None)
 
     def _decided(self) -> bool:
         """Take one decision, if what is known allows it."""
@@ -81,14 +94,16 @@ class Scheduler:
         if halving.open < halving.rungs:
             return self._promotion().decide()
         paused = halving.suspended([trial.number for trial in originals])
-        if any(trial.state in ("running", "waiting") and trial.number not in paused for trial in self.trials):
-            return False
-        if any(trial.repeats is not None and trial.number >= self.state.first for trial in self.trials):
+        competing = [t for t in originals if t.state not in ("failed", "stopped") and t.number not in paused]
+        repeats = Repeats(self.options, self.state, self._add, self.on_event)
+        if self.state.leaders is None:
+            return repeats.begin(competing)
+        if any(trial.state != "finished" for trial in competing):
             return False
         finished = [trial for trial in self.configurations if self._learned(trial)]
-        if not finished:
-            return self._promotion().resume_paused()
-        return self._promotion().look_back() or self._add_repeats(finished)
+        if finished and self._promotion().look_back():
+            return True
+        return repeats.settle(finished) or (not finished and self._promotion().resume_paused())
 
     # -- extensions, and what the user decides ------------------------------------------------------------------------
 
@@ -101,6 +116,7 @@ class Scheduler:
             return False
         self.give_up_waiting()
         event["first"], event["seconds"], self.exhausted = len(self.trials), self.state.seconds, False
+        self.state.leaders = None
         self.state.halving = new_rule(self.options)
         return True
 
@@ -188,26 +204,6 @@ class Scheduler:
         trial.unadapted = str(made.experts) if made.experts.weights else ""
         self.trials.append(trial)
         return trial
-
-    def _add_repeats(self, finished: Sequence[Trial]) -> bool:
-        """Train the best of those that learned again with other seeds, to know the noise."""
-
-        def order(trial: Trial) -> tuple[float, int, int]:
-            value = trial.latest(self.options.metric)
-            return -goodness(self.options.metric, math.nan if value is None else value), trial.parameters, trial.number
-
-        if not self.options.seeds:
-            return False
-        finalists = sorted(finished, key=order)[: self.options.finalists]
-        there = {(trial.repeats, trial.options.seed) for trial in self.trials}
-        seeds = [self.options.train.seed + further for further in range(1, self.options.seeds + 1)]
-        missing = [(trial, seed) for seed in seeds for trial in finalists if (trial.number, seed) not in there]
-        for trial, seed in missing:
-            self._add(trial.values, seed, repeats=trial.number)
-        if not missing:
-            return False
-        self.on_event(Message("finalists", trials=[t.number for t in finalists], seeds=self.options.seeds))
-        return True
 
     # -- rungs ------------------------------------------------------------------------------------------------------
 

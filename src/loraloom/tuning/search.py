@@ -212,7 +212,8 @@ class Search:
 
     def _plan(self, executor: Executor, fresh: bool) -> None:
         """How many trials train together; planned again if the user gives other limits than before."""
-        most = math.ceil(extension.wanted(self.state) / executor.count)
+        at_the_end = self.options.finalists * (1 + self.options.seeds)
+        most = math.ceil(max(extension.wanted(self.state), at_the_end) / executor.count)
         asked = self.options.slots, self.options.memory
         if fresh or self.state.asked != asked:
             planned = executor.plan(most)
@@ -288,10 +289,12 @@ class Search:
             self._back_to_disk()
             return {}
         for trial in report.trials:
-            self.trials[trial.number] = trial
+            if self.trials[trial.number].state != "stopped":  # since it was sent
+                self.trials[trial.number] = trial
         self.state.seconds += report.seconds / len(self.members)
         for number in report.events:
-            self._take_note(self.trials[number])
+            if self.trials[number].state != "stopped":
+                self._take_note(self.trials[number])
         steering.obey(self.state)
         return report.states
 
@@ -324,6 +327,7 @@ class Search:
         ``numbers`` are the tensors of the trials that were just reported.
         """
         free = len(idle) * self.state.slots
+        self.scheduler.decide()
         elsewhere = self._held({worker: None for worker in self.members if worker not in idle})
         mine = [trial for trial in self.trials if trial.state == "running" and trial.number not in elsewhere]
         while len(mine) < free and (chosen := self.scheduler.next(self._held(self.members))) is not None:

@@ -59,6 +59,8 @@ class State:
     hashes: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     finished: bool = False
+    #: trials whose repeats began before they ended themselves; None before the last rung is decided
+    leaders: list[int] | None = None
     #: what trials have to beat, once measured
     bar: Bar | None = None
     #: the date that a chat template wrote into the rows
@@ -227,6 +229,7 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
             hashes=dict(found["hashes"]),
             seconds=found["seconds"],
             finished=found["finished"],
+            leaders=found.get("leaders", []),  # a search of 0.2 begins no repeats before all have ended
             bar=found["bar"] and Bar(**found["bar"]),
             date=found.get("date"),
             fixed=found.get("fixed", ""),

@@ -65,6 +65,16 @@ class Trial:
         return bool(self.curve.evaluations) and int(self.curve.evaluations[-1]["step"]) == self.step
 
     @property
+    def dropped(self) -> bool:
+        """Whether it repeats a configuration that turned out to be no finalist."""
+        return self.repeats is not None and self.state == "stopped"
+
+    def drop(self, reason: str) -> None:
+        """Stop it and forget what it came to, for how far that is depends on the slots and on the moment."""
+        self.state, self.reason, self.step, self.goal, self.curve = "stopped", reason, 0, 0, Curve()
+        self.measure, self.rows, self.rungs, self.parts, self.used, self.files = False, 0, {}, {}, {}, {}
+
+    @property
     def measured_rows(self) -> int | None:
         """Held-out rows of its last measurement; None: all, or it was never measured."""
         rows = self.curve.evaluations[-1].get("rows") if self.curve.evaluations else None

@@ -25,6 +25,7 @@ from loraloom.engine.slot import Slot
 from loraloom.engine.slot_state import SlotState
 from loraloom.errors import AdapterError, SaveError
 from loraloom.files.atomic import write_files
+from loraloom.inference.evaluation import Evaluator
 from loraloom.lora.inspection import singular_values, used_rank
 from loraloom.lora.model import PeftModel
 from loraloom.lora.parameters import LoraParameter
@@ -135,6 +136,7 @@ class Worker:
         self.pack = Pack(self.model, task=setup.task, pad_id=setup.tokenizer.pad_token_id, pad_to_multiple_of=WIDTH)
         self.slots: dict[int, Slot] = {}
         self.trials: dict[int, Trial] = {}
+        self._evaluators: dict[int | None, Evaluator] = {}
         #: what trials have to beat; set by the executor
         self.bar = Bar(len(setup.data.validation_rows))
 
@@ -205,7 +207,7 @@ class Worker:
     def _measure(self, trial: Trial) -> None:
         name, metric = name_of(trial.number), self.options.metric
         ends, rows = trial.step >= trial.steps, self._rows(trial)
-        evaluator = self.setup.evaluator(None if rows is None else self._examples(rows))
+        evaluator = self._evaluator(rows)
         (figures,) = evaluator.figures([name], evaluator.parts)
         if ends:
             trial.parts = figures
@@ -241,6 +243,12 @@ class Worker:
         steps, _ = self.setup.steps_of(options)
         seen = steps * options.batch_size * options.gradient_accumulation_steps
         return max(RUNG_ROWS, *(math.ceil(self.options.rungs[rung] * seen) for rung in rungs))
+
+    def _evaluator(self, rows: int | None) -> Evaluator:
+        """Of the first ``rows`` held-out rows in random order, or of all; made once, for it inspects the model."""
+        if rows not in self._evaluators:
+            self._evaluators[rows] = self.setup.evaluator(None if rows is None else self._examples(rows))
+        return self._evaluators[rows]
 
     def _examples(self, rows: int) -> list[int]:
         """Numbers of the examples of the first ``rows`` held-out rows in random order."""
