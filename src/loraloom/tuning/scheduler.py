@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loraloom.messages import Message, OnEvent
+from loraloom.messages import OnEvent
 from loraloom.training.setup import Setup
 from loraloom.tuning.bar import Bar, learned
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.promotion import Promotion, new_rule, stands
-from loraloom.tuning.ranking import goodness
 from loraloom.tuning.repeats import Repeats
 from loraloom.tuning.sampler import propose
 from loraloom.tuning.state import State
