@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loraloom.messages import OnEvent
+from loraloom.messages import Message, OnEvent
 from loraloom.training.setup import Setup
 from loraloom.tuning.bar import Bar, learned
 from loraloom.tuning.config import TuneConfig

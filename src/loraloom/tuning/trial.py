@@ -56,6 +56,8 @@ class Trial:
     measure: bool = False
     #: held-out rows that the next measurement before the last step takes; 0: as many as usual there
     rows: int = 0
+    #: it repeats a configuration that turned out to be no finalist, and does not count
+    dropped: bool = False
     #: expert weights that stay as they are, in words; "" where there are none
     unadapted: str = ""
 
@@ -64,14 +66,9 @@ class Trial:
         """Whether it was measured at the step at which it stands."""
         return bool(self.curve.evaluations) and int(self.curve.evaluations[-1]["step"]) == self.step
 
-    @property
-    def dropped(self) -> bool:
-        """Whether it repeats a configuration that turned out to be no finalist."""
-        return self.repeats is not None and self.state == "stopped"
-
     def drop(self, reason: str) -> None:
         """Stop it and forget what it came to, for how far that is depends on the slots and on the moment."""
-        self.state, self.reason, self.step, self.goal, self.curve = "stopped", reason, 0, 0, Curve()
+        self.dropped, self.state, self.reason, self.step, self.goal, self.curve = True, "stopped", reason, 0, 0, Curve()
         self.measure, self.rows, self.rungs, self.parts, self.used, self.files = False, 0, {}, {}, {}, {}
 
     @property
