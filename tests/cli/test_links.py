@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 FILES = [".loraloom.lock", "adapter_model.safetensors", "adapter_config.json", "run.json", "run.yaml", "curves.png"]
-OF_A_SEARCH = [".loraloom.lock", "search.json", "study.log", "result.json", "best.yaml", "search.png", "pareto.png"]
+OF_A_SEARCH = [".loraloom.lock", "search.json", "study.log", "result.json", "best.yaml", "search.png", "tradeoff.png"]
 
 
 def planted(output: Path, elsewhere: Path, files: list[str], folders: list[str]) -> dict[str, bytes]:

@@ -31,10 +31,10 @@ def test_a_search_says_which_to_use_and_its_file_trains_it(
     assert (ended.code, ended.err) == (0, "")
     folder = tmp_path / "search"
     record = json.loads((folder / "result.json").read_text())
-    assert {"best.yaml", "best", "result.json", "search.png", "pareto.png"} <= {*os.listdir(folder)}
+    assert {"best.yaml", "best", "result.json", "search.png", "tradeoff.png"} <= {*os.listdir(folder)}
     assert len(record["trials"]) == 6
     assert f"loraloom train {folder / 'best.yaml'}" in ended.out
-    for name in ("best", "result.json", "search.png", "pareto.png"):
+    for name in ("best", "result.json", "search.png", "tradeoff.png"):
         assert str(folder / name) in ended.out
     # The same command says it again, and an option that makes it another search is refused.
     again = call(*arguments)

@@ -59,7 +59,7 @@ def check_recommendation_and_commands(said: str, out: Path) -> None:
     written = json.loads((out / "result.json").read_bytes())
     assert written["recommendation"].startswith("use r=")
     assert len(written["leaderboard"]) == 8
-    for name in ("search.png", "pareto.png", "best.yaml"):
+    for name in ("search.png", "tradeoff.png", "best.yaml"):
         assert (out / "search" / name).is_file()
     tried = said[said.index("try next:") :]
     command = re.search(r"loraloom (inspect \S+)", tried)

@@ -56,7 +56,7 @@ from ondisk.cases import (
 GOOD, BAD = ("good", "fine", "lovely", "great"), ("bad", "poor", "awful", "weak")
 OTHERS = ("the", "film", "was", "a", "book", "with", "cat", "in", "it", "and")
 #: What the reader of a finished folder has no use for, or what differs from one machine to the next.
-LEFT_OUT = ("curves.png", "search.png", "pareto.png", "tensorboard")
+LEFT_OUT = ("curves.png", "search.png", "tradeoff.png", "importance.png", "tensorboard")
 HOST = "somewhere"
 
 

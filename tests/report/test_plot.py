@@ -24,6 +24,11 @@ LOSSES: list[float | None] = [2.0 / (1 + step / 10) for step in range(40)]
 EVALUATIONS = [{"step": step, "loss": 1.0 - step / 100, "accuracy": step / 50} for step in (10, 20, 40)]
 
 
+@pytest.fixture(autouse=True)
+def _in_english(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "C")
+
+
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were written."""
@@ -39,8 +44,8 @@ def test_the_picture_is_a_png_with_both_colours_in_it(tmp_path: Path) -> None:
         assert image.format == "PNG"
         assert image.size == (1200, 480)
         colours = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=10**6) or []}
-    assert (0x2F, 0x5A, 0xA8) in colours  # training
-    assert (0xD1, 0x62, 0x2B) in colours  # held-out rows
+    assert (0x00, 0x72, 0xB2) in colours  # training
+    assert (0xD5, 0x5E, 0x00) in colours  # held-out rows
 
 
 def test_the_lines_are_the_numbers_of_the_record(tmp_path: Path, figures: list[Figure]) -> None:

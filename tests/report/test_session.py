@@ -67,10 +67,10 @@ def test_the_terminal_names_what_was_written_and_the_command_that_uses_it(
     given, result, said = searched
     folder = Path(given.train.output)
     assert f"loraloom train {shlex.quote(str(folder / 'best.yaml'))}" in said
-    for name in ("best", "result.json", "search.png", "pareto.png"):
+    for name in ("best", "result.json", "search.png", "tradeoff.png"):
         assert f"{folder / name}" in said
         assert (folder / name).exists()
-    for name in ("search.png", "pareto.png"):
+    for name in ("search.png", "tradeoff.png"):
         with Image.open(folder / name) as picture:
             picture.verify()
             assert min(picture.size) > 200
@@ -134,12 +134,12 @@ def test_a_picture_that_cannot_be_written_is_said_with_where_the_adapter_is(
 
         def write(self, said: str) -> int:
             if "again with" in said:
-                (tmp_path / "search" / "pareto.png").mkdir(exist_ok=True)
+                (tmp_path / "search" / "tradeoff.png").mkdir(exist_ok=True)
             return super().write(said)
 
     with pytest.raises(SaveError) as error:
         console = Console(file=Meanwhile(), width=100)
         tune_run(options(encoder_folder, reviews, tmp_path / "search"), console)
-    assert str(error.value).startswith(f"{tmp_path / 'search' / 'pareto.png'}: cannot be written (")
+    assert str(error.value).startswith(f"{tmp_path / 'search' / 'tradeoff.png'}: cannot be written (")
     assert f"the best adapter and result.json are saved in {tmp_path / 'search'}" in str(error.value)
     assert (tmp_path / "search" / "best" / "adapter_model.safetensors").exists()

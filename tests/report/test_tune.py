@@ -5,13 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
-from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
@@ -21,7 +16,6 @@ from loraloom.engine.slot import Curve
 from loraloom.messages import Message
 from loraloom.report.format import count, duration, figure
 from loraloom.report.tune import TuneMeter, conclusion, improvement, leaderboard
-from loraloom.report.tune_plot import plot_pareto, plot_search
 from loraloom.tuning.executor import SearchStatus
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.verdict import verdict
@@ -246,63 +240,3 @@ def test_a_trial_evaluated_once_has_no_rate_of_improvement() -> None:
     one = trial(0, 0.5)
     one.curve.evaluations = one.curve.evaluations[:1]
     assert improvement(one, "accuracy") is None
-
-
-# The pictures ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were written."""
-    seen: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k))[1])
-    return seen
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
-def test_the_search_shows_every_configuration_once_and_the_best_boldest(
-    tmp_path: Path, figures: list[Figure], metric: str
-) -> None:
-    plot_search(verdict(search(metric), metric), tmp_path / "search.png")
-    with Image.open(tmp_path / "search.png") as image:
-        assert (image.format, image.size) == ("PNG", (1200, 600))
-    lines = [line for line in figures[0].axes[0].lines if len(line.get_xdata()) == 2]
-    assert len(lines) == 8
-    assert (
-        max(lines, key=lambda line: line.get_linewidth())
-        .get_label()
-        .startswith("trial 7" if metric == "accuracy" else "trial 6")
-    )
-
-
-@pytest.mark.filterwarnings("error")
-def test_the_front_goes_through_its_trials_and_best_and_runner_up_are_named(
-    tmp_path: Path, figures: list[Figure]
-) -> None:
-    trials = search()
-    found = verdict(trials, "accuracy")
-    plot_pareto(found, tmp_path / "pareto.png")
-    axes: Any = figures[0].axes[0]
-    assert list(axes.lines[0].get_xdata()) == [found.trial(n).parameters for n in found.pareto]
-    assert axes.get_xscale() == "log"
-    labels = axes.get_legend_handles_labels()[1]
-    assert [label.partition(":")[0] for label in labels] == [
-        "nothing smaller is as good",
-        "best, trial 7",
-        "runner-up, trial 6",
-    ]
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("metric", "least", "apart"), [("accuracy", 0.8, 1e-4), ("perplexity", 285.0, 0.2)])
-def test_numbers_beside_the_curves_do_not_lie_on_each_other(
-    metric: str, least: float, apart: float, tmp_path: Path, figures: list[Figure]
-) -> None:
-    trials = [trial(i, least + i * apart, metric=metric) for i in range(8)]
-    plot_search(verdict(trials, metric), tmp_path / "search.png")
-    axes = figures[0].axes[0]
-    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
-    assert len(boxes) == 8
-    assert all(low.y1 <= high.y0 for low, high in pairwise(boxes))

@@ -21,6 +21,9 @@ SHORT = {
     "gradient_accumulation_steps": "accumulate",
 }
 
+#: Shorter still, for pictures.
+BRIEF = {"alpha": "α", "dropout": "drop"}
+
 
 def label(param: str) -> str:
     """``"lora.lora_alpha"`` → ``"alpha"``."""
@@ -62,6 +65,20 @@ def params(
     """``"r=8, alpha=2r, rate=0.001"`` of the configuration, or of those ``names`` that it has."""
     chosen = [name for name in (values if names is None else names) if name in values]
     return between.join(f"{label(name)}={shown(values[name], width)}" for name in chosen)
+
+
+def brief(values: Mapping[str, Any], names: Iterable[str], width: int = 12, most: int = 9) -> str:
+    """``"r=8 q-v 1.5e-3 α=2r drop=0.1"``: a configuration for a picture, at most ``most`` of ``names``.
+
+    What differs most between adapters is first; a dropout of 0 is left out.
+    """
+    words = {label(name): values[name] for name in names if values.get(name) not in (None, 0.0)}
+    first = [word for word in ("r", "targets", "rate") if word in words]
+    said = []
+    for word in [*first, *(word for word in words if word not in first)][:most]:
+        text = f"{words[word]:.1e}".replace("e-0", "e-") if word == "rate" else shown(words[word], width)
+        said.append(text if word in ("targets", "rate") else f"{BRIEF.get(word, word)}={text}")
+    return " ".join(said)
 
 
 def figure(value: float, noise: float | None = None) -> str:

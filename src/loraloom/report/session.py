@@ -7,6 +7,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from loraloom.files.log import Log
 from loraloom.messages import Message, ignore
 from loraloom.report import trackers
 from loraloom.report.data import picture
+from loraloom.report.importance_plot import IMPORTANCE_NAME, plot_importance
 from loraloom.report.plot import PLOT_NAME, plot_run
 from loraloom.report.screen import Text
 from loraloom.report.search_trackers import SearchTracks, tracking
 from loraloom.report.sentences import line, sentence
 from loraloom.report.terminal import Meter, expectations, outcome, overview, reading
+from loraloom.report.tradeoff_plot import TRADEOFF_NAME, plot_tradeoff
 from loraloom.report.tune import TuneMeter, conclusion, leaderboard
-from loraloom.report.tune_plot import PARETO_NAME, SEARCH_NAME, plot_pareto, plot_search
+from loraloom.report.tune_plot import SEARCH_NAME, plot_search
 from loraloom.training.checkpointing.resume import Resume, find
 from loraloom.training.failures import Interrupted
 from loraloom.training.preflight.estimate import outlook
@@ -41,6 +44,10 @@ from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.executor import SearchStatus
 from loraloom.tuning.search import search
 from loraloom.tuning.steering import ask
+from loraloom.tuning.verdict import Verdict
+
+#: What tradeoff.png was called up to 0.2.
+PICTURE_OF_0_2 = "pareto.png"
 
 
 def train_run(
@@ -141,7 +148,7 @@ def data_run(options: TrainConfig, console: Console | None = None, *, rows: int 
 def tune_run(options: TuneConfig, console: Console | None = None, *, add_trials: int | None = None) -> SearchResult:
     """Search by ``options``, or resume the search in their folder, with progress on ``console``.
 
-    The output folder gets the best adapter, ``best.yaml``, ``result.json`` and two pictures.
+    The output folder gets the best adapter, ``best.yaml``, ``result.json`` and the pictures.
 
     Args:
         add_trials: extend the search in the folder by that many trials.
@@ -172,14 +179,10 @@ def tune_run(options: TuneConfig, console: Console | None = None, *, add_trials:
     console.print(leaderboard(found, metric, width=console.width))
     console.print(conclusion(found))
     saved = f"{f'the best adapter and {RESULT_NAME} are' if found.learned else f'{RESULT_NAME} is'} saved in {folder}"
-    pictures = [
-        _written(folder / SEARCH_NAME, saved, lambda to: plot_search(found, to)),
-        _written(folder / PARETO_NAME, saved, lambda to: plot_pareto(found, to)),
-    ]
     lines: dict[str, Any] = {}
     if found.learned:
         lines = {"adapter": folder / BEST_NAME, "in full": f"loraloom train {shlex.quote(str(folder / BEST_FILE))}"}
-    lines |= {"record": folder / RESULT_NAME, "pictures": ", ".join(map(str, pictures))}
+    lines |= {"record": folder / RESULT_NAME, "pictures": ", ".join(map(str, pictures(found, folder, saved)))}
     console.print(Text("\n" + "\n".join(f"{what:9}{where}" for what, where in lines.items())), soft_wrap=True)
     return result
 
@@ -194,6 +197,17 @@ def steer_run(folder: str | Path, stop: Sequence[int], keep: Sequence[int], cons
     ask(Path(folder), wishes)
     running = lock.is_held(folder)
     (console or Console()).print(line(Message("request_left", requests=wishes, running=running)), soft_wrap=True)
+
+
+def pictures(found: Verdict, folder: Path, saved: str) -> list[Path]:
+    """Draw the pictures of a search, and remove those of before that this one does not have. Returns their paths."""
+    drawn = {SEARCH_NAME: plot_search, TRADEOFF_NAME: plot_tradeoff}
+    if found.mattered:
+        drawn[IMPORTANCE_NAME] = plot_importance
+    for old in {IMPORTANCE_NAME, PICTURE_OF_0_2} - drawn.keys():
+        with contextlib.suppress(OSError):
+            (folder / old).unlink()
+    return [_written(folder / name, saved, partial(plot, found)) for name, plot in drawn.items()]
 
 
 def _print(notes: Sequence[str], console: Console) -> None:

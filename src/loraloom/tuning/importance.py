@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from loraloom.files.quiet import quiet
@@ -20,29 +21,42 @@ SHUFFLES, SHUFFLES_ABOVE = 39, 1
 LISTED = 6
 
 
-def importances(
-    trials: Iterable[Trial], comparison: Comparison, distributions: Mapping[str, Any]
-) -> tuple[dict[str, float], list[str], Message | None]:
-    """Hyperparameter → its share in what the best trials have in common; those that mattered; or why none is known.
+@dataclass(frozen=True)
+class Importance:
+    """``shares``: hyperparameter → its share in what the best trials have in common, largest first; they sum to 1.
 
-    Shares always sum to 1, so with few trials some hyperparameter gets a large one by chance. Those mattered whose
-    importance is greater than nearly all that the same trials give with shuffled scores.
+    With few trials some hyperparameter gets a large share by chance. ``chance`` is what nearly all shuffles of the
+    scores stay below. ``reason`` is why nothing is known.
     """
+
+    shares: dict[str, float] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
+    reason: Message | None = None
+
+    @property
+    def mattered(self) -> list[str]:
+        """Those whose share is more than chance gives."""
+        return [name for name, share in self.shares.items() if share > self.chance[name]]
+
+
+def importances(trials: Iterable[Trial], comparison: Comparison, distributions: Mapping[str, Any]) -> Importance:
+    """Which hyperparameters the best of the compared trials have in common."""
     compared = [trial for trial in trials if trial.number in comparison.values]
     names = varying(compared)
     goods = [comparison.good(trial.number) for trial in compared]
     if reason := _unknown(comparison, goods, names):
-        return {}, [], reason
+        return Importance(reason=reason)
     spaces = {name: _distribution(name, compared, distributions.get(name)) for name in names}
     raw = _pedanova(compared, goods, spaces)
     total = sum(raw.values())
     if not total > 0:
-        return {}, [], Message("nothing_in_common")
+        return Importance(reason=Message("nothing_in_common"))
     shares = dict(sorted(((n, v / total) for n, v in raw.items()), key=lambda item: (-item[1], item[0])))
     draw = random.Random(0)
     shuffled = [_pedanova(compared, draw.sample(goods, len(goods)), spaces) for _ in range(SHUFFLES)]
-    mattered = [name for name in shares if sum(other[name] >= raw[name] for other in shuffled) <= SHUFFLES_ABOVE]
-    return shares, mattered, None
+    # The highest that all but ``SHUFFLES_ABOVE`` shuffles stay at or below.
+    chance = {name: sorted(one[name] for one in shuffled)[-1 - SHUFFLES_ABOVE] / total for name in shares}
+    return Importance(shares, chance)
 
 
 def _unknown(comparison: Comparison, goods: Sequence[float], names: Sequence[str]) -> Message | None:

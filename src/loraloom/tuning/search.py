@@ -55,6 +55,8 @@ from loraloom.tuning.worker import Report, TrialFactory, Worker, name_of
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
+#: What ``report`` draws into the folder.
+PICTURES = ("search.png", "tradeoff.png", "importance.png")
 OnStatus = Callable[[SearchStatus], object]
 
 
@@ -91,7 +93,7 @@ def search(
 
 def _prepare(options: TuneConfig) -> tuple[TuneConfig, Setup]:
     """Read and check everything. Returns the options completed by what the rows showed."""
-    check_output(options.train, files=(RESULT_NAME, BEST_FILE, STATE_NAME, JOURNAL_NAME, "search.png", "pareto.png"))
+    check_output(options.train, files=(RESULT_NAME, BEST_FILE, STATE_NAME, JOURNAL_NAME, *PICTURES))
     folder = Path(options.train.output)
     links = (BEST_NAME, SMALLER_NAME, SCALED_NAME, TRIALS, JOURNAL_NAME)
     replace_links(*(folder / name for name in links), *(folder / TRIALS).glob("trial-*"))

@@ -101,7 +101,7 @@ def tied(one: Score, other: Score) -> bool:
     return abs(one.mean - other.mean) <= difference(one, other)
 
 
-def pareto(points: Mapping[int, tuple[int, float]]) -> list[int]:
+def pareto(points: Mapping[int, tuple[float, float]]) -> list[int]:
     """Of number → (parameters, goodness), those that no other beats in one without losing in the other."""
     front = [
         n

@@ -43,6 +43,8 @@ class Verdict:
     importance_reason: Message | None = None
     #: hyperparameters whose importance is more than chance would give
     mattered: list[str] = field(default_factory=list)
+    #: hyperparameter → the importance that chance gives it
+    chance: dict[str, float] = field(default_factory=dict)
     #: all configurations, best first
     ranking: list[int] = field(default_factory=list)
     #: False: nothing was learned, so none is recommended, and ``best`` is only the first of the ranking
@@ -55,6 +57,8 @@ class Verdict:
     test: FinalTest | None = None
     #: ``best`` at lower ranks and other scales, if it finished
     cuts: Cuts | None = None
+    #: held-out rows that chose; 0 if that is not known
+    rows: int = 0
     trials: Sequence[Trial] = ()
 
     @property
@@ -96,7 +100,8 @@ def verdict(
     groups, by_number = originals(trials), {trial.number: trial for trial in trials}
     best, parameters = by_number[number], {n: by_number[n].parameters for n in groups}
     comparison = compare(trials, metric)
-    importance, mattered, reason = importances(trials, comparison, distributions or {})
+    mattering = importances(trials, comparison, distributions or {})
+    importance, mattered = mattering.shares, mattering.mattered
     firsts = [group[0] for group in groups.values()]
     evidence = DiagnosticInputs(best, firsts, comparison, importance, mattered, edges(best.values), order or {})
     return Verdict(
@@ -110,12 +115,14 @@ def verdict(
         advice=advise(evidence) if selected.able or bar is None else nothing(firsts, best, bar, metric),
         why=selected.why,
         notes=selected.notes,
-        importance_reason=reason,
+        importance_reason=mattering.reason,
         mattered=mattered,
+        chance=mattering.chance,
         ranking=[number, *(other for other in selected.ranked if other != number)],
         learned=bool(selected.able),
         able=[n for n in selected.able if known[n].finished],
         gain=None if bar is None else gain(bar, finished(groups[number]), metric, len(groups)),
+        rows=0 if bar is None else bar.rows,
         trials=list(trials),
     )
 
