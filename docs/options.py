@@ -39,6 +39,9 @@ CHINESE = {
     "Best configurations to train again with other seeds": "多少组最好的配置换种子重新训练",
     "Other seeds for each finalist; 0 for none": "每组换几个种子；0 表示不换",
     "Metric to compare by": "用哪个指标比较",
+    "What to want beside quality, among those as good": "质量之外更看重什么，在同样好的配置里选",
+    "Take the smallest at most this far from the best": "与最好的相差不超过这个数的，取最小的一个",
+    "Largest adapter to recommend, such as 5MiB": "推荐的适配器最大多大，例如 5MiB",
     "Search although held-out rows are among the training rows": "留出的行与训练行重复时也照样搜索",
     "Most configurations, extensions included": "最多多少组配置，追加的也算在内",
     "Time limit, such as 2h or 90m": "时间上限，例如 2h 或 90m",
@@ -154,6 +157,8 @@ CHINESE = {
     "the task's first": "任务的第一个指标",
     "as many as pay": "实测决定",
     "what is free": "全部空闲内存",
+    "the noise": "噪声",
+    "any": "任意",
     "this machine": "本机",
 }
 

@@ -99,12 +99,17 @@ class Search:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The recommended configuration by the keys of a run file; None where nothing was learned."""
+        """The best configuration by the keys of a run file; None where nothing was learned."""
         return None if self.record["best"] is None else dict(self.record["best"]["config"])
 
     @property
+    def recommended(self) -> bool:
+        """False if nothing was learned, or no more than a new head on the frozen model learns."""
+        return bool(self.record["recommended"])
+
+    @property
     def adapter(self) -> Path | None:
-        """The recommended configuration's adapter; None where nothing was learned."""
+        """The best configuration's adapter; None where nothing was learned."""
         return None if self.record["best"] is None else self.folder / BEST_NAME
 
 

@@ -266,6 +266,18 @@ BAD_INPUT: dict[str, tuple[Callable[[Any], list[object]], list[str]]] = {
         lambda w: w.tune("--eval-split", w.file("held-out.csv", "text,label\ngood,praise\nfine,praise\n")),
         ["held-out.csv: all 2 held-out rows are labelled 'praise'", "hold out more rows"],
     ),
+    "a test set that shares rows with training": (
+        lambda w: w.tune("--test-split", w.file("t.jsonl", "".join(w.reviews.read_text().splitlines(True)[:50]))),
+        ["t.jsonl: ", " of 50 test rows are among the ", "is the same as ", "--allow-shared-rows"],
+    ),
+    "a distance without a metric": (
+        lambda w: w.tune("--metric", "loss", "--within", "0.005"),
+        ["within: 0.005 is a difference of a metric", "this search compares by the loss", "give --metric"],
+    ),
+    "a preference that does not exist": (
+        lambda w: w.tune("--prefer", "smal"),
+        ["prefer: must be one of quality, balanced, small, fast", "did you mean 'small'?"],
+    ),
     "a metric that the task lacks": (
         lambda w: w.tune("--metric", "perplexity"),
         ["metric: seq-cls is measured by accuracy, f1_macro or loss, found 'perplexity'"],

@@ -261,3 +261,13 @@ def test_an_option_that_is_newer_than_the_first_version_says_so() -> None:
     for cls, known in ((TrainConfig, first), (SearchOptions, search), (LoraConfig, f"{adapter} runtime_config")):
         newer = {name for name in options_of(cls) if name not in known.split()}
         assert newer == {name for name, option in options_of(cls).items() if option.since}
+
+
+def test_within_needs_a_metric_and_a_choice(classify: Any) -> None:
+    space = {"lora.r": [1, 2, 4, 8]}
+    with pytest.raises(ConfigError, match=r"^within: 0.005 .* compares by the loss; give --metric"):
+        classify(space, within=0.005, metric="loss")
+    with pytest.raises(ConfigError, match=r"^within: does nothing with prefer=quality"):
+        classify(space, within=0.005, prefer="quality")
+    asked, plain = classify(space, within=0.005, prefer="fast", max_size="5MiB"), classify(space)
+    assert (asked.max_size, asked.fingerprint()) == (5 * 2**20, plain.fingerprint())

@@ -501,7 +501,7 @@ def test_the_record_has_the_promised_keys_and_is_the_same_each_time() -> None:
     built = record(verdict(trials, "accuracy"), trials, adapter="out/best", seconds=3.0, machine={}).to_json(sentence)
     assert built.keys() == {
         *("learned", "best", "to_beat", "trials", "pareto", "importance", "advice", "seconds", "machine", "usage"),
-        *("test", "cuts", "format"),
+        *("test", "cuts", "format", "recommended", "held_out", "front"),
     }
     assert built["best"]["config"] == {"train.learning_rate": 1e-3}
     assert built["best"]["metric"] == pytest.approx(0.805)

@@ -9,6 +9,7 @@ from loraloom.config.checks import Check, as_it_is, choice, duration, flag, numb
 from loraloom.config.options import Option, Options, option
 
 PRESETS = ("quick", "standard", "thorough")
+PREFER = ("quality", "balanced", "small", "fast")
 SAMPLERS = ("tpe", "random", "grid")
 
 _tune = partial(option, section="tune", group="Search")
@@ -35,6 +36,15 @@ class SearchOptions(Options):
     finalists: int = _tune(3, whole(1), "Best configurations to train again with other seeds", unset=_PRESETS_OWN)
     seeds: int = _tune(2, whole(0), "Other seeds for each finalist; 0 for none", unset=_PRESETS_OWN)
     metric: str = _tune("", Check(as_it_is, {"type": "string"}), "Metric to compare by", unset="the task's first")
+    prefer: str = _run("balanced", choice(*PREFER), "What to want beside quality, among those as good", since="0.2")
+    within: float | None = _run(
+        None,
+        number(above=True),
+        "Take the smallest at most this far from the best",
+        unset="the noise",
+        since="0.2",
+    )
+    max_size: int | None = _run(None, size(), "Largest adapter to recommend, such as 5MiB", unset="any", since="0.2")
     allow_shared_rows: bool = _run(
         False, flag(), "Search although held-out rows are among the training rows", since="0.2"
     )

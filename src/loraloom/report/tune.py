@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -19,11 +19,11 @@ from loraloom.messages import Message
 from loraloom.report.format import count, duration, figure, label, params, shown
 from loraloom.report.screen import Text
 from loraloom.report.sentences import line, sentence
-from loraloom.tuning.bar import Gain
 from loraloom.tuning.executor import SearchStatus
 from loraloom.tuning.final_test import FinalTest
+from loraloom.tuning.judge import Against
 from loraloom.tuning.ranking import Score, originals, ranking, scores, varying
-from loraloom.tuning.selection import difference
+from loraloom.tuning.selection import difference, rows_trained
 from loraloom.tuning.smaller import Cuts
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.verdict import Verdict
@@ -40,6 +40,8 @@ TOP = 5
 AROUND = TOP + 6
 #: Steps that the shown training loss is the mean of.
 SMOOTH = 10
+#: Configurations of the front that are named.
+FRONT = 3
 #: Steps between two evaluations that an improvement needs.
 SLOPE_STEPS = 20
 
@@ -98,7 +100,7 @@ def leaderboard(found: Verdict | Sequence[Trial], metric: str, rows: int | None 
     columns = [
         Column("trial", list(map(str, order))),
         *_params_columns(firsts, varying(trials)),
-        Column(metric, [figure(known[number].mean, known[number].noise) for number in order]),
+        Column(metric, [figure(known[number].mean, known[number].error) for number in order]),
         Column("params", [count(trial.parameters) for trial in firsts], drop=1),
         Column("adapter", [size(trial.bytes) if trial.bytes else "" for trial in firsts], drop=3),
         Column("time", list(map(duration, times)), drop=2),
@@ -121,29 +123,80 @@ def state(trial: Trial, score: Score) -> str:
 
 
 def conclusion(found: Verdict) -> RenderableType:
-    """What to use, the runner-up, which hyperparameters mattered, and what to try next."""
-    best, reached = found.best, _reached(found.metric, found.scores[found.best.number])
-    above = [] if found.gain is None else [_above(found.gain)]
+    """What to use, how it compares, which hyperparameters mattered, and what to try next."""
+    best = found.best
     notes = [Text(f"note: {sentence(note)}", "yellow") for note in found.notes]
-    if not found.learned:
-        them = sentence(Message("best_of_them", trial=best.number, params=_settings(found, best), **reached))
-        lines = [Text(sentence(Message("nothing_learned")), "bold yellow"), Text("; ".join([them, *above]))]
+    if not found.recommended:
+        first = Message("not_above_head") if found.learned else Message("nothing_learned")
+        lines = [Text(sentence(first), "bold yellow"), Text(sentence(_trial(found, _settings(found, best))))]
+        lines += map(Text, [*_compared(found), *_tested(found)])
         return _with_advice([*lines, *notes], found, "what to change")
-    extent = {"parameters": best.parameters, "bytes": best.bytes}
-    lines = [
-        Text(sentence(Message("use", params=_settings(found, best))), "bold"),
-        Text(sentence(Message("trial", trial=best.number, **extent, **reached))),
-        *map(Text, above),
-    ]
-    if found.runner_up is not None:
-        lines.append(Text(_runner_up(found, found.runner_up)))
-    if found.cuts is not None:
-        lines += [Text(sentence(message)) for message in cut_messages(found.cuts, found.metric)]
-    if found.test is not None:
-        lines += [Text(sentence(message)) for message in final_test_messages(found.test)]
-    if found.tie or found.runner_up is None:
+    use = Message("use", params=_settings(found, best), unadapted=best.unadapted)
+    lines = [Text(sentence(use), "bold"), Text(sentence(_trial(found)))]
+    lines += map(Text, [*_compared(found), *_tested(found), *_others(found)])
+    if found.tie or found.runner_up is None or found.why.kind == "preferred":
         lines.append(Text(f"why: {sentence(found.why)}"))
     return _with_advice([*lines, *notes, Text(_mattered(found))], found, "what to try next")
+
+
+def _trial(found: Verdict, settings: dict[str, Any] | None = None) -> Message:
+    best, one = found.best, found.figure
+    extent = {"trial": best.number, "parameters": best.parameters, "bytes": best.bytes, "params": settings}
+    interval = [] if one is None else [one.value, one.low, one.high]
+    reached = _reached(found.metric, found.scores[best.number])
+    return Message("trial", **extent, rows=found.rows, interval=interval, **reached)
+
+
+def _compared(found: Verdict) -> list[str]:
+    """The best beside the hardest baseline, and beside the runner-up, on the rows that chose it."""
+    second = found.runner_up if found.learned else None
+    rival = next((one for one in found.against if one.trial is not None), None)
+    lines = [sentence(_against(one, one.words)) for one in found.against if one.trial is None][:1]
+    if second is None:
+        return lines
+    ratio = second.parameters / max(found.best.parameters, 1)
+    figures = {"trial": second.number, "params": _settings(found, second), "ratio": ratio}
+    if rival is None:
+        mine, its = found.scores[found.best.number], found.scores[second.number]
+        away = {"distance": its.mean - mine.mean, "tie": found.tie, "tie_noise": difference(mine, its)}
+        away |= _reached(found.metric, its)
+        return [*lines, sentence(Message("runner_up", **figures, **away))]
+    compared = {name: value for name, value in _against(rival, "").figures.items() if name != "what"}
+    return [*lines, sentence(Message("runner_up_is", **figures, compared=compared))]
+
+
+def _tested(found: Verdict) -> list[str]:
+    """The best on the rows that chose nothing, beside the runner-up and the hardest baseline; and its smaller cut."""
+    lines = list[str]()
+    if found.cuts is not None:
+        lines += map(sentence, cut_messages(found.cuts, found.metric))
+    if found.test is not None:
+        against = found.test.against
+        shown = [one for one in against if one.trial is not None] + [one for one in against if one.trial is None][:1]
+        lines += map(sentence, final_test_messages(replace(found.test, against=shown)))
+    return lines
+
+
+def _others(found: Verdict) -> list[str]:
+    """Those of the front that cost less than the best."""
+    best = found.best
+    costs = {number: rows_trained(found.trial(number)) for number in [best.number, *found.front]}
+
+    def less(number: int) -> bool:
+        return costs[number] < costs[best.number] or found.trial(number).parameters < best.parameters
+
+    others = [number for number in found.front if number in found.able and number != best.number and less(number)]
+    vary = len({costs[number] for number in [best.number, *others]}) > 1
+    entries = [
+        {
+            "trial": number,
+            "value": found.scores[number].mean,
+            "bytes": found.trial(number).bytes,
+            "rows": costs[number] if vary else None,
+        }
+        for number in others[:FRONT]
+    ]
+    return [sentence(Message("also", others=entries, metric=found.metric))] if entries else []
 
 
 def _with_advice(lines: Sequence[Text], found: Verdict, title: str) -> RenderableType:
@@ -168,34 +221,29 @@ def cut_messages(cuts: Cuts, metric: str) -> list[Message]:
     return messages
 
 
-def _above(gain: Gain) -> str:
-    names = ("metric", "gain", "error", "bar", "bar_words")
-    return sentence(Message("above", **{name: getattr(gain, name) for name in names}))
-
-
 def final_test_messages(test: FinalTest) -> list[Message]:
     """The winner on rows that chose nothing, and beside each of the others."""
     one = test.figure
-    messages = [
-        Message(
-            "tested", metric=test.metric, rows=test.rows, seeds=test.seeds, value=one.value, low=one.low, high=one.high
-        )
+    reached = {"metric": test.metric, "value": one.value, "low": one.low, "high": one.high}
+    names = [other.words or f"the runner-up, trial {other.trial}" for other in test.against]
+    return [
+        Message("tested", rows=test.rows, seeds=test.seeds, **reached),
+        *(_against(other, name) for other, name in zip(test.against, names, strict=True)),
     ]
-    for other in test.against:
-        better = other.better
-        messages.append(
-            Message(
-                "against",
-                what=other.words or f"the runner-up, trial {other.trial}",
-                figures=[other.figure.value, other.figure.low, other.figure.high],
-                better=[better.value, better.low, better.high],
-                rows=better.rows,
-                seeds=better.seeds,
-                needed=better.rows_needed,
-                clear=better.clear,
-            )
-        )
-    return messages
+
+
+def _against(other: Against, what: str) -> Message:
+    better = other.better
+    return Message(
+        "against",
+        what=what,
+        figures=[other.figure.value, other.figure.low, other.figure.high],
+        better=[better.value, better.low, better.high],
+        rows=better.rows,
+        seeds=better.seeds,
+        needed=better.rows_needed,
+        clear=better.clear,
+    )
 
 
 def _settings(found: Verdict, trial: Trial) -> dict[str, Any]:
@@ -211,14 +259,6 @@ def _settings(found: Verdict, trial: Trial) -> dict[str, Any]:
 
 def _reached(metric: str, score: Score) -> dict[str, Any]:
     return {"metric": metric, "value": score.mean, "noise": score.noise, "seeds": len(score.values)}
-
-
-def _runner_up(found: Verdict, other: Trial) -> str:
-    mine, its = found.scores[found.best.number], found.scores[other.number]
-    figures = {"trial": other.number, "params": _settings(found, other), "distance": its.mean - mine.mean}
-    figures |= {"ratio": other.parameters / max(found.best.parameters, 1)}
-    figures |= {"tie": found.tie, "tie_noise": difference(mine, its)}
-    return sentence(Message("runner_up", **figures, **_reached(found.metric, its)))
 
 
 def _mattered(found: Verdict) -> str:

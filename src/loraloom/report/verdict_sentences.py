@@ -10,7 +10,6 @@ from loraloom.files.durations import short
 from loraloom.files.sizes import size
 from loraloom.report.format import counted, figure, gap, label, shown
 from loraloom.report.format import params as settings
-from loraloom.tasks.metrics.registry import greater_is_better
 
 Table = Mapping[str, str | Callable[..., str]]
 
@@ -39,21 +38,71 @@ def _reached(metric: str, value: float, noise: float | None, seeds: int) -> str:
     return f"{metric} {figure(value)}{f' ± {gap(noise)}' if noise else ''}{f' over {seeds} seeds' if seeds > 1 else ''}"
 
 
-def _above(metric: str, gain: float, error: float, bar: float, bar_words: str) -> str:
-    """``"0.43 ± 0.05 above always 'a' (accuracy 0.333), by the held-out rows"``."""
-    spread = f" ± {gap(error)}" if math.isfinite(error) and error else ""
-    side = "above" if greater_is_better(metric) == (gain > 0) else "below"
-    far = f"{gap(abs(gain))}{spread} {side}" if gain else "no better than"
-    return f"{far} {bar_words} ({metric} {figure(bar)}), by the held-out rows"
+def _use(params: Mapping[str, Any], unadapted: str = "") -> str:
+    return f"use {settings(params)}" + (f" ({unadapted} stay unadapted)" if unadapted else "")
+
+
+def _trial(
+    trial: int,
+    parameters: int,
+    bytes: int,
+    rows: int = 0,
+    interval: Sequence[float] = (),
+    params: Mapping[str, Any] | None = None,
+    **reached: Any,
+) -> str:
+    """``params`` are given if the trial is not recommended."""
+    extent = f"{parameters:,} parameters{f', {size(bytes)}' if bytes else ''}"
+    what = f"trial {trial}" if params is None else f"the best of them is trial {trial} ({settings(params)})"
+    if not interval:
+        return f"{what}: {_reached(**reached)}, {extent}"
+    seeds = reached["seeds"]
+    over = f" over {seeds} seeds" if seeds > 1 else ""
+    where = f"on the {counted(rows, 'row')} that chose it"
+    return f"{what}: {reached['metric']} {_interval(*interval)}{over} {where}, {extent}"
+
+
+def _runner_up_is(trial: int, params: Mapping[str, Any], ratio: float, compared: Mapping[str, Any]) -> str:
+    """The configuration of the runner-up after how it compares."""
+    extent = "of the same size" if 0.95 < ratio < 1.05 else f"{ratio:.2g} times the size"
+    return f"{_against(what=f'the runner-up, trial {trial}', **compared)}: {settings(params)}, {extent}"
 
 
 def _runner_up(
     trial: int, params: Mapping[str, Any], ratio: float, distance: float, tie: bool, tie_noise: float, **reached: Any
 ) -> str:
+    """Without figures row by row, which old searches lack."""
     extent = "of the same size" if 0.95 < ratio < 1.05 else f"{ratio:.2g} times the size"
     where = f"{gap(abs(distance))} {'above' if distance > 0 else 'below'}" if distance else "equal to it"
     end = "" if not tie else f": a tie within the noise of {gap(tie_noise)}" if tie_noise else ": a tie"
     return f"runner-up, trial {trial} ({settings(params)}): {_reached(**reached)}; {extent}, {where}{end}"
+
+
+def _also(others: Sequence[Mapping[str, Any]], metric: str) -> str:
+    def one(trial: int, value: float, bytes: int, rows: int | None) -> str:
+        less = "" if rows is None else f", {rows:,} rows to train on"
+        return f"trial {trial} ({metric} {figure(value)}, {size(bytes)}{less})"
+
+    return f"smaller or faster, at a price: {', '.join(one(**other) for other in others)}"
+
+
+def _preferred(
+    top: int,
+    winner: int,
+    gap: float,
+    metric: str,
+    parameters: int,
+    top_parameters: int,
+    rows: int,
+    top_rows: int,
+    prefer: str,
+    within: float | None,
+) -> str:
+    near = f"is within {within:g} of" if within is not None else "cannot be told apart from"
+    less = f"has {parameters:,} parameters against {top_parameters:,}"
+    if prefer == "fast" and rows != top_rows:
+        less = f"trains on {rows:,} rows against {top_rows:,}"
+    return f"trial {winner} {near} trial {top}, the best by {metric} ({gap:.3g} above), and {less}"
 
 
 def _smaller(
@@ -109,19 +158,24 @@ def _mattered(mattered: Mapping[str, float], rest: Mapping[str, float]) -> str:
 
 
 VERDICT: Table = {
-    "use": lambda params: f"use {settings(params)}",
-    "trial": lambda trial, parameters, bytes, **reached: (
-        f"trial {trial}: {_reached(**reached)}, {parameters:,} parameters{f', {size(bytes)}' if bytes else ''}"
-    ),
-    "above": _above,
+    "use": _use,
+    "trial": _trial,
     "runner_up": _runner_up,
+    "runner_up_is": _runner_up_is,
     "nothing_learned": "nothing was learned: no configuration is recommended",
-    "best_of_them": lambda trial, params, **reached: (
-        f"the best of them is trial {trial} ({settings(params)}), {_reached(**reached)}"
+    "not_above_head": (
+        "no configuration is recommended: none is shown to be better than a new head on the frozen model, which is far "
+        "cheaper"
     ),
+    "also": _also,
     "only_one": "the only configuration that could be compared",
     "best": _best,
     "tie": _tie,
+    "preferred": _preferred,
+    "none_fits": lambda max_size, trial, bytes: (
+        f"no adapter that learned something has at most {size(max_size)}: trial {trial} is the smallest, with "
+        f"{size(bytes)}; let the space have lower ranks or fewer targets"
+    ),
     "none_finished": "no trial finished: the {compared} that came furthest are compared, at {share:.0%} of their steps",
     "smaller": _smaller,
     "scaled": lambda name, factor, lora_alpha, metric, better, error, scales, adapter: (
@@ -142,7 +196,10 @@ VERDICT: Table = {
         "its figures are of the {rows:row} that chose it, so they are too good by an unknown amount; data.test keeps "
         "rows for a figure that is not (--test-split 0.1)"
     ),
-    "one_seed": "each configuration was trained with one seed: how much of a difference is noise is unknown",
+    "one_seed": (
+        "each configuration was trained with one seed: differences are of these adapters, and other seeds may order "
+        "them otherwise"
+    ),
     "adapter_damaged": "the adapter of trial {trial} is not used: {damage}",
     "mattered": _mattered,
     "few_trials": "{trials} trials can be compared; {needed} are needed to say which hyperparameter mattered",
@@ -262,6 +319,15 @@ def _stuck(lowest: float, base: float | None, rates: Sequence[float], steps: int
     )
 
 
+def _behind_head(gain: float, metric: str, rates: Sequence[float], steps: int) -> str:
+    tried = shown(rates[0]) if rates[0] == rates[1] else f"{shown(rates[0])} to {shown(rates[1])}"
+    far = f"{-gain:.3g} behind" if gain else "no better than"
+    return (
+        f"in {steps} steps the best LoRA is {far} a new head in {metric}: train longer (epochs, max_steps), raise the "
+        f"learning rates (tried: {tried}), or adapt more modules"
+    )
+
+
 ADVICE: Table = {
     "failures": _failures,
     "edge": _edge,
@@ -273,6 +339,7 @@ ADVICE: Table = {
     "idle": _idle,
     "stuck": _stuck,
     "rows": _rows,
+    "behind_head": _behind_head,
     "metric": (
         "the held-out loss of the best is {gain:.3g} below {bar:.3g}, and its {metric} is no better than that of "
         "{bar_words}: it has learned something that {metric} does not see. Compare by the loss (metric: loss) or by a "

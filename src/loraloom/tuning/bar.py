@@ -3,7 +3,8 @@
 The bar is the best answer that does not look at the row (the commonest class, the mean, the tag O, the commonest text)
 and the frozen model's own where its head is not a new one. A configuration has learned something if it lies above the
 bar by more than its standard error, and by more than the luck of the best of all that were tried explains: by the
-metric, or by the loss, on the same held-out rows. The training loss of the constant answer says when a trial has taken
+metric, or by the loss, on the same held-out rows. To be recommended it must be better than a new head on the frozen
+model as well. The training loss of the constant answer says when a trial has taken
 off.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -24,6 +25,7 @@ from loraloom.tasks.metrics.kinds import total
 from loraloom.tasks.outputs import Predictions
 from loraloom.training.setup import Setup
 from loraloom.tuning.asha import taken_off
+from loraloom.tuning.head_baseline import HEAD, measure_head
 from loraloom.tuning.ranking import goodness
 from loraloom.tuning.trial import Trial
 
@@ -52,6 +54,8 @@ class Bar:
     base: float | None = None
     begins: bool = True
     answers: dict[str, Figures] = field(default_factory=dict)
+    #: those of a new head on the frozen model; empty where there is none. No trial is stopped or resumed because of it
+    head: Figures = field(default_factory=dict)
 
     def best(self, metric: str) -> tuple[str, list[float]] | None:
         """The hardest to beat, in words, and its figures."""
@@ -61,9 +65,17 @@ class Bar:
             return None
         return max(finite, key=lambda pair: goodness(metric, pair[1][0]))
 
-    def figures(self, metric: str) -> dict[str, Any]:
-        """The figures of a message about the bar."""
-        best = self.best(metric)
+    def baselines(self, metric: str) -> list[tuple[str, list[float]]]:
+        """All that needs no LoRA, the hardest to beat first: a new head, the frozen model, the best constant answer."""
+        constant = replace(self, answers={words: one for words, one in self.answers.items() if words != FROZEN})
+        found = [(HEAD, self.head.get(metric)), (FROZEN, self.answers.get(FROZEN, {}).get(metric))]
+        found += [constant.best(metric) or ("", None)]
+        finite = [(words, values) for words, values in found if values and math.isfinite(values[0])]
+        return sorted(finite, key=lambda pair: -goodness(metric, pair[1][0]))
+
+    def figures(self, metric: str, *, hardest: bool = False) -> dict[str, Any]:
+        """The figures of a message about the bar, or with ``hardest`` about the hardest baseline."""
+        best = next(iter(self.baselines(metric)), None) if hardest else self.best(metric)
         return {"metric": metric, "bar_words": best and best[0], "bar": best and best[1][0]}
 
     @property
@@ -103,8 +115,8 @@ def set_bar(setup: Setup) -> Bar:
     return measure_bar(setup, setup.evaluator())
 
 
-def measure_bar(setup: Setup, evaluator: Evaluator) -> Bar:
-    """Measure it on the rows of ``evaluator``."""
+def measure_bar(setup: Setup, evaluator: Evaluator, *, head: bool = True) -> Bar:
+    """Measure it on the rows of ``evaluator``; the ``head`` is fitted to training rows first."""
     bar, data = Bar(evaluator.row_count), setup.data
     if setup.task.own_loss is None:  # the losses of a constant answer are not those of a user's own function
         count = len(data.train.examples)
@@ -116,6 +128,7 @@ def measure_bar(setup: Setup, evaluator: Evaluator) -> Bar:
     bar.begins = not (setup.new_modules and setup.task.class_word)  # a new head for classes is of no use untrained
     if bar.begins:
         (bar.answers[FROZEN],) = evaluator.figures([BASE], evaluator.parts)
+    bar.head = measure_head(setup, evaluator) if head else {}
     return bar
 
 

@@ -18,11 +18,13 @@ from loraloom.training.usage import usage
 from loraloom.tuning import steering
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.final_test import final_test
+from loraloom.tuning.judge import Judge
 from loraloom.tuning.measured_once import measured_once
 from loraloom.tuning.promotion import overtaken
 from loraloom.tuning.race import LookBack, Race
 from loraloom.tuning.ranking import originals
 from loraloom.tuning.record import record
+from loraloom.tuning.selection import Balance
 from loraloom.tuning.smaller import cut
 from loraloom.tuning.state import TRIALS, State, damaged
 from loraloom.tuning.trial import Trial
@@ -50,7 +52,7 @@ def conclude(options: TuneConfig, setup: Setup, state: State, describe: Describe
     """
     folder = Path(options.train.output)
     best = folder / BEST_NAME
-    found, source = _judge(options, state)
+    found, source = _judge(options, setup, state)
     if source is not None:
         adapter, untested = source, found
 
@@ -80,13 +82,15 @@ def conclude(options: TuneConfig, setup: Setup, state: State, describe: Describe
     return SearchResult(found, made, folder)
 
 
-def _judge(options: TuneConfig, state: State) -> tuple[Verdict, Path | None]:
+def _judge(options: TuneConfig, setup: Setup, state: State) -> tuple[Verdict, Path | None]:
     """The verdict, and the folder of the best adapter: None if none is recommended, or none came to its end.
 
     If all adapters of a configuration are missing or damaged, the next one is taken, with a note.
     """
     space, groups = options.space, originals(state.trials)
     notes, lost = list[Message](), list[int]()
+    judge = Judge.of(setup, setup.evaluator(), options.metric)
+    balance = Balance(options.prefer, options.within, options.max_size)
     while True:
         found = verdict(
             state.trials,
@@ -96,6 +100,8 @@ def _judge(options: TuneConfig, state: State) -> tuple[Verdict, Path | None]:
             order=space.order(),
             bar=state.bar,
             lost=lost,
+            judge=judge,
+            balance=balance,
         )
         number = found.best.number
         source = None
@@ -120,7 +126,8 @@ def _tested(setup: Setup, found: Verdict, state: State, folder: Path) -> Verdict
     groups = originals(state.trials)
     wanted = [groups[one.number] for one in (found.best, found.runner_up) if one is not None]
     able = {number: found.scores[number] for number in found.able}
-    return replace(found, test=final_test(setup, found.metric, wanted, able, folder))
+    head = state.bar is not None and bool(state.bar.head)
+    return replace(found, test=final_test(setup, found.metric, wanted, able, folder, head=head))
 
 
 def _look_back(options: TuneConfig, state: State) -> list[Message]:

@@ -56,6 +56,7 @@ class TuneConfig(SearchOptions):
         if self.finalists > self.trials:
             raise ConfigError(f"finalists: must be at most trials ({self.trials}), found {self.finalists}")
         self._check_metric()
+        self._check_within()
 
     def _check_metric(self) -> None:
         train = self.train
@@ -72,6 +73,19 @@ class TuneConfig(SearchOptions):
                 f"metric: {train.task} is measured by {words}, found {self.metric!r}"
                 f"{nearest(str(self.metric), (*given, 'loss'))}"
             )
+
+    def _check_within(self) -> None:
+        """
+        Raises:
+            ConfigError: ``within`` has no metric to be measured in, or does nothing.
+        """
+        if self.within is not None and self.metric == "loss":
+            raise ConfigError(
+                f"within: {self.within:g} is a difference of a metric, and this search compares by the loss; give "
+                "--metric, or leave it out"
+            )
+        if self.within is not None and self.prefer == "quality":
+            raise ConfigError("within: does nothing with prefer=quality, which takes the best; leave one of them out")
 
     @property
     def left_for_later(self) -> list[str]:

@@ -13,24 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraloom.inference.evaluation import Evaluator
-from loraloom.inference.intervals import Difference, Interval, Seeds
+from loraloom.inference.intervals import Interval, Seeds
 from loraloom.training.setup import Setup
-from loraloom.tuning.bar import FROZEN, measure_bar
-from loraloom.tuning.judge import Judge, seed_noise
+from loraloom.tuning.bar import measure_bar
+from loraloom.tuning.judge import Against, Judge, seed_noise
 from loraloom.tuning.ranking import Score
 from loraloom.tuning.state import TRIALS, damaged
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.worker import name_of
-
-
-@dataclass(frozen=True)
-class Against:
-    """Another configuration, or an answer in words, on the test rows, and how much better the winner is."""
-
-    trial: int | None
-    words: str
-    figure: Interval
-    better: Difference
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,13 @@ class FinalTest:
 
 
 def final_test(
-    setup: Setup, metric: str, configurations: Sequence[Sequence[Trial]], scores: Mapping[int, Score], folder: Path
+    setup: Setup,
+    metric: str,
+    configurations: Sequence[Sequence[Trial]],
+    scores: Mapping[int, Score],
+    folder: Path,
+    *,
+    head: bool = True,
 ) -> FinalTest | None:
     """Measure the winner beside others; None without test rows, or if no adapter of the winner is whole.
 
@@ -53,6 +49,7 @@ def final_test(
         configurations: the seeds of the winner, then those of the others.
         scores: what each configuration that learned something reached on the rows that chose.
         folder: of the search.
+        head: measure a new head on the frozen model as well, which is fitted again.
     """
     evaluator = setup.test_evaluator()
     if evaluator is None:
@@ -61,15 +58,9 @@ def final_test(
     winner, *others = seen
     if not (mine := seen[winner]):
         return None
-    exact = evaluator.row_count == len(evaluator.examples)
-    own = metric not in (*setup.metrics.names, "loss")
-    judge = Judge(metric, evaluator.row_count, seed_noise(scores.values()), own=own, exact=exact)
-    against = [Against(n, "", judge.figure(seen[n]), judge.better(mine, seen[n])) for n in others if seen[n]]
-    bar = measure_bar(setup, evaluator)
-    frozen = bar.answers.pop(FROZEN, {})
-    answers = [bar.best(metric), (FROZEN, frozen[metric]) if metric in frozen else None]
-    for words, answer in filter(None, answers):
-        against.append(Against(None, words, judge.figure([answer]), judge.better(mine, [answer], fixed=True)))
+    judge = Judge.of(setup, evaluator, metric, seed_noise(scores.values()))
+    answers = measure_bar(setup, evaluator, head=head).baselines(metric)
+    against = judge.against(mine, {number: seen[number] for number in others}, answers)
     return FinalTest(metric, judge.rows, len(mine), judge.figure(mine), against)
 
 

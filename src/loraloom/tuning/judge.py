@@ -1,18 +1,20 @@
 """How good a configuration is, and how much better than another, on the same held-out rows, each with its interval.
 
-The rows that chose the winner and those of the test are judged alike. Pure functions of figures.
+The rows that chose the winner and those of the test are judged alike, by their figures alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import variance
 
 from loraloom.inference import intervals
+from loraloom.inference.evaluation import Evaluator
 from loraloom.inference.intervals import Difference, Interval, SeedNoise, Seeds
 from loraloom.tasks.metrics.registry import greater_is_better
+from loraloom.training.setup import Setup
 from loraloom.tuning.bar import CORRELATIONS
 from loraloom.tuning.ranking import Score
 
@@ -29,6 +31,16 @@ def seed_noise(scores: Iterable[Score]) -> SeedNoise | None:
 
 
 @dataclass(frozen=True)
+class Against:
+    """Another configuration (or an answer in ``words``) on the same rows, and how much better the winner is."""
+
+    trial: int | None
+    words: str
+    figure: Interval
+    better: Difference
+
+
+@dataclass(frozen=True)
 class Judge:
     """Of ``metric`` on ``rows`` held-out rows; seeds differ by ``noise``.
 
@@ -42,6 +54,13 @@ class Judge:
     own: bool = False
     exact: bool = True
 
+    @classmethod
+    def of(cls, setup: Setup, evaluator: Evaluator, metric: str, noise: SeedNoise | None = None) -> Judge:
+        """The judge of ``metric`` on the rows of ``evaluator``."""
+        rows = evaluator.row_count
+        exact = rows == len(evaluator.examples) and setup.task.layout == "row"
+        return cls(metric, rows, noise, own=metric not in (*setup.metrics.names, "loss"), exact=exact)
+
     @property
     def limits(self) -> tuple[float, float]:
         """The least and the greatest value of the metric."""
@@ -52,7 +71,7 @@ class Judge:
 
     def figure(self, seeds: Seeds) -> Interval:
         """The mean over seeds; of one adapter's accuracy the interval is exact."""
-        if self.metric == "accuracy" and len(seeds) == 1 and self.exact:
+        if self.metric == "accuracy" and len(seeds) == 1 and self.exact and not self.own:
             return intervals.share(round(seeds[0][0] * self.rows), self.rows)
         found = intervals.figure(seeds, self.noise, rows=self.rows, unit=self._unit)
         low, high = self.limits
@@ -69,6 +88,16 @@ class Judge:
             fixed=fixed,
             unit=self._unit,
         )
+
+    def against(
+        self, mine: Seeds, others: Mapping[int, Seeds], answers: Iterable[tuple[str, Sequence[float]]]
+    ) -> list[Against]:
+        """``mine`` beside configurations and beside answers in words; those of other rows are left out."""
+        parts = len(mine[0])
+        known = {n: seeds for n, seeds in others.items() if seeds and all(len(one) == parts for one in seeds)}
+        found = [Against(n, "", self.figure(seeds), self.better(mine, seeds)) for n, seeds in known.items()]
+        fixed = [(words, [values]) for words, values in answers if len(values) == parts]
+        return found + [Against(None, w, self.figure(one), self.better(mine, one, fixed=True)) for w, one in fixed]
 
     @property
     def _unit(self) -> float:

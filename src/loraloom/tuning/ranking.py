@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, median_low, variance
 from typing import Any
 
+from loraloom.inference.jackknife import error
 from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.tuning.trial import Trial
 
@@ -46,6 +47,14 @@ class Score:
     failed: int = 0
     #: its seeds differ far more than those of the others
     unstable: bool = False
+    #: standard error of the mean by the held-out rows; infinite if it is unknown
+    of_rows: float = math.inf
+
+    @property
+    def error(self) -> float | None:
+        """Standard error by rows and seeds together, as far as they are known."""
+        known = [one for one in (self.noise, self.of_rows) if one is not None and math.isfinite(one)]
+        return math.hypot(*known) if known else None
 
     @property
     def tier(self) -> int:
@@ -90,10 +99,13 @@ def _score(group: Sequence[Trial], metric: str) -> Score:
     group = [trial for trial in group if not trial.dropped]
     alive = [trial for trial in group if trial.state != "failed"]
     finished = [trial for trial in alive if trial.state == "finished"]
-    reached = [(*points[-1], t.options.seed) for t in finished or alive if (points := t.points(metric))]
+    reached = [(*points[-1], t) for t in finished or alive if (points := t.points(metric))]
     furthest = max((step for step, *_ in reached), default=0)
-    there = [(seed, value) for step, value, seed in reached if step == furthest]
-    values = {seed: value for seed, value in there if math.isfinite(value)}
+    there = [(trial, value) for step, value, trial in reached if step == furthest]
+    kept = [(trial, value) for trial, value in there if math.isfinite(value)]
+    values = {trial.options.seed: value for trial, value in kept}
+    seeds = [trial.figures(metric) for trial, _ in kept]
+    same_rows = seeds and len({len(one) for one in seeds}) == 1
     return Score(
         mean=fmean(values.values()) if values else math.nan,
         noise=None,
@@ -101,6 +113,7 @@ def _score(group: Sequence[Trial], metric: str) -> Score:
         share=furthest / max(group[0].steps, 1),
         finished=bool(finished and values),
         failed=len(group) - len(alive) + len(there) - len(values),
+        of_rows=error([fmean(column) for column in zip(*seeds, strict=True)]) if same_rows and seeds[0] else math.inf,
     )
 
 

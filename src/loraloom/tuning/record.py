@@ -12,6 +12,7 @@ from loraloom.inference.jackknife import error
 from loraloom.messages import Describe, Message
 from loraloom.tuning.bar import Gain
 from loraloom.tuning.final_test import FinalTest
+from loraloom.tuning.selection import rows_trained
 from loraloom.tuning.smaller import Cuts
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.verdict import Verdict
@@ -25,14 +26,20 @@ class SearchRecord:
     """A whole search. ``best`` and ``to_beat`` are None if no configuration is recommended, or no bar was measured."""
 
     learned: bool
+    #: it is better than a new head on the frozen model too, where there is one
+    recommended: bool
     best: Mapping[str, Any] | None
     to_beat: Gain | None
+    #: the best on the rows that chose it: ``rows``, ``figure``, ``against``
+    held_out: Mapping[str, Any]
     #: the best on rows that chose nothing; None if there are no such rows
     test: FinalTest | None
     #: the best at lower ranks and other scales; None without a best one
     cuts: Cuts | None
     trials: Sequence[Mapping[str, Any]]
     pareto: list[int]
+    #: of quality, rows that training reads, and size: the configurations that no other beats in all
+    front: Sequence[Mapping[str, Any]]
     importance: dict[str, float]
     advice: list[Message]
     seconds: float
@@ -65,18 +72,31 @@ def record(
     """The same for the same trials, apart from the seconds and the machine."""
     return SearchRecord(
         learned=found.learned,
+        recommended=found.recommended,
         best=_best(found, str(adapter)) if found.learned else None,
         to_beat=found.gain,
+        held_out={
+            "rows": found.rows,
+            "figure": found.figure and asdict(found.figure),
+            "against": [asdict(one) for one in found.against],
+        },
         test=found.test,
         cuts=found.cuts,
         trials=[_trial(trial, found) for trial in sorted(trials, key=lambda trial: trial.number)],
         pareto=found.pareto,
+        front=[_on_front(found, number) for number in found.front],
         importance=found.importance,
         advice=found.advice,
         seconds=seconds,
         machine=machine,
         usage=usage or {},
     )
+
+
+def _on_front(found: Verdict, number: int) -> dict[str, Any]:
+    trial, score = found.trial(number), found.scores[number]
+    figures = {"metric": score.mean, "error": score.error, "rows": rows_trained(trial)}
+    return {"trial": number, **figures, "parameters": trial.parameters, "bytes": trial.bytes}
 
 
 def _best(found: Verdict, adapter: str) -> dict[str, Any]:
@@ -106,6 +126,7 @@ def _trial(trial: Trial, found: Verdict) -> dict[str, Any]:
         "config": trial.values,
         "metric": trial.latest(found.metric),
         "noise": score.noise if score else None,
+        "uncertainty": score.error if score else None,
         "steps": trial.step,
         "of_steps": trial.steps,
         "seed": trial.options.seed,

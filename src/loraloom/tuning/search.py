@@ -163,7 +163,7 @@ class Search:
             self._plan(executor, fresh=found is None)
             self._set_clock(executor)
             self.state.bar = executor.set_bar(self.state.bar)
-            self.on_event(Message("to_beat", **self.state.bar.figures(self.options.metric)))
+            self.on_event(Message("to_beat", **self.state.bar.figures(self.options.metric, hardest=True)))
             self._train(executor)
 
     def _keep_options(self) -> None:

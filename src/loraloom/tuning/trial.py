@@ -86,3 +86,8 @@ class Trial:
     def latest(self, metric: str) -> float | None:
         """The metric on the held-out rows when last measured."""
         return self.curve.evaluations[-1].get(metric) if self.curve.evaluations else None
+
+    def figures(self, metric: str) -> list[float]:
+        """The metric when last measured: over all rows measured, and over all but each part; empty if unknown."""
+        last = self.parts if self.state == "finished" else self.rungs.get(self.step, {})
+        return last.get(metric, [])

@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraloom.errors import TrainingError
+from loraloom.inference.intervals import Interval
 from loraloom.messages import Message
 from loraloom.tuning.bar import Bar, Gain, gain
 from loraloom.tuning.diagnostics import advise
 from loraloom.tuning.diagnostics.inputs import DiagnosticInputs
-from loraloom.tuning.diagnostics.nothing_learned import nothing
+from loraloom.tuning.diagnostics.nothing_learned import no_better_than_head, nothing
 from loraloom.tuning.final_test import FinalTest
 from loraloom.tuning.importance import importances
+from loraloom.tuning.judge import Against, Judge
 from loraloom.tuning.ranking import Score, compare, goodness, originals, varying
-from loraloom.tuning.selection import finished, pareto, select, tied
+from loraloom.tuning.selection import Balance, Selection, finished, front, pareto, rows_trained, select, tied
 from loraloom.tuning.smaller import Cuts
 from loraloom.tuning.trial import Trial
 
@@ -35,6 +37,8 @@ class Verdict:
     tie: bool
     #: configurations that no other beats in both the metric and the adapter's parameters, smallest first
     pareto: list[int]
+    #: those that no other beats in the metric, the rows that training reads and the parameters together, best first
+    front: list[int]
     #: hyperparameter → share of 1, largest first; empty with ``importance_reason``
     importance: dict[str, float]
     advice: list[Message]
@@ -49,17 +53,26 @@ class Verdict:
     ranking: list[int] = field(default_factory=list)
     #: False: nothing was learned, so none is recommended, and ``best`` is only the first of the ranking
     learned: bool = True
+    #: False: ``best`` is not shown to be better than a new head on the frozen model
+    above_head: bool = True
     #: how far ``best`` lies above what it has to beat, if that was measured
     gain: Gain | None = None
+    #: ``best`` on the ``rows`` held-out rows that chose it, and beside the runner-up and the baselines, hardest first
+    rows: int = 0
+    figure: Interval | None = None
+    against: list[Against] = field(default_factory=list)
     #: configurations that finished and learned something
     able: list[int] = field(default_factory=list)
     #: ``best`` on rows that chose nothing, if there are such
     test: FinalTest | None = None
     #: ``best`` at lower ranks and other scales, if it finished
     cuts: Cuts | None = None
-    #: held-out rows that chose; 0 if that is not known
-    rows: int = 0
     trials: Sequence[Trial] = ()
+
+    @property
+    def recommended(self) -> bool:
+        """Whether to use ``best``: it learned something, and more than a new head does."""
+        return self.learned and self.above_head
 
     @property
     def params(self) -> list[str]:
@@ -79,6 +92,8 @@ def verdict(
     order: Mapping[str, Sequence[Any]] | None = None,
     bar: Bar | None = None,
     lost: Collection[int] = (),
+    judge: Judge | None = None,
+    balance: Balance | None = None,
 ) -> Verdict:
     """Judge ``trials`` by ``metric`` on the held-out rows.
 
@@ -89,11 +104,13 @@ def verdict(
         order: hyperparameter → its values from low to high, for those whose values are ordered but no numbers.
         bar: what a configuration has to beat to be recommended; without it any may be.
         lost: configurations whose adapters are missing or damaged: others are recommended in their place.
+        judge: of the held-out rows, for intervals; without it there are none.
+        balance: what is wanted beside quality.
 
     Raises:
         TrainingError: no trial has a finite value of ``metric``.
     """
-    selected = select(trials, metric, bar, lost)
+    selected = select(trials, metric, bar, lost, judge, balance)
     if selected is None:
         raise _nothing_measured(trials, metric)
     known, number, second = selected.scores, selected.winner, selected.runner_up
@@ -104,15 +121,18 @@ def verdict(
     importance, mattered = mattering.shares, mattering.mattered
     firsts = [group[0] for group in groups.values()]
     evidence = DiagnosticInputs(best, firsts, comparison, importance, mattered, edges(best.values), order or {})
+    level = _level(known, number)
+    rows, figure, against = _judged(selected, bar)
     return Verdict(
         metric=metric,
         best=best,
         runner_up=None if second is None else by_number[second],
         scores=known,
         tie=second is not None and tied(known[number], known[second]),
-        pareto=pareto({n: (parameters[n], goodness(metric, known[n].mean)) for n in _level(known, number)}),
+        pareto=pareto({n: (parameters[n], goodness(metric, known[n].mean)) for n in level}),
+        front=front({n: (-goodness(metric, known[n].mean), rows_trained(by_number[n]), parameters[n]) for n in level}),
         importance=importance,
-        advice=advise(evidence) if selected.able or bar is None else nothing(firsts, best, bar, metric),
+        advice=_advice(selected, evidence, bar, against),
         why=selected.why,
         notes=selected.notes,
         importance_reason=mattering.reason,
@@ -120,11 +140,37 @@ def verdict(
         chance=mattering.chance,
         ranking=[number, *(other for other in selected.ranked if other != number)],
         learned=bool(selected.able),
+        above_head=selected.above_head,
+        rows=rows,
+        figure=figure,
+        against=against,
         able=[n for n in selected.able if known[n].finished],
         gain=None if bar is None else gain(bar, finished(groups[number]), metric, len(groups)),
-        rows=0 if bar is None else bar.rows,
         trials=list(trials),
     )
+
+
+def _judged(selected: Selection, bar: Bar | None) -> tuple[int, Interval | None, list[Against]]:
+    """The rows that chose, the winner's figure on them, and how it compares with the runner-up and the baselines."""
+    judge, mine = selected.judge, selected.seeds.get(selected.winner)
+    rows = judge.rows if judge is not None else bar.rows if bar is not None else 0
+    if judge is None or not mine:
+        return rows, None, []
+    second = selected.runner_up
+    others = {} if second is None else {second: selected.seeds[second]}
+    answers = [] if bar is None else bar.baselines(judge.metric)
+    return rows, judge.figure(mine), judge.against(mine, others, answers)
+
+
+def _advice(
+    selected: Selection, evidence: DiagnosticInputs, bar: Bar | None, against: Sequence[Against]
+) -> list[Message]:
+    metric = evidence.comparison.metric
+    if bar is None or (selected.able and selected.above_head):
+        return advise(evidence)
+    if not selected.able:
+        return nothing(evidence.trials, evidence.best, bar, metric)
+    return [*no_better_than_head(evidence.trials, against, metric), *advise(evidence)]
 
 
 def _level(known: Mapping[int, Score], best: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Why no trial learned anything, from the curves and the held-out rows."""
+"""Why no trial learned anything, or no more than a new head does, from the curves and the held-out rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from statistics import fmean
 from loraloom.messages import Message
 from loraloom.tuning.asha import WINDOW
 from loraloom.tuning.bar import Bar, Gain, gain, needed
+from loraloom.tuning.head_baseline import HEAD
+from loraloom.tuning.judge import Against
 from loraloom.tuning.trial import Trial
 
 #: If more than this share of the trials failed, that comes first.
@@ -29,6 +31,23 @@ def nothing(trials: Sequence[Trial], best: Trial, bar: Bar, metric: str) -> list
         _stuck(trials, bar) or _overfitting(trials, bar),
     ]
     return [advice for advice in found if advice is not None]
+
+
+def no_better_than_head(trials: Sequence[Trial], against: Sequence[Against], metric: str) -> list[Message]:
+    """What to change if the best that learned is not shown to be better than a new head on the frozen model."""
+    head = next((one for one in against if one.words == HEAD), None)
+    if head is None:
+        return []
+    gain, rows = head.better.value, head.better.rows
+    if metric not in ("loss", "perplexity") and FULL <= head.figure.value <= 1:
+        return [Message("full", bar=head.figure.value, bar_words=HEAD, metric=metric)]
+    if gain > 0:
+        figures = {"gain": gain, "error": (head.better.high - head.better.low) / 4, "rows": rows}
+        enough = head.better.rows_needed or 0
+        return [Message("rows", **figures, enough=enough, tried=len(trials), metric=metric, bar_words=HEAD)]
+    rates = [trial.options.learning_rate for trial in trials]
+    steps = max(trial.steps for trial in trials)
+    return [Message("behind_head", gain=gain, metric=metric, rates=[min(rates), max(rates)], steps=steps)]
 
 
 def _failed(trials: Sequence[Trial]) -> Message | None:
