@@ -23,8 +23,8 @@ from loraloom.inference.answers import answers
 from loraloom.lora.model import PeftModel
 from loraloom.models.given import hold_model
 from loraloom.training.setup import ADAPTER, TrainJob
+from loraloom.tuning import extension
 from loraloom.tuning.conclusion import BEST_NAME, SearchResult
-from loraloom.tuning.config import TuneConfig
 
 #: The folder below the output for rows that were given as objects.
 ROWS = "rows"
@@ -158,12 +158,14 @@ def tune(
     config: str | Path | None = None,
     tokenizer: Any = None,
     quiet: bool = False,
+    add_trials: int | None = None,
     **options: Any,
 ) -> Search:
     """Search for the configuration to use, as ``loraloom tune`` does; the same call resumes a search that was stopped.
 
     Args:
-        model, data, config, tokenizer: as of ``train``.
+        model, data, config, tokenizer: as of ``train``. ``config`` may also be the folder of a search.
+        add_trials: extend the search in the folder by that many trials.
         options: any option of ``loraloom tune`` or ``loraloom train``: ``task``, ``output``, ``trials``, ``preset``,
             ``space`` (keys of a run file and what they may be) ...
 
@@ -174,7 +176,7 @@ def tune(
     from loraloom.report.session import tune_run
 
     with _given(config, model, data, tokenizer, options, searching=True) as given:
-        result = tune_run(TuneConfig.read(config, (), given), _console(quiet))
+        result = tune_run(extension.read(config, (), given), _console(quiet), add_trials=add_trials)
     return Search(result.folder, result.record, _recommendation(result), _table(result))
 
 

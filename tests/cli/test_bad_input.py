@@ -303,6 +303,30 @@ BAD_INPUT: dict[str, tuple[Callable[[Any], list[object]], list[str]]] = {
         lambda w: w.tune("--trials", 3),
         ["trials: the space has 2 configurations, found 3"],
     ),
+    "more trials than there may be": (
+        lambda w: w.tune("--trials", 2, "--max-trials", 1),
+        ["trials: must be at most max_trials (1), found 2"],
+    ),
+    "a time that is none": (
+        lambda w: w.tune("--max-time", "soon"),
+        ["max_time: must be a time such as 2h, 90m or 30s, found 'soon'"],
+    ),
+    "more trials for no search": (
+        lambda w: w.tune("--add-trials", 2),
+        ["add_trials: ", "out holds no search to extend"],
+    ),
+    "a search in an empty folder": (
+        lambda w: ["tune", Path(shutil.copytree(w.encoder, w.tmp / "empty"))],
+        ["empty: a folder without a search; give a run file, or the folder of a search"],
+    ),
+    "a trial to stop in a folder without a search": (
+        lambda w: ["tune", w.tmp, "--stop", 3],
+        ["--stop 3: ", " holds no search"],
+    ),
+    "a trial to stop in no folder": (
+        lambda w: w.tune("--stop", 3),
+        ["--stop: stands alone with the folder of a search: loraloom tune DIR --stop 3"],
+    ),
     "no trials": (lambda w: w.tune("--trials", 0), ["trials: must be a whole number of at least 1, found 0"]),
     "no slots": (lambda w: w.tune("--slots", 0), ["slots: must be a whole number of at least 1, found 0"]),
     "memory that is too small": (

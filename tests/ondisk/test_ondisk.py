@@ -257,6 +257,18 @@ def test_a_finished_search_says_its_verdict_again_and_trains_nothing(capsys: pyt
     assert "another search" in capsys.readouterr().err
 
 
+def test_a_finished_search_is_extended_and_from_then_on_known_by_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert loraloom(["tune", "tune/finished", "--add-trials", "1"]) == 2
+    assert "kept no options (loraloom 0.2 and before); give the run file" in capsys.readouterr().err
+    before = json.loads(Path("tune/finished/result.json").read_text())["trials"]
+    assert loraloom(["tune", "tune/search.yaml", "--add-trials", "1"]) == 0
+    after = json.loads(Path("tune/finished/result.json").read_text())["trials"]
+    assert [trial["curve"] for trial in after[: len(before)]] == [trial["curve"] for trial in before]
+    assert after[len(before)]["repeats"] is None
+    assert loraloom(["tune", "tune/finished"]) == 0
+    assert "trials have ended" in capsys.readouterr().out
+
+
 def test_the_run_file_of_the_best_trial_trains_it_again() -> None:
     assert loraloom(["train", "tune/finished/best.yaml"]) == 0
     found = json.loads(Path("tune/finished/result.json").read_text())

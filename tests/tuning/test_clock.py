@@ -55,7 +55,7 @@ def test_when_the_time_is_over_no_trial_begins_and_the_verdict_is_made_of_what_i
         assert found.record["trials"][3]["reason"] == "the time was over at step 0"
         (event,) = events_of(folder)
         assert (event["kind"], event["steps"], event["finish"]) == ("clock", 18, [])
-        assert any("the time is nearly over" in line and "2 others stop" in line for line in seen)
+        assert any("the time is nearly over" in line and "no trial can still finish" in line for line in seen)
         assert "another run may come to another verdict" in sentence(found.verdict.notes[-1])
         again = module.search(options, describe=sentence)
         assert again.record == found.record

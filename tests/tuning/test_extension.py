@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 
+from loraloom.engine.slot import Curve
 from loraloom.errors import ConfigError
 from loraloom.messages import Message
 from loraloom.report.sentences import sentence
 from loraloom.training.failures import Interrupted
 from loraloom.tuning import search as module
+from loraloom.tuning.bar import Bar
 from loraloom.tuning.conclusion import SearchResult
 from loraloom.tuning.config import TuneConfig
+from loraloom.tuning.promotion import Promotion, new_rule
 from loraloom.tuning.state import STATE_NAME, run_file
+from loraloom.tuning.trial import Trial
 
 Make = Callable[..., TuneConfig]
 SPACE = {"lora.r": [2, 4, 8], "train.learning_rate": {"log": [1e-3, 1e-2]}}
@@ -99,8 +103,10 @@ def test_a_search_that_was_stopped_is_extended_and_both_parts_come_to_their_end(
 def test_more_seeds_alone_are_an_extension(classify: Make, tmp_path: Path) -> None:
     search(classify({"train.learning_rate": [1e-2, 2e-2]}, trials=2, train={"max_steps": 72, "batch_size": 16}))
     folder = tmp_path / "search"
-    with pytest.raises(ConfigError, match="add_trials: must be at least 1, or with more seeds or finalists, found 0"):
+    with pytest.raises(ConfigError, match="add_trials: must be at least 1, or 0 with more seeds or finalists, found 0"):
         search(there(folder), 0)
+    with pytest.raises(ConfigError, match="add_trials: the space has 0 configurations that were not tried, found 1"):
+        search(there(folder), 1)
     more = TuneConfig.read(run_file(folder), {"tune.seeds": 2}, {"output": str(folder)})
     found, _ = search(more, 0)
     assert [trial["repeats"] for trial in found.record["trials"][2:]] == [found.record["trials"][2]["repeats"]] * 2
@@ -114,6 +120,33 @@ def test_what_an_extension_may_not_change_is_refused_and_how_to_extend_is_said(c
         search(classify(SPACE, train={"seed": 1}), 2)
     with pytest.raises(ConfigError, match="to extend that search give --add-trials and how many"):
         search(classify(SPACE, trials=5))
+    with pytest.raises(ConfigError, match="add_trials: extends a search, and overwrite deletes it"):
+        search(classify(SPACE, train={"overwrite": True}), 2)
     with pytest.raises(ConfigError, match="add_trials: .* holds no search to extend"):
         search(classify(SPACE, train={"output": tmp_path / "other"}), 2)
     assert (folder / STATE_NAME).read_bytes() == before
+    # Rows for a test are not part of what must stay.
+    rows = tmp_path / "test.csv"
+    rows.write_text("text,label\nnever seen before,praise\nnor was this one,blame\n")
+    found, _ = search(classify(SPACE, train={"test_split": rows}), 1)
+    assert len(found.record["trials"]) == 5
+
+
+@pytest.mark.parametrize("earlier_ones", [4, 0])
+def test_new_trials_are_compared_with_what_the_earlier_ones_had_at_the_same_step(
+    classify: Make, earlier_ones: int
+) -> None:
+    options = classify(SPACE, train={"max_steps": 72})
+
+    def trial(number: int, loss: float) -> Trial:
+        figures = {"loss": [loss] * 21, "accuracy": [1 - loss] * 21}
+        evaluation = {"step": 8, "loss": loss, "accuracy": 1 - loss}
+        found = Trial(number, {}, options.train, 72, 8, "waiting", curve=Curve([0.3] * 8, [0.1] * 8, [evaluation]))
+        found.rungs = {8: figures}
+        return found
+
+    earlier = [trial(number, 0.1 + number / 100) for number in range(earlier_ones)]
+    new = [trial(earlier_ones, 0.5), trial(earlier_ones + 1, 0.6)]
+    rule, bar = new_rule(options), Bar(40, 0.69, False)
+    assert Promotion(options, rule, bar, new, lambda message: None, earlier).decide()
+    assert rule.sent[0] == ([] if earlier else [0]), "worse than the better half of all"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from loraloom.report import tune as report
 from loraloom.report.sentences import sentence
 from loraloom.training.setup import load
+from loraloom.tuning import conclusion
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.search import search
 
@@ -69,9 +71,21 @@ def test_it_stands_beside_the_runner_up_the_commonest_class_and_a_new_head(teste
     assert all("40 rows" in line for line in said[1:])
 
 
-def test_a_finished_search_that_is_asked_again_says_the_same(tested_search: Any) -> None:
+def test_a_finished_search_that_is_asked_again_says_the_same_and_measures_no_row_again(
+    tested_search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options, result = tested_search
-    assert search(options).record["test"] == result.record["test"]
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(conclusion, "final_test", never)
+        patched.setattr(conclusion, "cut", never)
+        assert search(options).record == result.record
+    # Another verdict on these rows: they have chosen too, and it says so.
+    extended = search(replace(options, seeds=2), add_trials=0)
+    assert [note.kind for note in extended.verdict.notes].count("test_used_before") == 1
 
 
 def test_without_such_rows_the_verdict_says_that_its_figure_chose_the_winner(classify: Make) -> None:

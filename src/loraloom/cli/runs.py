@@ -56,20 +56,16 @@ def tune(
     Give a run file, or --model, --data, --task and --output. Key tune.space sets what varies, for example --set
     'tune.space={lora.r: [8, 16]}'. After a stop the same command resumes the search.
     """
-    folder = run_file if run_file is not None and Path(run_file).is_dir() else None
     from loraloom.report.session import steer_run, tune_run
-    from loraloom.tuning.config import TuneConfig
-    from loraloom.tuning.state import run_file as kept_in
+    from loraloom.tuning import extension
 
     if stop or keep:
-        if folder is None or given or settings or add_trials is not None:
+        if run_file is None or not Path(run_file).is_dir() or given or settings or add_trials is not None:
             option = "stop" if stop else "keep"
             raise ConfigError(f"--{option}: stands alone with the folder of a search: loraloom tune DIR --{option} 3")
-        steer_run(folder, stop or (), keep or ())
-        return
-    if folder is not None:
-        run_file, given = kept_in(folder), {"output": folder, **given}
-    tune_run(TuneConfig.read(run_file, settings or (), given), add_trials=add_trials)
+        steer_run(run_file, stop or (), keep or ())
+    else:
+        tune_run(extension.read(run_file, settings or (), given), add_trials=add_trials)
 
 
 def train(

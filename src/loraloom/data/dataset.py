@@ -115,6 +115,8 @@ class Data:
     template: str | None = None
     #: rows that two parts have in common
     shared: list[summary.Shared] = field(default_factory=list)
+    #: names in ``hashes`` of sources whose rows are all for the test
+    only_test: list[str] = field(default_factory=list)
 
     def messages(self) -> list[Message]:
         """The notes, the amounts, and the warnings."""
@@ -268,6 +270,7 @@ def tokenise(rows: Rows, options: TrainConfig, task: RowTask, tokenizer: Any, on
         template, said = _template(tokenizer, options)
         notes += said
     lengths = parts["train"].examples.lengths.tolist()
+    others = {name for part, found in rows.scans.items() if part != "test" for name in found.hashes}
     return Data(
         parts["train"],
         parts["validation"],
@@ -282,6 +285,7 @@ def tokenise(rows: Rows, options: TrainConfig, task: RowTask, tokenizer: Any, on
         warnings,
         template,
         shared,
+        [name for name in rows.hashes if name not in others],
     )
 
 

@@ -137,7 +137,7 @@ SEARCH: Table = {
     "time_over": lambda seconds, steps, finish, stopped: (
         f"the time is nearly over ({short(seconds)}, {steps:,} steps): "
         + (f"{shown(finish)} can still finish" if finish else "no trial can still finish")
-        + (f", {counted(stopped, 'other')} stop" if stopped else "")
+        + (f", {counted(stopped, 'other')} cannot" if stopped and finish else "")
     ),
     "asked": lambda request, trial: (
         f"trial {trial} is stopped, as the user asked"
@@ -151,7 +151,7 @@ SEARCH: Table = {
         + (
             "the search does it after the step under way"
             if running
-            else "done when the search is resumed; none runs now"
+            else "no search runs there now, so it is done when the search is resumed"
         )
     ),
     "slots": _slots,

@@ -139,12 +139,12 @@ class TuneConfig(SearchOptions):
         return _hash(self._determining())
 
     def fixed(self) -> str:
-        """The same of what no extension may change, and without options that a search does not use."""
+        """The same of what no extension may change: not the test, nor options that a search does not use."""
         values = self._determining()
         for name in EXTENT:
             del values[name]
         for name, option in options_of(TrainConfig).items():
-            if option.search == "unused" or option.resume == "nothing":
+            if option.search == "unused" or option.resume == "nothing" or name == "test_split":
                 values["train"].pop(name, None)
         return _hash(values)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,45 @@ from loraloom.messages import Message
 from loraloom.training.setup import Setup
 from loraloom.tuning.config import EXTENT, TuneConfig
 from loraloom.tuning.space import Space
-from loraloom.tuning.state import State, glance
+from loraloom.tuning.state import State, glance, run_file
 
 
 @dataclass(frozen=True)
 class Identity:
-    """By what a search is known: a hash of all that determines its result, and one of what no extension may change."""
+    """By what a search is known: a hash of all that determines its result, and one of what no extension may change.
+
+    Rows of a test may change, so that a later verdict can have new ones.
+    """
 
     fingerprint: str
     fixed: str
 
     @classmethod
     def of(cls, options: TuneConfig, setup: Setup) -> Identity:
-        data = [sorted(setup.data.hashes.values()), setup.weights]
+        data = setup.data
+        rows = [value for name, value in data.hashes.items() if name not in data.only_test]
+        counts = [len(data.train.examples), len(data.validation.examples)]
+        return cls(
+            _hash([options.fingerprint(), sorted(data.hashes.values()), setup.weights]),
+            _hash([options.fixed(), sorted(rows), counts, setup.weights]),
+        )
 
-        def with_data(mark: str) -> str:
-            return hashlib.sha256(json.dumps([mark, *data]).encode()).hexdigest()
 
-        return cls(with_data(options.fingerprint()), with_data(options.fixed()))
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def read(
+    source: str | Path | None, overrides: Mapping[str, Any] | Sequence[str] = (), given: Mapping[str, Any] | None = None
+) -> TuneConfig:
+    """The search of a run file, or that in a folder, by the options that it kept; arguments as of ``TuneConfig.read``.
+
+    Raises:
+        ConfigError: as ``TuneConfig.read``, or the folder holds no search, or one of 0.2, which kept no options.
+    """
+    if source is None or not Path(source).is_dir():
+        return TuneConfig.read(source, overrides, given)
+    return TuneConfig.read(run_file(source), overrides, {"output": str(source), **(given or {})})
 
 
 def extent(options: TuneConfig) -> dict[str, Any]:
@@ -80,8 +101,12 @@ def known(options: TuneConfig, setup: Setup, folder: Path, extend: bool) -> tupl
     )
 
 
-def extend(state: State, options: TuneConfig, added: int) -> Message:
-    """Write the event of ``added`` further trials into ``state``. ``options`` are those of the search from now on.
+def extend(state: State, options: TuneConfig, added: int, tried: Sequence[Mapping[str, Any]]) -> Message:
+    """Write the event of ``added`` further trials into ``state``.
+
+    Args:
+        options: those of the search from now on.
+        tried: the configurations of the space that there are trials of.
 
     Raises:
         ConfigError: there would be nothing to train, or more than the limit; or the search has not ended, and more
@@ -94,8 +119,15 @@ def extend(state: State, options: TuneConfig, added: int) -> Message:
             f"{changed[0]}: can change once the search has ended; resume it first, or give --add-trials alone"
         )
     more_seeds = now["seeds"] > state.extent["seeds"] or now["finalists"] > state.extent["finalists"]
-    if not added and not more_seeds:
-        raise ConfigError("add_trials: must be at least 1, or with more seeds or finalists, found 0")
+    if added < 0 or (not added and not more_seeds):
+        raise ConfigError(f"add_trials: must be at least 1, or 0 with more seeds or finalists, found {added}")
+    if options.space.size is not None:
+        left = sum(values not in tried for values in options.space.grid())
+        if added > left:
+            raise ConfigError(
+                f"add_trials: the space has {left} configurations that were not tried, found {added}; lower it or "
+                "widen the space"
+            )
     most = options.max_trials
     if most is not None and wanted(state) + added > most:
         raise ConfigError(

@@ -41,9 +41,10 @@ class Journal:
         missing = [trial for trial in ended if trial.number not in self._kept]
         if not missing:
             return
+        study = self._study  # whose import of optuna sets what it logs
         with quiet("optuna"):
             for trial in missing:
-                self._study.add_trial(frozen(self._options, trial))
+                study.add_trial(frozen(self._options, trial))
         text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in self._logs)
         write_files(self._folder, {JOURNAL_NAME: text.encode()})
         self._kept |= {trial.number for trial in missing}
@@ -64,7 +65,9 @@ class Journal:
             def append_logs(self, new: list[dict[str, Any]]) -> None:
                 logs.extend(json.loads(json.dumps(new)))
 
-        study = optuna.create_study(study_name="loraloom", storage=JournalStorage(Lines()), direction="maximize")
+        with quiet("optuna"):
+            storage = JournalStorage(Lines())
+            study = optuna.create_study(study_name="loraloom", storage=storage, direction="maximize")
         metric = self._options.metric
         # What the dashboard writes beside the values, of which more is better.
         study.set_metric_names([f"minus {metric}" if goodness(metric, 1.0) < 0 else metric])

@@ -12,7 +12,7 @@ from loraloom.tuning.bar import Bar
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.race import LookBack, Race
 from loraloom.tuning.ranking import goodness
-from loraloom.tuning.rungs import Standing
+from loraloom.tuning.rungs import Decision, Standing
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.worker import rung_step
 
@@ -28,13 +28,17 @@ def new_rule(options: TuneConfig) -> Race:
 
 @dataclass
 class Promotion:
-    """The rungs of the ``originals``, all first trials of configurations that compete."""
+    """The rungs of the ``originals``, all first trials of configurations that compete.
+
+    ``earlier`` are those from before an extension. The new ones are compared with what they had at the same rungs.
+    """
 
     options: TuneConfig
     rule: Race | SuccessiveHalving
     bar: Bar
     originals: Sequence[Trial]
     on_event: OnEvent
+    earlier: Sequence[Trial] = ()
 
     def decide(self) -> bool:
         """Decide the open rung, or ask for measurements. False while trials are on their way to it."""
@@ -60,7 +64,9 @@ class Promotion:
         standings = {trial.number: self._standing(trial, rung, off[trial.number]) for trial in here}
         if isinstance(self.rule, Race) and (more := self.rule.ask(standings, self.bar.rows)):
             return self._measure(more)
-        found = self.rule.decide(standings, self._left())
+        found = self.rule.decide(standings | self._earlier(rung, standings), self._left())
+        found = Decision(*([n for n in part if n in standings] for part in (found.promoted, found.undecided)))
+        self.rule.sent[rung] = found.promoted
         paused = [n for n in off if n not in found.promoted and trials[n].state == "waiting"]
         figures = {"trials": len(here), "promoted": found.promoted, "undecided": found.undecided, "paused": paused}
         self.on_event(Message("rung", share=share, taken_off=sum(off.values()), **figures))
@@ -110,6 +116,12 @@ class Promotion:
         rows = next((e.get("rows") for e in trial.curve.evaluations[::-1] if e["step"] == step), None)
         good = [goodness(metric, value) for value in figures[metric]]
         return Standing(off, figures["loss"], good, int(rows or self.bar.rows), trial.parameters, fall(trial, step))
+
+    def _earlier(self, rung: int, standings: Mapping[int, Standing]) -> dict[int, Standing]:
+        """Earlier trials that were measured at ``rung`` on the rows of the others."""
+        there = [trial for trial in self.earlier if rung_step(self.options, trial, rung) in trial.rungs]
+        found = {trial.number: self._standing(trial, rung, self._off(trial, rung)) for trial in there}
+        return {number: one for number, one in found.items() if one.rows == max(s.rows for s in standings.values())}
 
     def _end(self, trial: Trial) -> Standing:
         good = [goodness(self.options.metric, value) for value in trial.parts[self.options.metric]]

@@ -207,7 +207,8 @@ class Scheduler:
     # -- rungs ------------------------------------------------------------------------------------------------------
 
     def _promotion(self) -> Promotion:
-        return Promotion(self.options, self.state.halving, self.bar, self.originals, self.on_event)
+        earlier = [trial for trial in self.configurations if trial.number < self.state.first]
+        return Promotion(self.options, self.state.halving, self.bar, self.originals, self.on_event, earlier)
 
     def _learned(self, trial: Trial) -> bool:
         return trial.state == "finished" and learned(self.bar, [trial], self.options.metric, len(self.configurations))

@@ -49,6 +49,7 @@ from loraloom.tuning.state import (
     load_state,
     save_state,
 )
+from loraloom.tuning.steering import REQUESTS
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.worker import Report, TrialFactory, Worker, name_of
 
@@ -145,7 +146,9 @@ class Search:
         """Train until everything is decided."""
         self._describe()
         if self.options.train.overwrite:
-            clear(self.folder, RESULT_NAME, BEST_FILE, BEST_NAME, SMALLER_NAME, SCALED_NAME)
+            if self.add_trials is not None:
+                raise ConfigError("add_trials: extends a search, and overwrite deletes it; give one of the two")
+            clear(self.folder, RESULT_NAME, BEST_FILE, BEST_NAME, SMALLER_NAME, SCALED_NAME, REQUESTS)
         found = load_state(self.folder, self.identity.fingerprint, self.factory.trial_options)
         if found is None and self.add_trials is not None:
             raise ConfigError(f"add_trials: {self.folder} holds no search to extend")
@@ -171,7 +174,9 @@ class Search:
         state, before = self.state, (self.state.fixed, self.state.extent)
         state.fixed, state.extent = self.identity.fixed, state.extent or extension.extent(self.options)
         if self.add_trials is not None:
-            self.on_event(extension.extend(state, self.options, self.add_trials))
+            seen = [self.factory.in_space(trial) for trial in self.trials if trial.repeats is None]
+            tried = [values for values in seen if values is not None]
+            self.on_event(extension.extend(state, self.options, self.add_trials, tried))
         path = self.folder / RUN_FILE
         own = not path.exists() or path.read_text(errors="replace").startswith(RUN_FILE_TITLE)
         if own and ((state.fixed, state.extent) != before or self.add_trials is not None):
@@ -242,6 +247,7 @@ class Search:
                 idle = [other for other in self.members if other not in busy]
                 busy |= self._assign(executor, idle, numbers)
         self.scheduler.give_up_waiting()
+        self._take_up_requests()  # too late
         self.state.finished = True
         self._save({})
 

@@ -238,7 +238,7 @@ class Space:
         found = {}
         for key, value in values.items():
             param = self.params.get(key)
-            side = param.edge(value) if param else None
+            side = param.edge(value) if param and param.holds(value) else None
             least = 1 if key in (RANK, "train.batch_size", "train.gradient_accumulation_steps") else 0
             if side and not (side == "low" and value == least):
                 found[key] = side

@@ -129,7 +129,7 @@ def _cheapest(trials: Sequence[Trial], best: Trial, param: str) -> Any:
     if param.endswith((".r", "lora_dropout")):
         return min(values.values())
     if not param.endswith(("target_modules", "modules_to_save")):
-        return best.values[param]
+        return best.values.get(param, next(iter(values.values())))  # the best may be of an earlier space
     sizes: dict[str, list[float]] = {text: [] for text in values}
     for trial in trials:
         if param in trial.values:
