@@ -14,6 +14,7 @@ from loraloom.data.example import IGNORE
 from loraloom.data.summary import WHAT, Shared
 from loraloom.errors import DataError
 from loraloom.messages import Message, Warn
+from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.training.setup import Setup
 
 #: A search is refused if more held-out rows than this share, and at least so many, are among the training rows.
@@ -43,7 +44,7 @@ def messages(setup: Setup) -> Iterator[Message]:
     if data.test is not None and (only := _only_label(setup, data.test)) is not None:
         yield Warn("one_class_test", rows=len(data.test.examples), label=only)
     for part, rows in (("validation", data.validation_rows), ("test", data.test_rows)):
-        if rows is not None and len(rows) < FEW:
+        if rows is not None and len(rows) < FEW and greater_is_better(setup.metrics.first):
             yield Warn("few_rows", part=part, rows=len(rows), margin=0.98 / math.sqrt(len(rows)))
 
 
