@@ -36,7 +36,7 @@ class Repeats:
         known = competing if len(competing) <= self.options.finalists else [t for t in competing if t.measured]
         leaders = self._best(known)
         self.state.leaders = [trial.number for trial in leaders]
-        self._add(leaders, "leaders")
+        self._add(leaders, lambda **figures: Message("leaders", **figures))
         return True
 
     def settle(self, learned: Sequence[Trial]) -> bool:
@@ -50,7 +50,7 @@ class Repeats:
         self.state.leaders = []
         if dropped and self.options.seeds:
             self.on_event(Message("repeats_dropped", trials=dropped))
-        return self._add(finalists, "finalists") or bool(dropped)
+        return self._add(finalists, lambda **figures: Message("finalists", **figures)) or bool(dropped)
 
     def _best(self, trials: Sequence[Trial]) -> list[Trial]:
         """The finalists among ``trials``, best first."""
@@ -62,8 +62,8 @@ class Repeats:
 
         return sorted(trials, key=order)[: self.options.finalists]
 
-    def _add(self, chosen: Sequence[Trial], kind: str) -> bool:
-        """Add the repeats that are missing, and say so in a message of this ``kind``."""
+    def _add(self, chosen: Sequence[Trial], message: Callable[..., Message]) -> bool:
+        """Add the repeats that are missing, and say so in the ``message`` of their figures."""
         there = {(trial.repeats, trial.options.seed) for trial in self.state.trials if not trial.dropped}
         seeds = [self.options.train.seed + further for further in range(1, self.options.seeds + 1)]
         missing = [(trial, seed) for seed in seeds for trial in chosen if (trial.number, seed) not in there]
@@ -71,5 +71,5 @@ class Repeats:
             self.add(trial.values, seed, trial.number)
         if missing:
             numbers = list(dict.fromkeys(trial.number for trial, _ in missing))
-            self.on_event(Message(kind, trials=numbers, seeds=self.options.seeds))
+            self.on_event(message(trials=numbers, seeds=self.options.seeds))
         return bool(missing)
