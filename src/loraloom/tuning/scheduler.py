@@ -66,13 +66,14 @@ class Scheduler:
     def next(self, held: Collection[int]) -> Trial | None:
         """A waiting trial that is to train or to be measured.
 
-        The one with the most steps before it comes first, so that none trains alone at the end; of those with as many
-        one that a worker holds already.
+        Repeats get the slots that are left, for they may turn out to be of no use. Longer trainings start first, so
+        that the last is not left alone; of equal ones those that a worker holds already.
         """
         self.decide()
 
-        def order(trial: Trial) -> tuple[bool, int, bool, int]:
-            return not trial.measure, trial.step - (trial.goal or trial.steps), trial.number not in held, trial.number
+        def order(trial: Trial) -> tuple[bool, bool, int, bool, int]:
+            left = (trial.goal or trial.steps) - trial.step
+            return not trial.measure, trial.repeats is not None, -left, trial.number not in held, trial.number
 
         ready = [t for t in self.trials if t.state == "waiting" and (t.measure or t.step < (t.goal or t.steps))]
         return min(ready, key=order, default=None)
