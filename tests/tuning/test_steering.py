@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from loraloom.cli import _run
 from loraloom.errors import ConfigError
 from loraloom.messages import Message
 from loraloom.report.sentences import sentence
@@ -72,7 +73,7 @@ def test_a_trial_is_stopped_after_the_step_under_way_and_a_resumed_search_does_t
 
 
 def test_a_trial_that_is_kept_trains_to_its_end_and_a_request_of_a_stopped_search_waits_for_it(
-    classify: Make, tmp_path: Path
+    classify: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     space = {"train.learning_rate": [1e-2, 1.5e-2, 1e-7, 2e-7]}
     given = {"sampler": "grid", "slots": 4, "train": {"max_steps": 72, "batch_size": 16}}
@@ -87,7 +88,8 @@ def test_a_trial_that_is_kept_trains_to_its_end_and_a_request_of_a_stopped_searc
     with pytest.raises(ConfigError, match="--keep 9: there is no such trial; those that train or wait are 0, 1, 2, 3"):
         ask(folder, [("keep", 2), ("keep", 9)])
     assert not (folder / REQUESTS).exists()
-    ask(folder, [("keep", 2)])
+    assert _run(["tune", str(folder), "--keep", "2"]) == 0
+    assert "--keep 2: no search runs there now, so it is done when" in " ".join(capsys.readouterr().out.split())
     found, events = search(classify(space, **given))
     assert "trial 2 is not paused at the rungs, as the user asked" in events
     states = [trial["state"] for trial in found.record["trials"]]

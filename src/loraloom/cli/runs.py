@@ -54,7 +54,7 @@ def tune(
     """Train many configurations at once on one frozen model, and say which to use and why.
 
     Give a run file, or --model, --data, --task and --output. Key tune.space sets what varies, for example --set
-    'tune.space={lora.r: [8, 16]}'. After a stop the same command resumes the search.
+    'tune.space={lora.r: [8, 16]}'. After a stop the same command, or the folder alone, resumes the search.
     """
     from loraloom.report.session import steer_run, tune_run
     from loraloom.tuning import extension
