@@ -138,7 +138,7 @@ class Search:
         self.beside: dict[str, bytes] = {}
         self.clock: Clock | None = None
         #: files of the user's requests that became events which are not written yet
-        self.requests: list[Path] | None = None
+        self.requests: list[Path] = []
         self.journal = Journal(self.options, self.folder)
         self.pressed = threading.Event()
 
@@ -250,6 +250,7 @@ class Search:
         self._take_up_requests()  # too late
         self.state.finished = True
         self._save({})
+        steering.close(self.folder)
 
     @property
     def _resume_hint(self) -> str:
@@ -379,7 +380,6 @@ class Search:
     def _save(self, numbers: Mapping[int, SlotState]) -> None:
         save_state(self.folder, self.state, numbers, self.beside)
         self.beside = {}
-        if self.requests is not None:
-            steering.forget(self.folder, self.requests)
-            self.requests = None
+        steering.forget(self.requests)
+        self.requests = []
         self.journal.keep(self.trials)

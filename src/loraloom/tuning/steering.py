@@ -8,6 +8,7 @@ it acts.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import Collection, Sequence
@@ -67,7 +68,11 @@ _ENDED = {"finished": "finished", "stopped": "been stopped", "failed": "failed"}
 
 def pending(folder: Path) -> bool:
     """Whether there are requests; cheap enough to ask after every step."""
-    return (folder / REQUESTS).exists()
+    try:
+        with os.scandir(folder / REQUESTS) as found:
+            return next(found, None) is not None
+    except OSError:
+        return False
 
 
 def take_up(folder: Path, state: State) -> tuple[list[Path], list[Message]]:
@@ -100,12 +105,16 @@ def kept(state: State) -> set[int]:
     return {event["trial"] for event in state.of_kind("keep")}
 
 
-def forget(folder: Path, paths: Collection[Path]) -> None:
+def forget(paths: Collection[Path]) -> None:
     """Delete requests that became events."""
     for path in paths:
         with contextlib.suppress(OSError):
             path.unlink()
-    with contextlib.suppress(OSError):  # others came meanwhile
+
+
+def close(folder: Path) -> None:
+    """Delete the folder of requests, once nothing trains. Until then it stays: another process may be writing there."""
+    with contextlib.suppress(OSError):
         (folder / REQUESTS).rmdir()
 
 
