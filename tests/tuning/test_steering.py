@@ -66,8 +66,10 @@ def test_a_trial_is_stopped_after_the_step_under_way_and_a_resumed_search_does_t
         assert (stopped["state"], stopped["steps"], stopped["reason"]) == ("stopped", 3, "by the user, at step 3")
         assert [trial["state"] for trial in found.record["trials"]].count("finished") == 3
         assert not (folder / REQUESTS).exists()
-        records.append(timeless(found, folder))
-    assert records[0] == records[1]
+        weights = [path.read_bytes() for path in sorted((folder / "trials").glob("*/*.safetensors"))]
+        records.append((timeless(found, folder), weights))
+    assert len(weights) == 3
+    assert records[0] == records[1], "to the byte"
     with pytest.raises(ConfigError, match="--stop 2: the search in .* has ended"):
         ask(folder, [("stop", 2)])
 
