@@ -120,11 +120,11 @@ def configs(family: str) -> dict[str, LoraConfig]:
     }
 
 
-def rows(family: str, name: str, step: int, forward: int) -> dict[str, Tensor]:
-    """What depends on the adapter's own name, step and forward: one to three rows of four to nine tokens."""
+def rows(family: str, name: str, step: int, forward: int, times: int = 1) -> dict[str, Tensor]:
+    """What depends on the adapter's own name, step and forward: one to three rows of ``times`` four to nine tokens."""
     i = NAMES.index(name)
     make = torch.Generator().manual_seed(1000 * i + 10 * step + forward)
-    count, length = 1 + i % 3, 4 + int(torch.randint(6, (), generator=make))
+    count, length = 1 + i % 3, times * (4 + int(torch.randint(6, (), generator=make)))
     ids = torch.randint(3, VOCABULARY, (count, length), generator=make)
     mask = torch.ones_like(ids)
     mask[0, length - 2 :] = 0
@@ -158,6 +158,7 @@ def train(
     rates: Mapping[str, float] = RATES,
     around: Callable[[Pack, int], None] = lambda pack, step: None,
     multiple: int = 1,
+    times: int = 1,
 ) -> Run:
     """Losses and final numbers of each adapter, trained for ``steps`` steps on its own rows."""
     _, cls, task, _ = FAMILIES[family]
@@ -186,7 +187,7 @@ def train(
             if not running:
                 continue
             found = pack.backward(
-                {name: rows(family, name, step, forward) for name in running},
+                {name: rows(family, name, step, forward, times) for name in running},
                 dropout_seeds={name: 100 * NAMES.index(name) + 2 * step + forward for name in running},
                 weights={name: 1 / accumulation[name] for name in running},
             )
@@ -249,6 +250,29 @@ def test_a_rate_of_a_million_in_one_leaves_seven_bit_identical(
         if name != bad:
             assert wild_losses[name] == calm_losses[name]
             assert all(torch.equal(wild[name][key], calm[name][key]) for key in calm[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_forwards_of_like_width_give_the_same_bits_as_one_forward_of_all(
+    folders: dict[str, Path], family: str, dtype: torch.dtype
+) -> None:
+    def fixed(cost: float) -> tuple[Run, int]:
+        seen: list[Pack] = []
+
+        def around(pack: Pack, step: int) -> None:
+            seen[:] = [pack]
+            pack._prepare({name: rows(family, name, step, 0) for name in NAMES})
+            pack._fixed = cost
+
+        return train(family, folders[family], NAMES, dtype, 4, around=around, multiple=16, times=9), seen[0].places
+
+    (one_losses, one), most = fixed(1e9)
+    (losses, found), places = fixed(0.0)
+    assert places < 0.8 * most
+    assert losses == one_losses
+    for name in NAMES:
+        assert all(torch.equal(found[name][key], one[name][key]) for key in one[name]), name
 
 
 def test_a_slot_of_no_numbers_leaves_the_others_bit_identical_and_gets_no_gradient(folders: dict[str, Path]) -> None:

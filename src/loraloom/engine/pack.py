@@ -20,6 +20,7 @@ from loraloom import tasks
 from loraloom.config.lora import LoraConfig
 from loraloom.data.example import IGNORE
 from loraloom.engine import gradient_probe
+from loraloom.engine.forwards import divide, fixed_cost
 from loraloom.engine.gradient_probe import Fault
 from loraloom.errors import AdapterError, ConfigError, TargetError, nearest
 from loraloom.lora import mixed
@@ -33,6 +34,8 @@ from loraloom.tasks.objective import Objective
 #: The padding of shorter rows by the name of a model's argument; ids get the padding token.
 _FILLERS = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
 _IDS = {"input_ids", "decoder_input_ids"}
+#: An adapter's bits do not depend on the padded length where that is a multiple of this many tokens.
+REGISTER = 16
 
 
 class Pack:
@@ -43,7 +46,8 @@ class Pack:
         task: decides the loss; by default the ``task_type`` of the configs.
         seeds: adapter → the seed of its initialisation; by default it follows from the name.
         pad_id: the padding token; by default the model's own, or 0 if it has none.
-        pad_to_multiple_of: rows are padded to a multiple of this number of tokens.
+        pad_to_multiple_of: rows are padded to a multiple of this number of tokens. With a multiple of 16, adapters whose
+            rows have unlike lengths share forwards of like length where that is cheaper than one forward of all.
 
     An adapter's numbers depend only on its own rows and seeds, not on the other adapters or the order. On a CPU in
     float32 or bfloat16 this holds to the last bit under two conditions: the same layers carry adapters, in use or not;
@@ -83,6 +87,10 @@ class Pack:
         self.pad_id, self._multiple = self._padding(pad_id), pad_to_multiple_of
         self.objective = Objective(self.model, self.task)
         self._learned: tuple[str, ...] = ()
+        #: what a forward costs beside its places, in places; None where a step takes exactly one
+        self._fixed: float | None = None
+        #: positions that were computed, padding included
+        self.places = 0
 
     def _padding(self, given: int | None) -> int:
         own = model_configs.token(getattr(self.model.get_base_model(), "config", None), "pad")
@@ -119,7 +127,7 @@ class Pack:
         dropout_seeds: Mapping[str, int] | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """One forward and one backward for all named adapters: each gets the gradients of its own loss.
+        """A forward and backward for all named adapters: each gets the gradients of its own loss.
 
         Args:
             batches: adapter → the model's arguments for its rows, including ``labels``, each [rows, ...]. The number
@@ -134,17 +142,32 @@ class Pack:
             AdapterError: an unknown name, or tensors that do not fit together.
         """
         self._prepare(batches)
-        names = sorted(batches, key=lambda name: self._place(name, batches[name]))
-        together = mixed.in_one_forward(
-            self.model.base_model,
-            names,
-            lambda: self._backward(names, batches, dropout_seeds, weights),
-            lambda site: self._prove(site, names, batches),
-        )
-        # One by one if the layers' inputs do not show which row they belong to.
-        parts = together or [self._backward([name], batches, dropout_seeds, weights) for name in names]
-        found = {name: loss for part in parts for name, loss in part.items()}
+        found: dict[str, float] = {}
+        for names in self._divided(batches):
+            together = mixed.in_one_forward(
+                self.model.base_model,
+                names,
+                lambda: self._backward(names, batches, dropout_seeds, weights),
+                lambda site: self._prove(site, names, batches),
+            )
+            # One by one if the layers' inputs do not show which row they belong to.
+            for part in together or [self._backward([name], batches, dropout_seeds, weights) for name in names]:
+                found |= part
         return {name: found[name] for name in batches}
+
+    def _divided(self, batches: Mapping[str, Mapping[str, Tensor]]) -> list[list[str]]:
+        """The adapters of each forward: all in one, or in several of like width where bits do not depend on width."""
+        names = sorted(batches, key=lambda name: self._place(name, batches[name]))
+        if len(names) == 1 or self._multiple % REGISTER or self._fixed is None:
+            return [names]
+        sizes = {name: self._size(batches[name]) for name in names}
+        return divide(names, sizes, self._fixed)
+
+    def _size(self, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Rows, and the width that they are padded to; of a task with targets, of both together."""
+        rows, width = batch["input_ids"].shape
+        own = batch["labels"].shape[1] if self.task.layout == "target" else 0
+        return rows, sum(-(-one // self._multiple) * self._multiple for one in (width, own))
 
     def _backward(
         self,
@@ -157,6 +180,7 @@ class Pack:
         lora = self.model.base_model
         inputs, rows = self._joined([(name, batches[name]) for name in names])
         labels = inputs.pop("labels")
+        self.places += inputs["input_ids"].numel()
         slots = [name for name, own in rows.items() for _ in range(own.start, own.stop)]
         # The backward is inside: gradient checkpointing recomputes parts of the forward, with the same kernels.
         with (
@@ -198,6 +222,9 @@ class Pack:
             name, batch = next(iter(batches.items()))
             self._warm_up(name, {key: value[:1] for key, value in batch.items()})
             self._learned = tuple(self.adapters)
+            # Processes that share a sharded model run it together, so each runs it as often as the others.
+            whole = not sharded(self.model)
+            self._fixed = fixed_cost(self.model, len(self.model.base_model.lora_layers)) if whole else None
             for fault in self.probe(batches):
                 if fault.stops:
                     raise TargetError(fault.text)
