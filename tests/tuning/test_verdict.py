@@ -96,6 +96,15 @@ def test_more_accuracy_is_better_and_less_loss_and_perplexity(metric: str, best:
     assert greater_is_better(metric) == (metric == "accuracy")
 
 
+def test_a_single_early_peak_gives_no_rank() -> None:
+    rising, peaked, stopped = trial(0), trial(1), trial(2, state="stopped", step=80)
+    for one, curve in ((rising, [0.5, 0.6, 0.8]), (peaked, [0.95, 0.5, 0.7]), (stopped, [0.99, 0.5])):
+        at = [40, 80, 120][: len(curve)]
+        one.curve.evaluations[:] = [{"step": s, "accuracy": a, "loss": 1 - a} for s, a in zip(at, curve, strict=True)]
+    assert verdict([rising, peaked, stopped], "accuracy").ranking == [0, 1, 2]
+    assert compare([rising, peaked, stopped], "accuracy").values == {0: 0.6, 1: 0.5, 2: 0.5}  # all at step 80
+
+
 def test_a_tie_goes_to_the_cheaper_and_says_so() -> None:
     large, small = seeds(0, [0.80, 0.81, 0.82], parameters=4000), seeds(1, [0.79, 0.81, 0.82], parameters=1000)
     found = verdict([*large, *small], "accuracy")

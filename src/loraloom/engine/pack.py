@@ -46,8 +46,8 @@ class Pack:
         task: decides the loss; by default the ``task_type`` of the configs.
         seeds: adapter → the seed of its initialisation; by default it follows from the name.
         pad_id: the padding token; by default the model's own, or 0 if it has none.
-        pad_to_multiple_of: rows are padded to a multiple of this number of tokens. With a multiple of 16, adapters whose
-            rows have unlike lengths share forwards of like length where that is cheaper than one forward of all.
+        pad_to_multiple_of: rows are padded to a multiple of this number of tokens. With a multiple of 16, adapters
+            whose rows have unlike lengths share forwards of like length where that is cheaper than one of all.
 
     An adapter's numbers depend only on its own rows and seeds, not on the other adapters or the order. On a CPU in
     float32 or bfloat16 this holds to the last bit under two conditions: the same layers carry adapters, in use or not;
@@ -144,16 +144,25 @@ class Pack:
         self._prepare(batches)
         found: dict[str, float] = {}
         for names in self._divided(batches):
-            together = mixed.in_one_forward(
-                self.model.base_model,
-                names,
-                lambda: self._backward(names, batches, dropout_seeds, weights),
-                lambda site: self._prove(site, names, batches),
-            )
-            # One by one if the layers' inputs do not show which row they belong to.
-            for part in together or [self._backward([name], batches, dropout_seeds, weights) for name in names]:
-                found |= part
+            found |= self._in_one_forward(names, batches, dropout_seeds, weights)
         return {name: found[name] for name in batches}
+
+    def _in_one_forward(
+        self,
+        names: Sequence[str],
+        batches: Mapping[str, Mapping[str, Tensor]],
+        dropout_seeds: Mapping[str, int] | None,
+        weights: Mapping[str, float] | None,
+    ) -> dict[str, float]:
+        """``backward`` of some of the batches; one by one if layers' inputs do not show which row they belong to."""
+        together = mixed.in_one_forward(
+            self.model.base_model,
+            names,
+            lambda: self._backward(names, batches, dropout_seeds, weights),
+            lambda site: self._prove(site, names, batches),
+        )
+        parts = together or [self._backward([name], batches, dropout_seeds, weights) for name in names]
+        return {name: loss for part in parts for name, loss in part.items()}
 
     def _divided(self, batches: Mapping[str, Mapping[str, Tensor]]) -> list[list[str]]:
         """The adapters of each forward: all in one, or in several of like width where bits do not depend on width."""

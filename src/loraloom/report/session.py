@@ -183,6 +183,8 @@ def tune_run(options: TuneConfig, console: Console | None = None, *, add_trials:
     if found.learned:
         lines = {"adapter": folder / BEST_NAME, "in full": f"loraloom train {shlex.quote(str(folder / BEST_FILE))}"}
     lines |= {"record": folder / RESULT_NAME, "pictures": ", ".join(map(str, pictures(found, folder, saved)))}
+    if (padding := result.record["machine"].get("padding")) is not None:
+        lines["padding"] = f"{padding:.0%} of the positions that the model computed in training"
     console.print(Text("\n" + "\n".join(f"{what:9}{where}" for what, where in lines.items())), soft_wrap=True)
     return result
 

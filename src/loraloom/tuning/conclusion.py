@@ -69,7 +69,13 @@ def conclude(options: TuneConfig, setup: Setup, state: State, describe: Describe
         adapter=best if source is not None else "",
         usage=usage(setup),
         seconds=state.seconds,
-        machine={**machine(), **versions(), "slots": state.slots, "workers": options.workers},
+        machine={
+            **machine(),
+            **versions(),
+            "slots": state.slots,
+            "workers": options.workers,
+            "padding": state.padding,
+        },
     ).to_json(describe)
     if source is not None and source != best:
         write_files(best, {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()})

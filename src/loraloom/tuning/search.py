@@ -301,6 +301,7 @@ class Search:
             if self.trials[trial.number].state != "stopped":  # since it was sent
                 self.trials[trial.number] = trial
         self.state.seconds += report.seconds / len(self.members)
+        self.state.tokens, self.state.places = self.state.tokens + report.tokens, self.state.places + report.places
         for number in report.events:
             if self.trials[number].state != "stopped":
                 self._take_note(self.trials[number])

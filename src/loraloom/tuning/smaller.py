@@ -8,10 +8,9 @@ measured in one pass. The smallest that loses no more than one standard error is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from loraloom.errors import AdapterError
 from loraloom.files.atomic import write_files
@@ -71,18 +70,6 @@ class Cuts:
     scales: list[Scaled] = field(default_factory=list)
     scaled: Scaled | None = None
     scaled_adapter: str = ""
-
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Cuts:
-        """The inverse of ``dataclasses.asdict``."""
-        return cls(
-            [Smaller(**one) for one in plain["measured"]],
-            plain["offered"] and Smaller(**plain["offered"]),
-            plain["adapter"],
-            [Scaled(**one) for one in plain["scales"]],
-            plain["scaled"] and Scaled(**plain["scaled"]),
-            plain["scaled_adapter"],
-        )
 
 
 def cut(setup: Setup, metric: str, adapter: Path, folder: Path) -> Cuts:

@@ -58,6 +58,9 @@ class State:
     files: dict[int, str] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    #: tokens that trials trained on, and the positions that were computed for them
+    tokens: int = 0
+    places: int = 0
     finished: bool = False
     #: trials whose repeats began before they ended themselves; None before the last rung is decided
     leaders: list[int] | None = None
@@ -77,6 +80,11 @@ class State:
     tested: dict[str, Any] | None = None
     #: trial → its ``_version`` when last written, and its text: only trials that changed are serialised again
     written: dict[int, tuple[Any, str]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def padding(self) -> float | None:
+        """The share of the computed positions that held no token; None if none were counted."""
+        return 1 - self.tokens / self.places if self.places else None
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["kind"] == kind]
@@ -228,6 +236,8 @@ def load_state(folder: Path, fingerprint: str, build: Build) -> State | None:
             files={int(number): name for number, name in found["files"].items()},
             hashes=dict(found["hashes"]),
             seconds=found["seconds"],
+            tokens=found.get("tokens", 0),
+            places=found.get("places", 0),
             finished=found["finished"],
             leaders=found.get("leaders", []),  # a search of 0.2 begins no repeats before all have ended
             bar=found["bar"] and Bar(**found["bar"]),

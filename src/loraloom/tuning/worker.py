@@ -69,6 +69,8 @@ class Report:
     events: list[int]
     states: dict[int, SlotState] = field(default_factory=dict)
     tokens: int = 0
+    #: positions that were computed for them, padding included
+    places: int = 0
     seconds: float = 0.0
     #: out of memory: the worker removed all its trials
     out_of_memory: bool = False
@@ -157,7 +159,7 @@ class Worker:
             stop: called after each step; True ends the run.
         """
         started = last = time.monotonic()
-        tokens, events = 0, list[int]()
+        tokens, places, events = 0, self.pack.places, list[int]()
         try:
             for number in leave:
                 self._leave(number)
@@ -186,7 +188,8 @@ class Worker:
             self.slots, self.trials = {}, {}
             return Report([], [], seconds=time.monotonic() - started, out_of_memory=True)
         states = {number: slot.state_dict() for number, slot in self.slots.items()}
-        return Report(list(self.trials.values()), events, states, tokens, time.monotonic() - started)
+        places = self.pack.places - places
+        return Report(list(self.trials.values()), events, states, tokens, places, time.monotonic() - started)
 
     def _follow(self, number: int, seconds: float) -> bool:
         """Update a trial after its slot's forward. True if something is to be decided about it."""
