@@ -376,6 +376,16 @@ def test_a_search_begins_with_what_is_known_and_spreads_from_there(preset: str, 
         assert max(b - a for a, b in itertools.pairwise([low, *rates, high])) < 0.1 * (high - low)
 
 
+def test_first_rates_fall_with_the_square_root_of_the_rank_but_not_in_searches_of_before() -> None:
+    found = space({"lora.r": [4, 16, 64], "train.learning_rate": {"log": [1e-5, 1e-1]}})
+    pairs = list(zip(found.prior(32), found.prior(32, by_rank=False), strict=True))
+    assert {values["lora.r"] for values, _ in pairs} == {4, 16, 64}
+    for new, old in pairs:
+        assert new["lora.r"] == old["lora.r"]
+        wanted = min(max(old["train.learning_rate"] * math.sqrt(16 / new["lora.r"]), 1.58e-5), 6.31e-2)
+        assert new["train.learning_rate"] == pytest.approx(wanted, rel=0.01)
+
+
 def test_a_small_space_begins_with_all_of_it() -> None:
     found = space({"lora.r": [4, 8, 16], "lora.lora_alpha": ["r", "2r"], "train.batch_size": {"range": [1, 2]}})
     first = found.prior(100)

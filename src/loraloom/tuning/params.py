@@ -108,14 +108,17 @@ class Range:
         place = self._place(value)
         return "low" if place <= EDGE else "high" if place >= 1 - EDGE else None
 
-    def point(self, share: float, liked: list[Any]) -> Any:
-        """A number: the one ``liked`` for a ``share`` of 0, and from there evenly over all but the ends."""
+    def point(self, share: float, liked: list[Any], factor: float = 1.0) -> Any:
+        """A number: the one ``liked`` for a ``share`` of 0, and from there evenly over all but the ends.
+
+        ``factor`` times that, as far as the range goes.
+        """
         centre = self._place(liked[0]) if liked else 0.5
         centre = centre if 0 <= centre <= 1 else 0.5
         place = centre if share == 0 else EDGE + (1 - 2 * EDGE) * ((centre + share) % 1)
-        low, high = self._scaled(self.low), self._scaled(self.high)
-        found = low + place * (high - low)
-        return self._number(float(f"{math.exp(found) if self.log else found:.3g}"))
+        if factor != 1.0:
+            place = min(max(self._place(self._at(place) * factor), EDGE), 1 - EDGE)
+        return self._number(float(f"{self._at(place):.3g}"))
 
     def raw(self) -> Any:
         out: dict[str, Any] = {"log" if self.log else "range": [self.low, self.high]}
@@ -129,6 +132,12 @@ class Range:
 
     def _scaled(self, value: float) -> float:
         return math.log(value) if self.log else value
+
+    def _at(self, place: float) -> float:
+        """The inverse of ``_place``."""
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        found = low + place * (high - low)
+        return math.exp(found) if self.log else found
 
     def _place(self, value: float) -> float:
         """Where ``value`` lies between the ends, from 0 to 1."""

@@ -26,7 +26,11 @@ _ASK_AGAIN = 50
 
 
 def propose(
-    options: TuneConfig, trials: Sequence[Trial], sampler: BaseSampler | None = None, favoured: int | None = None
+    options: TuneConfig,
+    trials: Sequence[Trial],
+    sampler: BaseSampler | None = None,
+    favoured: int | None = None,
+    by_rank: bool = True,
 ) -> dict[str, Any] | None:
     """The values of the next trial; None when the space has no other.
 
@@ -34,13 +38,14 @@ def propose(
         trials: those so far whose values lie in the space.
         sampler: the user's own.
         favoured: how many known good configurations come first; by default half of the trials.
+        by_rank: the rates of these follow from their ranks; not in searches that began under 0.2 or before.
     """
     tried = [trial.values for trial in trials if trial.repeats is None]
     number = len(tried)
     if options.sampler == "grid" and sampler is None:
         return next((values for values in options.space.grid() if values not in tried), None)
     favoured = (options.trials + 1) // 2 if favoured is None else favoured
-    for values in options.space.prior(favoured if options.sampler == "tpe" and sampler is None else 0):
+    for values in options.space.prior(favoured if options.sampler == "tpe" and sampler is None else 0, by_rank):
         if values not in tried:
             return values
     for attempt in range(_ASK_AGAIN):

@@ -16,6 +16,7 @@ from loraloom.training.setup import Setup
 from loraloom.tuning.bar import Bar, learned
 from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.promotion import Promotion, new_rule, stands
+from loraloom.tuning.race import Race
 from loraloom.tuning.repeats import Repeats
 from loraloom.tuning.sampler import propose
 from loraloom.tuning.state import State
@@ -169,7 +170,8 @@ class Scheduler:
             count = max(PROPOSALS, trials // 4) if before else max((trials + 1) // 2, FIRST)
         known = self._in_space()
         for _ in range(min(count, trials - before)):
-            values = propose(self.options, [*known, *self.trials[there:]], self.sampler, self._favoured)
+            by_rank = isinstance(self.state.halving, Race)
+            values = propose(self.options, [*known, *self.trials[there:]], self.sampler, self._favoured, by_rank)
             if values is None:
                 self.exhausted = True
                 break
