@@ -65,10 +65,10 @@ class Journal:
             def append_logs(self, new: list[dict[str, Any]]) -> None:
                 logs.extend(json.loads(json.dumps(new)))
 
+        metric = self._options.metric
         with quiet("optuna"):
             storage = JournalStorage(Lines())
             study = optuna.create_study(study_name="loraloom", storage=storage, direction="maximize")
-        metric = self._options.metric
-        # What the dashboard writes beside the values, of which more is better.
-        study.set_metric_names([f"minus {metric}" if goodness(metric, 1.0) < 0 else metric])
+            # What the dashboard writes beside the values, of which more is better.
+            study.set_metric_names([f"minus {metric}" if goodness(metric, 1.0) < 0 else metric])
         return study
