@@ -100,8 +100,10 @@ def build(what: DataSet, count: int, seeds: int, work: Path) -> None:
         "constant": constant(setup),
         "configurations": describe(setup, options, configurations, join["seconds"]),
     }
-    hit = join["hit"] if what.task == "seq-cls" else None
-    table = Table(meta, join["train_loss"], join["loss"], hit, found[0, 0]["tokens"])
+    classes = what.task == "seq-cls"
+    hit = join["hit"] if classes else None
+    label = np.array([example.labels for example in setup.data.validation.examples]) if classes else None
+    table = Table(meta, join["train_loss"], join["loss"], hit, found[0, 0]["tokens"], label)
     table.write(HERE / "tables" / f"{what.name}.npz")
     print(f"{what.name}: {(HERE / 'tables' / what.name).with_suffix('.npz').stat().st_size / 1e6:.2f} MB", flush=True)
 

@@ -3,6 +3,7 @@
 ``train_loss [config, seed, step]`` are the losses of training. ``loss`` and ``hit [config, seed, point, row]`` are each
 held-out row's loss and whether it was right, at ``points`` (steps; 0 is before the first). Losses are kept in bfloat16.
 A causal model's row has the mean loss of its tokens, ``tokens [row]`` says how many, and it has no hits.
+``label [row]`` is the right class of each row, for classes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Table:
     loss: np.ndarray
     hit: np.ndarray | None
     tokens: np.ndarray
+    label: np.ndarray | None = None
 
     @classmethod
     def read(cls, path: Path) -> Table:
@@ -33,7 +35,8 @@ class Table:
             meta = json.loads(bytes(found["meta"]))
             rows = len(found["tokens"])
             hit = np.unpackbits(found["hit"], axis=-1, count=rows).astype(bool) if "hit" in found else None
-            return cls(meta, found["train_loss"].astype(np.float32), decode(found["loss"]), hit, found["tokens"])
+            label = found.get("label")
+            return cls(meta, found["train_loss"].astype(np.float32), decode(found["loss"]), hit, found["tokens"], label)
 
     def write(self, path: Path) -> None:
         arrays = {
@@ -44,6 +47,8 @@ class Table:
         }
         if self.hit is not None:
             arrays["hit"] = np.packbits(self.hit, axis=-1)
+        if self.label is not None:
+            arrays["label"] = self.label.astype(np.uint8)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **arrays)
 

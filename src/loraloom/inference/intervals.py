@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean
 
 from loraloom.inference.jackknife import error
@@ -57,11 +58,13 @@ class SeedNoise:
     degrees: float
 
     @classmethod
-    def pooled(cls, figures: Sequence[Sequence[float]], spread: float | None = None) -> SeedNoise | None:
+    def pooled(
+        cls, figures: Sequence[Sequence[float]], spread: float | None = None, weight: float = 1.0
+    ) -> SeedNoise | None:
         """From the figures of several configurations, each with its seeds. None where none has two.
 
-        ``spread``, the variance between configurations that were picked among, adds one degree of freedom: seeds of
-        the best are picked for being good, and differ less than they should.
+        ``spread``, the variance between the configurations that were picked among, adds ``weight`` degrees of freedom:
+        seeds of the best are picked for being good, and differ less than they should.
         """
         several = [list(one) for one in figures if len(one) > 1]
         degrees = float(sum(len(one) - 1 for one in several))
@@ -69,7 +72,7 @@ class SeedNoise:
             return None
         squares = math.fsum(statistics.variance(one) * (len(one) - 1) for one in several)
         if spread is not None:
-            squares, degrees = squares + spread, degrees + 1
+            squares, degrees = squares + weight * spread, degrees + weight
         return cls(squares / degrees, degrees)
 
 
@@ -150,6 +153,7 @@ def of_errors(
     return Difference(value, value - margin, value + margin, level, rows, seeds, needed)
 
 
+@lru_cache(maxsize=1024)
 def t_quantile(probability: float, degrees: float) -> float:
     """Of Student's t."""
     if probability < 0.5:

@@ -70,8 +70,7 @@ def interval_of(found: Verdict, number: int) -> Interval | None:
     seeds = [one for one in parts if one]
     if not seeds or not found.rows:
         return None
-    ended = [score for score in found.scores.values() if score.finished]
-    noise = seed_noise([found.scores[n] for n in found.able] or ended)
+    noise = found.noise or seed_noise([score for score in found.scores.values() if score.finished])
     made = Judge(found.metric, found.rows, noise).figure(seeds)
     return made if finite(made.high - made.low) else None
 

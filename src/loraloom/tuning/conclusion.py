@@ -131,9 +131,8 @@ def _tested(setup: Setup, found: Verdict, state: State, folder: Path) -> Verdict
         return found
     groups = originals(state.trials)
     wanted = [groups[one.number] for one in (found.best, found.runner_up) if one is not None]
-    able = {number: found.scores[number] for number in found.able}
     head = state.bar is not None and bool(state.bar.head)
-    return replace(found, test=final_test(setup, found.metric, wanted, able, folder, head=head))
+    return replace(found, test=final_test(setup, found.metric, wanted, found.noise, folder, head=head))
 
 
 def _look_back(options: TuneConfig, state: State) -> list[Message]:

@@ -8,16 +8,15 @@ means over them and the intervals hold the noise of seeds too; otherwise they ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraloom.inference.evaluation import Evaluator
-from loraloom.inference.intervals import Interval, Seeds
+from loraloom.inference.intervals import Interval, SeedNoise, Seeds
 from loraloom.training.setup import Setup
 from loraloom.tuning.bar import measure_bar
-from loraloom.tuning.judge import Against, Judge, seed_noise
-from loraloom.tuning.ranking import Score
+from loraloom.tuning.judge import Against, Judge
 from loraloom.tuning.state import TRIALS, damaged
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.worker import name_of
@@ -38,7 +37,7 @@ def final_test(
     setup: Setup,
     metric: str,
     configurations: Sequence[Sequence[Trial]],
-    scores: Mapping[int, Score],
+    noise: SeedNoise | None,
     folder: Path,
     *,
     head: bool = True,
@@ -47,7 +46,7 @@ def final_test(
 
     Args:
         configurations: the seeds of the winner, then those of the others.
-        scores: what each configuration that learned something reached on the rows that chose.
+        noise: of one seed, from the rows that chose.
         folder: of the search.
         head: measure a new head on the frozen model as well, which is fitted again.
     """
@@ -58,7 +57,7 @@ def final_test(
     winner, *others = seen
     if not (mine := seen[winner]):
         return None
-    judge = Judge.of(setup, evaluator, metric, seed_noise(scores.values()))
+    judge = Judge.of(setup, evaluator, metric, noise)
     answers = measure_bar(setup, evaluator, head=head).baselines(metric)
     against = judge.against(mine, {number: seen[number] for number in others}, answers)
     return FinalTest(metric, judge.rows, len(mine), judge.figure(mine), against)

@@ -15,19 +15,40 @@ from loraloom.inference.evaluation import Evaluator
 from loraloom.inference.intervals import Difference, Interval, SeedNoise, Seeds
 from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.training.setup import Setup
-from loraloom.tuning.bar import CORRELATIONS
-from loraloom.tuning.ranking import Score
+from loraloom.tuning.bar import CORRELATIONS, Bar
+from loraloom.tuning.ranking import Score, originals
+from loraloom.tuning.trial import Trial
+
+#: Weight of the spread of all outcomes beside the seeds of the finalists, in degrees of freedom. Searches replayed on
+#: tables chose it (benchmarks/search/calibrate.py).
+PRIOR = 0.5
 
 
-def seed_noise(scores: Iterable[Score]) -> SeedNoise | None:
+def seed_noise(scores: Iterable[Score], outcomes: Sequence[float] = ()) -> SeedNoise | None:
     """The noise of one seed, from configurations that learned something; None where none has two seeds.
 
-    Seeds of the best were picked for being good, so they differ too little: the spread of all has a share.
+    Finalists were picked for a good first seed, and three good seeds do not exclude that a fourth fails. How far
+    ``outcomes`` differ (those of the function of that name) says how much that would cost, and counts as a little more
+    evidence.
     """
-    known = [score for score in scores if score.values]
-    means = [score.mean for score in known]
-    spread = variance(means) if len(means) > 1 else None
-    return SeedNoise.pooled([list(score.values.values()) for score in known], spread)
+    seeds = [list(score.values.values()) for score in scores if score.values]
+    return SeedNoise.pooled(seeds, variance(outcomes) if len(outcomes) > 1 else None, PRIOR)
+
+
+def outcomes(trials: Iterable[Trial], metric: str, bar: Bar | None) -> list[float]:
+    """How the first trial of each configuration ended: its metric, or the bar if it failed or never took off.
+
+    A trial that was stopped after it took off has no end to compare.
+    """
+    best = None if bar is None else bar.best(metric)
+    found = []
+    for trial in (group[0] for group in originals(trials).values()):
+        value = trial.latest(metric)
+        if trial.state == "finished" and value is not None and math.isfinite(value):
+            found.append(value)
+        elif bar is not None and best is not None and not bar.has_taken_off(trial.curve.loss, trial.steps):
+            found.append(best[1][0])
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ turn out to be no finalists lose their repeats, and finalists without repeats ge
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loraloom.messages import Message, OnEvent
 from loraloom.tuning.config import TuneConfig
-from loraloom.tuning.ranking import goodness
+from loraloom.tuning.selection import finalists
 from loraloom.tuning.state import State
 from loraloom.tuning.trial import Trial
 
@@ -41,8 +40,8 @@ class Repeats:
 
     def settle(self, learned: Sequence[Trial]) -> bool:
         """Once all have ended: repeat the best of those that ``learned``. True if that changed anything."""
-        finalists = self._best(learned)
-        numbers = {trial.number for trial in finalists}
+        best = self._best(learned)
+        numbers = {trial.number for trial in best}
         dropped = [n for n in self.state.leaders or [] if n not in numbers]
         for trial in self.state.trials:
             if trial.repeats in dropped:
@@ -50,17 +49,10 @@ class Repeats:
         self.state.leaders = []
         if dropped and self.options.seeds:
             self.on_event(Message("repeats_dropped", trials=dropped))
-        return self._add(finalists, lambda **figures: Message("finalists", **figures)) or bool(dropped)
+        return self._add(best, lambda **figures: Message("finalists", **figures)) or bool(dropped)
 
     def _best(self, trials: Sequence[Trial]) -> list[Trial]:
-        """The finalists among ``trials``, best first."""
-
-        def order(trial: Trial) -> tuple[float, int, int]:
-            value = trial.latest(self.options.metric)
-            good = math.nan if value is None else goodness(self.options.metric, value)
-            return -good if math.isfinite(good) else math.inf, trial.parameters, trial.number
-
-        return sorted(trials, key=order)[: self.options.finalists]
+        return finalists(trials, self.options.metric, self.options.finalists)
 
     def _add(self, chosen: Sequence[Trial], message: Callable[..., Message]) -> bool:
         """Add the repeats that are missing, and say so in the ``message`` of their figures."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loraloom.inference.intervals import Difference, Seeds
+from loraloom.inference.intervals import Difference, SeedNoise, Seeds
 from loraloom.messages import Message
 from loraloom.tuning.bar import Bar, learned
 from loraloom.tuning.head_baseline import HEAD
-from loraloom.tuning.judge import Judge, seed_noise
+from loraloom.tuning.judge import Judge, outcomes, seed_noise
 from loraloom.tuning.ranking import Score, goodness, originals, ranking, scores
 from loraloom.tuning.trial import Trial
 
@@ -52,7 +52,9 @@ class Selection:
     above_head: bool = True
     #: first trial → what each of its finished seeds reached on the rows that chose
     seeds: dict[int, Seeds] = field(default_factory=dict)
-    #: with the noise of these seeds
+    #: of one seed, among those that learned something
+    noise: SeedNoise | None = None
+    #: with this noise
     judge: Judge | None = None
 
     @property
@@ -80,11 +82,12 @@ def select(
         able = [n for n in pool if learned(bar, finished(groups[n]), metric, len(groups))]
     pool = able or pool
     seeds = {n: figures_of(groups[n], metric) for n in pool}
-    judge = None if judge is None else replace(judge, noise=seed_noise(known[n] for n in able))
+    noise = seed_noise((known[n] for n in able), outcomes(trials, metric, bar))
+    judge = None if judge is None else replace(judge, noise=noise)
     above = [n for n in able if _above_head(n, bar, seeds, judge)]
     pool, more = _small_enough(above or pool, {n: groups[n][0].bytes for n in groups}, balance.max_size)
     winner, why = choose(pool, known, {n: group[0] for n, group in groups.items()}, metric, balance, judge, seeds)
-    return Selection(known, ranked, pool, winner, why, notes + more, able, bool(above), seeds, judge)
+    return Selection(known, ranked, pool, winner, why, notes + more, able, bool(above), seeds, noise, judge)
 
 
 def figures_of(group: Sequence[Trial], metric: str) -> Seeds:
@@ -109,6 +112,17 @@ def _small_enough(pool: Sequence[int], sizes: Mapping[int, int], most: int | Non
         return fit, []
     smallest = min(pool, key=lambda n: sizes[n])
     return [smallest], [Message("none_fits", max_size=most, trial=smallest, bytes=sizes[smallest])]
+
+
+def finalists(trials: Iterable[Trial], metric: str, count: int) -> list[Trial]:
+    """The best ``count`` of ``trials`` by their last figure, to be trained again with other seeds."""
+
+    def order(trial: Trial) -> tuple[float, int, int]:
+        value = trial.latest(metric)
+        good = math.nan if value is None else goodness(metric, value)
+        return -good if math.isfinite(good) else math.inf, trial.parameters, trial.number
+
+    return sorted(trials, key=order)[:count]
 
 
 def finished(group: Sequence[Trial]) -> list[Trial]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraloom.errors import TrainingError
-from loraloom.inference.intervals import Interval
+from loraloom.inference.intervals import Interval, SeedNoise
 from loraloom.messages import Message
 from loraloom.tuning.bar import Bar, Gain, gain
 from loraloom.tuning.diagnostics import advise
@@ -63,6 +63,8 @@ class Verdict:
     against: list[Against] = field(default_factory=list)
     #: configurations that finished and learned something
     able: list[int] = field(default_factory=list)
+    #: of one seed, in the metric; None where no configuration has two
+    noise: SeedNoise | None = None
     #: ``best`` on rows that chose nothing, if there are such
     test: FinalTest | None = None
     #: ``best`` at lower ranks and other scales, if it finished
@@ -145,6 +147,7 @@ def verdict(
         figure=figure,
         against=against,
         able=[n for n in selected.able if known[n].finished],
+        noise=selected.noise,
         gain=None if bar is None else gain(bar, finished(groups[number]), metric, len(groups)),
         trials=list(trials),
     )
