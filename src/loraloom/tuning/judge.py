@@ -21,7 +21,7 @@ from loraloom.tuning.trial import Trial
 
 #: Weight of the spread of all outcomes beside the seeds of the finalists, in degrees of freedom. Searches replayed on
 #: tables chose it (benchmarks/search/calibrate.py).
-PRIOR = 0.5
+PRIOR = 0.25
 
 
 def seed_noise(scores: Iterable[Score], outcomes: Sequence[float] = ()) -> SeedNoise | None:
