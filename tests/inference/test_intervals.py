@@ -48,10 +48,12 @@ def test_a_share_of_rows_is_held_at_least_as_often_as_said(rows: int, truth: flo
 
 def figures(goodness: np.ndarray, weights: np.ndarray | None = None) -> Seeds:
     """Goodness [seeds, rows] → of each seed the mean over all rows, then without each part of them."""
-    rows = goodness.shape[-1]
-    weights, parts = np.ones(rows) if weights is None else weights, divide(range(rows))
-    kept = [np.setdiff1d(np.arange(rows), part) for part in ([], *parts)]
-    return [[float(np.average(seed[rest], weights=weights[rest])) for rest in kept] for seed in goodness]
+    parts = divide(range(goodness.shape[-1]))
+    kept = np.ones((1 + len(parts), goodness.shape[-1])) * (1.0 if weights is None else weights)
+    for place, part in enumerate(parts, 1):
+        kept[place, part] = 0.0
+    found: Seeds = (goodness @ (kept / kept.sum(1, keepdims=True)).T).tolist()
+    return found
 
 
 def difference(
