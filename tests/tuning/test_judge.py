@@ -33,7 +33,11 @@ def test_outcomes_are_ends_and_the_bar_where_a_trial_failed_or_never_took_off() 
         trial(4, "finished", 0.1, repeats=0),
     ]
     assert outcomes(trials, "accuracy", BAR) == [0.9, 0.3, 0.3]
-    assert outcomes(trials, "accuracy", None) == [0.9]
+    assert outcomes(trials, "accuracy", None) == []
+
+
+def test_where_no_trial_failed_there_is_no_sign_that_a_seed_might() -> None:
+    assert outcomes([trial(0, "finished", 0.9), trial(1, "finished", 0.6)], "accuracy", BAR) == []
 
 
 def test_seeds_that_agree_are_doubted_where_other_trials_failed() -> None:

@@ -38,17 +38,17 @@ def seed_noise(scores: Iterable[Score], outcomes: Sequence[float] = ()) -> SeedN
 def outcomes(trials: Iterable[Trial], metric: str, bar: Bar | None) -> list[float]:
     """How the first trial of each configuration ended: its metric, or the bar if it failed or never took off.
 
-    A trial that was stopped after it took off has no end to compare.
+    Empty where none of them failed: there is no sign that a further seed might. A trial that was stopped after it took
+    off has no end to compare.
     """
     best = None if bar is None else bar.best(metric)
-    found = []
-    for trial in (group[0] for group in originals(trials).values()):
-        value = trial.latest(metric)
-        if trial.state == "finished" and value is not None and math.isfinite(value):
-            found.append(value)
-        elif bar is not None and best is not None and not bar.has_taken_off(trial.curve.loss, trial.steps):
-            found.append(best[1][0])
-    return found
+    if bar is None or best is None:
+        return []
+    firsts = [group[0] for group in originals(trials).values()]
+    failed = {trial.number for trial in firsts if not bar.has_taken_off(trial.curve.loss, trial.steps)}
+    ends = {trial.number: trial.latest(metric) for trial in firsts if trial.state == "finished"}
+    known = {number: value for number, value in ends.items() if value is not None and math.isfinite(value)}
+    return [*known.values(), *(best[1][0] for _ in failed - known.keys())] if failed else []
 
 
 @dataclass(frozen=True)
