@@ -129,11 +129,12 @@ def conclusion(found: Verdict) -> RenderableType:
     if not found.recommended:
         first = Message("not_above_head") if found.learned else Message("nothing_learned")
         lines = [Text(sentence(first), "bold yellow"), Text(sentence(_trial(found, _settings(found, best))))]
-        lines += map(Text, [*_compared(found), *_tested(found)])
+        lines += map(Text, [*_beside_baseline(found), *_tested(found)])
         return _with_advice([*lines, *notes], found, "what to change")
     use = Message("use", params=_settings(found, best), unadapted=best.unadapted)
     lines = [Text(sentence(use), "bold"), Text(sentence(_trial(found)))]
-    lines += map(Text, [*_compared(found), *_tested(found), *_others(found)])
+    lines += map(Text, [*_beside_baseline(found), *_beside_runner_up(found), *_cut(found), *_tested(found)])
+    lines += map(Text, _others(found))
     if found.tie or found.runner_up is None or found.why.kind == "preferred":
         lines.append(Text(f"why: {sentence(found.why)}"))
     return _with_advice([*lines, *notes, Text(_mattered(found))], found, "what to try next")
@@ -147,34 +148,40 @@ def _trial(found: Verdict, settings: dict[str, Any] | None = None) -> Message:
     return Message("trial", **extent, rows=found.rows, interval=interval, **reached)
 
 
-def _compared(found: Verdict) -> list[str]:
-    """The best beside the hardest baseline, and beside the runner-up, on the rows that chose it."""
-    second = found.runner_up if found.learned else None
-    rival = next((one for one in found.against if one.trial is not None), None)
-    lines = [sentence(_against(one, one.words)) for one in found.against if one.trial is None][:1]
+def _beside_baseline(found: Verdict) -> list[str]:
+    """The best beside the hardest baseline, on the rows that chose it."""
+    return [sentence(_against(one, one.words)) for one in found.against if one.trial is None][:1]
+
+
+def _beside_runner_up(found: Verdict) -> list[str]:
+    second, best = found.runner_up, found.best
     if second is None:
-        return lines
-    ratio = second.parameters / max(found.best.parameters, 1)
+        return []
+    rival = next((one for one in found.against if one.trial is not None), None)
+    ratio = second.parameters / max(best.parameters, 1)
     figures = {"trial": second.number, "params": _settings(found, second), "ratio": ratio}
     if rival is None:
-        mine, its = found.scores[found.best.number], found.scores[second.number]
+        mine, its = found.scores[best.number], found.scores[second.number]
         away = {"distance": its.mean - mine.mean, "tie": found.tie, "tie_noise": difference(mine, its)}
         away |= _reached(found.metric, its)
-        return [*lines, sentence(Message("runner_up", **figures, **away))]
+        return [sentence(Message("runner_up", **figures, **away))]
     compared = {name: value for name, value in _against(rival, "").figures.items() if name != "what"}
-    return [*lines, sentence(Message("runner_up_is", **figures, compared=compared))]
+    return [sentence(Message("runner_up_is", **figures, compared=compared))]
+
+
+def _cut(found: Verdict) -> list[str]:
+    return [] if found.cuts is None else [sentence(one) for one in cut_messages(found.cuts, found.metric)]
 
 
 def _tested(found: Verdict) -> list[str]:
-    """The best on the rows that chose nothing, beside the runner-up and the hardest baseline; and its smaller cut."""
-    lines = list[str]()
-    if found.cuts is not None:
-        lines += map(sentence, cut_messages(found.cuts, found.metric))
-    if found.test is not None:
-        against = found.test.against
-        shown = [one for one in against if one.trial is not None] + [one for one in against if one.trial is None][:1]
-        lines += map(sentence, final_test_messages(replace(found.test, against=shown)))
-    return lines
+    """The best on the rows that chose nothing, beside the hardest baseline and, if it is recommended, the runner-up."""
+    if found.test is None:
+        return []
+    against = found.test.against
+    shown = [one for one in against if one.trial is None][:1]
+    if found.recommended:
+        shown += [one for one in against if one.trial is not None]
+    return [sentence(one) for one in final_test_messages(replace(found.test, against=shown))]
 
 
 def _others(found: Verdict) -> list[str]:
