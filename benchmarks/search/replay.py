@@ -3,7 +3,7 @@
 Usage: ``python benchmarks/search/replay.py [--replays 200] [--trials 16] [--rows 200] [--tables late,english]
 [--strategies NAME ...] [--first 0]``. Every strategy's first three trials are trained with two further seeds each, and
 the best mean wins, as in a real search. ``--save`` adds the figures to ``benchmarks/results/search.json``, which holds
-those of replays 1000 to 1999 with 16 and with 64 trials; rules were chosen on replays 0 to 999.
+those of replays from 1000 on, with 16 and with 64 trials. Rules were chosen on replays before.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def main() -> None:
     lines = [[name, words, *shown(one)] for name, each in found.items() for words, one in each.items()]
     common.print_table(lines, HEADS)
     if given.save:
-        save(f"{given.trials} trials, {given.rows} rows, replays from {given.first}", found)
+        last = given.first + given.replays - 1
+        save(f"{given.trials} trials, {given.rows} rows, replays {given.first} to {last}", found)
 
 
 def compare(table: Table, strategies: list[str], trials: int, rows: int, replays: range) -> dict[str, dict[str, Any]]:

@@ -7,16 +7,16 @@ The rules that others use are run by their own code (Optuna's samplers and prune
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from environment import BATCH, FORWARD, Env, baseline
 
 from loraloom.files.quiet import quiet
-from loraloom.inference.jackknife import error
+from loraloom.inference.jackknife import PARTS, error
 from loraloom.tuning.asha import SuccessiveHalving, taken_off, window
-from loraloom.tuning.bar import needed
+from loraloom.tuning.bar import Bar, needed
 from loraloom.tuning.race import Race
 from loraloom.tuning.rungs import Standing
 
@@ -179,14 +179,16 @@ def raced(env: Env, source: np.random.Generator) -> list[int]:
         for trial in here:
             env.train(trial, point)
         here = [trial for trial in here if np.isfinite(env.losses(trial)).all()]
-        flown = {trial: off(env, trial) for trial in here}
         past.append({})
-        if len(here) <= race.quota(len(here), sum(flown.values())) or not any(flown.values()):
+        if len(here) <= race.quota(len(here), len(here)) or not one_is_off(env, here):
             race.pass_all(here)
             continue
-        past[-1] = {trial: standing(env, trial, flown[trial]) for trial in here}
+        past[-1] = {trial: standing(env, trial) for trial in here}
+        if len(here) <= race.quota(len(here), sum(one.off for one in past[-1].values())):
+            race.pass_all(here)
+            continue
         while more := race.ask(past[-1], len(env.rows)):
-            past[-1] |= {trial: standing(env, trial, flown[trial], rows) for trial, rows in more.items()}
+            past[-1] |= {trial: standing(env, trial, rows) for trial, rows in more.items()}
         here = race.decide(past[-1], left()).promoted
     for trial in here:
         env.train(trial, last)
@@ -196,7 +198,7 @@ def raced(env: Env, source: np.random.Generator) -> list[int]:
         here += more
     if not any(learned(env, trial) for trial in here):
         return []
-    ends = {trial: standing(env, trial, True) for trial in here}
+    ends = {trial: standing(env, trial) for trial in here}
     if (back := race.look_back(past, ends, left())) is not None:
         for trial in back.resumed:
             env.train(trial, last)
@@ -205,20 +207,51 @@ def raced(env: Env, source: np.random.Generator) -> list[int]:
     return ranked(env, here)
 
 
-def standing(env: Env, trial: int, flown: bool, rows: int | None = None) -> Standing:
+def one_is_off(env: Env, trials: Sequence[int]) -> bool:
+    """By the training losses, or else by the held-out loss of the one whose training loss is the lowest."""
+    if any(off(env, trial) for trial in trials):
+        return True
+    paid, count = env.steps_paid, window(env.steps)
+    leader = min(trials, key=lambda trial: (env.losses(trial)[-count:].mean(), trial))
+    found = standing(env, leader).off
+    if found:
+        env.steps_paid = paid  # it is measured with the others
+    return found
+
+
+def standing(env: Env, trial: int, rows: int | None = None) -> Standing:
     loss, good = env.measure(trial, rows=rows)
     losses = env.losses(trial)
     count = min(window(env.steps), len(losses) // 2)
-    fall = float(losses[-2 * count : -count].mean() - losses[-count:].mean())
+    fall = float(losses[-2 * count : -count].mean() - losses[-count:].mean()) * env.steps / count
+    flown = off(env, trial) or bar(env, trial).is_beaten(loss)
     return Standing(flown, loss, good, rows or len(env.rows), env.config(trial)["parameters"], fall)
 
 
+def bar(env: Env, trial: int) -> Bar:
+    """The held-out loss of the best constant answer, or of the frozen model."""
+    if env.table.hit is not None:
+        return Bar(len(env.rows), answers={"constant": {"loss": [env.table.meta["constant"]["loss"]] * (PARTS + 1)}})
+    return Bar(len(env.rows), answers={"frozen": {"loss": untrained(env, trial)[0]}})
+
+
+def untrained(env: Env, trial: int) -> tuple[list[float], list[float]]:
+    """What a trial's figures were before its first step, at no price."""
+    paid, last = env.steps_paid, env.at[trial, 0]
+    env.at[trial, 0] = 0
+    found = env.measure(trial)
+    env.steps_paid, env.at[trial, 0] = paid, last
+    return found
+
+
 def learned(env: Env, trial: int) -> bool:
-    """Whether a finished trial is better than the best constant answer, or than the untrained adapter."""
+    """Whether a finished trial is surely better than the best constant answer, or than an untrained adapter."""
     paid = env.steps_paid
     _, good = env.measure(trial)
     env.steps_paid = paid  # it was measured when it finished
-    return good[0] - baseline(env.table) > needed(len(good) - 1, len(env.trials)) * error(good)
+    start = untrained(env, trial)[1] if env.table.hit is None else [baseline(env.table)] * len(good)
+    above = [one - other for one, other in zip(good, start, strict=True)]
+    return above[0] > needed(len(above) - 1, len(env.trials)) * error(above)
 
 
 STRATEGIES: dict[str, Strategy] = {

@@ -24,7 +24,7 @@ from loraloom.tasks.baseline import Constant, Known
 from loraloom.tasks.metrics.kinds import total
 from loraloom.tasks.outputs import Predictions
 from loraloom.training.setup import Setup
-from loraloom.tuning.asha import taken_off
+from loraloom.tuning.asha import ERRORS, taken_off
 from loraloom.tuning.head_baseline import HEAD, measure_head
 from loraloom.tuning.ranking import goodness
 from loraloom.tuning.trial import Trial
@@ -87,6 +87,14 @@ class Bar:
         """Whether a trial of ``steps`` steps with these training losses has left where it began."""
         base = self.starting_loss(losses)
         return base is not None and taken_off(losses, base, steps)
+
+    def is_beaten(self, loss: Sequence[float]) -> bool:
+        """Whether a held-out ``loss``, over the rows measured and without each part, is clearly below the bar's."""
+        best = self.best("loss")
+        gain = 0.0 if best is None else best[1][0] - loss[0]
+        return best is not None and gain > max(
+            ERRORS * math.hypot(error(loss), error(best[1])), SHARE * abs(best[1][0])
+        )
 
     def starting_loss(self, losses: Sequence[float]) -> float | None:
         """The training loss that a trial with these ``losses`` must leave behind; None while that is not known."""

@@ -54,6 +54,9 @@ class Promotion:
             return False
         off = {trial.number: self._off(trial, rung) for trial in here}
         if not any(off.values()):
+            leader = self._leader(here, rung)
+            if isinstance(self.rule, Race) and not leader.measured and leader.state == "waiting":
+                return self._measure({leader.number: 0})
             constant = self.bar.base is not None
             self.on_event(Message("none_taken_off", share=share, trials=len(here), constant=constant))
             return self._promote_all(here)
@@ -105,7 +108,23 @@ class Promotion:
         return True
 
     def _off(self, trial: Trial, rung: int) -> bool:
-        return self.bar.has_taken_off(trial.curve.loss[: rung_step(self.options, trial, rung)], trial.steps)
+        """Whether its training loss, or its held-out loss at this rung if it is known, is clearly below the bar's.
+
+        The training losses of one trial differ with the rows of each batch: of texts they take long to show it.
+        """
+        step = rung_step(self.options, trial, rung)
+        if self.bar.has_taken_off(trial.curve.loss[:step], trial.steps):
+            return True
+        return isinstance(self.rule, Race) and step in trial.rungs and self.bar.is_beaten(trial.rungs[step]["loss"])
+
+    def _leader(self, here: Sequence[Trial], rung: int) -> Trial:
+        """The trial with the lowest training loss."""
+
+        def recent(trial: Trial) -> float:
+            step = rung_step(self.options, trial, rung)
+            return fmean(trial.curve.loss[max(0, step - window(trial.steps)) : step])
+
+        return min(here, key=lambda trial: (recent(trial), trial.number))
 
     def _standing(self, trial: Trial, rung: int, off: bool) -> Standing:
         step, metric = rung_step(self.options, trial, rung), self.options.metric
@@ -177,7 +196,7 @@ def warmup(trial: Trial) -> float:
 
 
 def fall(trial: Trial, step: int) -> float:
-    """How far the training loss fell between the last two windows before ``step``."""
+    """How far the training loss would fall in a whole training at the slope of the last two windows before ``step``."""
     count = min(window(trial.steps), step // 2)
     losses = trial.curve.loss[:step]
-    return fmean(losses[-2 * count : -count]) - fmean(losses[-count:]) if count else 0.0
+    return (fmean(losses[-2 * count : -count]) - fmean(losses[-count:])) * trial.steps / count if count else 0.0

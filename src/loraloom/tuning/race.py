@@ -1,13 +1,15 @@
 """Who continues at a rung: nobody is paused by noise, or by what early losses say wrongly.
 
-1. The gate. Until the first trial has taken off in its training loss, all continue, and none is measured: at the first
-   rungs the trials that will learn often look worse than those that never move.
-2. From then on the best ``1 / reduction`` continue from a rung; where learning is smooth, which means that nearly all
-   have taken off, the best ``1 / reduction²``. Never fewer than there are finalists.
+1. The gate. Until the first trial has taken off, all continue: at the first rungs the trials that will learn often look
+   worse than those that never move.
+2. From then on the best ``1 / reduction`` continue from a rung, as many as there are finalists at least. If
+   ``1 / reduction²`` of them have taken off, as is soon so where learning is smooth, those below that place must not be
+   surely worse.
 3. Trials are compared by paired differences on the same held-out rows, with a threshold that holds at every look. Those
    that cannot be told apart from the cut are measured on more rows, up to all. If that does not decide, they continue
    while the budget lasts, the largest adapters first: a large one can be cut to a lower rank afterwards.
-4. The best by the metric continues, and so does the one whose training loss falls fastest: a slow starter.
+4. The best by the metric continues, and so does the one that would be best if the training losses fell on as they do
+   now: a slow starter.
 5. At the end the search looks back: if the winner was overtaken on its way, what was paused by the same figures gets
    another chance, while the budget lasts.
 
@@ -24,8 +26,6 @@ from typing import Any
 from loraloom.inference.jackknife import error
 from loraloom.tuning.rungs import Decision, Rungs, Standing
 
-#: Learning is smooth if this share of the trials has taken off.
-SMOOTH = 0.75
 #: Chance that a trial which is no worse than the cut is ever taken for worse.
 ALPHA = 0.1
 #: Those that cannot be told apart are measured on this many times as many rows.
@@ -74,8 +74,8 @@ class Race(Rungs):
     misled: dict[str, Any] | None = None
 
     def quota(self, count: int, off: int = 0) -> int:
-        part = self.reduction**2 if off >= SMOOTH * count else self.reduction
-        return max(math.ceil(count / part), min(self.least, count))
+        hard = max(math.ceil(count / self.reduction**2), min(self.least, count))
+        return hard if off >= hard else super().quota(count)
 
     def ask(self, standings: Mapping[int, Standing], rows: int) -> dict[int, int]:
         """Trial → how many of ``rows`` held-out rows it is to be measured on; empty if that would decide nothing."""
@@ -95,7 +95,7 @@ class Race(Rungs):
         order, cut, unsure = _order(last), self._cut(standings), self._unsure(standings)
         chosen = order[: order.index(cut) + 1]
         chosen += [number for number in order[len(chosen) : super().quota(len(standings))] if number in unsure]
-        chosen += [number for number in dict.fromkeys((_best(last), _steepest(last))) if number not in chosen]
+        chosen += [number for number in dict.fromkeys((_best(last), self._fastest(last))) if number not in chosen]
         unsure = [number for number in unsure if number not in chosen and last[number].off]
         undecided = list[int]()
         for number in sorted(unsure, key=lambda one: (-last[one].parameters, one)):
@@ -148,6 +148,11 @@ class Race(Rungs):
         cut = last[self._cut(standings)]
         return [number for number, one in last.items() if _worse(one, cut) < threshold(looks)]
 
+    def _fastest(self, standings: Mapping[int, Standing]) -> int:
+        """The trial with the lowest loss at the end, if the training losses fell on as they do now."""
+        left = 1 - self.shares[self.open]
+        return min(standings, key=lambda one: (standings[one].loss[0] - left * standings[one].fall, one))
+
     def _ahead(self, count: int) -> float:
         """Trainings that ``count`` trials cost from the open rung on, if the least continue at each later one."""
         total, at = 0.0, self.shares[self.open]
@@ -198,8 +203,3 @@ def _overtaken(there: Mapping[int, Standing], ends: Mapping[int, Standing], one:
 def _best(standings: Mapping[int, Standing]) -> int:
     """By the metric."""
     return min(standings, key=lambda one: (-standings[one].good[0], standings[one].loss[0], one))
-
-
-def _steepest(standings: Mapping[int, Standing]) -> int:
-    """The trial whose training loss falls fastest."""
-    return min(standings, key=lambda one: (-standings[one].fall, one))

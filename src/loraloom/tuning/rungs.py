@@ -15,8 +15,8 @@ class Standing:
     """A trial at a rung.
 
     ``loss`` and ``good`` (the metric, greater being better) are over the ``rows`` held-out rows that it was measured
-    on, then without each part of them; trials measured on as many were measured on the same. ``fall`` is how far the
-    training loss fell lately, ``parameters`` the trained numbers.
+    on, then without each part of them; trials measured on as many were measured on the same. ``parameters`` are the
+    trained numbers. ``fall``: how far the training loss would fall in a whole training at its present slope.
     """
 
     off: bool
