@@ -14,7 +14,7 @@ import numpy as np
 from environment import BATCH, FORWARD, Env, baseline
 
 from loraloom.files.quiet import quiet
-from loraloom.inference.jackknife import PARTS, error
+from loraloom.inference.jackknife import error
 from loraloom.tuning.asha import SuccessiveHalving, taken_off, window
 from loraloom.tuning.bar import Bar, needed
 from loraloom.tuning.race import Race
@@ -209,8 +209,8 @@ def raced(env: Env, source: np.random.Generator) -> list[int]:
 
 def one_is_off(env: Env, trials: Sequence[int]) -> bool:
     """By the training losses, or else by the held-out loss of the one whose training loss is the lowest."""
-    if any(off(env, trial) for trial in trials):
-        return True
+    if env.table.hit is not None or any(off(env, trial) for trial in trials):
+        return any(off(env, trial) for trial in trials)
     paid, count = env.steps_paid, window(env.steps)
     leader = min(trials, key=lambda trial: (env.losses(trial)[-count:].mean(), trial))
     found = standing(env, leader).off
@@ -224,15 +224,12 @@ def standing(env: Env, trial: int, rows: int | None = None) -> Standing:
     losses = env.losses(trial)
     count = min(window(env.steps), len(losses) // 2)
     fall = float(losses[-2 * count : -count].mean() - losses[-count:].mean()) * env.steps / count
-    flown = off(env, trial) or bar(env, trial).is_beaten(loss)
-    return Standing(flown, loss, good, rows or len(env.rows), env.config(trial)["parameters"], fall)
-
-
-def bar(env: Env, trial: int) -> Bar:
-    """The held-out loss of the best constant answer, or of the frozen model."""
-    if env.table.hit is not None:
-        return Bar(len(env.rows), answers={"constant": {"loss": [env.table.meta["constant"]["loss"]] * (PARTS + 1)}})
-    return Bar(len(env.rows), answers={"frozen": {"loss": untrained(env, trial)[0]}})
+    rows = rows or len(env.rows)
+    flown = off(env, trial)
+    if env.table.hit is None and not flown:
+        frozen = Bar(len(env.rows), answers={"frozen": {"loss": untrained(env, trial)[0]}})
+        flown = frozen.is_beaten(loss, rows)
+    return Standing(flown, loss, good, rows, env.config(trial)["parameters"], fall)
 
 
 def untrained(env: Env, trial: int) -> tuple[list[float], list[float]]:

@@ -58,13 +58,16 @@ def test_only_what_is_above_by_more_than_its_error_and_luck_has_learned(right: i
 
 
 def test_a_held_out_loss_beats_the_bar_if_it_is_lower_by_more_than_the_noise_and_a_fiftieth() -> None:
-    spread = [1.0, *(1.0 + 0.01 * (part % 3 - 1) for part in range(PARTS))]
-    assert BAR.is_beaten(flat(1.0))
-    assert not BAR.is_beaten(flat(1.09))
-    assert not BAR.is_beaten(spread)
-    assert not BAR.is_beaten(flat(math.nan))
-    assert not BAR.is_beaten([1.0])  # of one row nothing is sure
-    assert not Bar(60).is_beaten(flat(1.0))
+    rough = [1.0, *(1.0 + 0.01 * (part % 3 - 1) for part in range(PARTS))]
+    assert BAR.is_beaten(flat(1.0), 60)
+    assert not BAR.is_beaten(flat(1.09), 60)
+    assert not BAR.is_beaten(rough, 60)
+    assert not BAR.is_beaten(flat(math.nan), 60)
+    assert not BAR.is_beaten([1.0], 1)  # of one row nothing is sure
+    assert not Bar(60).is_beaten(flat(1.0), 60)
+    same = Bar(60, None, True, {"the frozen model": {"loss": [value + 0.1 for value in rough]}})
+    assert same.is_beaten(rough, 60)  # row by row, on all of them
+    assert not same.is_beaten(rough, 30)
 
 
 def test_a_difference_of_few_rows_is_no_proof_whatever_its_size() -> None:

@@ -88,13 +88,15 @@ class Bar:
         base = self.starting_loss(losses)
         return base is not None and taken_off(losses, base, steps)
 
-    def is_beaten(self, loss: Sequence[float]) -> bool:
-        """Whether a held-out ``loss``, over the rows measured and without each part, is clearly below the bar's."""
+    def is_beaten(self, loss: Sequence[float], rows: int) -> bool:
+        """Whether a held-out ``loss``, over ``rows`` rows and without each part, is clearly below the best answer's."""
         best = self.best("loss")
-        gain = 0.0 if best is None else best[1][0] - loss[0]
-        return best is not None and gain > max(
-            ERRORS * math.hypot(error(loss), error(best[1])), SHARE * abs(best[1][0])
-        )
+        if best is None:
+            return False
+        gap = [other - one for other, one in zip(best[1], loss, strict=False)]
+        paired = rows == self.rows and len(loss) == len(best[1])
+        spread = error(gap) if paired else math.hypot(error(loss), error(best[1]))
+        return gap[0] > max(ERRORS * spread, SHARE * abs(best[1][0]))
 
     def starting_loss(self, losses: Sequence[float]) -> float | None:
         """The training loss that a trial with these ``losses`` must leave behind; None while that is not known."""

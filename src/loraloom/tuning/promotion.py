@@ -55,7 +55,7 @@ class Promotion:
         off = {trial.number: self._off(trial, rung) for trial in here}
         if not any(off.values()):
             leader = self._leader(here, rung)
-            if isinstance(self.rule, Race) and not leader.measured and leader.state == "waiting":
+            if self._by_held_out and not leader.measured and leader.state == "waiting":
                 return self._measure({leader.number: 0})
             constant = self.bar.base is not None
             self.on_event(Message("none_taken_off", share=share, trials=len(here), constant=constant))
@@ -108,14 +108,26 @@ class Promotion:
         return True
 
     def _off(self, trial: Trial, rung: int) -> bool:
-        """Whether its training loss, or its held-out loss at this rung if it is known, is clearly below the bar's.
+        """Whether its training loss is clearly below that of the bar; or its held-out loss, if known at this rung.
 
-        The training losses of one trial differ with the rows of each batch: of texts they take long to show it.
+        Where a trial must leave its own first losses behind, those differ with the rows of each batch, and only the
+        held-out loss shows early that it has.
         """
         step = rung_step(self.options, trial, rung)
         if self.bar.has_taken_off(trial.curve.loss[:step], trial.steps):
             return True
-        return isinstance(self.rule, Race) and step in trial.rungs and self.bar.is_beaten(trial.rungs[step]["loss"])
+        if not self._by_held_out or step not in trial.rungs:
+            return False
+        return self.bar.is_beaten(trial.rungs[step]["loss"], self._rows(trial, step))
+
+    @property
+    def _by_held_out(self) -> bool:
+        return self.bar.begins and isinstance(self.rule, Race)
+
+    def _rows(self, trial: Trial, step: int) -> int:
+        """Held-out rows that it was measured on at ``step``."""
+        rows = next((e.get("rows") for e in trial.curve.evaluations[::-1] if e["step"] == step), None)
+        return int(rows or self.bar.rows)
 
     def _leader(self, here: Sequence[Trial], rung: int) -> Trial:
         """The trial with the lowest training loss."""
@@ -132,9 +144,8 @@ class Promotion:
             last = trial.curve.evaluations[-1]
             return Standing(off, [last["loss"]], [goodness(metric, last[metric])])
         figures = trial.rungs.get(step) or trial.parts
-        rows = next((e.get("rows") for e in trial.curve.evaluations[::-1] if e["step"] == step), None)
         good = [goodness(metric, value) for value in figures[metric]]
-        return Standing(off, figures["loss"], good, int(rows or self.bar.rows), trial.parameters, fall(trial, step))
+        return Standing(off, figures["loss"], good, self._rows(trial, step), trial.parameters, fall(trial, step))
 
     def _earlier(self, rung: int, standings: Mapping[int, Standing]) -> dict[int, Standing]:
         """Earlier trials that were measured at ``rung`` on the rows of the others."""
