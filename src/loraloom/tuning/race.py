@@ -3,11 +3,11 @@
 1. The gate. Until the first trial has taken off, all continue: at the first rungs the trials that will learn often look
    worse than those that never move.
 2. From then on the best ``1 / reduction`` continue from a rung, as many as there are finalists at least. If
-   ``1 / reduction²`` of them have taken off, as is soon so where learning is smooth, those below that place must not be
-   surely worse.
+   ``1 / reduction²`` of them have taken off, as is soon so where learning is smooth, those below that place continue
+   only if they cannot be told apart from the finalists.
 3. Trials are compared by paired differences on the same held-out rows, with a threshold that holds at every look. Those
-   that cannot be told apart from the cut are measured on more rows, up to all. If that does not decide, they continue
-   while the budget lasts, the largest adapters first: a large one can be cut to a lower rank afterwards.
+   that cannot be told apart from the finalists are measured on more rows, up to all. If that does not decide, they
+   continue while the budget lasts, the largest adapters first: a large one can be cut to a lower rank afterwards.
 4. The best by the metric continues, and so does the one that would be best if the training losses fell on as they do
    now: a slow starter.
 5. At the end the search looks back: if the winner was overtaken on its way, what was paused by the same figures gets
@@ -142,11 +142,11 @@ class Race(Rungs):
         return order[min(self.quota(len(standings), sum(one.off for one in standings.values())), len(order)) - 1]
 
     def _unsure(self, standings: Mapping[int, Standing]) -> list[int]:
-        """All but those that are surely worse than the cut."""
+        """All but those that are surely worse than the last that would be a finalist by now."""
         last = _last_look(standings)
         looks = max(one.rows for one in standings.values()) / max(min(one.rows for one in standings.values()), 1)
-        cut = last[self._cut(standings)]
-        return [number for number, one in last.items() if _worse(one, cut) < threshold(looks)]
+        finalist = last[_order(last)[min(self.least, len(last)) - 1]]
+        return [number for number, one in last.items() if _worse(one, finalist) < threshold(looks)]
 
     def _fastest(self, standings: Mapping[int, Standing]) -> int:
         """The trial with the lowest loss at the end, if the training losses fell on as they do now."""
