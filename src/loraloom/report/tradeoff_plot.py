@@ -21,7 +21,7 @@ from loraloom.report.picture import (
     window,
     write_picture,
 )
-from loraloom.report.tune_marks import draw_bar, interval_of, legend, mark_of, name_of
+from loraloom.report.tune_marks import draw_bars, interval_of, legend, mark_of, name_of
 from loraloom.report.words import Words, words
 from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.tuning.ranking import goodness, originals
@@ -55,7 +55,6 @@ def plot_tradeoff(found: Verdict, path: str | Path) -> None:
     front = any(len(_front(found, across)) > 1 for across in (sizes, times))
     legend(figure, found, [groups[n][0] for n in drawn], say, front=front)
     left.set_xscale("log")
-    plain_log(left.xaxis, count, (1, 2, 3, 5))
     for axes, across in ((left, sizes), (right, times)):
         _name(axes, found, across, say)
     write_picture(figure, path)
@@ -97,7 +96,7 @@ def _limit(axes: Any, found: Verdict, drawn: Sequence[int], say: Words) -> None:
         words = say.lower if greater_is_better(found.metric) else say.higher
         at = (0.02, 0.02) if greater_is_better(found.metric) else (0.02, 0.96)
         axes.annotate(words.format(count=outside), at, xycoords="axes fraction", fontsize=8.5, color=MIDDLE)
-    draw_bar(axes, found, axes.get_ylim(), say)
+    draw_bars(axes, found, say)
 
 
 def _name(axes: Any, found: Verdict, across: Mapping[int, float], say: Words) -> None:
@@ -124,6 +123,8 @@ def _make_room(axes: Any, values: Sequence[float]) -> None:
     if axes.get_xscale() == "log":
         room = max((most / least) ** 0.25, 1.3)
         axes.set_xlim(least / room, most * room)
+        near = most * room**2 < 10 * least
+        plain_log(axes.xaxis, count, (1, 1.5, 2, 3, 4, 5, 6, 8) if near else (1, 2, 3, 5))
     else:
         room = max(0.2 * (most - least), 0.1 * most, 1e-3)
         axes.set_xlim(least - room, most + room)

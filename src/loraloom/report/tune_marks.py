@@ -54,7 +54,7 @@ class Mark:
 def mark_of(found: Verdict, trial: Trial, say: Words) -> Mark:
     """By the role of ``trial`` in the verdict, or else its state."""
     if trial.number == found.best.number:
-        return Mark(say.best if found.learned else say.highest, ORANGE, "o", "-", 2.8, 8)
+        return Mark(say.best if found.recommended else say.highest, ORANGE, "o", "-", 2.8, 8)
     if found.runner_up is not None and trial.number == found.runner_up.number:
         return Mark(say.runner_up, BLUE, "s", "--", 2.0, 7)
     if trial.state == "finished":
@@ -75,24 +75,34 @@ def interval_of(found: Verdict, number: int) -> Interval | None:
     return made if finite(made.high - made.low) else None
 
 
-def name_of(found: Verdict, trial: Trial, cut: int = 42, **shape: int) -> str:
+def name_of(found: Verdict, trial: Trial, **shape: int) -> str:
     """``"7: r=8 q-v 1.5e-3"``, by ``brief`` with ``shape``."""
-    text = f"{trial.number}: {brief(trial.values, found.params, **shape)}"
-    return text if len(text) <= cut else text[: cut - 1] + "…"
+    return shorten(f"{trial.number}: {brief(trial.values, found.params, **shape)}")
 
 
-def draw_bar(axes: Any, found: Verdict, limits: tuple[float, float], say: Words) -> None:
-    """A dotted line at the answer to beat, where the picture shows that height."""
-    if found.gain is None or not limits[0] <= found.gain.bar <= limits[1]:
-        return
-    words = say.answer(found.gain.bar_words)
-    text = say.to_beat.format(bar=words if len(words) <= 40 else words[:39] + "…")
-    axes.axhline(found.gain.bar, color=MIDDLE, linestyle=":", linewidth=1.4, zorder=1)
-    axes.annotate(
-        text, (1, found.gain.bar), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points",
-        ha="right", fontsize=8.5, color=MIDDLE, zorder=1.5,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
-    )  # fmt: skip
+def to_beat(found: Verdict) -> list[tuple[str, float]]:
+    """What the best has to beat, in words, and its figure: the hardest first."""
+    baselines = [(one.words, one.figure.value) for one in found.against if one.trial is None]
+    return baselines or ([] if found.gain is None else [(found.gain.bar_words, found.gain.bar)])
+
+
+def draw_bars(axes: Any, found: Verdict, say: Words) -> None:
+    """A dotted line at each answer to beat that the picture has room for."""
+    low, high = axes.get_ylim()
+    for words, value in to_beat(found):
+        if not low <= value <= high:
+            continue
+        text = say.to_beat.format(bar=shorten(say.answer(words)))
+        axes.axhline(value, color=MIDDLE, linestyle=":", linewidth=1.4, zorder=1)
+        axes.annotate(
+            text, (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points",
+            ha="right", fontsize=8.5, color=MIDDLE, zorder=1.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
+        )  # fmt: skip
+
+
+def shorten(text: str, most: int = 42) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def scale(axes: Any, values: Sequence[float], metric: str) -> bool:

@@ -11,7 +11,17 @@ from typing import Any
 from loraloom.inference.intervals import Interval
 from loraloom.report.format import figure as digits
 from loraloom.report.picture import MIDDLE, finite, lay_out, new_figure, roomy, spread, tidy, window, write_picture
-from loraloom.report.tune_marks import Mark, draw_bar, interval_of, legend, mark_of, name_of, scale, tested_mark
+from loraloom.report.tune_marks import (
+    Mark,
+    draw_bars,
+    interval_of,
+    legend,
+    mark_of,
+    name_of,
+    scale,
+    tested_mark,
+    to_beat,
+)
 from loraloom.report.words import Words, words
 from loraloom.tuning.ranking import originals
 from loraloom.tuning.trial import Trial
@@ -53,7 +63,8 @@ def _curves(axes: Any, found: Verdict, firsts: Sequence[Trial], say: Words) -> N
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     curves = {trial.number: points for trial in firsts if (points := _points(trial, found.metric))}
     alive = [n for n in curves if found.trial(n).state != "failed"] or list(curves)
-    low, high = _limits(axes, [value for n in alive for _, value in curves[n]], found.metric)
+    seen = [value for n in alive for _, value in curves[n]]
+    low, high = _limits(axes, [*window(seen, [value for _, value in to_beat(found)], 0.5)], found.metric)
     for n in reversed(found.ranking):  # the best last, so that it lies on top
         if n not in curves:
             continue
@@ -65,7 +76,7 @@ def _curves(axes: Any, found: Verdict, firsts: Sequence[Trial], say: Words) -> N
         axes.plot(steps[-1:], [end], **mark.curve(linestyle=""), zorder=3, clip_on=False)
     axes.margins(x=0.04)
     axes.set_ylim(low, high)
-    draw_bar(axes, found, (low, high), say)
+    draw_bars(axes, found, say)
 
 
 def _limits(axes: Any, values: Sequence[float], metric: str) -> tuple[float, float]:

@@ -96,7 +96,12 @@ CHINESE = Words(
     mattered="有影响：超过偶然",
     not_mattered="不超过偶然",
     after="训练到 {share:.0%} 时的 {metric}",
-    answers={"always ": "总是回答 ", "the frozen model": "冻结的模型"},
+    answers={
+        "always ": "总是回答 ",
+        "a new head on the frozen model": "冻结模型上的新分类头",
+        "the frozen model": "冻结的模型",
+        "no correlation": "无相关",
+    },
 )
 
 
