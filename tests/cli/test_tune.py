@@ -64,11 +64,15 @@ def test_tunes_own_options_win_over_the_file(
     for option in ("train.batch_size=16", "lora.target_modules=all-linear", "train.learning_rate=0.015"):
         given += ["--set", option]
     given += ["--eval-split", 40]
-    assert call("tune", file, *arguments, *given).code == 0
+    ended = call("tune", file, *arguments, *given)
+    assert ended.code == 0
     record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert len(record["trials"]) == 2
     assert record["best"]["metric_name"] == "loss"
     assert record["machine"]["slots"] == 2
+    padding = record["machine"]["padding"]
+    assert 0 < padding < 1
+    assert f"padding  {padding:.0%} of the positions that the model computed in training" in ended.out + ended.err
 
 
 def test_the_chat_template_is_kept_with_the_best_adapter(
