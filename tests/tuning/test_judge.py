@@ -16,20 +16,19 @@ from loraloom.tuning.trial import State, Trial
 
 OPTIONS = TrainConfig(model="m", data="d", task="seq-cls", output="o")
 BAR = Bar(100, 1.1, False, {"always 'a'": {"accuracy": [0.3] * 21, "loss": [1.1] * 21}})
-FLYING, GROUNDED = [1.1] * 20 + [0.2] * 20, [1.1] * 40
 
 
-def trial(number: int, state: State, accuracy: float, losses: list[float] = FLYING, **more: int) -> Trial:
-    curve = Curve(losses, [], [{"step": 40, "loss": 0.5, "accuracy": accuracy}])
+def trial(number: int, state: State, accuracy: float, **more: int) -> Trial:
+    curve = Curve([1.1] * 40, [], [{"step": 40, "loss": 0.5, "accuracy": accuracy}])
     return Trial(number, {}, replace(OPTIONS, seed=number), 40, 40, state, curve=curve, **more)
 
 
-def test_outcomes_are_ends_and_the_bar_where_a_trial_failed_or_never_took_off() -> None:
+def test_outcomes_are_ends_and_the_bar_where_a_trial_diverged_or_came_to_no_better() -> None:
     trials = [
         trial(0, "finished", 0.9),
-        trial(1, "stopped", 0.7),  # after it took off: where it would have ended is unknown
-        trial(2, "stopped", 0.35, GROUNDED),
-        trial(3, "failed", math.nan, [math.nan] * 40),
+        trial(1, "stopped", 0.7),  # above the bar: where it would have ended is unknown
+        trial(2, "stopped", 0.29),
+        trial(3, "failed", math.nan),
         trial(4, "finished", 0.1, repeats=0),
     ]
     assert outcomes(trials, "accuracy", BAR) == [0.9, 0.3, 0.3]

@@ -16,7 +16,7 @@ from loraloom.inference.intervals import Difference, Interval, SeedNoise, Seeds
 from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.training.setup import Setup
 from loraloom.tuning.bar import CORRELATIONS, Bar
-from loraloom.tuning.ranking import Score, originals
+from loraloom.tuning.ranking import Score, goodness, originals
 from loraloom.tuning.trial import Trial
 
 #: Weight of the spread of all outcomes beside the seeds of the finalists, in degrees of freedom. Searches replayed on
@@ -36,19 +36,23 @@ def seed_noise(scores: Iterable[Score], outcomes: Sequence[float] = ()) -> SeedN
 
 
 def outcomes(trials: Iterable[Trial], metric: str, bar: Bar | None) -> list[float]:
-    """How the first trial of each configuration ended: its metric, or the bar if it failed or never took off.
+    """How the first trial of each configuration ended: its metric, or the bar if it diverged or came to no better.
 
-    Empty where none of them failed: there is no sign that a further seed might. A trial that was stopped after it took
-    off has no end to compare.
+    Empty where all came to better: there is no sign that a further seed might fail. A trial that was stopped above the
+    bar has no end to compare.
     """
     best = None if bar is None else bar.best(metric)
-    if bar is None or best is None:
+    if best is None:
         return []
-    firsts = [group[0] for group in originals(trials).values()]
-    failed = {trial.number for trial in firsts if not bar.has_taken_off(trial.curve.loss, trial.steps)}
-    ends = {trial.number: trial.latest(metric) for trial in firsts if trial.state == "finished"}
-    known = {number: value for number, value in ends.items() if value is not None and math.isfinite(value)}
-    return [*known.values(), *(best[1][0] for _ in failed - known.keys())] if failed else []
+    least, ends, failed = best[1][0], list[float](), 0
+    for trial in (group[0] for group in originals(trials).values()):
+        value = trial.latest(metric)
+        measured = value is not None and math.isfinite(value)
+        if trial.state == "failed" or (measured and goodness(metric, value or 0.0) <= goodness(metric, least)):
+            failed += 1
+        elif measured and trial.state == "finished":
+            ends.append(value or 0.0)
+    return ends + [least] * failed if failed else []
 
 
 @dataclass(frozen=True)
