@@ -52,7 +52,7 @@ def test_the_terminal_shows_events_the_leaderboard_and_the_recommendation(
     searched: tuple[TuneConfig, session.SearchResult, str],
 ) -> None:
     _, result, said = searched
-    for event in ("slots: 2 trials train together (2 as given)", "trial 3 starts", "again with 1 more seed each"):
+    for event in ("slots: 2 trials train together (2 as given)", "trial 3 starts", "1 more seed of each beside them"):
         assert event in said
     for name in ("rate", "accuracy", "params", "state"):
         assert name in said
@@ -133,7 +133,7 @@ def test_a_picture_that_cannot_be_written_is_said_with_where_the_adapter_is(
         """What was free before the search is taken once its last rung is decided."""
 
         def write(self, said: str) -> int:
-            if "again with" in said:
+            if "beside them" in said:
                 (tmp_path / "search" / "tradeoff.png").mkdir(exist_ok=True)
             return super().write(said)
 

@@ -146,7 +146,7 @@ def test_the_first_line_says_what_to_do_and_the_next_how_sure_that_is() -> None:
     assert baseline.endswith(", 95 %, paired on 400 rows)")
     assert runner_up.startswith("cannot be told apart from the runner-up, trial 0 (0.750) on 400 rows; about ")
     assert runner_up.endswith(" would do: r=1, 2 times the size")
-    assert "smaller or faster, at a price: trial 2 (accuracy 0.600, 40 B)" in words(judged(TRIALS[:3], prefer="small"))
+    assert "smaller or faster: trial 2 (accuracy 0.600, 40 B)" in words(judged(TRIALS[:3], prefer="small"))
     experts = trial(0, range(300), unadapted="7 expert weights, 9 parameters, 90.0 % of the model")
     assert words(judged([experts]))[0] == "use r=1 (7 expert weights, 9 parameters, 90.0 % of the model stay unadapted)"
     first, second, *_ = words(judged(head=range(300)))

@@ -62,9 +62,15 @@ def _trial(
     return f"{what}: {reached['metric']} {_interval(*interval)}{over} {where}, {extent}"
 
 
+def _extent(ratio: float) -> str:
+    if 0.95 < ratio < 1.05:
+        return "of the same size"
+    return f"{float(f'{ratio:.2g}'):,g} times the size"
+
+
 def _runner_up_is(trial: int, params: Mapping[str, Any], ratio: float, compared: Mapping[str, Any]) -> str:
     """The configuration of the runner-up after how it compares."""
-    extent = "of the same size" if 0.95 < ratio < 1.05 else f"{ratio:.2g} times the size"
+    extent = _extent(ratio)
     return f"{_against(what=f'the runner-up, trial {trial}', **compared)}: {settings(params)}, {extent}"
 
 
@@ -72,7 +78,7 @@ def _runner_up(
     trial: int, params: Mapping[str, Any], ratio: float, distance: float, tie: bool, tie_noise: float, **reached: Any
 ) -> str:
     """Without figures row by row, which old searches lack."""
-    extent = "of the same size" if 0.95 < ratio < 1.05 else f"{ratio:.2g} times the size"
+    extent = _extent(ratio)
     where = f"{gap(abs(distance))} {'above' if distance > 0 else 'below'}" if distance else "equal to it"
     end = "" if not tie else f": a tie within the noise of {gap(tie_noise)}" if tie_noise else ": a tie"
     return f"runner-up, trial {trial} ({settings(params)}): {_reached(**reached)}; {extent}, {where}{end}"
@@ -83,7 +89,7 @@ def _also(others: Sequence[Mapping[str, Any]], metric: str) -> str:
         less = "" if rows is None else f", {rows:,} rows to train on"
         return f"trial {trial} ({metric} {figure(value)}, {size(bytes)}{less})"
 
-    return f"smaller or faster, at a price: {', '.join(one(**other) for other in others)}"
+    return f"smaller or faster: {', '.join(one(**other) for other in others)}"
 
 
 def _preferred(
