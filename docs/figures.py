@@ -40,7 +40,7 @@ WORDS: dict[str, Record] = {
             False: "The search alone is too short to show that LoRA beats a new head, and says so:",
         },
         "figures": ("", "peft", "loraloom", ""),
-        "search": "search over {trials} configurations; peft trains them one after another",
+        "search": "search over {trials} configurations by the stopping rule of 0.1; peft trains them one after another",
         "full": "accuracy after full training: the best of the {trials}, the one that the search chose",
         "memory": "memory added by a training step ({dtype}, width {width}, {layers} layers, {rows}×{tokens} tokens, "
         "dropout {dropout:g})",
@@ -85,7 +85,7 @@ WORDS: dict[str, Record] = {
             False: "单靠这么短的搜索还看不出 LoRA 胜过新的分类头，它自己也这样说：",
         },
         "figures": ("", "peft", "loraloom", ""),
-        "search": "搜索 {trials} 组配置；peft 一组一组地训练",
+        "search": "搜索 {trials} 组配置（用 0.1 的停止规则）；peft 一组一组地训练",
         "full": "完整训练后的准确率：{trials} 组里最好的，和搜索选中的",
         "memory": "一个训练步增加的内存（{dtype}，宽度 {width}，{layers} 层，{rows}×{tokens} 个 token，"
         "dropout {dropout:g}）",
@@ -437,8 +437,9 @@ def _sweep_table(record: Record) -> list[str]:
     listed = ", ".join(f"{name} {_plainly(value)}" for name, value in settings.items())
     longest = statistics.median(run["step"] for run in peft["runs"])
     lines = [
-        f"{len(search['configurations'])} configurations of the quickstart's data and model ({listed}). The search is "
-        f"measured from start to end; its trials took {search['steps']:,} steps of the {peft['steps']:,} that all "
+        f"{len(search['configurations'])} configurations of the quickstart's data and model ({listed}), by the "
+        "stopping rule of 0.1; it was not measured with today's. The search is measured from start to end; its trials "
+        f"took {search['steps']:,} steps of the {peft['steps']:,} that all "
         f"would take. PEFT's time is calculated: of each of its {len(peft['runs'])} runs, loading, "
         f"{peft['steps_measured']} steps and an evaluation were measured (a step is {1e3 * longest:.0f} ms in the "
         "median).",
