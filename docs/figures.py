@@ -31,8 +31,8 @@ WORDS: dict[str, Record] = {
         "names": {},
         "to": "to",
         "search took": "Differences are on the same rows. The search over {trials} configurations, on {search_rows:,} "
-        "of the docstrings, took {search_processor_seconds:.0f} s of processor time, the whole program "
-        "{processor_seconds:.0f} s. In full, both LoRAs were trained {epochs:g} times through all of the docstrings. ",
+        "of the docstrings, took {search_seconds:.0f} s on two cores, the whole program {seconds:.0f} s. "
+        "In full, both LoRAs were trained {epochs:g} times through all of the docstrings. ",
         "crowded": "(Measured beside other work, with this number set by hand: by default it is chosen so that all of "
         "it takes less than five minutes on two cores.) ",
         "advice": {
@@ -75,8 +75,8 @@ WORDS: dict[str, Record] = {
             "the best LoRA of {trials} searched": "搜索的 {trials} 组中最好的 LoRA",
         },
         "to": "到",
-        "search took": "差值都在相同的数据上计算。搜索 {trials} 组配置用了其中 {search_rows:,} 条 docstring，花了 "
-        "{search_processor_seconds:.0f} s 处理器时间，整个程序 {processor_seconds:.0f} s。完整训练时，两个 LoRA 各在"
+        "search took": "差值都在相同的数据上计算。搜索 {trials} 组配置用了其中 {search_rows:,} 条 docstring，"
+        "在两个核上花了 {search_seconds:.0f} s，整个程序 {seconds:.0f} s。完整训练时，两个 LoRA 各在"
         "全部 docstring 上训练 {epochs:g} 遍。",
         "crowded": "（测量时机器上还有别的任务，遍数是手工设定的；默认会按机器速度选择，"
         "使全部在两个核上不超过五分钟。）",

@@ -294,8 +294,8 @@ def test_the_quickstarts_search_is_shown_with_what_it_recommends(page: str, tmp_
         "trials": 8,
         "epochs": 3.1,
         "recommended": True,
-        "processor_seconds": 527.0,
-        "search_processor_seconds": 98.0,
+        "seconds": 284.0,
+        "search_seconds": 67.0,
         "recommendation": "\nuse r=8, alpha=16   \nwhy: it is the best",
     }
     written(tmp_path, "quickstart", record)
