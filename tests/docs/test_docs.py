@@ -310,7 +310,7 @@ def test_the_quickstarts_search_is_shown_with_what_it_recommends(page: str, tmp_
             f"| **{best}** | **0.771 (0.751",
         ):
             assert any(words in row for row in rows), words
-        assert all(figure in text for figure in ("527 s", "98 s", "1,600", "3.1"))
+        assert all(figure in text for figure in ("284 s", "67 s", "1,600", "3.1"))
 
 
 def _figures() -> ModuleType:
