@@ -270,7 +270,7 @@ def label(run: loraloom.Run, sentences: Sequence[str]) -> None:
 
 
 def commands(out: Path) -> None:
-    """What to go on with, as it can be pasted into this shell."""
+    """The next three commands, to be pasted into this shell."""
     beside = Path(sys.executable).with_name("loraloom")
     program = "loraloom" if shutil.which("loraloom") else shlex.quote(str(beside))
     data, best, full = (shlex.quote(str(out / name)) for name in ("data/train.jsonl", "search/best.yaml", "full"))

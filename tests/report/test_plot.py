@@ -24,20 +24,6 @@ LOSSES: list[float | None] = [2.0 / (1 + step / 10) for step in range(40)]
 EVALUATIONS = [{"step": step, "loss": 1.0 - step / 100, "accuracy": step / 50} for step in (10, 20, 40)]
 
 
-@pytest.fixture(autouse=True)
-def _in_english(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LC_ALL", "C")
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were written."""
-    seen: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k))[1])
-    return seen
-
-
 def test_the_picture_is_a_png_with_both_colours_in_it(tmp_path: Path) -> None:
     plot_run(record(LOSSES, EVALUATIONS), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:

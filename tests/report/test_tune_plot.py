@@ -55,20 +55,6 @@ def search(count: int = 16, metric: str = "accuracy", failed: int = 1, seeds: in
     return verdict(trials, metric, bar=Bar(400, answers={"always 'a'": {metric: constant}}))
 
 
-@pytest.fixture(autouse=True)
-def _in_english(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LC_ALL", "C")
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were written."""
-    seen: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k))[1])
-    return seen
-
-
 def texts_apart(axes: Any) -> bool:
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
     return not any(one.overlaps(other) for one, other in combinations(boxes, 2))

@@ -1,8 +1,7 @@
 """How the batches of a step are divided into forwards: in one forward every row is padded to the longest.
 
-A second forward costs time of its own: it reads the weights again, and there are Python, launches and autograd nodes in
-every layer. Batches of like width share a forward where that is cheaper. The division follows from shapes alone, never
-from a clock.
+A second forward has a fixed cost: it reads the weights again, and each layer adds Python, launches and autograd nodes.
+Batches of like width share a forward where that is cheaper. The division follows from shapes alone, never from a clock.
 """
 
 from __future__ import annotations

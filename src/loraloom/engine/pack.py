@@ -127,7 +127,7 @@ class Pack:
         dropout_seeds: Mapping[str, int] | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """A forward and backward for all named adapters: each gets the gradients of its own loss.
+        """Compute the gradients of each named adapter from its own batch.
 
         Args:
             batches: adapter → the model's arguments for its rows, including ``labels``, each [rows, ...]. The number

@@ -1,13 +1,15 @@
-"""SHA-256 of files, to detect changed or damaged ones."""
+"""SHA-256 of files, to detect changed or damaged ones, and of plain values."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 BLOCK = 1 << 20
 #: Seconds after which a change to a file is sure to give it another time.
@@ -44,6 +46,11 @@ def known_hash(path: str | Path) -> str:
 @lru_cache(maxsize=64)
 def _hash(path: str, *stamp: int) -> str:
     return file_hash(path)
+
+
+def value_hash(value: Any) -> str:
+    """The SHA-256 of plain JSON values; keys stand in the order that they have."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def first_changed(folder: Path, files: Mapping[str, str]) -> tuple[Path, OSError | None] | None:

@@ -54,7 +54,7 @@ class Bar:
     base: float | None = None
     begins: bool = True
     answers: dict[str, Figures] = field(default_factory=dict)
-    #: those of a new head on the frozen model; empty where there is none. No trial is stopped or resumed because of it
+    #: figures of a new head on the frozen model; empty if none was measured. It stops and resumes no trial
     head: Figures = field(default_factory=dict)
 
     def best(self, metric: str) -> tuple[str, list[float]] | None:

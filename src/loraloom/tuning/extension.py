@@ -1,19 +1,19 @@
 """A search that is extended: more trials, another space, more seeds, after it ended or while it is stopped.
 
-What may change (``extent``) is told from what may not (``TuneConfig.fixed`` with the rows and the model). An extension
-is an event in the state. Its trials compete at the rungs among themselves; the sampler and the ranking know all trials.
+The number of trials, the space, the seeds and the finalists may change (``extent``). The model, the rows and what
+``TuneConfig.fixed`` hashes may not. An extension is an event in the state. Its trials compete at the rungs among
+themselves; the sampler and the ranking know all trials.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loraloom.errors import ConfigError
+from loraloom.files.hashing import value_hash
 from loraloom.files.jsonio import MALFORMED
 from loraloom.messages import Message
 from loraloom.training.setup import Setup
@@ -38,13 +38,9 @@ class Identity:
         rows = [value for name, value in data.hashes.items() if name not in data.only_test]
         counts = [len(data.train.examples), len(data.validation.examples)]
         return cls(
-            _hash([options.fingerprint(), sorted(data.hashes.values()), setup.weights]),
-            _hash([options.fixed(), sorted(rows), counts, setup.weights]),
+            value_hash([options.fingerprint(), sorted(data.hashes.values()), setup.weights]),
+            value_hash([options.fixed(), sorted(rows), counts, setup.weights]),
         )
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def read(

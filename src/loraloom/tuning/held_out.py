@@ -17,7 +17,7 @@ from loraloom.messages import Message, Warn
 from loraloom.tasks.metrics.registry import greater_is_better
 from loraloom.training.setup import Setup
 
-#: A search is refused if more held-out rows than this share, and at least so many, are among the training rows.
+#: A search is refused if more than this share of the held-out rows, and at least ``LEAST`` of them, are training rows.
 SHARED, LEAST = 0.01, 2
 #: With fewer rows the 95 % interval of a share of them is wider than 0.2.
 FEW = 100

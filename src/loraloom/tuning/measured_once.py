@@ -5,14 +5,13 @@ Rows of a test that were looked at before are no longer rows that chose nothing:
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from loraloom.files.hashing import value_hash
 from loraloom.messages import Message
 from loraloom.training.setup import Setup
 from loraloom.tuning.final_test import FinalTest
@@ -32,7 +31,7 @@ def measured_once(
     """
     rows = _hash_of_rows(setup)
     others = [found.metric, rows, found.best.number, found.runner_up and found.runner_up.number, source.name]
-    key = _hash([*others, [[trial.number, trial.state, trial.files] for trial in state.trials]])
+    key = value_hash([*others, [[trial.number, trial.state, trial.files] for trial in state.trials]])
     kept = state.tested or {}
     if kept.get("key") != key or not _there(kept):
         again = rows is not None and kept.get("rows") == rows and (bool(kept["again"]) or kept["key"] != key)
@@ -57,11 +56,7 @@ def _hash_of_rows(setup: Setup) -> str | None:
     """Of the test's rows as the model sees them; None without a test."""
     if setup.data.test is None:
         return None
-    return _hash([[list(one.input_ids), repr(one.labels)] for one in setup.data.test.examples])
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return value_hash([[list(one.input_ids), repr(one.labels)] for one in setup.data.test.examples])
 
 
 def of_plain(kind: Any, value: Any) -> Any:

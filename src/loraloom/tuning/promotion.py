@@ -13,6 +13,7 @@ from loraloom.tuning.config import TuneConfig
 from loraloom.tuning.race import LookBack, Race
 from loraloom.tuning.ranking import goodness
 from loraloom.tuning.rungs import Decision, Standing
+from loraloom.tuning.selection import rows_trained
 from loraloom.tuning.trial import Trial
 from loraloom.tuning.worker import rung_step
 
@@ -161,10 +162,8 @@ class Promotion:
         """What is left of the budget, in trainings of one trial."""
         spent = 0.0
         for trial in self.originals:
-            options = trial.options
-            trained = trial.steps * options.batch_size * options.gradient_accumulation_steps
             rows = sum(one.get("rows", self.bar.rows) for one in trial.curve.evaluations)
-            spent += trial.step / trial.steps + FORWARD * rows / trained
+            spent += trial.step / trial.steps + FORWARD * rows / rows_trained(trial)
         return self.options.budget * len(self.originals) - spent
 
     def _measure(self, rows: Mapping[int, int]) -> bool:

@@ -26,7 +26,7 @@ class SearchRecord:
     """A whole search. ``best`` and ``to_beat`` are None if no configuration is recommended, or no bar was measured."""
 
     learned: bool
-    #: it is better than a new head on the frozen model too, where there is one
+    #: it is better than the baselines, a new head on the frozen model included
     recommended: bool
     best: Mapping[str, Any] | None
     to_beat: Gain | None

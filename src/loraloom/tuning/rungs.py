@@ -61,7 +61,7 @@ class Rungs:
         return sorted(trials) if rung == 0 else sorted(sent or [])
 
     def quota(self, count: int, off: int = 0) -> int:
-        """Of ``count`` trials at a rung, ``off`` of which have taken off, at least so many continue."""
+        """The least number of trials that continue, of ``count`` at a rung of which ``off`` have taken off."""
         return max(math.ceil(count / self.reduction), min(self.least, count))
 
     def pass_all(self, trials: Iterable[int]) -> None:

@@ -99,7 +99,7 @@ def frozen(options: TuneConfig, trial: Trial) -> FrozenTrial:
 
 
 def _distributions(options: TuneConfig, trial: Trial) -> dict[str, Any]:
-    """Of each value; a value of an earlier space has one of its own."""
+    """Hyperparameter → Optuna's distribution; a categorical one for a value that lies outside the space."""
     from optuna.distributions import CategoricalDistribution
 
     params = options.space.params

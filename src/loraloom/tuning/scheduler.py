@@ -94,7 +94,7 @@ class Scheduler:
             return all(stands(self.options, trial, 0) for trial in originals) and self._propose()
         if halving.open < halving.rungs:
             return self._promotion().decide()
-        paused = halving.suspended([trial.number for trial in originals])
+        paused = self._paused()
         competing = [t for t in originals if t.state not in ("failed", "stopped") and t.number not in paused]
         repeats = Repeats(self.options, self.state, self._add, self.on_event)
         if self.state.leaders is None:
@@ -111,9 +111,7 @@ class Scheduler:
     def _begin_extension(self) -> bool:
         """Begin the next extension, once nothing is left to train of what was there before."""
         event = next((event for event in self.state.of_kind("extend") if event["first"] is None), None)
-        if event is None:
-            return False
-        if self.live():
+        if event is None or self.live():
             return False
         self.give_up_waiting()
         event["first"], event["seconds"], self.exhausted = len(self.trials), self.state.seconds, False
@@ -123,7 +121,7 @@ class Scheduler:
 
     def _keep(self) -> bool:
         """Let trials that the user keeps train to their end where they are paused."""
-        paused = self.state.halving.suspended([trial.number for trial in self.originals])
+        paused = self._paused()
         chosen = [self.trials[n] for n in sorted(kept(self.state)) if n in paused and self.trials[n].state == "waiting"]
         for trial in chosen:
             trial.goal = trial.steps
@@ -131,9 +129,13 @@ class Scheduler:
             self.on_event(Message("kept", trial=trial.number, step=trial.step))
         return bool(chosen)
 
+    def _paused(self) -> dict[int, int]:
+        """Trial → the rung at which it is paused."""
+        return self.state.halving.suspended([trial.number for trial in self.originals])
+
     def live(self) -> list[Trial]:
         """Trials that train or are going to, without those that are paused."""
-        paused = self.state.halving.suspended([trial.number for trial in self.originals])
+        paused = self._paused()
         live = [trial for trial in self.trials if trial.state in ("running", "waiting")]
         return [trial for trial in live if trial.number not in paused or trial.step < trial.goal]
 

@@ -48,7 +48,7 @@ class Selection:
     notes: list[Message]
     #: of ``pool``, those that learned something; if none did, none is recommended
     able: list[int]
-    #: whether ``winner`` is better than a new head on the frozen model, where there is one
+    #: False if a new head on the frozen model was measured and ``winner`` is not clearly better
     above_head: bool = True
     #: first trial → what each of its finished seeds reached on the rows that chose
     seeds: dict[int, Seeds] = field(default_factory=dict)
@@ -98,11 +98,9 @@ def figures_of(group: Sequence[Trial], metric: str) -> Seeds:
 def _above_head(number: int, bar: Bar | None, seeds: Mapping[int, Seeds], judge: Judge | None) -> bool:
     """False if the rows cannot tell it from a new head on the frozen model, or it is worse."""
     head = bar.head.get(judge.metric) if bar is not None and judge is not None else None
-    if judge is None or not head:
+    if judge is None or not head or not seeds[number]:
         return True
-    return (
-        all(one.better.low > 0 for one in judge.against(seeds[number], {}, [(HEAD, head)])) if seeds[number] else True
-    )
+    return all(one.better.low > 0 for one in judge.against(seeds[number], {}, [(HEAD, head)]))
 
 
 def _small_enough(pool: Sequence[int], sizes: Mapping[int, int], most: int | None) -> tuple[list[int], list[Message]]:
